@@ -1,0 +1,75 @@
+"""Model checkpoints for JAX training loops: decide inside `jit`, save in the background.
+
+`CheckpointState` and `step` are the decision: pure, and no more than JAX is loaded for
+them. `ModelCheckpoint` saves and restores, with Orbax, which is loaded when it is first
+looked up.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from flaxckpt import errors as errors
+from flaxckpt._record import CheckpointInfo, list_checkpoints
+from flaxckpt._state import CheckpointState, step
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointPathError,
+    CheckpointWriteError,
+    MetricError,
+    SettingError,
+    TemplateError,
+    UnsupportedLeafError,
+)
+
+if TYPE_CHECKING:
+    from flaxckpt._checkpoint import ModelCheckpoint, Restored
+    from flaxckpt._store import load, load_weights
+    from flaxckpt._weights import default_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "CheckpointPathError",
+    "CheckpointState",
+    "CheckpointWriteError",
+    "MetricError",
+    "ModelCheckpoint",
+    "Restored",
+    "SettingError",
+    "TemplateError",
+    "UnsupportedLeafError",
+    "default_weights",
+    "errors",
+    "list_checkpoints",
+    "load",
+    "load_weights",
+    "step",
+]
+
+_LAZY = {
+    "ModelCheckpoint": "flaxckpt._checkpoint",
+    "Restored": "flaxckpt._checkpoint",
+    "default_weights": "flaxckpt._weights",
+    "load": "flaxckpt._store",
+    "load_weights": "flaxckpt._store",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,69 @@
+"""Which way is better: the direction of a metric, from its name."""
+
+import re
+
+_LOWER = frozenset(
+    """
+    loss error err cost energy nll log_loss logloss crossentropy cross_entropy xent
+    perplexity ppl bpb bpc bpd bits_per_byte bits_per_char bits_per_dim
+    binary_crossentropy bce categorical_crossentropy sparse_categorical_crossentropy
+    mean_squared_error mse root_mean_squared_error rmse nrmse mean_absolute_error mae
+    mean_absolute_percentage_error mape smape mase mean_squared_logarithmic_error msle
+    rmsle huber log_cosh logcosh hinge squared_hinge categorical_hinge poisson
+    kl_divergence kullback_leibler_divergence kld kl divergence
+    false_positives false_negatives fpr fnr error_rate false_positive_rate
+    false_negative_rate brier brier_score ece calibration_error eer hamming_loss
+    wer cer ter word_error_rate character_error_rate fid fid_score kid lpips fvd
+    regret wasserstein chamfer edit_distance levenshtein
+    """.split()
+)
+_HIGHER = frozenset(
+    """
+    accuracy acc binary_accuracy categorical_accuracy sparse_categorical_accuracy
+    top_k_categorical_accuracy sparse_top_k_categorical_accuracy top1 top5 top_1 top_5
+    top_k auc roc_auc pr_auc auroc auprc average_precision ap map precision recall f1
+    f1_score f1_macro f1_micro f1_weighted fbeta fbeta_score dice dice_score jaccard
+    iou mean_iou miou io_u mean_io_u binary_io_u one_hot_io_u one_hot_mean_io_u
+    sensitivity specificity sensitivity_at_specificity specificity_at_sensitivity
+    precision_at_recall recall_at_precision true_positives true_negatives tpr tnr
+    true_positive_rate true_negative_rate mcc matthews_corrcoef kappa cohen_kappa
+    cosine_similarity similarity r2 r2_score explained_variance pearson_correlation
+    concordance_correlation correlation pearson spearman pearsonr spearmanr
+    bleu sacrebleu rouge rouge1 rouge2 rougel rougelsum meteor chrf cider
+    exact_match em pass_rate log_likelihood elbo likelihood score inception_score
+    psnr ssim ms_ssim ndcg mrr hit_rate reward rewards return returns episode_reward
+    episode_return episodic_return success success_rate win_rate elo profit
+    """.split()
+)
+_SPLITS = re.compile(r"^(?:val|valid|validation|test|eval|dev|train|training)[_\-.:/ ]")
+_COUNTER = re.compile(r"_\d+$")
+
+
+def direction(metric: str) -> str | None:
+    """Tell whether a metric is better low or high.
+
+    The name may stand behind the name of a data split (`val_loss`, `eval/loss`), end
+    in the counter that Keras appends (`auc_1`), and qualify a known name
+    (`policy_loss`, `mean_reward`).
+
+    Args:
+        metric: A key of `logs`.
+
+    Returns:
+        `"min"`, `"max"`, or None for a name whose direction is not known.
+
+    Example:
+        >>> direction("val_loss"), direction("eval/mean_reward"), direction("beta")
+        ('min', 'max', None)
+    """
+    name = metric.rsplit("/", 1)[-1].lower().replace("-", "_").replace(" ", "_")
+    name = _SPLITS.sub("", name)
+    parts = _COUNTER.sub("", name).split("_")
+    # The longest known ending decides: brier_score is lower, another score higher.
+    for start in range(len(parts)):
+        ending = "_".join(parts[start:])
+        if ending in _LOWER:
+            return "min"
+        if ending in _HIGHER:
+            return "max"
+    return "max" if name in _HIGHER else None

@@ -1,0 +1,222 @@
+"""The record inside each checkpoint, and the listing of a directory by its records.
+
+A checkpoint is a directory that plain Orbax can load, with two small JSON files of ours
+in it: the record, read by every listing, and the table of leaves, read by a restore.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
+
+FORMAT = 1
+RECORD_FILE = "flaxckpt.json"
+LEAVES_FILE = "flaxckpt_leaves.json"
+# Work in progress lies in directories of this name; no listing looks into them.
+STAGING_PREFIX = ".flaxckpt-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What is known of a checkpoint without loading it.
+
+    Attributes:
+        path: Its directory, absolute.
+        epoch: Zero-based epoch at which it was saved.
+        batch: Zero-based batch within the epoch; None at the end of an epoch.
+        step: One-based count that retention policies go by: batches seen in the run
+            where `save_freq` is a number, epochs otherwise.
+        logs: The scalar metrics at that time, as Python numbers.
+        time: When it was saved, UTC. Never earlier than that of the one before it.
+        weights_only: Whether it holds the weights alone.
+        series: The part of the filepath template behind its fixed directory:
+            checkpoints of one series are retained and deleted together.
+        state: The decision state at that time, as plain values; None if none was given.
+    """
+
+    path: Path
+    epoch: int
+    batch: int | None
+    step: int
+    logs: Mapping[str, Any]
+    time: datetime.datetime
+    weights_only: bool
+    series: str
+    state: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The logs, under the name by which Orbax's preservation policies ask."""
+        return self.logs
+
+
+def encode_record(info: CheckpointInfo, versions: Mapping[str, str]) -> str:
+    """Return the record's JSON text; all but the path, so that it can be moved."""
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "epoch": info.epoch,
+            "batch": info.batch,
+            "step": info.step,
+            "logs": _encoded(info.logs),
+            "time": info.time.isoformat(),
+            "weights_only": info.weights_only,
+            "series": info.series,
+            "state": None if info.state is None else _encoded(info.state),
+            "versions": dict(versions),
+        },
+        indent=1,
+        allow_nan=False,
+    )
+
+
+def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """Read the record of the checkpoint at `path`.
+
+    Returns:
+        The record, or None where there is none: no checkpoint, or plain Orbax's.
+
+    Raises:
+        CheckpointCorruptError: If there is one and it cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = (path / RECORD_FILE).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointCorruptError(
+            str(path), f"its record cannot be read ({error})"
+        ) from error
+    try:
+        fields = json.loads(text)
+        version = fields["format"]
+        if version > FORMAT:
+            raise CheckpointCorruptError(
+                str(path),
+                f"its format is {version}, and this flaxckpt reads up to {FORMAT} "
+                "(a newer flaxckpt wrote it: upgrade)",
+            )
+        return CheckpointInfo(
+            path=path,
+            epoch=fields["epoch"],
+            batch=fields["batch"],
+            step=fields["step"],
+            logs=_decoded(fields["logs"]),
+            time=datetime.datetime.fromisoformat(fields["time"]),
+            weights_only=fields["weights_only"],
+            series=fields["series"],
+            state=None if fields["state"] is None else _decoded(fields["state"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointCorruptError):
+            raise
+        raise CheckpointCorruptError(
+            str(path), f"its record does not parse ({type(error).__name__}: {error})"
+        ) from error
+
+
+def list_checkpoints(
+    directory: str | os.PathLike[str],
+) -> tuple[CheckpointInfo, ...]:
+    """List the checkpoints in a directory and in the directories below it.
+
+    Reads their records; changes nothing and needs no JAX device. Any process may call
+    it at any time.
+
+    Args:
+        directory: Where to look. One that does not exist holds no checkpoints.
+
+    Returns:
+        The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
+        is left out.
+
+    Raises:
+        CheckpointPathError: If `directory` is a file.
+
+    Warns:
+        UserWarning: Naming each checkpoint whose record is damaged.
+
+    Example:
+        >>> list_checkpoints("no/such/directory")
+        ()
+    """
+    directory = Path(os.path.abspath(os.path.expanduser(directory)))
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointPathError(
+            str(directory), "is a file. Pass the directory that holds the checkpoints."
+        )
+    return _sorted(_find(directory, depth=None))
+
+
+def list_series(root: str, series: str, depth: int) -> tuple[CheckpointInfo, ...]:
+    """List one series of checkpoints, `depth` directories below `root`, oldest first."""
+    found = _find(Path(root), depth)
+    return _sorted(info for info in found if info.series == series)
+
+
+def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what of `logs` a record can keep: numbers, booleans and text.
+
+    Waits for values that a device is still computing.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in (logs or {}).items():
+        if getattr(value, "shape", None) == ():
+            value = value.item()
+            value = value if isinstance(value, int | float | bool) else float(value)
+        if isinstance(value, bool | int | float | str):
+            kept[str(key)] = value
+    return kept
+
+
+def _find(directory: Path, depth: int | None) -> Iterator[CheckpointInfo]:
+    if depth is None or depth == 0:
+        try:
+            info = read_record(directory)
+        except CheckpointCorruptError as error:
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=4)
+            return
+        if info is not None:
+            yield info
+            return
+        if depth == 0:
+            return
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith(STAGING_PREFIX):
+            if depth is not None:
+                yield from _find(Path(entry.path), depth - 1)
+            elif not entry.is_symlink() and not entry.name.startswith("."):
+                yield from _find(Path(entry.path), None)
+
+
+def _sorted(infos: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, ...]:
+    return tuple(sorted(infos, key=lambda info: (info.time, str(info.path))))
+
+
+def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Strict JSON has no NaN and no infinity: write them as {"float": "nan"}."""
+    return {
+        key: {"float": repr(value)}
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: float(value["float"]) if isinstance(value, dict) else value
+        for key, value in values.items()
+    }

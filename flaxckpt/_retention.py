@@ -1,0 +1,111 @@
+"""Which checkpoints to delete: records in, deletions out, no disk."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flaxckpt._record import CheckpointInfo
+from flaxckpt.errors import SettingError
+
+
+class PreservationPolicy(Protocol):
+    """What `preserve` takes: any of Orbax's preservation policies, or one's own.
+
+    Orbax's are in `orbax.checkpoint.v1.training.preservation_policies`: `LatestN`,
+    `BestN`, `EveryNSteps`, `EveryNSeconds`, `CustomSteps`, `AnyPreservationPolicy`...
+    """
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        """Tell for each checkpoint, oldest first, whether to keep it.
+
+        Args:
+            checkpoints: `CheckpointInfo`s, which have a policy's `step`, `time` and
+                `metrics`.
+            context: None; there for Orbax's own policies.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LatestN:
+    """Keep the `n` newest."""
+
+    n: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        del context
+        first = len(checkpoints) - self.n
+        return [index >= first for index in range(len(checkpoints))]
+
+
+def best_of(
+    infos: Sequence[CheckpointInfo], monitor: str, mode: str
+) -> CheckpointInfo | None:
+    """Return the checkpoint with the best monitored value, the oldest of equals.
+
+    Args:
+        infos: Checkpoints, oldest first.
+        monitor: Key in their logs.
+        mode: `"min"` or `"max"`.
+
+    Returns:
+        The best; None where none has a number to compare. NaN is none.
+    """
+    best, best_value = None, math.nan
+    for info in infos:
+        value = monitored_value(info.logs, monitor)
+        if value is None:
+            continue
+        better = value < best_value if mode == "min" else value > best_value
+        if best is None or better:
+            best, best_value = info, value
+    return best
+
+
+def monitored_value(logs: Mapping[str, Any], monitor: str) -> float | None:
+    """Return the number that a record's logs hold for `monitor`; None for none."""
+    value = logs.get(monitor)
+    if not isinstance(value, numbers.Real) or math.isnan(value):
+        return None
+    return float(value)
+
+
+def expired(
+    infos: Sequence[CheckpointInfo],
+    policy: PreservationPolicy | None,
+    best: CheckpointInfo | None,
+) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints to delete.
+
+    Args:
+        infos: All checkpoints of a series, oldest first, all durable.
+        policy: What else to keep; None keeps all.
+        best: The best of them, if one is known.
+
+    Returns:
+        Those that the policy does not keep; never the newest, never the best.
+
+    Raises:
+        SettingError: If the policy does not answer with one bool for each.
+    """
+    if policy is None or not infos:
+        return ()
+    keep = list(policy.should_preserve(infos, context=None))
+    if len(keep) != len(infos):
+        raise SettingError(
+            "preserve",
+            policy,
+            f"it gave {len(keep)} answers for {len(infos)} checkpoints. It must give "
+            "one for each.",
+        )
+    return tuple(
+        info
+        for info, kept in zip(infos, keep, strict=True)
+        if not kept and info is not infos[-1] and info is not best
+    )

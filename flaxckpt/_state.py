@@ -1,0 +1,445 @@
+"""The decision whether to save: a pure function over a small pytree.
+
+Nothing here knows of disks or of Orbax. `step` runs eagerly, where Python and numpy
+values in give numpy values out and dispatch nothing to JAX, and under `jit`, `scan`,
+`vmap` and `shard_map`, where it is a handful of scalar operations.
+
+The comparison is float32 (float64 under x64) everywhere, and numbers below the smallest
+normal one count as zero, because XLA treats them so on some devices: all ways to call
+`step` agree to the bit.
+"""
+
+import math
+import numbers
+import operator
+import sys
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._direction import direction
+from flaxckpt.errors import MetricError, SettingError
+
+_INT32_MAX = 2**31 - 1
+_HOST_INTS = frozenset((int, np.int32, np.int64))
+_COUNTERS = ("seen", "batches", "last_epoch", "last_batch")
+_SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
+_REAL = (jnp.floating, jnp.integer, jnp.bool_)
+
+
+class _Once:
+    """Remembers that a run was warned. All are equal, so they never cause a retrace."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Once)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _static(**kwargs):  # noqa: ANN003, ANN202  # dataclass field, typed by its use
+    return field(metadata={"static": True}, **kwargs)
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # unflattening passes specs, shardings and batched leaves too
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What the decision remembers from call to call, as a pytree.
+
+    Make one with `create`. It can be carried through `scan`, batched by `vmap`, given
+    to and returned from `jit`; the settings are static, so that a call with the same
+    settings never compiles anew.
+
+    Attributes:
+        best: Best monitored value so far, f32[] (f64[] under x64); NaN while there is
+            none. Moves only under `save_best_only`.
+        seen: Batches since the last due check, i32[]. Moves, as the next three do,
+            only where `save_freq` is a number.
+        batches: Batches seen in all, i32[]; stays at its largest value once there.
+        last_epoch: Epoch of the last batch seen, i32[]; -1 before the first.
+        last_batch: Index of that batch in its epoch, i32[]; -1 before the first.
+        monitor: Key in `logs` of the value to compare. Static, as are all below.
+        mode: `"min"` or `"max"`; `"auto"` where no direction is known or needed.
+        save_best_only: Whether a due check saves only what improves on `best`.
+        save_freq: `"epoch"`, or the number of batches between due checks.
+        min_delta: By more than how much an improvement must improve.
+    """
+
+    best: jax.typing.ArrayLike
+    seen: jax.typing.ArrayLike
+    batches: jax.typing.ArrayLike
+    last_epoch: jax.typing.ArrayLike
+    last_batch: jax.typing.ArrayLike
+    monitor: str = _static()
+    mode: str = _static()
+    save_best_only: bool = _static()
+    save_freq: str | int = _static()
+    min_delta: float = _static()
+    _warned: _Once = _static(default_factory=_Once, repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        monitor: str = "val_loss",
+        mode: str = "auto",
+        save_best_only: bool = False,
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        min_delta: float = 0.0,
+    ) -> "CheckpointState":
+        """Make the state of a run that has seen nothing yet.
+
+        The arguments are those of Keras's `ModelCheckpoint`. The leaves are numpy
+        scalars, in the precision that JAX is set to now.
+
+        Args:
+            monitor: Key in `logs` of the value to compare.
+            mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
+            save_best_only: Save at a due check only what improves on the best.
+            save_freq: `"epoch"`: a check is due at the end of each epoch. A number:
+                a check is due every so many batches.
+            initial_value_threshold: The best to improve on at first; None for no best.
+                Has no effect without `save_best_only`.
+            min_delta: By more than how much an improvement must improve.
+
+        Returns:
+            The state.
+
+        Raises:
+            SettingError: A `ValueError`, if a setting cannot work, or if the direction
+                of `monitor` is needed and not known.
+
+        Example:
+            >>> state = CheckpointState.create("val_accuracy", save_best_only=True)
+            >>> state.mode
+            'max'
+        """
+        _check_settings(monitor, mode, save_best_only, save_freq, min_delta)
+        mode = mode if mode != "auto" else direction(monitor) or "auto"
+        if save_best_only and mode == "auto":
+            raise SettingError(
+                "monitor",
+                monitor,
+                "whether this metric is better low or high is not known by its name. "
+                'Pass mode="min" or mode="max".',
+            )
+        best = math.nan
+        if initial_value_threshold is not None:
+            if not _is_real(initial_value_threshold) or math.isnan(
+                initial_value_threshold
+            ):
+                raise SettingError(
+                    "initial_value_threshold",
+                    initial_value_threshold,
+                    "pass a number to improve on, or None for none.",
+                )
+            best = initial_value_threshold
+        with np.errstate(over="ignore"):
+            best = jax.dtypes.canonicalize_dtype(np.float64).type(best)
+        return cls(
+            best=_flushed(best, _pick),
+            seen=np.int32(0),
+            batches=np.int32(0),
+            last_epoch=np.int32(-1),
+            last_batch=np.int32(-1),
+            monitor=monitor,
+            mode=mode,
+            save_best_only=bool(save_best_only),
+            save_freq=save_freq if save_freq == "epoch" else int(save_freq),
+            min_delta=float(min_delta),
+        )
+
+
+def step(
+    state: CheckpointState,
+    logs: Mapping[str, jax.typing.ArrayLike] | None,
+    epoch: jax.typing.ArrayLike,
+    batch: jax.typing.ArrayLike | None = None,
+) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    """Decide whether to save now.
+
+    Pure, and the same under any transformation. Where all that is looked at are Python
+    and numpy values, the results are numpy values and JAX is not called.
+
+    Args:
+        state: The state after the call before, or from `CheckpointState.create`.
+        logs: The metrics of now, scalars of any numeric dtype. Only the monitored one
+            is looked at, and only at a due check with `save_best_only`.
+        epoch: Zero-based epoch, i32[].
+        batch: Zero-based batch within the epoch, i32[]; None at the end of an epoch.
+
+    Returns:
+        The state to pass to the next call, and whether to save, bool[].
+
+    Raises:
+        MetricError: A `ValueError`, if the monitored value is not a real scalar.
+        SettingError: A `ValueError`, if epoch or batch are no zero-based integers.
+
+    Warns:
+        UserWarning: Once for a run, if the monitored key is not in `logs` where it is
+            needed. Nothing is saved then: Keras would save, and overwrite the best
+            model with one that nobody has validated.
+
+    Example:
+        >>> state = CheckpointState.create("loss", save_best_only=True)
+        >>> state, save = step(state, {"loss": 0.5}, epoch=0)
+        >>> bool(save), float(state.best)
+        (True, 0.5)
+    """
+    state, due = tick(state, epoch, batch)
+    return judge(state, logs, due)
+
+
+def tick(
+    state: CheckpointState,
+    epoch: jax.typing.ArrayLike,
+    batch: jax.typing.ArrayLike | None,
+) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    """Count, and tell whether a check is due: the half of `step` that needs no metric.
+
+    The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, but that a due
+    check takes `save_freq` from the counter and keeps the remainder.
+    """
+    if state.save_freq == "epoch":
+        return state, np.bool_(batch is None)
+    if batch is None:
+        return state, np.False_
+    epoch, batch = _index("epoch", epoch), _index("batch", batch)
+    counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
+    on_host = _HOST_INTS.issuperset(map(type, (epoch, batch, *counters)))
+    where, int32 = (_pick, np.int32) if on_host else (jnp.where, _to_int32)
+    as_int = int if on_host else int32
+    seen, batches, last_epoch, last_batch = map(as_int, counters)
+    epoch, batch = as_int(epoch), as_int(batch)
+
+    fresh = (epoch != last_epoch) | (batch <= last_batch)
+    added = where(fresh, batch + 1, batch - last_batch)
+    room = _INT32_MAX - batches
+    seen = seen + added
+    due = seen >= state.save_freq
+    return _moved(
+        state,
+        seen=int32(seen % state.save_freq),
+        batches=int32(batches + where(added < room, added, room)),
+        last_epoch=int32(epoch),
+        last_batch=int32(batch),
+    ), np.bool_(due) if on_host else due
+
+
+def judge(
+    state: CheckpointState,
+    logs: Mapping[str, jax.typing.ArrayLike] | None,
+    due: jax.typing.ArrayLike,
+) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    """Compare, where a check is due: the half of `step` that needs the metric."""
+    traced = isinstance(due, jax.Array)
+    if not state.save_best_only or not (traced or due):
+        return state, due
+    value = (logs or {}).get(state.monitor)
+    if value is None:
+        _warn_missing(state, logs)
+        return state, np.False_
+    dtype = np.dtype(state.best.dtype)
+    value = monitored(state.monitor, value)
+    if traced or any(isinstance(x, jax.Array) for x in (value, state.best)):
+        where = jnp.where
+        value = _flushed(jnp.asarray(value).astype(dtype), where)
+        save = due & improves(value, state.best, state.mode, state.min_delta, where)
+    else:
+        where = _pick
+        with np.errstate(all="ignore"):
+            value = _flushed(dtype.type(value), where)
+            save = improves(value, state.best, state.mode, state.min_delta, where)
+    return _moved(state, best=where(save, value, state.best)), save
+
+
+def plain_state(state: CheckpointState) -> dict[str, typing.Any]:
+    """Return a state's fields as plain values. Waits for leaves on devices."""
+    plain = {name: getattr(state, name) for name in _SETTINGS}
+    return plain | {
+        name: np.asarray(getattr(state, name)).item() for name in ("best", *_COUNTERS)
+    }
+
+
+def resumed(
+    fresh: CheckpointState,
+    stored: Mapping[str, typing.Any] | None,
+    durable: float | None,
+) -> CheckpointState:
+    """Return the state to go on with from a checkpoint.
+
+    Args:
+        fresh: A state with the settings of now.
+        stored: `plain_state` of the state in the checkpoint; None if it has none.
+        durable: The best monitored value among the checkpoints on disk; None for none.
+
+    Returns:
+        The stored state, under the settings of now. Its best is not believed where no
+        checkpoint on disk is as good, as after a failed write, and is of no use where
+        another metric is monitored: then it is the best on disk.
+    """
+    state = fresh
+    if stored is not None:
+        state = _moved(state, **{name: np.int32(stored[name]) for name in _COUNTERS})
+    if not state.save_best_only:
+        return state
+    dtype = state.best.dtype
+    worse = max if state.mode == "min" else min
+    better = min if state.mode == "min" else max
+    known = [float(fresh.best)] + ([] if durable is None else [durable])
+    known = [float(dtype.type(value)) for value in known if not math.isnan(value)]
+    if stored is None or any(
+        stored[name] != getattr(state, name)
+        for name in ("monitor", "mode", "save_best_only")
+    ):
+        best = better(known, default=math.nan)
+    elif known and not math.isnan(stored["best"]):
+        best = worse(stored["best"], better(known))
+    else:
+        best = float(fresh.best) if math.isnan(stored["best"]) else stored["best"]
+    return _moved(state, best=dtype.type(best))
+
+
+def improves(value, best, mode, min_delta, where):  # noqa: ANN001, ANN201  # any array
+    """Tell whether `value` is better than `best` by more than `min_delta`.
+
+    Any number is better than no best, which is NaN; NaN is never better.
+    """
+    delta = value.dtype.type(min_delta)
+    if mode == "min":
+        better = value < _flushed(best - delta, where)
+    else:
+        better = value > _flushed(best + delta, where)
+    return better | ((best != best) & (value == value))
+
+
+def monitored(monitor: str, value: object) -> jax.typing.ArrayLike:
+    """Check that a monitored value is a real scalar, without waiting for it.
+
+    Returns:
+        A Python number, a numpy scalar or a JAX array of shape ().
+
+    Raises:
+        MetricError: If it is anything else.
+    """
+    if isinstance(value, numbers.Real):
+        return value
+    if not isinstance(value, jax.Array):
+        try:
+            value = np.asarray(value)[()]
+        except ValueError as error:  # a ragged list
+            raise MetricError(monitor, f"is no number: {error}.") from error
+    if value.shape != ():
+        raise MetricError(
+            monitor,
+            f"has shape {value.shape}, and a monitored value must be a scalar. "
+            "Reduce it first, say with .mean().",
+        )
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in _REAL):
+        raise MetricError(
+            monitor,
+            f"is of dtype {value.dtype}, and a monitored value must be a real number.",
+        )
+    return value
+
+
+def _check_settings(
+    monitor: str,
+    mode: str,
+    save_best_only: bool,
+    save_freq: str | int,
+    min_delta: float,
+) -> None:
+    if not isinstance(monitor, str) or not monitor:
+        raise SettingError("monitor", monitor, "pass the name of a key in `logs`.")
+    if mode not in ("auto", "min", "max"):
+        raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
+    if not isinstance(save_best_only, bool | np.bool_):
+        raise SettingError("save_best_only", save_best_only, "pass True or False.")
+    if save_freq != "epoch" and (
+        isinstance(save_freq, bool)
+        or not isinstance(save_freq, numbers.Integral)
+        or not 1 <= save_freq <= _INT32_MAX
+    ):
+        raise SettingError(
+            "save_freq",
+            save_freq,
+            'pass "epoch", or a number of batches of at least 1.',
+        )
+    if not _is_real(min_delta) or not 0 <= min_delta < math.inf:
+        raise SettingError("min_delta", min_delta, "pass a number of at least 0.")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _moved(state: CheckpointState, **leaves: jax.typing.ArrayLike) -> CheckpointState:
+    """Return the state with new leaves: `dataclasses.replace`, at a fifth of its time."""
+    moved = object.__new__(CheckpointState)
+    moved.__dict__.update(state.__dict__, **leaves)
+    return moved
+
+
+def _index(name: str, value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """Check that epoch or batch is a zero-based integer, as far as is known now."""
+    if type(value) is int and 0 <= value <= _INT32_MAX:
+        return value
+    if isinstance(value, jax.Array):
+        if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
+            return value
+    else:
+        try:
+            value = operator.index(value)
+        except TypeError:
+            pass
+        else:
+            if 0 <= value <= _INT32_MAX:
+                return value
+    raise SettingError(name, value, "pass a zero-based integer, as a scalar.")
+
+
+def _to_int32(value: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.asarray(value).astype(jnp.int32)
+
+
+def _pick(condition, true, false):  # noqa: ANN001, ANN202  # as numpy.where, for one
+    return true if condition else false
+
+
+def _flushed(value, where):  # noqa: ANN001, ANN202  # any floating scalar
+    """Return zero for a number below the smallest normal one, as XLA may see it."""
+    tiny = jnp.finfo(value.dtype).tiny
+    return where(abs(value) < tiny, value.dtype.type(0), value)
+
+
+def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> None:
+    if state._warned.done:
+        return
+    state._warned.done = True
+    there = ", ".join(map(repr, logs or {})) or "none"
+    warnings.warn(
+        f"Nothing is saved: save_best_only needs {state.monitor!r}, and it is not in "
+        f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
+        stacklevel=_outside(),
+    )
+
+
+def _outside() -> int:
+    """Stack level, for the function that calls this, of the caller's caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals["__name__"].startswith("flaxckpt"):
+        level, frame = level + 1, frame.f_back
+    return level - 1

@@ -1,0 +1,351 @@
+"""The one room that knows Orbax: writes a checkpoint directory, and reads one.
+
+Sits on the free functions of Orbax's v1 API, on one directory each, and on neither of
+its managers: listing, retention and replacement are ours. Orbax's exceptions do not
+leave this room.
+"""
+
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from orbax.checkpoint import v1 as ocp
+
+from flaxckpt import _commit, _tree
+from flaxckpt._record import (
+    FORMAT,
+    LEAVES_FILE,
+    RECORD_FILE,
+    CheckpointInfo,
+    encode_record,
+)
+from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted
+from flaxckpt._weights import plain_weights
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointPathError,
+    LeafDifference,
+)
+
+_NOT_A_CHECKPOINT = "is there and is no checkpoint"
+
+
+@cache
+def storable(dtype: str) -> bool:
+    """Tell whether arrays of a dtype of this name can be stored."""
+    try:
+        tensorstore.dtype(dtype)
+    except (TypeError, ValueError):
+        return False
+    return dtype not in ("object", "string", "ustring", "json", "char", "byte")
+
+
+def check_target(path: Path, root: Path) -> None:
+    """Check that a checkpoint can be written at `path`, and write nothing.
+
+    Raises:
+        CheckpointPathError: If something else is there, or the directory cannot be
+            written to.
+    """
+    check_root(root)
+    for parent in (path, *path.parents):
+        if parent.is_dir():
+            break
+        if os.path.lexists(parent):
+            raise CheckpointPathError(
+                str(parent),
+                "is a file, and a checkpoint is a directory. Remove the file, or choose"
+                " another filepath.",
+            )
+    if parent == path:
+        if not is_checkpoint(path) and any(path.iterdir()):
+            raise CheckpointPathError(
+                str(path),
+                f"{_NOT_A_CHECKPOINT}: it would be replaced. Give the checkpoints names "
+                'in it, as in filepath="directory/{epoch:02d}".',
+            )
+        parent = path.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointPathError(
+            str(parent),
+            "cannot be written to. Make it writable, or choose another filepath.",
+        )
+
+
+def check_root(root: Path) -> None:
+    """Check that `root` is a directory, or can be made.
+
+    Raises:
+        CheckpointPathError: If it, or what should be a directory above it, is a file.
+    """
+    for path in (root, *root.parents):
+        if path.is_dir():
+            return
+        if os.path.lexists(path):
+            raise CheckpointPathError(
+                str(path),
+                "is a file, and checkpoints need a directory there. Remove the file, or"
+                " choose another filepath.",
+            )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a directory is a checkpoint of flaxckpt's."""
+    return (path / RECORD_FILE).exists()
+
+
+def write(
+    info: CheckpointInfo, root: Path, layout: Layout, leaves: list[Any], weights: Skeleton
+) -> None:
+    """Write a checkpoint and put it in its place, replacing one that is there.
+
+    Blocks until it is there. Until then, what was there is; nothing is deleted before.
+
+    Args:
+        info: Its record.
+        root: Directory, on the same file system, in which work in progress may lie.
+        layout: The tree's layout.
+        leaves: Its leaves, in forms that Orbax stores.
+        weights: Where in `layout` the weights are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with _commit.staging(root) as directory:
+        written = directory / "new"
+        with _context():
+            ocp.save(written, layout.fill_for_orbax(leaves))
+        table = {"format": FORMAT, **layout.to_json()}
+        table["weights"] = "all" if weights == layout.skeleton else weights
+        (written / LEAVES_FILE).write_text(json.dumps(table), encoding="utf-8")
+        (written / RECORD_FILE).write_text(
+            encode_record(info, versions()), encoding="utf-8"
+        )
+        _commit.put(written, info.path)
+
+
+def delete(info: CheckpointInfo, root: Path) -> None:
+    """Delete a checkpoint."""
+    _commit.remove(info.path, root)
+
+
+def load(
+    path: str | os.PathLike[str], like: PyTree = None, *, cast: bool = False
+) -> PyTree:
+    """Load the tree of a checkpoint, of flaxckpt's or of plain Orbax's.
+
+    In several processes, every one must call it.
+
+    Args:
+        path: The checkpoint's directory.
+        like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
+            each leaf is restored with its dtype and shape, as its kind of value, onto
+            its sharding, whatever mesh wrote it. Not changed. None: the tree as plain
+            dicts, lists and tuples, JAX arrays on the default device.
+        cast: Convert where only the dtypes of stored and wanted arrays differ, rather
+            than raise.
+
+    Returns:
+        The tree, with the structure of `like` if that is given.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint at `path`.
+        CheckpointMismatchError: Listing every leaf in which structure, shape or dtype
+            differ from `like`; nothing was read.
+        CheckpointCorruptError: If it cannot be read.
+        UnsupportedLeafError: If `like` has leaves that are no values.
+
+    Example:
+        >>> tree = load("runs/best", like=jax.eval_shape(init))  # doctest: +SKIP
+    """
+    path = _found(path)
+    layout, _ = _read_table(path)
+    return _load(path, layout, None, like, cast=cast)
+
+
+def load_weights(
+    path: str | os.PathLike[str], like: PyTree = None, *, cast: bool = False
+) -> PyTree:
+    """Load the weights alone, from a checkpoint of weights or of a whole state.
+
+    What the weights are was settled by `weights` when it was saved. In a checkpoint
+    that plain Orbax wrote they are `params` and the mappings beside it, if there is
+    an `opt_state`, and otherwise all.
+
+    Args:
+        path: The checkpoint's directory.
+        like: A tree of the weights' structure; as for `load`.
+        cast: As for `load`.
+
+    Returns:
+        The weights; for a Flax `TrainState` a dict of `params` and the collections
+        beside it, which `Module.apply` takes.
+
+    Raises:
+        CheckpointError: If the weights were computed when saving, not picked, so that
+            a whole checkpoint does not hold them; and as `load`.
+    """
+    path = _found(path)
+    layout, weights = _read_table(path)
+    if layout is not None and weights is None:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
+            "`weights` computed them from the tree. Save with save_weights_only=True, "
+            "or load the whole tree and compute them."
+        )
+    return _load(path, layout, weights or plain_weights, like, cast=cast)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that write a checkpoint."""
+    packages = ("flaxckpt", "jax", "orbax-checkpoint")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _load(
+    path: Path,
+    layout: Layout | None,
+    part: Skeleton | Callable[[Layout], Skeleton],
+    like: PyTree,
+    *,
+    cast: bool,
+) -> PyTree:
+    """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
+    values: list[Any] | None = None
+    if layout is None:
+        layout, values = _tree.describe(_read_foreign(path), storable)
+    if callable(part):
+        part = part(layout)
+    view, sources = layout.part(layout.skeleton if part is None else part)
+    plan = _tree.match(str(path), view, like, cast=cast)
+    if values is None:
+        values = _read(
+            path, layout, {sources[i]: want for i, want in plan if i is not None}
+        )
+    given = [None] * len(plan) if like is None else jax.tree.leaves(like)
+    for position, (index, want) in enumerate(plan):
+        if index is None:
+            continue
+        have = view.leaves[index]
+        try:
+            given[position] = _tree.convert(values[sources[index]], have, want)
+        except ValueError as error:
+            raise CheckpointMismatchError(
+                str(path),
+                [LeafDifference(have.name, str(have), str(want.leaf))],
+                f"{error}. Pass a `like` of the stored kind.",
+            ) from error
+    if like is None:
+        return view.fill(given)
+    return jax.tree.unflatten(jax.tree.structure(like), given)
+
+
+def _read(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> list[Any]:
+    """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
+    asked = [
+        _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
+        for index, leaf in enumerate(layout.leaves)
+    ]
+    if not any(layout.leaves[index].in_orbax for index in wanted):
+        return [None] * len(layout.leaves)
+    try:
+        with _context():
+            return layout.pick(ocp.load(path, layout.fill_for_orbax(asked)))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise CheckpointCorruptError(str(path), _cause(error)) from error
+
+
+def _abstract(leaf: Leaf, want: Wanted) -> Any:
+    """Describe to Orbax how to restore a leaf: in its own dtype, for Orbax would cast
+    without a word, and as a host array where that is to come or to be converted."""
+    match leaf.kind:
+        case "bool" | "int" | "float" | "str":
+            return {"bool": False, "int": 0, "float": 0.0, "str": ""}[leaf.kind]
+        case "key":
+            sharding = want.sharding or jax.sharding.SingleDeviceSharding(
+                jax.local_devices()[0]
+            )
+            return jax.ShapeDtypeStruct(
+                leaf.shape, _tree.key_dtype(leaf.impl), sharding=sharding
+            )
+    dtype = "complex128" if leaf.kind == "complex" else leaf.dtype
+    if want.sharding is not None and dtype == want.leaf.dtype:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=want.sharding)
+    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), leaf.shape)
+
+
+def _read_foreign(path: Path) -> PyTree:
+    """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
+    try:
+        with warnings.catch_warnings(), _context():
+            warnings.filterwarnings("ignore", message="Sharding info not provided")
+            try:
+                return ocp.load(path)
+            except (ValueError, TypeError, KeyError):
+                described = ocp.metadata(path).metadata
+                return ocp.load(path, jax.tree.map(_host_form, described))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise CheckpointCorruptError(str(path), _cause(error)) from error
+
+
+def _host_form(described: Any) -> Any:
+    if not hasattr(described, "shape"):
+        return described
+    return np.broadcast_to(np.zeros((), described.dtype), described.shape)
+
+
+def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
+    """Read a checkpoint's table of leaves: the layout, and where in it the weights are.
+
+    Both are None for what plain Orbax wrote.
+    """
+    if not is_checkpoint(path):
+        return None, None
+    try:
+        fields = json.loads((path / LEAVES_FILE).read_text(encoding="utf-8"))
+        layout, weights = Layout.from_json(fields), fields["weights"]
+        return layout, layout.skeleton if weights == "all" else weights
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorruptError(
+            str(path), f"its table of leaves does not parse ({_cause(error)})"
+        ) from error
+
+
+def _found(path: str | os.PathLike[str]) -> Path:
+    found = Path(os.path.abspath(os.path.expanduser(path)))
+    if is_checkpoint(found) or (found.is_dir() and ocp.is_orbax_checkpoint(found)):
+        return found
+    beside = found if found.is_dir() else found.parent
+    names = [each.name for each in _entries(beside) if is_checkpoint(each)]
+    raise CheckpointNotFoundError(str(found), tuple(names))
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _context() -> ocp.Context:
+    """Return Orbax's settings for all that is written and read here.
+
+    Its sharding file stays on: without it, plain `ocp.load(path)` finds no place for
+    the arrays.
+    """
+    return ocp.Context()
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,571 @@
+"""Trees as they are stored: plain containers, and a table that describes each leaf.
+
+A user's tree of any node types becomes nested dicts and lists of arrays and scalars,
+which Orbax stores under readable names, and a `Layout`, which knows what Orbax does
+not: tuples from lists, numbers as dict keys, empty arrays, kinds of leaves. Restoring
+compares the stored leaves with the wanted ones by path, before anything is read.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt.errors import (
+    CheckpointMismatchError,
+    LeafDifference,
+    UnsupportedLeafError,
+)
+
+PyTree: TypeAlias = Any
+Skeleton: TypeAlias = Any
+"""Structure as JSON: a leaf's index, null, or one of {"dict": [[key, child], ...]},
+{"list": [child, ...]} and {"tuple": [child, ...]}."""
+
+_ARRAYS = ("jax", "numpy", "numpy_scalar")
+_SCALARS = {bool: "bool", int: "int", float: "float", complex: "complex"}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is stored at one place of a tree.
+
+    Attributes:
+        path: Names from the root to the leaf.
+        kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
+            `int`, `float`, `complex`, `str`, `bytes`, or `static` (a function within
+            an Equinox module, which is not stored).
+        dtype: Name of the dtype, for arrays and keys.
+        shape: Shape, for arrays and keys.
+        impl: Name of the PRNG implementation, for keys.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    impl: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path) or "(the tree itself)"
+
+    @property
+    def in_orbax(self) -> bool:
+        """Whether Orbax holds it: it takes no arrays without elements."""
+        return self.kind != "static" and 0 not in self.shape
+
+    def __str__(self) -> str:
+        if self.kind not in (*_ARRAYS, "key"):
+            return self.kind
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A stored tree's structure and its leaves.
+
+    Attributes:
+        skeleton: The structure, with indices into `leaves`.
+        leaves: The leaves, in the order in which JAX flattens the tree.
+    """
+
+    skeleton: Skeleton
+    leaves: tuple[Leaf, ...]
+
+    def fill(self, values: Sequence[Any]) -> PyTree:
+        """Return the tree as dicts, lists and tuples, with these leaves."""
+        return _fill(self.skeleton, values)
+
+    def fill_for_orbax(self, values: Sequence[Any]) -> PyTree:
+        """Return the tree as Orbax stores it: string keys, no tuples, never empty."""
+        held = [
+            value if leaf.in_orbax else None
+            for leaf, value in zip(self.leaves, values, strict=True)
+        ]
+        return _fill_plainly(self.skeleton, held) or {"empty": None}
+
+    def pick(self, orbax_tree: PyTree) -> list[Any]:
+        """Return the leaves of what Orbax loaded; None for those it does not hold."""
+        return [
+            _look_up(orbax_tree, leaf.path) if leaf.in_orbax else None
+            for leaf in self.leaves
+        ]
+
+    def part(self, skeleton: Skeleton) -> tuple["Layout", list[int]]:
+        """Return the layout of a part, and the index in `leaves` of each leaf of it.
+
+        Args:
+            skeleton: The part's structure, with indices into `leaves`.
+        """
+        leaves: list[Leaf] = []
+        sources: list[int] = []
+
+        def visit(node: Skeleton, path: tuple[str, ...]) -> Skeleton:
+            match node:
+                case None:
+                    return None
+                case int():
+                    leaves.append(replace(self.leaves[node], path=path))
+                    sources.append(node)
+                    return len(leaves) - 1
+                case {"dict": pairs}:
+                    below = [[key, visit(each, (*path, str(key)))] for key, each in pairs]
+                    return {"dict": below}
+            ((kind, children),) = node.items()
+            return {kind: [visit(e, (*path, str(i))) for i, e in enumerate(children)]}
+
+        return Layout(visit(skeleton, ()), tuple(leaves)), sources
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout as JSON values."""
+        return {
+            "tree": self.skeleton,
+            "leaves": [
+                {
+                    key: value
+                    for key, value in vars(leaf).items()
+                    if value != "" and (key != "shape" or leaf.dtype)
+                }
+                for leaf in self.leaves
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Layout":
+        """Return the layout of which `to_json` returned the fields."""
+        leaves = [
+            Leaf(
+                path=tuple(each["path"]),
+                kind=each["kind"],
+                dtype=each.get("dtype", ""),
+                shape=tuple(each.get("shape", ())),
+                impl=each.get("impl", ""),
+            )
+            for each in fields["leaves"]
+        ]
+        return cls(fields["tree"], tuple(leaves))
+
+
+def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, list[Any]]:
+    """Describe a tree and bring its leaves into forms that Orbax stores.
+
+    Touches no device. Arrays in host memory are copied, since their owner may change
+    them; JAX arrays are passed on as they are.
+
+    Args:
+        tree: Any pytree.
+        storable: Tells whether a dtype of this name can be stored.
+
+    Returns:
+        The layout, and the leaves in its order.
+
+    Raises:
+        UnsupportedLeafError: Naming every leaf that cannot be stored.
+    """
+    structure = _structure(tree)
+    leaves: list[Leaf] = []
+    stored: list[Any] = []
+    refused: list[tuple[str, str]] = []
+    for value, path, skippable in zip(
+        jax.tree_util.tree_leaves(tree),
+        structure.paths,
+        structure.skippable,
+        strict=True,
+    ):
+        if skippable and callable(value):
+            leaves.append(Leaf(path, "static"))
+            stored.append(None)
+            continue
+        try:
+            leaf, value = _normal(path, value, storable)
+        except _RefusedError as refusal:
+            refused.append((Leaf(path, "").name, str(refusal)))
+            continue
+        leaves.append(leaf)
+        stored.append(value)
+    refused += _collisions(structure.paths)
+    if refused:
+        raise UnsupportedLeafError(tuple(refused))
+    return Layout(structure.skeleton, tuple(leaves)), stored
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a leaf is to be restored as.
+
+    Attributes:
+        leaf: The wanted kind, dtype and shape.
+        sharding: Where to place it; None for JAX's default device, uncommitted.
+        is_weak: Whether the dtype is but JAX's guess for a Python number.
+    """
+
+    leaf: Leaf
+    sharding: jax.sharding.Sharding | None = None
+    is_weak: bool = False
+
+
+def match(
+    path: str, layout: Layout, like: PyTree, *, cast: bool
+) -> list[tuple[int | None, Wanted]]:
+    """Compare a stored tree with the wanted one.
+
+    Args:
+        path: The checkpoint, for the error.
+        layout: What is stored.
+        like: A tree of arrays, `jax.ShapeDtypeStruct`s or scalars; None, for the stored
+            tree as it is.
+        cast: Whether differences between numeric dtypes are allowed.
+
+    Returns:
+        For each leaf that is wanted, in order, its index in `layout` (None for a
+        `static` one, to be taken from `like`) and what it is wanted as.
+
+    Raises:
+        CheckpointMismatchError: Listing every leaf in which the two differ.
+    """
+    stored = {leaf.path: index for index, leaf in enumerate(layout.leaves)}
+    found: list[tuple[int | None, Wanted]] = []
+    differences: list[LeafDifference] = []
+    if like is None:
+        wanted = [Wanted(leaf) for leaf in layout.leaves]
+    else:
+        wanted = wanted_leaves(like)
+    for want in wanted:
+        index = stored.pop(want.leaf.path, None)
+        have = None if index is None else layout.leaves[index]
+        if want.leaf.kind == "static" or (have is not None and have.kind == "static"):
+            found.append((None, want))
+            continue
+        problem = _difference(have, want, cast=cast)
+        if problem is not None:
+            stored_as = "nothing" if have is None else str(have)
+            differences.append(LeafDifference(want.leaf.name, stored_as, problem))
+        found.append((index, want))
+    for index in stored.values():
+        leaf = layout.leaves[index]
+        if leaf.kind != "static":
+            differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
+    if differences:
+        raise CheckpointMismatchError(path, differences, _advice(differences, cast=cast))
+    return found
+
+
+def wanted_leaves(like: PyTree) -> list[Wanted]:
+    """Describe what a tree of arrays or `ShapeDtypeStruct`s asks for."""
+    structure = _structure(like)
+    wanted: list[Wanted] = []
+    refused: list[tuple[str, str]] = []
+    for value, path, skippable in zip(
+        jax.tree_util.tree_leaves(like),
+        structure.paths,
+        structure.skippable,
+        strict=True,
+    ):
+        if skippable and callable(value):
+            wanted.append(Wanted(Leaf(path, "static")))
+            continue
+        try:
+            wanted.append(_wanted(path, value))
+        except _RefusedError as refusal:
+            refused.append((Leaf(path, "").name, str(refusal)))
+    if refused:
+        raise UnsupportedLeafError(tuple(refused))
+    return wanted
+
+
+def convert(value: Any, have: Leaf, want: Wanted) -> Any:
+    """Bring a loaded value into the wanted form; their kinds are known to fit.
+
+    Raises:
+        ValueError: If a Python number does not fit the wanted dtype exactly.
+    """
+    kind = want.leaf.kind
+    if 0 in have.shape:
+        value = _empty(have)
+    if have.kind == "bytes":
+        return np.asarray(value).tobytes()
+    if kind == "key":
+        return value if want.sharding is not None else _uncommitted_key(value)
+    if kind not in _ARRAYS:
+        if have.kind not in _ARRAYS and have.kind != "complex":
+            return value
+        return np.asarray(value).item()
+    dtype = jnp.dtype(want.leaf.dtype)
+    if have.kind not in _ARRAYS:
+        exact = np.asarray(value)
+        value = exact.astype(dtype)
+        same = value == exact or (value != value and exact != exact)
+        if not want.is_weak and not same:
+            raise ValueError(f"{exact.item()!r} does not fit {dtype} exactly")
+    elif value.dtype != dtype:
+        value = value.astype(dtype)
+    if kind == "numpy":
+        return np.asarray(value)
+    if kind == "numpy_scalar":
+        return np.asarray(value)[()]
+    if want.sharding is not None:
+        return jax.device_put(value, want.sharding)
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+# ---- structure ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Structure:
+    skeleton: Skeleton
+    paths: tuple[tuple[str, ...], ...]
+    skippable: tuple[bool, ...]
+
+
+def _structure(tree: PyTree) -> _Structure:
+    treedef = jax.tree_util.tree_structure(tree)
+    try:
+        known = _KNOWN.get(treedef)
+    except TypeError:  # static data that does not hash
+        return _walk(tree)
+    if known is None:
+        if len(_KNOWN) >= 64:
+            _KNOWN.clear()
+        known = _KNOWN[treedef] = _walk(tree)
+    return known
+
+
+_KNOWN: dict[jax.tree_util.PyTreeDef, _Structure] = {}
+
+
+def _walk(tree: PyTree) -> _Structure:
+    paths: list[tuple[str, ...]] = []
+    skippable: list[bool] = []
+    equinox = sys.modules.get("equinox")
+
+    def visit(node: PyTree, path: tuple[str, ...], in_equinox: bool) -> Skeleton:
+        if node is None:
+            return None
+        children, _ = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda child: child is not node
+        )
+        if len(children) == 1 and not children[0][0]:
+            paths.append(path)
+            skippable.append(in_equinox)
+            return len(paths) - 1
+        inside = in_equinox or (
+            equinox is not None and isinstance(node, equinox.Module)
+        )
+        keys = [_key(entries[0]) for entries, _ in children]
+        below = [
+            visit(child, (*path, str(key)), inside)
+            for key, (_, child) in zip(keys, children, strict=True)
+        ]
+        if type(node) in (list, tuple):
+            return {type(node).__name__: below}
+        return {"dict": [list(pair) for pair in zip(keys, below, strict=True)]}
+
+    skeleton = visit(tree, (), in_equinox=False)
+    return _Structure(skeleton, tuple(paths), tuple(skippable))
+
+
+def _key(entry: Any) -> str | int:
+    """Return the name of one entry of a key path; a number only if it was one."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            key = getattr(entry, attribute)
+            return key if type(key) is int else str(key)
+    return str(entry)
+
+
+def _fill(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
+    match skeleton:
+        case None:
+            return None
+        case int():
+            return values[skeleton]
+        case {"dict": pairs}:
+            return {key: _fill(child, values) for key, child in pairs}
+        case {"list": children}:
+            return [_fill(child, values) for child in children]
+        case {"tuple": children}:
+            return tuple(_fill(child, values) for child in children)
+        case _:
+            raise ValueError(f"no structure: {skeleton!r}")
+
+
+def _fill_plainly(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
+    match skeleton:
+        case None:
+            return None
+        case int():
+            return values[skeleton]
+        case {"dict": pairs}:
+            return {str(key): _fill_plainly(child, values) for key, child in pairs}
+        case {"list": children} | {"tuple": children}:
+            return [_fill_plainly(child, values) for child in children]
+        case _:
+            raise ValueError(f"no structure: {skeleton!r}")
+
+
+def _look_up(tree: PyTree, path: Iterable[str]) -> Any:
+    for name in path:
+        tree = tree[int(name)] if isinstance(tree, list | tuple) else tree[name]
+    return tree
+
+
+def _collisions(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Find leaves whose names Orbax, which joins them with dots, would confuse."""
+    seen: dict[str, tuple[str, ...]] = {}
+    refused: list[tuple[str, str]] = []
+    for path in paths:
+        other = seen.setdefault(".".join(path), path)
+        if other is not path:
+            refused.append(
+                (
+                    "/".join(path),
+                    f"is stored under the same name as {'/'.join(other)}; rename a key",
+                )
+            )
+    return refused
+
+
+# ---- leaves ---------------------------------------------------------------------------
+
+
+class _RefusedError(Exception):
+    """A leaf cannot be stored, for the reason given."""
+
+
+def _normal(
+    path: tuple[str, ...], value: Any, storable: Callable[[str], bool]
+) -> tuple[Leaf, Any]:
+    if isinstance(value, jax.core.Tracer):
+        raise _RefusedError("a value of a running trace, not known yet")
+    if isinstance(value, jax.Array):
+        if value.is_deleted():
+            raise _RefusedError("an array that was deleted (donated to a jitted call)")
+        leaf = _array_leaf(path, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise _RefusedError("a masked array; save its data and mask as two arrays")
+    elif isinstance(value, np.ndarray | np.generic):
+        kind = "numpy_scalar" if isinstance(value, np.generic) else "numpy"
+        value = np.array(value, dtype=value.dtype.newbyteorder("="))
+        leaf = Leaf(path, kind, str(value.dtype), value.shape)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _RefusedError("an integer of more than 64 bits")
+    elif isinstance(value, bytes):
+        return Leaf(path, "bytes", "uint8", (len(value),)), np.frombuffer(
+            value, np.uint8
+        )
+    elif isinstance(value, str):
+        return Leaf(path, "str"), str(value)
+    else:
+        for kind, name in _SCALARS.items():
+            if isinstance(value, kind):
+                stored = kind(value)
+                return Leaf(path, name), (
+                    np.asarray(stored) if name == "complex" else stored
+                )
+        raise _RefusedError(f"a {type(value).__module__}.{type(value).__qualname__}")
+    if leaf.kind != "key" and not storable(leaf.dtype):
+        raise _RefusedError(f"an array of dtype {leaf.dtype}")
+    return leaf, value
+
+
+def _array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        impl = "" if isinstance(value, jax.ShapeDtypeStruct) else _impl(value)
+        return Leaf(path, "key", str(value.dtype), tuple(value.shape), impl)
+    return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
+
+
+def _impl(key: jax.Array) -> str:
+    return str(jax.random.key_impl(key))
+
+
+def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return Wanted(
+            _array_leaf(path, value),
+            value.sharding,
+            is_weak=value.weak_type,
+        )
+    if isinstance(value, jax.core.Tracer):
+        raise _RefusedError("a value of a running trace")
+    if isinstance(value, jax.Array):
+        return Wanted(
+            _array_leaf(path, value),
+            value.sharding if value.committed else None,
+            is_weak=getattr(value, "weak_type", False),  # keys have none
+        )
+    leaf, _ = _normal(path, value, lambda dtype: True)
+    return Wanted(leaf)
+
+
+def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
+    """Say what was wanted, if the stored leaf cannot give it."""
+    leaf = want.leaf
+    if have is None:
+        return str(leaf)
+    if leaf.kind == "jax" and leaf.dtype != str(
+        jax.dtypes.canonicalize_dtype(leaf.dtype)
+    ):
+        return f"{leaf} (64 bits need jax_enable_x64)"
+    arrays = have.kind in _ARRAYS, leaf.kind in _ARRAYS
+    if all(arrays):
+        fits = have.shape == leaf.shape and (have.dtype == leaf.dtype or cast)
+    elif any(arrays):
+        array, scalar = (have, leaf) if arrays[0] else (leaf, have)
+        fits = array.shape == () and _is_of_kind(array.dtype, scalar.kind)
+    elif have.kind == leaf.kind == "key":
+        fits = have.shape == leaf.shape and have.dtype == leaf.dtype
+    else:
+        fits = have.kind == leaf.kind
+    return None if fits else str(leaf)
+
+
+def _is_of_kind(dtype: str, kind: str) -> bool:
+    families = {
+        "bool": jnp.bool_,
+        "int": jnp.integer,
+        "float": jnp.floating,
+        "complex": jnp.complexfloating,
+    }
+    return kind in families and jnp.issubdtype(jnp.dtype(dtype), families[kind])
+
+
+def _advice(differences: Sequence[LeafDifference], *, cast: bool) -> str:
+    if all("nothing" not in (each.stored, each.wanted) for each in differences):
+        pairs = [(each.stored, each.wanted) for each in differences]
+        if not cast and all(
+            have.partition("[")[2] == want.partition("[")[2] != ""
+            and "key" not in have + want
+            for have, want in pairs
+        ):
+            return "Pass a `like` of the stored dtypes, or cast=True to convert."
+        return "Pass a `like` of the stored shapes and dtypes; nothing is reshaped."
+    return (
+        "Pass a `like` with exactly the stored leaves, or none to get them as plain "
+        "containers; flaxckpt.load_weights loads the weights alone."
+    )
+
+
+def _empty(leaf: Leaf) -> Any:
+    if leaf.kind == "key":
+        return jax.random.split(jax.random.key(0, impl=leaf.impl), leaf.shape)
+    return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+
+
+@functools.lru_cache(maxsize=16)
+def key_dtype(impl: str) -> Any:
+    """Return the dtype of typed PRNG keys of an implementation."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+
+
+def _uncommitted_key(key: jax.Array) -> jax.Array:
+    data = np.asarray(jax.random.key_data(key))
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=_impl(key))

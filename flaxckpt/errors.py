@@ -1,0 +1,217 @@
+"""What can go wrong, as exceptions that say what to do next.
+
+```
+CheckpointError
+├── SettingError             a setting that cannot work            (ValueError)
+├── TemplateError            a filepath that cannot be filled in   (ValueError)
+├── MetricError              a monitored value that is no number   (ValueError)
+├── CheckpointPathError      a path that cannot hold a checkpoint  (ValueError)
+├── UnsupportedLeafError     a leaf that cannot be saved           (TypeError)
+├── CheckpointNotFoundError  nothing to load there                 (LookupError)
+├── CheckpointMismatchError  what is stored is not what `like` asks for
+│                                                                  (ValueError)
+├── CheckpointCorruptError   what is stored is damaged             (ValueError)
+└── CheckpointWriteError     a save that failed                    (RuntimeError)
+```
+
+Every one keeps its facts as attributes and pickles, so it can cross processes.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class CheckpointError(Exception):
+    """Base of all errors that flaxckpt raises on purpose."""
+
+
+class SettingError(CheckpointError, ValueError):
+    """A setting that cannot work, refused at construction.
+
+    Attributes:
+        name: The argument's name.
+        value: What was given.
+        advice: What would work.
+    """
+
+    def __init__(self, name: str, value: object, advice: str) -> None:
+        super().__init__(name, value, advice)
+        self.name, self.value, self.advice = name, value, advice
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r} cannot work: {self.advice}"
+
+
+class TemplateError(CheckpointError, ValueError):
+    """A filepath template that is malformed, or that cannot be filled in.
+
+    Attributes:
+        template: The whole template.
+        problem: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, template: str, problem: str) -> None:
+        super().__init__(template, problem)
+        self.template, self.problem = template, problem
+
+    def __str__(self) -> str:
+        return f"filepath {self.template!r}: {self.problem}"
+
+
+class MetricError(CheckpointError, ValueError):
+    """A monitored value that is not a number.
+
+    Attributes:
+        monitor: The key in `logs`.
+        problem: What was found there, and what to do.
+    """
+
+    def __init__(self, monitor: str, problem: str) -> None:
+        super().__init__(monitor, problem)
+        self.monitor, self.problem = monitor, problem
+
+    def __str__(self) -> str:
+        return f"logs[{self.monitor!r}] {self.problem}"
+
+
+class CheckpointPathError(CheckpointError, ValueError):
+    """A path at which no checkpoint can be written or listed.
+
+    Attributes:
+        path: The path at fault.
+        problem: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path!r} {self.problem}"
+
+
+class UnsupportedLeafError(CheckpointError, TypeError):
+    """A tree with leaves that cannot be saved; nothing was written.
+
+    Attributes:
+        leaves: Pairs of a leaf's path and what is wrong with it.
+    """
+
+    def __init__(self, leaves: tuple[tuple[str, str], ...]) -> None:
+        super().__init__(leaves)
+        self.leaves = leaves
+
+    def __str__(self) -> str:
+        lines = "".join(f"\n  {path}: {problem}" for path, problem in self.leaves)
+        return (
+            f"{_count(len(self.leaves), 'leaf', 'leaves')} of the tree cannot be "
+            f"saved:{lines}\n"
+            "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
+            "Python number, str or bytes. Leave the others out of `tree`."
+        )
+
+
+class CheckpointNotFoundError(CheckpointError, LookupError):
+    """No checkpoint where one was asked for.
+
+    Attributes:
+        path: Where it was looked for.
+        found: Names of the checkpoints that are in the directory around it.
+    """
+
+    def __init__(self, path: str, found: tuple[str, ...] = ()) -> None:
+        super().__init__(path, found)
+        self.path, self.found = path, found
+
+    def __str__(self) -> str:
+        there = ", ".join(self.found) or "none"
+        return (
+            f"No checkpoint at {self.path!r} (checkpoints beside it: {there}). "
+            "flaxckpt.list_checkpoints(directory) lists what can be loaded."
+        )
+
+
+class LeafDifference(NamedTuple):
+    """One leaf in which a checkpoint differs from what was asked for.
+
+    Attributes:
+        path: The leaf's path, such as `params/dense/kernel`.
+        stored: What the checkpoint has, such as `float32[2,3]`, or `nothing`.
+        wanted: What `like` asks for, likewise.
+    """
+
+    path: str
+    stored: str
+    wanted: str
+
+
+class CheckpointMismatchError(CheckpointError, ValueError):
+    """The checkpoint's leaves are not the wanted ones; nothing was loaded.
+
+    Attributes:
+        path: The checkpoint.
+        differences: Every leaf that differs, as `LeafDifference`.
+        advice: What to do about it.
+    """
+
+    def __init__(
+        self, path: str, differences: Iterable[LeafDifference], advice: str
+    ) -> None:
+        differences = tuple(LeafDifference(*each) for each in differences)
+        super().__init__(path, differences, advice)
+        self.path, self.differences, self.advice = path, differences, advice
+
+    def __str__(self) -> str:
+        lines = "".join(
+            f"\n  {each.path}: checkpoint has {each.stored}, wanted {each.wanted}"
+            for each in self.differences
+        )
+        return (
+            f"Checkpoint {self.path!r} differs from what was asked for in "
+            f"{_count(len(self.differences), 'leaf', 'leaves')}:{lines}\n{self.advice}"
+        )
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """A checkpoint that is damaged; nothing was loaded from it.
+
+    Attributes:
+        path: The checkpoint.
+        problem: What is damaged.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return (
+            f"Checkpoint {self.path!r} is damaged: {self.problem}. "
+            "Load another one; flaxckpt.list_checkpoints(directory) lists them."
+        )
+
+
+class CheckpointWriteError(CheckpointError, RuntimeError):
+    """A save that failed, raised at the next call after it.
+
+    Earlier checkpoints are untouched, and further saves are possible.
+
+    Attributes:
+        path: The checkpoint that was to be written.
+        cause: What failed.
+    """
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(path, cause)
+        self.path, self.cause = path, cause
+
+    def __str__(self) -> str:
+        return (
+            f"Saving {self.path!r} failed: {self.cause}. "
+            "No earlier checkpoint was touched; this one does not exist. "
+            "Training can go on and save again."
+        )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
