@@ -317,7 +317,7 @@ def improves(value, best, mode, min_delta, where):  # noqa: ANN001, ANN201  # an
 
     Any number is better than no best, which is NaN; NaN is never better.
     """
-    delta = value.dtype.type(min_delta)
+    delta = _flushed(value.dtype.type(min_delta), _pick)
     if mode == "min":
         better = value < _flushed(best - delta, where)
     else:
@@ -442,4 +442,4 @@ def _outside() -> int:
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals["__name__"].startswith("flaxckpt"):
         level, frame = level + 1, frame.f_back
-    return level - 1
+    return level

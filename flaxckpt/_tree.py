@@ -89,7 +89,8 @@ class Layout:
             value if leaf.in_orbax else None
             for leaf, value in zip(self.leaves, values, strict=True)
         ]
-        return _fill_plainly(self.skeleton, held) or {"empty": None}
+        tree = _fill_plainly(self.skeleton, held)
+        return {"empty": None} if tree is None or (type(tree) in (dict, list) and not tree) else tree
 
     def pick(self, orbax_tree: PyTree) -> list[Any]:
         """Return the leaves of what Orbax loaded; None for those it does not hold."""
@@ -470,7 +471,7 @@ def _normal(
                 return Leaf(path, name), (
                     np.asarray(stored) if name == "complex" else stored
                 )
-        raise _RefusedError(f"a {type(value).__module__}.{type(value).__qualname__}")
+        raise _RefusedError(f"an object of type {type(value).__qualname__}")
     if leaf.kind != "key" and not storable(leaf.dtype):
         raise _RefusedError(f"an array of dtype {leaf.dtype}")
     return leaf, value

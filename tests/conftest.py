@@ -1,0 +1,26 @@
+"""Eight CPU devices, strict promotion, and a Hypothesis profile, for all tests."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["KERAS_BACKEND"] = "jax"
+
+import absl.logging  # noqa: E402
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it also raises
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile(
+    "flaxckpt",
+    deadline=None,  # the first example compiles
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("flaxckpt")

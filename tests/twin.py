@@ -1,0 +1,73 @@
+"""`step` in plain Python, written to be read: what the tests hold it to."""
+
+import math
+
+import numpy as np
+
+
+class Twin:
+    """The decision, with branches and mutation."""
+
+    def __init__(
+        self,
+        monitor,
+        mode,
+        save_best_only,
+        save_freq,
+        initial_value_threshold,
+        min_delta,
+        dtype=np.float32,
+    ):
+        self.monitor, self.mode = monitor, mode
+        self.save_best_only, self.save_freq = save_best_only, save_freq
+        self.dtype = dtype
+        self.delta = self.rounded(min_delta)
+        self.best = None
+        if initial_value_threshold is not None:
+            self.best = self.rounded(initial_value_threshold)
+        self.seen, self.last = 0, None
+
+    def rounded(self, value):
+        """Round to the dtype of the comparison, without numbers below the normal."""
+        with np.errstate(all="ignore"):
+            value = self.dtype(value)
+        return self.dtype(0) if abs(value) < np.finfo(self.dtype).tiny else value
+
+    def is_due(self, epoch, batch):
+        if self.save_freq == "epoch":
+            return batch is None
+        if batch is None:
+            return False
+        if self.last is None or epoch != self.last[0] or batch <= self.last[1]:
+            self.seen += batch + 1
+        else:
+            self.seen += batch - self.last[1]
+        self.last = epoch, batch
+        due = self.seen >= self.save_freq
+        if due:
+            self.seen %= self.save_freq
+        return due
+
+    def improves(self, value):
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        with np.errstate(all="ignore"):
+            if self.mode == "min":
+                return value < self.rounded(self.best - self.delta)
+            return value > self.rounded(self.best + self.delta)
+
+    def step(self, logs, epoch, batch):
+        if not self.is_due(epoch, batch):
+            return False
+        if not self.save_best_only:
+            return True
+        value = logs.get(self.monitor)
+        if value is None:
+            return False
+        value = self.rounded(value)
+        if not self.improves(value):
+            return False
+        self.best = value
+        return True
