@@ -1,4 +1,4 @@
-"""Model checkpoints for JAX training loops: decide inside `jit`, save in the background.
+"""Model checkpoints for JAX training loops: decide in `jit`, save in the background.
 
 `CheckpointState` and `step` are the decision: pure, and no more than JAX is loaded for
 them. `ModelCheckpoint` saves and restores, with Orbax, which is loaded when it is first

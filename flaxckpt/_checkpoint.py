@@ -14,11 +14,12 @@ from typing import Any, Never, Self, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from flaxckpt import _store
 from flaxckpt._record import (
     CheckpointInfo,
-    list_series,
+    list_below,
     plain_scalars,
     read_record,
 )
@@ -186,7 +187,7 @@ class ModelCheckpoint:
         self._writer = Writer()
         _store.check_root(self._root)
 
-    # ---- the loop ---------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------
 
     def init(self) -> CheckpointState:
         """Return the decision state of a run that has seen nothing yet."""
@@ -308,13 +309,14 @@ class ModelCheckpoint:
                 f"While another error ended the loop: {failure}", stacklevel=2
             )
 
-    # ---- what there is ----------------------------------------------------------------
+    # ---- what there is ---------------------------------------------------------------
 
     @property
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints of this filepath that are on disk, oldest first."""
         template = self._template
-        return list_series(template.root, template.name, template.depth)
+        found = list_below(template.root, template.depth)
+        return tuple(info for info in found if info.series == template.name)
 
     @property
     def latest(self) -> CheckpointInfo | None:
@@ -369,11 +371,12 @@ class ModelCheckpoint:
             tree = _store.load(path, like, cast=cast)
             return self._restored(tree, path, read_record(path))
         if info is None:
+            self._warn_of_others()
             return None
         tree = _store.load(info.path, like, cast=cast)
         return self._restored(tree, info.path, info)
 
-    # ---- how --------------------------------------------------------------------------
+    # ---- how -------------------------------------------------------------------------
 
     def _need_mode(self) -> None:
         if self._mode == "auto":
@@ -463,9 +466,11 @@ class ModelCheckpoint:
     def _step(self, epoch: int, state: CheckpointState | None) -> int:
         if state is None or state.save_freq == "epoch":
             return epoch + 1
-        return int(state.batches)
+        return int(np.asarray(state.batches))
 
-    def _restored(self, tree: PyTree, path: Path, info: CheckpointInfo | None) -> Restored:
+    def _restored(
+        self, tree: PyTree, path: Path, info: CheckpointInfo | None
+    ) -> Restored:
         if info is None:  # plain Orbax's
             return Restored(
                 tree=tree, state=self.init(), epoch=None, batch=None, logs={}, path=path
@@ -482,15 +487,31 @@ class ModelCheckpoint:
             path=path,
         )
 
+    def _warn_of_others(self) -> None:
+        """Warn if nothing was found for the reason that the filepath was changed."""
+        template = self._template
+        others = [
+            info.path.name
+            for info in list_below(template.root, template.depth)
+            if info.series != template.name
+        ]
+        if others and not self.checkpoints:
+            warnings.warn(
+                f"No checkpoint of {template.root!r}/{template.name!r} to restore, but "
+                f"there are checkpoints of other filepaths: {', '.join(others)}. "
+                "Restore one of those by its path, as in restore(which=path).",
+                stacklevel=3,
+            )
+
     def _news(
         self, state: CheckpointState, before: Any, logs: Logs, epoch: int, *, save: bool
     ) -> str:
         """Say how a decision went, as Keras does; return what a save adds to."""
         if not (self._verbose and state.save_best_only):
             return ""
-        old = "None" if np.isnan(before) else f"{float(before):.5f}"
+        old = "None" if np.isnan(before) else f"{np.asarray(before):.5f}"
         if save:
-            best = f"{float(state.best):.5f}"
+            best = f"{np.asarray(state.best):.5f}"
             return f"{state.monitor} improved from {old} to {best}, "
         if logs.get(state.monitor) is not None:
             self._tell(f"Epoch {epoch + 1}: {state.monitor} did not improve from {old}")
@@ -498,12 +519,12 @@ class ModelCheckpoint:
 
     def _tell(self, message: str) -> None:
         if self._verbose:
-            print(message, flush=True)  # noqa: T201  # what verbose=1 is for
+            print(message, flush=True)
 
 
 def _refuse_traced(*values: PyTree) -> None:
     """Raise if any value is that of a running trace."""
-    if any(isinstance(each, jax.core.Tracer) for each in jax.tree.leaves(values)):
+    if any(isinstance(each, Tracer) for each in jax.tree.leaves(values)):
         raise CheckpointError(
             "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
             "vmap...), where there is nothing to save yet. Decide there with "
@@ -530,12 +551,16 @@ def _now_after(infos: Sequence[CheckpointInfo]) -> datetime.datetime:
     So the order of saves survives a clock that was set back.
     """
     now = datetime.datetime.now(datetime.UTC)
-    return max([now, *(info.time + datetime.timedelta(microseconds=1) for info in infos)])
+    return max(
+        [now, *(info.time + datetime.timedelta(microseconds=1) for info in infos)]
+    )
 
 
 def _unknown_argument(*names: str) -> str:
     known = list(inspect.signature(ModelCheckpoint).parameters)[:-1]
     name = names[0]
-    meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known)), "")
+    meant = _ELSEWHERE.get(name) or next(
+        iter(difflib.get_close_matches(name, known)), ""
+    )
     hint = f"Did you mean {meant!r}?" if meant else f"It takes {', '.join(known)}."
     return f"ModelCheckpoint got an unknown argument {name!r}. {hint}"

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def staging(root: Path) -> Iterator[Path]:
+def staging(root: Path) -> Generator[Path]:
     """Make a directory below `root` to write in, and take it away afterwards."""
     path = root / f"{STAGING_PREFIX}{uuid.uuid4().hex[:12]}"
     path.mkdir(parents=True)

@@ -156,10 +156,9 @@ def list_checkpoints(
     return _sorted(_find(directory, depth=None))
 
 
-def list_series(root: str, series: str, depth: int) -> tuple[CheckpointInfo, ...]:
-    """List one series of checkpoints, `depth` directories below `root`, oldest first."""
-    found = _find(Path(root), depth)
-    return _sorted(info for info in found if info.series == series)
+def list_below(root: str, depth: int) -> tuple[CheckpointInfo, ...]:
+    """List the checkpoints exactly `depth` directories below `root`, oldest first."""
+    return _sorted(_find(Path(root), depth))
 
 
 def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -92,11 +92,18 @@ def expired(
         Those that the policy does not keep; never the newest, never the best.
 
     Raises:
-        SettingError: If the policy does not answer with one bool for each.
+        SettingError: If the policy raises, or does not answer with one bool for each.
     """
     if policy is None or not infos:
         return ()
-    keep = list(policy.should_preserve(infos, context=None))
+    try:
+        keep = list(policy.should_preserve(infos, context=None))
+    except Exception as error:
+        raise SettingError(
+            "preserve",
+            policy,
+            f"it raised {type(error).__name__}: {error}. Nothing was deleted.",
+        ) from error
     if len(keep) != len(infos):
         raise SettingError(
             "preserve",

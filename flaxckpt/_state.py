@@ -15,17 +15,24 @@ import operator
 import sys
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flaxckpt._direction import direction
 from flaxckpt.errors import MetricError, SettingError
 
+Scalar: TypeAlias = jax.typing.ArrayLike
+"""A Python number, or a numpy or JAX array of shape ()."""
+Where: TypeAlias = Callable[[Any, Any, Any], Any]
+
 _INT32_MAX = 2**31 - 1
+_LARGEST = 2**30  # of what is counted: the sum of two is an int32 still
 _HOST_INTS = frozenset((int, np.int32, np.int64))
 _COUNTERS = ("seen", "batches", "last_epoch", "last_batch")
 _SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
@@ -48,11 +55,10 @@ class _Once:
         return "..."
 
 
-def _static(**kwargs):  # noqa: ANN003, ANN202  # dataclass field, typed by its use
-    return field(metadata={"static": True}, **kwargs)
+_STATIC = {"static": True}
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_dataclass  # pyright: ignore[reportUntypedClassDecorator]
 @typing.no_type_check  # unflattening passes specs, shardings and batched leaves too
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
@@ -77,17 +83,17 @@ class CheckpointState:
         min_delta: By more than how much an improvement must improve.
     """
 
-    best: jax.typing.ArrayLike
-    seen: jax.typing.ArrayLike
-    batches: jax.typing.ArrayLike
-    last_epoch: jax.typing.ArrayLike
-    last_batch: jax.typing.ArrayLike
-    monitor: str = _static()
-    mode: str = _static()
-    save_best_only: bool = _static()
-    save_freq: str | int = _static()
-    min_delta: float = _static()
-    _warned: _Once = _static(default_factory=_Once, repr=False)
+    best: Scalar
+    seen: Scalar
+    batches: Scalar
+    last_epoch: Scalar
+    last_batch: Scalar
+    monitor: str = field(metadata=_STATIC)
+    mode: str = field(metadata=_STATIC)
+    save_best_only: bool = field(metadata=_STATIC)
+    save_freq: str | int = field(metadata=_STATIC)
+    min_delta: float = field(metadata=_STATIC)
+    _warned: _Once = field(metadata=_STATIC, default_factory=_Once, repr=False)
 
     @classmethod
     def create(
@@ -164,10 +170,10 @@ class CheckpointState:
 
 def step(
     state: CheckpointState,
-    logs: Mapping[str, jax.typing.ArrayLike] | None,
-    epoch: jax.typing.ArrayLike,
-    batch: jax.typing.ArrayLike | None = None,
-) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    logs: Mapping[str, Scalar] | None,
+    epoch: Scalar,
+    batch: Scalar | None = None,
+) -> tuple[CheckpointState, Scalar]:
     """Decide whether to save now.
 
     Pure, and the same under any transformation. Where all that is looked at are Python
@@ -204,9 +210,9 @@ def step(
 
 def tick(
     state: CheckpointState,
-    epoch: jax.typing.ArrayLike,
-    batch: jax.typing.ArrayLike | None,
-) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    epoch: Any,
+    batch: Any,
+) -> tuple[CheckpointState, Any]:
     """Count, and tell whether a check is due: the half of `step` that needs no metric.
 
     The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, but that a due
@@ -219,8 +225,9 @@ def tick(
     epoch, batch = _index("epoch", epoch), _index("batch", batch)
     counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
     on_host = _HOST_INTS.issuperset(map(type, (epoch, batch, *counters)))
-    where, int32 = (_pick, np.int32) if on_host else (jnp.where, _to_int32)
-    as_int = int if on_host else int32
+    where: Where = _pick if on_host else jnp.where
+    int32: Any = np.int32 if on_host else _to_int32
+    as_int: Any = int if on_host else int32
     seen, batches, last_epoch, last_batch = map(as_int, counters)
     epoch, batch = as_int(epoch), as_int(batch)
 
@@ -240,42 +247,48 @@ def tick(
 
 def judge(
     state: CheckpointState,
-    logs: Mapping[str, jax.typing.ArrayLike] | None,
-    due: jax.typing.ArrayLike,
-) -> tuple[CheckpointState, jax.typing.ArrayLike]:
+    logs: Mapping[str, Any] | None,
+    due: Any,
+) -> tuple[CheckpointState, Any]:
     """Compare, where a check is due: the half of `step` that needs the metric."""
     traced = isinstance(due, jax.Array)
     if not state.save_best_only or not (traced or due):
         return state, due
     value = (logs or {}).get(state.monitor)
     if value is None:
-        _warn_missing(state, logs)
+        if isinstance(due, Tracer) or due:
+            _warn_missing(state, logs)
         return state, np.False_
-    dtype = np.dtype(state.best.dtype)
-    value = monitored(state.monitor, value)
-    if traced or any(isinstance(x, jax.Array) for x in (value, state.best)):
+    value, best = monitored(state.monitor, value), _array(state.best)
+    dtype = np.dtype(best.dtype)
+    if traced or any(isinstance(x, jax.Array) for x in (value, best)):
         where = jnp.where
         value = _flushed(jnp.asarray(value).astype(dtype), where)
-        save = due & improves(value, state.best, state.mode, state.min_delta, where)
+        save = due & improves(value, best, state.mode, state.min_delta, where)
     else:
         where = _pick
         with np.errstate(all="ignore"):
             value = _flushed(dtype.type(value), where)
-            save = improves(value, state.best, state.mode, state.min_delta, where)
-    return _moved(state, best=where(save, value, state.best)), save
+            save = improves(value, best, state.mode, state.min_delta, where)
+    return _moved(state, best=where(save, value, best)), save
 
 
-def plain_state(state: CheckpointState) -> dict[str, typing.Any]:
-    """Return a state's fields as plain values. Waits for leaves on devices."""
+def plain_state(state: CheckpointState) -> dict[str, Any]:
+    """Return a state's fields as plain values; a best of None is none.
+
+    Waits for leaves on devices.
+    """
     plain = {name: getattr(state, name) for name in _SETTINGS}
-    return plain | {
-        name: np.asarray(getattr(state, name)).item() for name in ("best", *_COUNTERS)
-    }
+    for name in _COUNTERS:
+        plain[name] = np.asarray(getattr(state, name)).item()
+    best = np.asarray(state.best).item()
+    plain["best"] = None if math.isnan(best) else best
+    return plain
 
 
 def resumed(
     fresh: CheckpointState,
-    stored: Mapping[str, typing.Any] | None,
+    stored: Mapping[str, Any] | None,
     durable: float | None,
 ) -> CheckpointState:
     """Return the state to go on with from a checkpoint.
@@ -295,24 +308,24 @@ def resumed(
         state = _moved(state, **{name: np.int32(stored[name]) for name in _COUNTERS})
     if not state.save_best_only:
         return state
-    dtype = state.best.dtype
-    worse = max if state.mode == "min" else min
-    better = min if state.mode == "min" else max
-    known = [float(fresh.best)] + ([] if durable is None else [durable])
-    known = [float(dtype.type(value)) for value in known if not math.isnan(value)]
+    as_best = _array(state.best).dtype.type
+    better, worse = (min, max) if state.mode == "min" else (max, min)
+    threshold = None if np.isnan(fresh.best) else fresh.best
+    on_disk = [as_best(value) for value in (threshold, durable) if value is not None]
     if stored is None or any(
         stored[name] != getattr(state, name)
         for name in ("monitor", "mode", "save_best_only")
     ):
-        best = better(known, default=math.nan)
-    elif known and not math.isnan(stored["best"]):
-        best = worse(stored["best"], better(known))
+        best = better(on_disk) if on_disk else fresh.best
+    elif stored["best"] is None:
+        best = fresh.best
     else:
-        best = float(fresh.best) if math.isnan(stored["best"]) else stored["best"]
-    return _moved(state, best=dtype.type(best))
+        best = as_best(stored["best"])
+        best = worse(best, better(on_disk)) if on_disk else best
+    return _moved(state, best=best)
 
 
-def improves(value, best, mode, min_delta, where):  # noqa: ANN001, ANN201  # any array
+def improves(value: Any, best: Any, mode: str, min_delta: float, where: Where) -> Any:
     """Tell whether `value` is better than `best` by more than `min_delta`.
 
     Any number is better than no best, which is NaN; NaN is never better.
@@ -325,7 +338,7 @@ def improves(value, best, mode, min_delta, where):  # noqa: ANN001, ANN201  # an
     return better | ((best != best) & (value == value))
 
 
-def monitored(monitor: str, value: object) -> jax.typing.ArrayLike:
+def monitored(monitor: str, value: Any) -> Any:
     """Check that a monitored value is a real scalar, without waiting for it.
 
     Returns:
@@ -359,7 +372,7 @@ def _check_settings(
     monitor: str,
     mode: str,
     save_best_only: bool,
-    save_freq: str | int,
+    save_freq: Any,
     min_delta: float,
 ) -> None:
     if not isinstance(monitor, str) or not monitor:
@@ -371,7 +384,7 @@ def _check_settings(
     if save_freq != "epoch" and (
         isinstance(save_freq, bool)
         or not isinstance(save_freq, numbers.Integral)
-        or not 1 <= save_freq <= _INT32_MAX
+        or not 1 <= int(save_freq) <= _LARGEST
     ):
         raise SettingError(
             "save_freq",
@@ -382,20 +395,20 @@ def _check_settings(
         raise SettingError("min_delta", min_delta, "pass a number of at least 0.")
 
 
-def _is_real(value: object) -> bool:
+def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _moved(state: CheckpointState, **leaves: jax.typing.ArrayLike) -> CheckpointState:
-    """Return the state with new leaves: `dataclasses.replace`, at a fifth of its time."""
+def _moved(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
+    """Return the state with new leaves: `dataclasses.replace`, five times as fast."""
     moved = object.__new__(CheckpointState)
     moved.__dict__.update(state.__dict__, **leaves)
     return moved
 
 
-def _index(name: str, value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+def _index(name: str, value: Any) -> Any:
     """Check that epoch or batch is a zero-based integer, as far as is known now."""
-    if type(value) is int and 0 <= value <= _INT32_MAX:
+    if type(value) is int and 0 <= value < _LARGEST:
         return value
     if isinstance(value, jax.Array):
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
@@ -406,20 +419,28 @@ def _index(name: str, value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         except TypeError:
             pass
         else:
-            if 0 <= value <= _INT32_MAX:
+            if 0 <= value < _LARGEST:
                 return value
-    raise SettingError(name, value, "pass a zero-based integer, as a scalar.")
+    raise SettingError(
+        name, value, "pass a zero-based integer below 2**30, as a scalar."
+    )
 
 
-def _to_int32(value: jax.typing.ArrayLike) -> jax.Array:
+def _array(leaf: Scalar) -> Any:
+    """Return a leaf of the state, typed as what it is: an array or numpy scalar."""
+    return leaf
+
+
+def _to_int32(value: Any) -> jax.Array:
     return jnp.asarray(value).astype(jnp.int32)
 
 
-def _pick(condition, true, false):  # noqa: ANN001, ANN202  # as numpy.where, for one
+def _pick(condition: Any, true: Any, false: Any) -> Any:
+    """Choose as `numpy.where` does, one value, a hundred times faster."""
     return true if condition else false
 
 
-def _flushed(value, where):  # noqa: ANN001, ANN202  # any floating scalar
+def _flushed(value: Any, where: Where) -> Any:
     """Return zero for a number below the smallest normal one, as XLA may see it."""
     tiny = jnp.finfo(value.dtype).tiny
     return where(abs(value) < tiny, value.dtype.type(0), value)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1
 
 from flaxckpt import _commit, _tree
 from flaxckpt._record import (
@@ -39,7 +39,8 @@ from flaxckpt.errors import (
     LeafDifference,
 )
 
-_NOT_A_CHECKPOINT = "is there and is no checkpoint"
+# Orbax types its paths as a class of its own, and takes any.
+ocp: Any = v1
 
 
 @cache
@@ -60,21 +61,21 @@ def check_target(path: Path, root: Path) -> None:
             written to.
     """
     check_root(root)
-    for parent in (path, *path.parents):
-        if parent.is_dir():
-            break
+    parent = path
+    while not parent.is_dir():
         if os.path.lexists(parent):
             raise CheckpointPathError(
                 str(parent),
                 "is a file, and a checkpoint is a directory. Remove the file, or choose"
                 " another filepath.",
             )
+        parent = parent.parent
     if parent == path:
         if not is_checkpoint(path) and any(path.iterdir()):
             raise CheckpointPathError(
                 str(path),
-                f"{_NOT_A_CHECKPOINT}: it would be replaced. Give the checkpoints names "
-                'in it, as in filepath="directory/{epoch:02d}".',
+                "is there and is no checkpoint: it would be replaced. Give the "
+                'checkpoints names in it, as in filepath="directory/{epoch:02d}".',
             )
         parent = path.parent
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -107,7 +108,11 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def write(
-    info: CheckpointInfo, root: Path, layout: Layout, leaves: list[Any], weights: Skeleton
+    info: CheckpointInfo,
+    root: Path,
+    layout: Layout,
+    leaves: list[Any],
+    weights: Skeleton,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
@@ -166,7 +171,11 @@ def load(
         UnsupportedLeafError: If `like` has leaves that are no values.
 
     Example:
-        >>> tree = load("runs/best", like=jax.eval_shape(init))  # doctest: +SKIP
+        >>> import flaxckpt
+        >>> with flaxckpt.ModelCheckpoint("runs/{epoch}") as ckpt:
+        ...     path = ckpt.save({"w": np.arange(3), "b": (1, 2)}, epoch=0)
+        >>> flaxckpt.load(path)
+        {'b': (1, 2), 'w': array([0, 1, 2])}
     """
     path = _found(path)
     layout, _ = _read_table(path)
@@ -268,8 +277,11 @@ def _read(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> list[Any]
 
 
 def _abstract(leaf: Leaf, want: Wanted) -> Any:
-    """Describe to Orbax how to restore a leaf: in its own dtype, for Orbax would cast
-    without a word, and as a host array where that is to come or to be converted."""
+    """Describe to Orbax how to restore a leaf.
+
+    In the stored dtype, for Orbax would cast without a word, and on the host where it
+    is to stay there, to be converted, or to be placed without being committed.
+    """
     match leaf.kind:
         case "bool" | "int" | "float" | "str":
             return {"bool": False, "int": 0, "float": 0.0, "str": ""}[leaf.kind]
@@ -280,6 +292,8 @@ def _abstract(leaf: Leaf, want: Wanted) -> Any:
             return jax.ShapeDtypeStruct(
                 leaf.shape, _tree.key_dtype(leaf.impl), sharding=sharding
             )
+        case _:
+            pass
     dtype = "complex128" if leaf.kind == "complex" else leaf.dtype
     if want.sharding is not None and dtype == want.leaf.dtype:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=want.sharding)
@@ -318,11 +332,11 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     try:
         fields = json.loads((path / LEAVES_FILE).read_text(encoding="utf-8"))
         layout, weights = Layout.from_json(fields), fields["weights"]
-        return layout, layout.skeleton if weights == "all" else weights
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             str(path), f"its table of leaves does not parse ({_cause(error)})"
         ) from error
+    return layout, layout.skeleton if weights == "all" else weights
 
 
 def _found(path: str | os.PathLike[str]) -> Path:
@@ -338,13 +352,13 @@ def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-def _context() -> ocp.Context:
+def _context() -> v1.Context:
     """Return Orbax's settings for all that is written and read here.
 
     Its sharding file stays on: without it, plain `ocp.load(path)` finds no place for
     the arrays.
     """
-    return ocp.Context()
+    return v1.Context()
 
 
 def _cause(error: BaseException) -> str:

@@ -91,7 +91,9 @@ class Template:
             TemplateError: If a field has no value, a value does not fit its format
                 spec, or the result would leave `root`.
         """
-        values = {key: value for key, value in (logs or {}).items() if value is not None}
+        values = {
+            key: value for key, value in (logs or {}).items() if value is not None
+        }
         values["epoch"] = epoch + 1
         values.pop("batch", None)
         if batch is not None:
@@ -185,8 +187,8 @@ def _fields(whole: str, text: str) -> Iterator[str]:
         if conversion not in (None, "r", "s", "a") or not _shows_something(spec or ""):
             raise TemplateError(
                 whole,
-                f"field {{{field}}} has a conversion or format spec that Python does not"
-                " know. See the format specification of Python's `str.format`.",
+                f"field {{{field}}} has a conversion or format spec that Python does "
+                "not know. See the format specification of Python's `str.format`.",
             )
         yield field
         yield from _fields(whole, spec or "")
@@ -208,7 +210,9 @@ def _shows_something(spec: str) -> bool:
 def _outline(name: str) -> str:
     """Return a template's literal text, with one letter for each field."""
     parsed = string.Formatter().parse(name)
-    return "".join(text + ("x" if field is not None else "") for text, field, *_ in parsed)
+    return "".join(
+        text + ("x" if field is not None else "") for text, field, *_ in parsed
+    )
 
 
 def _first_field(text: str) -> int:

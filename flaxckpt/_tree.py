@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flaxckpt.errors import (
     CheckpointMismatchError,
@@ -28,7 +29,12 @@ Skeleton: TypeAlias = Any
 {"list": [child, ...]} and {"tuple": [child, ...]}."""
 
 _ARRAYS = ("jax", "numpy", "numpy_scalar")
-_SCALARS = {bool: "bool", int: "int", float: "float", complex: "complex"}
+_SCALARS: dict[Any, str] = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    complex: "complex",
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,11 @@ class Layout:
             for leaf, value in zip(self.leaves, values, strict=True)
         ]
         tree = _fill_plainly(self.skeleton, held)
-        return {"empty": None} if tree is None or (type(tree) in (dict, list) and not tree) else tree
+        return (
+            {"empty": None}
+            if tree is None or (type(tree) in (dict, list) and not tree)
+            else tree
+        )
 
     def pick(self, orbax_tree: PyTree) -> list[Any]:
         """Return the leaves of what Orbax loaded; None for those it does not hold."""
@@ -117,8 +127,12 @@ class Layout:
                     sources.append(node)
                     return len(leaves) - 1
                 case {"dict": pairs}:
-                    below = [[key, visit(each, (*path, str(key)))] for key, each in pairs]
+                    below = [
+                        [key, visit(each, (*path, str(key)))] for key, each in pairs
+                    ]
                     return {"dict": below}
+                case _:
+                    pass
             ((kind, children),) = node.items()
             return {kind: [visit(e, (*path, str(i))) for i, e in enumerate(children)]}
 
@@ -254,7 +268,9 @@ def match(
         if leaf.kind != "static":
             differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
     if differences:
-        raise CheckpointMismatchError(path, differences, _advice(differences, cast=cast))
+        raise CheckpointMismatchError(
+            path, differences, _advice(differences, cast=cast)
+        )
     return found
 
 
@@ -316,7 +332,7 @@ def convert(value: Any, have: Leaf, want: Wanted) -> Any:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
-# ---- structure ------------------------------------------------------------------------
+# ---- structure -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -339,7 +355,7 @@ def _structure(tree: PyTree) -> _Structure:
     return known
 
 
-_KNOWN: dict[jax.tree_util.PyTreeDef, _Structure] = {}
+_KNOWN: dict[Any, _Structure] = {}
 
 
 def _walk(tree: PyTree) -> _Structure:
@@ -434,7 +450,7 @@ def _collisions(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
     return refused
 
 
-# ---- leaves ---------------------------------------------------------------------------
+# ---- leaves --------------------------------------------------------------------------
 
 
 class _RefusedError(Exception):
@@ -444,7 +460,7 @@ class _RefusedError(Exception):
 def _normal(
     path: tuple[str, ...], value: Any, storable: Callable[[str], bool]
 ) -> tuple[Leaf, Any]:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise _RefusedError("a value of a running trace, not known yet")
     if isinstance(value, jax.Array):
         if value.is_deleted():
@@ -495,7 +511,7 @@ def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
             value.sharding,
             is_weak=value.weak_type,
         )
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise _RefusedError("a value of a running trace")
     if isinstance(value, jax.Array):
         return Wanted(
@@ -526,7 +542,14 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
         fits = have.shape == leaf.shape and have.dtype == leaf.dtype
     else:
         fits = have.kind == leaf.kind
-    return None if fits else str(leaf)
+    if not fits:
+        return str(leaf)
+    if want.sharding is not None:
+        try:
+            want.sharding.shard_shape(have.shape)
+        except ValueError:
+            return f"{leaf} in shards of {want.sharding}, which do not divide it"
+    return None
 
 
 def _is_of_kind(dtype: str, kind: str) -> bool:

@@ -49,18 +49,21 @@ def default_weights(tree: PyTree) -> PyTree:
             if picked:
                 return picked
         elif type(tree) in (tuple, list):
-            states = [_nnx_weights(nnx, each) for each in tree if isinstance(each, nodes)]
+            states = [
+                _nnx_weights(nnx, each) for each in tree if isinstance(each, nodes)
+            ]
             states = [state for state in states if state]
             if states:
                 return states[0] if len(states) == 1 else tuple(states)
     fields = _fields(tree)
-    if "params" not in fields or (isinstance(tree, Mapping) and "opt_state" not in tree):
+    if "params" not in fields or (
+        isinstance(tree, Mapping) and "opt_state" not in tree
+    ):
         return tree
     return {
         name: value
         for name, value in fields.items()
-        if name == "params"
-        or (isinstance(value, Mapping) and name not in _NOT_WEIGHTS)
+        if name == "params" or (isinstance(value, Mapping) and name not in _NOT_WEIGHTS)
     }
 
 
@@ -93,7 +96,9 @@ def plain_weights(layout: Layout) -> Skeleton:
             [name, child]
             for name, child in children.items()
             if name == "params"
-            or (isinstance(child, dict) and "dict" in child and name not in _NOT_WEIGHTS)
+            or (
+                isinstance(child, dict) and "dict" in child and name not in _NOT_WEIGHTS
+            )
         ]
     }
 
@@ -109,8 +114,10 @@ def _fields(tree: PyTree) -> dict[str, Any]:
     children, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda child: child is not tree
     )
-    names = [getattr(key[0], "name", getattr(key[0], "key", None)) if key else None
-             for key, _ in children]
+    names = [
+        getattr(key[0], "name", getattr(key[0], "key", None)) if key else None
+        for key, _ in children
+    ]
     return {
         name: child
         for name, (_, child) in zip(names, children, strict=True)
@@ -123,7 +130,9 @@ def _renumbered(skeleton: Skeleton, indices: list[int | None]) -> Skeleton:
         case int():
             return indices[skeleton]
         case {"dict": pairs}:
-            return {"dict": [[key, _renumbered(child, indices)] for key, child in pairs]}
+            return {
+                "dict": [[key, _renumbered(child, indices)] for key, child in pairs]
+            }
         case {"list": children}:
             return {"list": [_renumbered(child, indices) for child in children]}
         case {"tuple": children}:

@@ -7,9 +7,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["KERAS_BACKEND"] = "jax"
 
-import absl.logging  # noqa: E402
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
+import absl.logging
+import hypothesis
+import jax
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it also raises
 jax.config.update("jax_numpy_dtype_promotion", "strict")

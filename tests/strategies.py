@@ -8,12 +8,16 @@ TINY = float(np.finfo(np.float32).tiny)
 SPECIAL = (0.0, -0.0, 0.5, -0.5, np.inf, -np.inf, np.nan, TINY, TINY / 2, -TINY / 4)
 metrics = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32))
 numbers = st.one_of(
-    st.sampled_from([x for x in SPECIAL if x == x]), st.floats(width=32, allow_nan=False)
+    st.sampled_from([x for x in SPECIAL if x == x]),
+    st.floats(width=32, allow_nan=False),
 )
 
 
+freqs = st.one_of(st.just("epoch"), st.integers(1, 7))
+
+
 @st.composite
-def settings(draw, save_freq=st.one_of(st.just("epoch"), st.integers(1, 7))):
+def settings(draw, save_freq=freqs):
     """Draw the arguments of `CheckpointState.create`."""
     return {
         "monitor": "score",

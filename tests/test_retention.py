@@ -93,7 +93,9 @@ def test_nan_and_what_is_no_number_is_never_the_best():
 losses = st.one_of(st.none(), st.floats(), st.sampled_from([0.5, 1.0]))
 
 
-@given(st.lists(losses, max_size=12), st.integers(1, 4), st.sampled_from(["min", "max"]))
+@given(
+    st.lists(losses, max_size=12), st.integers(1, 4), st.sampled_from(["min", "max"])
+)
 def test_retention_is_idempotent_and_keeps_newest_and_best(values, n, mode):
     infos = [info(step, value) for step, value in enumerate(values, start=1)]
     best = best_of(infos, "loss", mode)

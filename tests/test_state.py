@@ -202,10 +202,14 @@ def test_settings_that_cannot_work(settings, message):
 
 
 @pytest.mark.parametrize("name", ["epoch", "batch"])
-@pytest.mark.parametrize("value", [-1, 1.5, "1", jnp.float32(1), jnp.ones(2, int), 2**31])
+@pytest.mark.parametrize(
+    "value", [-1, 1.5, "1", jnp.float32(1), jnp.ones(2, int), 2**30]
+)
 def test_epoch_and_batch_are_zero_based_integers(name, value):
     call = {"epoch": 0, "batch": 0, name: value}
-    with pytest.raises(SettingError, match=f"{name}=.* pass a zero-based integer"):
+    with pytest.raises(
+        SettingError, match=f"{name}=.* pass a zero-based integer below 2"
+    ):
         step(CheckpointState.create(save_freq=2), {}, **call)
 
 
@@ -218,12 +222,19 @@ def test_numpy_integers_are_integers():
 
 def test_counters_do_not_overflow():
     state = CheckpointState.create(save_freq=1)
-    for batch in (2**31 - 2, 2**31 - 1):
-        state, save = step(state, {}, 0, batch)
+    for epoch in range(4):
+        state, save = step(state, {}, epoch, 2**30 - 1)
         assert save
     assert int(state.batches) == 2**31 - 1
     traced, _ = jax.jit(step)(state, {}, 1, 5)
     assert int(traced.batches) == 2**31 - 1
+    large = CheckpointState.create(save_freq=2**30)
+    for call in (step, jax.jit(step)):
+        state, save = call(large, {}, 0, 2**30 - 2)
+        assert not save
+        state, save = call(state, {}, 1, 2**30 - 1)
+        assert save
+        assert int(state.seen) == 2**30 - 1
 
 
 # ---- as a pytree, in programs ------------------------------------------------------------
@@ -328,7 +339,9 @@ def test_host_values_dispatch_nothing_to_jax():
         jnp.zeros(())
         assert xla_bridge.backends_are_initialized()  # the probe works
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120
+    )
 
 
 def test_numbers_below_the_normal_count_as_zero_everywhere():

@@ -36,7 +36,14 @@ def test_field_names_are_those_of_logs():
 
 def test_logs_do_not_shadow_epoch_and_batch():
     logs = {"epoch": 77, "batch": 88}
-    assert shown("{epoch}-{batch}", 0, 1, ) == "1-2"
+    assert (
+        shown(
+            "{epoch}-{batch}",
+            0,
+            1,
+        )
+        == "1-2"
+    )
     assert Path(Template.parse("{epoch}-{batch}").render(0, 1, logs)).name == "1-2"
 
 
@@ -130,7 +137,9 @@ def test_any_literal_text_names_a_file_below_the_root(text, epoch, batch):
     try:
         template = Template.parse(f"/root/{{epoch}}{escaped}{{batch}}")
     except TemplateError:
-        assert "\0" in text or {".", ".."} & set(f"x{text}x".split("/")) or "://" in text
+        assert (
+            "\0" in text or {".", ".."} & set(f"x{text}x".split("/")) or "://" in text
+        )
         return
     path = template.render(epoch, batch, {})
     assert path.startswith(f"/root/{epoch + 1}")

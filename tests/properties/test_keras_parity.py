@@ -11,9 +11,9 @@ import warnings
 import hypothesis.strategies as st
 import keras
 import numpy as np
+import strategies
 from hypothesis import given, settings
 
-import strategies
 from flaxckpt import CheckpointState, step
 from flaxckpt._template import Template
 

@@ -6,11 +6,11 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
-
 import strategies
-from flaxckpt import CheckpointState, step
+from hypothesis import given, settings
 from twin import Twin
+
+from flaxckpt import CheckpointState, step
 
 STEP = jax.jit(step)
 

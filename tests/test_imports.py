@@ -1,0 +1,109 @@
+"""What imports what: layers, and no heavy package before it is needed."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import flaxckpt
+
+PACKAGE = Path(flaxckpt.__file__).parent
+HEAVY = (
+    "orbax",
+    "tensorstore",
+    "flax",
+    "optax",
+    "keras",
+    "grain",
+    "equinox",
+    "sklearn",
+)
+
+# Each room imports only from rooms above it in this list.
+LAYERS = [
+    "errors",
+    "_direction",
+    "_template",
+    "_record",
+    "_retention",
+    "_state",
+    "_tree",
+    "_weights",
+    "_snapshot",
+    "_commit",
+    "_store",
+    "_writer",
+    "_checkpoint",
+    "__init__",
+    "_demo",
+    "cli",
+]
+
+
+def imports_of(module):
+    """Names of all modules that a room imports, wherever in it."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_go_one_way(module):
+    above = LAYERS[: LAYERS.index(module)]
+    for name in imports_of(module):
+        package, _, room = name.partition(".")
+        room = room.partition(".")[0]
+        if package == "flaxckpt" and room in LAYERS:
+            assert room in above, f"{module} imports {room}"
+
+
+def test_every_room_has_its_layer():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LAYERS)
+
+
+def test_only_the_store_knows_orbax():
+    for module in LAYERS:
+        known = {name.partition(".")[0] for name in imports_of(module)}
+        assert module == "_store" or not known & {"orbax", "tensorstore"}, module
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
+     ("_retention", set()), ("_commit", set()), ("_writer", set()),
+     ("_state", {"jax", "numpy"}), ("_snapshot", {"jax"})],
+)  # fmt: skip
+def test_pure_rooms_need_little(module, allowed):
+    found = {name.partition(".")[0] for name in imports_of(module)}
+    assert found - set(sys.stdlib_module_names) <= allowed | {"flaxckpt"}
+
+
+def modules_after(code):
+    code = textwrap.dedent(code) + "\nimport sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    return {name.partition(".")[0] for name in result.stdout.split()}
+
+
+def test_the_decision_loads_jax_alone():
+    loaded = modules_after("""
+        import flaxckpt
+        state = flaxckpt.CheckpointState.create(save_best_only=True)
+        flaxckpt.step(state, {"val_loss": 0.5}, 0)
+        flaxckpt.list_checkpoints("nowhere")
+        flaxckpt.CheckpointError
+    """)
+    assert not loaded & set(HEAVY)
+    assert "jax" in loaded
+    # The probe works: what saves loads Orbax, and still nothing of the frameworks.
+    loaded = modules_after("import flaxckpt; flaxckpt.ModelCheckpoint")
+    assert "orbax" in loaded
+    assert not loaded & {"flax", "optax", "keras", "grain", "equinox", "sklearn"}

@@ -1,0 +1,73 @@
+"""The public names: they are what they say, and are all described."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pickle
+
+import pytest
+
+import flaxckpt
+
+
+def test_all_is_what_there_is():
+    public = {name for name in dir(flaxckpt) if not name.startswith("_")}
+    modules = {"importlib", "TYPE_CHECKING"}
+    assert sorted(public - modules) == flaxckpt.__all__ == sorted(flaxckpt.__all__)
+    for name in flaxckpt.__all__:
+        assert getattr(flaxckpt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        flaxckpt.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", flaxckpt.__all__)
+def test_every_public_name_is_described(name):
+    thing = getattr(flaxckpt, name)
+    assert inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (
+                callable(value) or isinstance(value, property)
+            ):
+                assert inspect.getdoc(value), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("name", ["ModelCheckpoint.update", "ModelCheckpoint.restore",
+                                  "step", "load", "load_weights", "list_checkpoints",
+                                  "CheckpointState.create"])  # fmt: skip
+def test_every_argument_and_error_is_described(name):
+    thing = flaxckpt
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    text = inspect.getdoc(thing)
+    for argument in inspect.signature(thing).parameters:
+        if argument not in ("self", "cls"):
+            assert f"    {argument}: " in text, f"{name} does not describe {argument}"
+    assert "Returns:\n" in text
+    assert "Raises:\n" in text
+
+
+MODULES = ["_checkpoint", "_direction", "_record", "_state", "_store", "_weights"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"flaxckpt.{module}")
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+    assert result.attempted or module.__name__.endswith("_weights")
+
+
+def test_public_things_say_so():
+    """Tracebacks and pickles show the public name's package."""
+    state = flaxckpt.CheckpointState.create()
+    assert type(pickle.loads(pickle.dumps(state))) is flaxckpt.CheckpointState
+
+
+def test_version_is_that_of_the_package():
+    import importlib.metadata
+
+    assert flaxckpt.__version__ == importlib.metadata.version("flaxckpt")
+    assert os.path.exists(os.path.join(os.path.dirname(flaxckpt.__file__), "py.typed"))

@@ -1,0 +1,40 @@
+"""Checked by mypy and pyright, never run: the public names as a user types them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import flaxckpt
+
+
+def train(params: dict[str, jax.Array]) -> None:
+    with flaxckpt.ModelCheckpoint(
+        Path("runs") / "{epoch}", "val_loss", save_best_only=True, max_to_keep=2
+    ) as ckpt:
+        found = ckpt.restore(like=params)
+        state = ckpt.init() if found is None else found.state
+        for epoch in range(3):
+            state = ckpt.update(state, params, {"val_loss": jnp.ones(())}, epoch)
+        path: Path = ckpt.save(params, epoch=3, logs=None, state=state)
+        ckpt.wait()
+        best = ckpt.best
+        if best is not None:
+            epoch_of_best: int = best.epoch
+            print(epoch_of_best, best.logs["val_loss"], best.path / "x", path)
+    tree: Any = flaxckpt.load_weights(path)
+    print(tree)
+
+
+def decide(state: flaxckpt.CheckpointState, loss: jax.Array) -> jax.typing.ArrayLike:
+    state, save = flaxckpt.step(state, {"val_loss": loss}, 0, batch=None)
+    return save
+
+
+def fails() -> None:
+    flaxckpt.ModelCheckpoint("x", save_top_k=3)  # type: ignore[arg-type]
+    try:
+        flaxckpt.load("x")
+    except flaxckpt.CheckpointMismatchError as error:
+        print(error.differences[0].path)
