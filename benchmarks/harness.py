@@ -1,0 +1,87 @@
+"""What the benchmarks share: rounds in turn, medians, a table, and JSON.
+
+Single timings on a shared machine swing by a factor of three: every benchmark times
+all its candidates in each round, in turn, and reports the median of the rounds and
+their spread, as ratios to one of them where a ratio is what counts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Parse the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="little work, as in CI")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds to measure")
+    parser.add_argument("--json", type=Path, default=None, help="where to write results")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (2 if options.quick else 7)
+    return options
+
+
+def rounds(
+    candidates: Mapping[str, Callable[[], float]], number: int
+) -> dict[str, list[float]]:
+    """Measure all candidates, in turn, in each of a number of rounds.
+
+    Args:
+        candidates: Functions that return one measurement each.
+        number: How many rounds.
+
+    Returns:
+        The measurements of each.
+    """
+    results: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(number):
+        order = list(candidates)
+        if index % 2:
+            order.reverse()  # so that none is always the one after the slowest
+        for name in order:
+            results[name].append(candidates[name]())
+    return results
+
+
+def report(
+    title: str, unit: str, results: Mapping[str, list[float]], json_path: Path | None
+) -> None:
+    """Print the medians as a table, and write all of it as JSON if asked to."""
+    width = max(map(len, results))
+    print(f"\n{title} ({unit}; median of {len(next(iter(results.values())))} rounds)\n")
+    print(f"| {'':{width}} |     median |        min |        max |")
+    print(f"| {'-' * width} | ---------: | ---------: | ---------: |")
+    for name, values in results.items():
+        cells = statistics.median(values), min(values), max(values)
+        row = " | ".join(f"{cell:10.4g}" for cell in cells)
+        print(f"| {name:{width}} | {row} |", flush=True)
+    if json_path is not None:
+        old = json.loads(json_path.read_text()) if json_path.exists() else []
+        old.append({"title": title, "unit": unit, "results": results, **environment()})
+        json_path.write_text(json.dumps(old, indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Describe what the numbers were measured with."""
+    packages = ("flaxckpt", "jax", "orbax-checkpoint", "keras", "flax", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": sys.version.split()[0],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "commit": commit.stdout.strip(),
+    }
