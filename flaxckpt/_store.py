@@ -8,6 +8,8 @@ leave this room.
 import importlib.metadata
 import json
 import os
+import stat
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -41,6 +43,8 @@ from flaxckpt.errors import (
 
 # Orbax types its paths as a class of its own, and takes any.
 ocp: Any = v1
+# Several objects save from threads of their own, and Orbax counts its saves globally.
+_SAVING = threading.Lock()
 
 
 @cache
@@ -61,26 +65,24 @@ def check_target(path: Path, root: Path) -> None:
             written to.
     """
     check_root(root)
-    parent = path
-    while not parent.is_dir():
-        if os.path.lexists(parent):
-            raise CheckpointPathError(
-                str(parent),
-                "is a file, and a checkpoint is a directory. Remove the file, or choose"
-                " another filepath.",
-            )
-        parent = parent.parent
-    if parent == path:
+    there, is_directory = _nearest(path)
+    if not is_directory:
+        raise CheckpointPathError(
+            str(there),
+            "is a file, and a checkpoint is a directory. Remove the file, or choose "
+            "another filepath.",
+        )
+    if there == path:
         if not is_checkpoint(path) and any(path.iterdir()):
             raise CheckpointPathError(
                 str(path),
                 "is there and is no checkpoint: it would be replaced. Give the "
                 'checkpoints names in it, as in filepath="directory/{epoch:02d}".',
             )
-        parent = path.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
+        there = path.parent
+    if not os.access(there, os.W_OK | os.X_OK):
         raise CheckpointPathError(
-            str(parent),
+            str(there),
             "cannot be written to. Make it writable, or choose another filepath.",
         )
 
@@ -91,15 +93,27 @@ def check_root(root: Path) -> None:
     Raises:
         CheckpointPathError: If it, or what should be a directory above it, is a file.
     """
-    for path in (root, *root.parents):
-        if path.is_dir():
-            return
-        if os.path.lexists(path):
-            raise CheckpointPathError(
-                str(path),
-                "is a file, and checkpoints need a directory there. Remove the file, or"
-                " choose another filepath.",
-            )
+    there, is_directory = _nearest(root)
+    if not is_directory:
+        raise CheckpointPathError(
+            str(there),
+            "is a file, and checkpoints need a directory there. Remove the file, or "
+            "choose another filepath.",
+        )
+
+
+def _nearest(path: Path) -> tuple[Path, bool]:
+    """Find what exists of a path: the nearest, and whether it is a directory.
+
+    One look at each, for other threads make directories meanwhile.
+    """
+    for each in (path, *path.parents):
+        try:
+            return each, stat.S_ISDIR(each.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            if each.is_symlink():  # to nothing
+                return each, False
+    raise AssertionError(f"{path} has no root")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -128,7 +142,7 @@ def write(
     root.mkdir(parents=True, exist_ok=True)
     with _commit.staging(root) as directory:
         written = directory / "new"
-        with _context():
+        with _SAVING, _context():
             ocp.save(written, layout.fill_for_orbax(leaves))
         table = {"format": FORMAT, **layout.to_json()}
         table["weights"] = "all" if weights == layout.skeleton else weights
@@ -356,9 +370,13 @@ def _context() -> v1.Context:
     """Return Orbax's settings for all that is written and read here.
 
     Its sharding file stays on: without it, plain `ocp.load(path)` finds no place for
-    the arrays.
+    the arrays. Directories are made synchronously: otherwise Orbax waits for signals
+    that it finds by a global number of the save, which another thread's save changes,
+    and writes before there are directories, or hangs.
     """
-    return v1.Context()
+    context = v1.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def _cause(error: BaseException) -> str:

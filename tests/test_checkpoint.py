@@ -281,6 +281,21 @@ def test_objects_in_one_directory_mind_their_own(tmp_path):
     assert names(last.checkpoints) == ["last-1", "last-3"]
 
 
+def test_objects_save_at_the_same_time(tmp_path):
+    """Orbax's saves from two threads get into each other's way, and can hang."""
+    ckpts = [ModelCheckpoint(tmp_path / f"{name}{{epoch}}") for name in "abc"]
+    states = [ckpt.init() for ckpt in ckpts]
+    for epoch in range(8):
+        for i, ckpt in enumerate(ckpts):
+            states[i] = ckpt.update(states[i], {"w": np.full(9, i)}, {}, epoch)
+        ckpts[0].restore()
+    for i, ckpt in enumerate(ckpts):
+        ckpt.close()
+        assert len(ckpt.checkpoints) == 8
+        for info in ckpt.checkpoints:
+            assert (flaxckpt.load(info.path)["w"] == i).all()
+
+
 def test_templates_with_directories_behind_fields(tmp_path):
     with ModelCheckpoint(tmp_path / "run{epoch}/model", max_to_keep=1) as ckpt:
         run(ckpt, [0.1, 0.2, 0.3])
