@@ -402,6 +402,12 @@ class ModelCheckpoint:
         news: str = "",
     ) -> Path:
         """Check all that can be checked, copy, and start writing."""
+        if jax.process_count() > 1:
+            raise CheckpointError(
+                f"This is one of {jax.process_count()} processes, and flaxckpt saves "
+                "from one only as yet. Save with Orbax here, or decide with "
+                "flaxckpt.step and save from a program of one process."
+            )
         path = Path(self._template.render(epoch, batch, logs))
         _store.check_target(path, self._root)
         layout, leaves, weights = self._described(tree)
