@@ -14,11 +14,13 @@ from flaxckpt._state import CheckpointState, step
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointLockedError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointPathError,
     CheckpointWriteError,
     MetricError,
+    Preempted,
     SettingError,
     TemplateError,
     UnsupportedLeafError,
@@ -26,7 +28,7 @@ from flaxckpt.errors import (
 
 if TYPE_CHECKING:
     from flaxckpt._checkpoint import ModelCheckpoint, Restored
-    from flaxckpt._store import load, load_weights
+    from flaxckpt._store import load, load_weights, verify
     from flaxckpt._weights import default_weights
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointInfo",
+    "CheckpointLockedError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointPathError",
@@ -42,6 +45,7 @@ __all__ = [
     "CheckpointWriteError",
     "MetricError",
     "ModelCheckpoint",
+    "Preempted",
     "Restored",
     "SettingError",
     "TemplateError",
@@ -52,6 +56,7 @@ __all__ = [
     "load",
     "load_weights",
     "step",
+    "verify",
 ]
 
 _LAZY = {
@@ -60,6 +65,7 @@ _LAZY = {
     "default_weights": "flaxckpt._weights",
     "load": "flaxckpt._store",
     "load_weights": "flaxckpt._store",
+    "verify": "flaxckpt._store",
 }
 
 

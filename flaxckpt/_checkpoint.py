@@ -4,6 +4,7 @@ import datetime
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,11 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt import _store
+from flaxckpt._commit import Area
+from flaxckpt._preemption import Watch
 from flaxckpt._record import (
     CheckpointInfo,
+    damaged_below,
     list_below,
     plain_scalars,
     read_record,
@@ -29,6 +33,7 @@ from flaxckpt._retention import (
     best_of,
     expired,
     monitored_value,
+    ranked,
 )
 from flaxckpt._snapshot import snapshot
 from flaxckpt._state import CheckpointState, judge, plain_state, resumed, tick
@@ -36,9 +41,18 @@ from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
 from flaxckpt._weights import Weights, default_weights, weights_skeleton
 from flaxckpt._writer import Writer
-from flaxckpt.errors import CheckpointError, SettingError
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    Preempted,
+    SettingError,
+)
 
 Logs: TypeAlias = Mapping[str, Any]
+
+# What the series of the last slot is called, behind that of the checkpoints.
+_SLOT_SERIES = " (last)"
 
 _ELSEWHERE = {
     "period": "save_freq",
@@ -77,6 +91,17 @@ class Restored:
     path: Path
 
 
+@dataclass
+class _Page:
+    """One directory to write, and what goes into it."""
+
+    path: Path
+    series: str
+    layout: Layout
+    leaves: list[Any]
+    weights: Skeleton
+
+
 class ModelCheckpoint:
     """Saves a training loop's checkpoints when a metric or the clock of steps says so.
 
@@ -110,6 +135,9 @@ class ModelCheckpoint:
         max_to_keep: int | None = None,
         preserve: PreservationPolicy | None = None,
         weights: Weights | None = None,
+        save_last: bool | str = False,
+        save_on_preemption: bool | str = False,
+        sync: bool = True,
         **unknown: Never,
     ) -> None:
         """Check the settings; write nothing.
@@ -134,6 +162,17 @@ class ModelCheckpoint:
                 `max_to_keep`. The newest and the best are kept whatever it says.
             weights: Picks the weights from a tree; None for `default_weights`, which
                 knows Flax's `TrainState`, NNX and Equinox.
+            save_last: At due checks that save nothing else, save the whole tree in a
+                slot beside the checkpoints, named so or `last`: a run that saves only
+                the best, or only weights, can be resumed from where it was. `latest`
+                and `restore` know it; it is gone once something newer can be resumed.
+            save_on_preemption: Handle SIGTERM and SIGINT: the next `update` saves, in
+                that slot if nothing else is due, and raises `Preempted`; or with
+                `"flag"` sets `preempted`. For the main thread. A second signal ends
+                the process as ever.
+            sync: Have the disk take a checkpoint before it counts as saved, and before
+                anything older is deleted. False for scratch: a crash of the process
+                still loses nothing, one of the machine may.
             **unknown: None; there to name what was meant.
 
         Raises:
@@ -185,7 +224,23 @@ class ModelCheckpoint:
         self._weights = weights or default_weights
         self._policy = preserve
         self._writer = Writer()
+        self._slot = self._slot_path(save_last)
+        self._save_last = bool(save_last)
+        if save_on_preemption not in (False, True, "flag"):
+            raise SettingError(
+                "save_on_preemption", save_on_preemption, 'pass True, False or "flag".'
+            )
+        self._raise_preempted = save_on_preemption is True
+        series = self._template.name
+        self._area = Area(
+            self._root,
+            (series, series + _SLOT_SERIES),
+            self._template.depth,
+            sync=bool(sync),
+        )
         _store.check_root(self._root)
+        self.preempted = False
+        self._watch = Watch() if save_on_preemption else None
 
     # ---- the loop --------------------------------------------------------------------
 
@@ -228,12 +283,15 @@ class ModelCheckpoint:
             CheckpointPathError: If the path cannot be written to.
             UnsupportedLeafError: If `tree` has a leaf that cannot be saved.
             MetricError: If the monitored value is no real scalar.
+            CheckpointLockedError: If another process writes these checkpoints.
+            Preempted: If the process was told to end, after saving.
             CheckpointError: If called under a JAX trace, where there are no values
                 yet to save.
         """
         self._writer.check()
+        preempted = self._is_newly_preempted()
         state, due = tick(state, epoch, batch)
-        if due is np.False_ and force is False:
+        if due is np.False_ and force is False and not preempted:
             return state
         _refuse_traced(due, force, epoch, batch, logs, tree, state)
         before, save = state.best, False
@@ -242,8 +300,22 @@ class ModelCheckpoint:
             on_host = _monitored_on_host(logs, state.monitor)
             state, save = judge(state, on_host, due)
             news = self._news(state, before, on_host, epoch, save=bool(save))
-        if save or force:
-            self._save(tree, int(epoch), _int_or_none(batch), logs, state, news)
+        saves, lasts = bool(save or force), bool(due) and self._save_last
+        if saves or lasts or preempted:
+            # What a checkpoint of weights leaves out has a place in the slot alone.
+            in_slot = (lasts or preempted) and (self._weights_only or not saves)
+            path = self._save(
+                tree,
+                int(epoch),
+                _int_or_none(batch),
+                logs,
+                state,
+                news,
+                in_series=saves,
+                in_slot=in_slot,
+            )
+            if preempted:
+                self._finish_preempted(path)
         return state
 
     def save(
@@ -282,12 +354,17 @@ class ModelCheckpoint:
         self._writer.wait()
 
     def close(self) -> None:
-        """Wait as `wait` does, and release the background thread.
+        """Wait as `wait` does, and release thread, lock and signal handlers.
 
         Raises:
             CheckpointWriteError: If a save failed.
         """
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self._area.close()
+            if self._watch is not None:
+                self._watch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -315,13 +392,14 @@ class ModelCheckpoint:
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints of this filepath that are on disk, oldest first."""
         template = self._template
-        found = list_below(template.root, template.depth)
+        with self._area.committing:  # what is shown is on disk
+            found = list_below(template.root, template.depth)
         return tuple(info for info in found if info.series == template.name)
 
     @property
     def latest(self) -> CheckpointInfo | None:
-        """The checkpoint that was saved last, of those on disk; None for none."""
-        infos = self.checkpoints
+        """What was saved last, of what is on disk, the last slot included, or None."""
+        infos = self._by_age()
         return infos[-1] if infos else None
 
     @property
@@ -342,6 +420,7 @@ class ModelCheckpoint:
         which: str | os.PathLike[str] = "latest",
         *,
         cast: bool = False,
+        verify: bool = True,
     ) -> Restored | None:
         """Load a checkpoint, with all that is needed to go on from it.
 
@@ -352,6 +431,7 @@ class ModelCheckpoint:
                 `jax.ShapeDtypeStruct`s with shardings; see `flaxckpt.load`.
             which: `"latest"`, `"best"`, or a checkpoint's path.
             cast: Convert where only dtypes differ, rather than raise.
+            verify: Check each leaf against the digest of what was saved.
 
         Returns:
             What was found; None if there is no checkpoint (for `"best"`: none with a
@@ -359,22 +439,39 @@ class ModelCheckpoint:
 
         Raises:
             CheckpointNotFoundError: If `which` is a path and there is none.
+            CheckpointCorruptError: If `which` is a path and that one is damaged, or if
+                all there are are damaged.
             CheckpointError: As `flaxckpt.load`.
+
+        Warns:
+            UserWarning: Naming each damaged checkpoint that was passed over.
         """
         self.wait()
         if which == "latest":
-            info = self.latest
+            candidates = self._by_age()[::-1]
         elif which == "best":
-            info = self.best
+            self._need_mode()
+            candidates = ranked(self.checkpoints, self._monitor, self._mode)
         else:
             path = Path(os.path.abspath(os.path.expanduser(which)))
-            tree = _store.load(path, like, cast=cast)
+            tree = _store.load(path, like, cast=cast, verify=verify)
             return self._restored(tree, path, read_record(path))
-        if info is None:
-            self._warn_of_others()
-            return None
-        tree = _store.load(info.path, like, cast=cast)
-        return self._restored(tree, info.path, info)
+        damaged: list[CheckpointError] = []
+        for info in candidates:
+            try:
+                tree = _store.load(info.path, like, cast=cast, verify=verify)
+            except (CheckpointCorruptError, CheckpointNotFoundError) as error:
+                damaged.append(error)
+                warnings.warn(
+                    f"PASSED OVER, and the next one tried: {error}", stacklevel=2
+                )
+                continue
+            return self._restored(tree, info.path, info)
+        damaged += damaged_below(self._template.root, self._template.depth)
+        if damaged:
+            raise damaged[0]
+        self._warn_of_others()
+        return None
 
     # ---- how -------------------------------------------------------------------------
 
@@ -400,6 +497,9 @@ class ModelCheckpoint:
         logs: Logs | None,
         state: CheckpointState | None,
         news: str = "",
+        *,
+        in_series: bool = True,
+        in_slot: bool = False,
     ) -> Path:
         """Check all that can be checked, copy, and start writing."""
         if jax.process_count() > 1:
@@ -408,28 +508,35 @@ class ModelCheckpoint:
                 "from one only as yet. Save with Orbax here, or decide with "
                 "flaxckpt.step and save from a program of one process."
             )
-        path = Path(self._template.render(epoch, batch, logs))
-        _store.check_target(path, self._root)
-        layout, leaves, weights = self._described(tree)
+        pages: list[_Page] = []
+        if in_series:
+            path = Path(self._template.render(epoch, batch, logs))
+            described = self._described(tree, weights_only=self._weights_only)
+            pages.append(_Page(path, self._template.name, *described))
+        if in_slot:
+            series = self._template.name + _SLOT_SERIES
+            described = self._described(tree, weights_only=False)
+            pages.append(_Page(self._slot, series, *described))
+        for page in pages:
+            _store.check_target(page.path, self._root)
         self._writer.wait()
+        self._area.open()
+        path = pages[-1].path
         self._tell(f"Epoch {epoch + 1}: {news}saving model to {path}")
+        copies = iter(snapshot([leaf for page in pages for leaf in page.leaves]))
+        for page in pages:
+            page.leaves[:] = itertools.islice(copies, len(page.leaves))
         write = functools.partial(
-            self._write,
-            path,
-            epoch,
-            batch,
-            dict(logs or {}),
-            state,
-            layout,
-            snapshot(leaves),
-            weights,
+            self._write, pages, epoch, batch, dict(logs or {}), state
         )
         self._writer.submit(str(path), write)
         return path
 
-    def _described(self, tree: PyTree) -> tuple[Layout, list[Any], Skeleton]:
+    def _described(
+        self, tree: PyTree, *, weights_only: bool
+    ) -> tuple[Layout, list[Any], Skeleton]:
         """Describe what is to be written, and where in it the weights are."""
-        if self._weights_only:
+        if weights_only:
             layout, leaves = describe(self._weights(tree), _store.storable)
             return layout, leaves, layout.skeleton
         layout, leaves = describe(tree, _store.storable)
@@ -437,37 +544,82 @@ class ModelCheckpoint:
 
     def _write(
         self,
-        path: Path,
+        pages: list["_Page"],
         epoch: int,
         batch: int | None,
         logs: Logs,
         state: CheckpointState | None,
-        layout: Layout,
-        leaves: list[Any],
-        weights: Skeleton,
     ) -> None:
-        """Write a checkpoint, then delete what is no longer to be kept: the background.
+        """Write, then delete what is no longer to be kept: the background.
 
-        Nothing is deleted before the new checkpoint is in its place.
+        Nothing is deleted before what is new is in its place.
         """
-        before = self.checkpoints
-        info = CheckpointInfo(
-            path=path,
-            epoch=epoch,
-            batch=batch,
-            step=self._step(epoch, state),
-            logs=plain_scalars(logs),
-            time=_now_after(before),
-            weights_only=self._weights_only,
-            series=self._template.name,
-            state=None if state is None else plain_state(state),
-        )
-        _store.write(info, self._root, layout, leaves, weights)
-        self._tell(f"Epoch {epoch + 1}: finished saving model to {path}")
-        if self._policy is not None:
-            infos = (*(each for each in before if each.path != path), info)
-            for each in expired(infos, self._policy, self._best_of(infos)):
-                _store.delete(each, self._root)
+        infos = self.checkpoints
+        for page in pages:
+            in_series = page.series == self._template.name
+            info = CheckpointInfo(
+                path=page.path,
+                epoch=epoch,
+                batch=batch,
+                step=self._step(epoch, state),
+                logs=plain_scalars(logs),
+                time=_now_after(self._by_age()),
+                weights_only=self._weights_only and in_series,
+                series=page.series,
+                state=None if state is None else plain_state(state),
+            )
+            _store.write(info, self._area, page.layout, page.leaves, page.weights)
+            page.leaves.clear()
+            self._tell(f"Epoch {epoch + 1}: finished saving model to {page.path}")
+            if not in_series:
+                continue
+            if not self._weights_only and self._slot_info() is not None:
+                self._area.remove(self._slot)  # older, and of no more use
+            if self._policy is not None:
+                infos = (*(each for each in infos if each.path != page.path), info)
+                for each in expired(infos, self._policy, self._best_of(infos)):
+                    self._area.remove(each.path)
+
+    def _slot_path(self, save_last: bool | str) -> Path:
+        """Return where the last state is saved if nothing else is."""
+        name = save_last if isinstance(save_last, str) else "last"
+        if not name or name in (".", "..") or "/" in name or "\0" in name:
+            raise SettingError("save_last", save_last, "pass True, or a file's name.")
+        path = self._root / name
+        if save_last and self._template.text == str(path):
+            raise SettingError(
+                "save_last",
+                save_last,
+                f"the checkpoints themselves are saved at {str(path)!r}. Pass another "
+                "name.",
+            )
+        return path
+
+    def _slot_info(self) -> CheckpointInfo | None:
+        """Return what is in the slot, if it is ours and whole."""
+        try:
+            info = read_record(self._slot)
+        except CheckpointCorruptError:
+            return None
+        ours = self._template.name + _SLOT_SERIES
+        return info if info is not None and info.series == ours else None
+
+    def _by_age(self) -> tuple[CheckpointInfo, ...]:
+        """Return what can be resumed from, oldest first: the slot's beside the rest."""
+        slot = self._slot_info()
+        infos = self.checkpoints if slot is None else (*self.checkpoints, slot)
+        return tuple(sorted(infos, key=lambda info: info.time))
+
+    def _is_newly_preempted(self) -> bool:
+        watch = self._watch
+        return watch is not None and watch.signal is not None and not self.preempted
+
+    def _finish_preempted(self, path: Path) -> None:
+        """Make sure that what was saved is on disk, and tell the loop."""
+        self.wait()
+        self.preempted = True
+        if self._raise_preempted and self._watch is not None:
+            raise Preempted(str(self._watch.signal), str(path))
 
     def _step(self, epoch: int, state: CheckpointState | None) -> int:
         if state is None or state.save_freq == "epoch":

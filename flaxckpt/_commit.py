@@ -1,72 +1,199 @@
-"""Directories that appear whole or not at all: staging, renaming, exchanging."""
+"""Directories that appear whole or not at all, and stay: staging, syncing, exchanging.
+
+What a series of checkpoints has on disk beside them, all of it hidden from listings:
+
+- `.flaxckpt-TAG.lock`: held by the one process that writes the series;
+- `.flaxckpt-TAG-…/`: work in progress, or things on their way out; garbage if nobody
+  holds the lock;
+- `.flaxckpt-replaced-NAME/`: only where the file system cannot exchange two directories:
+  what was at NAME, while something new is put there. Where NAME is missing, this is it.
+"""
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxckpt._record import STAGING_PREFIX
+from flaxckpt import _lock
+from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-@contextmanager
-def staging(root: Path) -> Generator[Path]:
-    """Make a directory below `root` to write in, and take it away afterwards."""
-    path = root / f"{STAGING_PREFIX}{uuid.uuid4().hex[:12]}"
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+class Area:
+    """Where one series of checkpoints is written.
 
-
-def put(written: Path, target: Path) -> None:
-    """Move a finished directory to its place, or exchange it with the one there.
-
-    `target` is at every moment the old directory, whole, or the new one, whole.
-    Afterwards the old one, if there was one, is at `written`.
+    Attributes:
+        committing: Held while a checkpoint is put in its place and not yet synced.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def __init__(
+        self, root: Path, series: Sequence[str], depth: int, *, sync: bool
+    ) -> None:
+        """Describe the area; touch nothing.
+
+        Args:
+            root: The directory below which the series' checkpoints are.
+            series: Its name, and those of what belongs to it.
+            depth: How many directories below `root` its checkpoints lie, at most.
+            sync: Whether to wait for the disk.
+        """
+        tag = hashlib.sha256(series[0].encode()).hexdigest()[:8]
+        self._root, self._series, self._depth, self._sync = root, series, depth, sync
+        self._staging = f"{HIDDEN_PREFIX}{tag}-"
+        self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
+        self._is_open = False
+        self.committing = threading.Lock()
+
+    def open(self) -> None:
+        """Make the directory, take the lock, and clear up what a crash left behind.
+
+        Raises:
+            CheckpointLockedError: If another process writes this series.
+        """
+        if self._is_open:
+            return
+        self._make(self._root)
+        if _lock.acquire(self._lock):
+            self._finish_replacements()
+            for entry in list(os.scandir(self._root)):
+                if entry.name.startswith(self._staging):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+        self._is_open = True
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._is_open:
+            self._is_open = False
+            _lock.release(self._lock)
+
+    @contextmanager
+    def staging(self) -> Generator[Path]:
+        """Make a directory to write in, and take it away afterwards."""
+        path = self._root / f"{self._staging}{uuid.uuid4().hex[:12]}"
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def put(self, written: Path, target: Path) -> None:
+        """Move a finished directory to its place, or exchange it with the one there.
+
+        `target` is at every moment the old directory, whole, or the new one, whole. The
+        new one is on disk before it gets there, and its name when this returns: whoever
+        deletes the old one, which is at `written` then, may do so now.
+        """
+        self._make(target.parent)
+        if self._sync:
+            _sync_tree(written)
+        with self.committing:
+            try:
+                os.rename(written, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                _replace(written, target, self._sync_directory)
+            self._sync_directory(target.parent)
+            self._sync_directory(written.parent)
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint: it is gone at once, however long its files take."""
+        with self.staging() as aside:
+            path.rename(aside / "removed")
+
+    def _finish_replacements(self) -> None:
+        """Put back what was set aside and not replaced; delete what was."""
+        for directory in list(_directories(self._root, self._depth - 1)):
+            for aside in list(directory.glob(f"{REPLACED_PREFIX}*")):
+                info = read_record(aside)
+                if info is None or info.series not in self._series:
+                    continue
+                target = directory / aside.name.removeprefix(REPLACED_PREFIX)
+                if target.exists():
+                    self.remove(aside)
+                else:
+                    os.rename(aside, target)
+                    self._sync_directory(directory)
+
+    def _make(self, directory: Path) -> None:
+        """Make a directory and those above it, each on disk before the next."""
+        missing = [directory]
+        while not missing[-1].parent.is_dir():
+            missing.append(missing[-1].parent)
+        for each in reversed(missing):
+            if not each.is_dir():
+                each.mkdir(exist_ok=True)
+                self._sync_directory(each.parent)
+
+    def _sync_directory(self, directory: Path) -> None:
+        if self._sync:
+            _sync(directory)
+
+
+def _replace(
+    written: Path, target: Path, sync_directory: Callable[[Path], None]
+) -> None:
+    """Exchange two directories, by one call or, where there is none, by three."""
+    if _exchange(written, target):
+        return
+    aside = target.with_name(REPLACED_PREFIX + target.name)
+    if aside.exists():  # an error came between the last two calls
+        os.rename(aside, written.with_name("replaced"))
+    os.rename(target, aside)
     try:
+        sync_directory(target.parent)
         os.rename(written, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        _exchange(written, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    sync_directory(target.parent)
+    os.rename(aside, written)
 
 
-def remove(path: Path, root: Path) -> None:
-    """Delete a checkpoint: it is gone at once, however long its files take."""
-    with staging(root) as aside:
-        path.rename(aside / "removed")
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Exchange two directories atomically, by Linux's renameat2(2)."""
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories atomically, by Linux's renameat2(2), if it is there."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
-        code = errno.ENOSYS
-    else:
-        if not renameat2(
-            _AT_FDCWD,
-            os.fsencode(one),
-            _AT_FDCWD,
-            os.fsencode(other),
-            _RENAME_EXCHANGE,
-        ):
-            return
-        code = ctypes.get_errno()
-    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        raise OSError(code, os.strerror(code), str(one), None, str(other))
-    # TODO(durability): states between these two renames are not yet recognised.
-    aside = one.with_name("replaced")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _directories(root: Path, depth: int) -> Generator[Path]:
+    """Yield `root` and the directories up to `depth` below it that are not hidden."""
+    yield root
+    if depth <= 0:
+        return
+    for entry in list(os.scandir(root)):
+        if entry.is_dir() and not entry.name.startswith(HIDDEN_PREFIX):
+            yield from _directories(Path(entry.path), depth - 1)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Have the disk take all files and directories in a directory, and itself."""
+    for path, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            _sync(Path(path, name))
+        _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

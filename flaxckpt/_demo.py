@@ -298,9 +298,7 @@ def _place(found: flaxckpt.Restored, digits: Digits) -> str:
     return f"batch {found.batch + 1} of {digits.batches} in epoch {found.epoch + 1}"
 
 
-def _train_until_killed(
-    directory: Path, epochs: int, kill_at: tuple[int, int]
-) -> int:
+def _train_until_killed(directory: Path, epochs: int, kill_at: tuple[int, int]) -> int:
     """Run this module as a process of its own; return how it ended."""
     numbers = map(str, (epochs, *kill_at))
     command = [sys.executable, "-m", "flaxckpt._demo", str(directory), *numbers]

@@ -6,6 +6,7 @@ in it: the record, read by every listing, and the table of leaves, read by a res
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -19,8 +20,10 @@ from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 FORMAT = 1
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
-# Work in progress lies in directories of this name; no listing looks into them.
-STAGING_PREFIX = ".flaxckpt-"
+# What is ours beside the checkpoints; no listing looks into it, but for what was set
+# aside where two directories cannot be exchanged, and not replaced (see _commit.py).
+HIDDEN_PREFIX = ".flaxckpt-"
+REPLACED_PREFIX = ".flaxckpt-replaced-"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,24 +60,58 @@ class CheckpointInfo:
         return self.logs
 
 
-def encode_record(info: CheckpointInfo, versions: Mapping[str, str]) -> str:
-    """Return the record's JSON text; all but the path, so that it can be moved."""
-    return json.dumps(
-        {
-            "format": FORMAT,
-            "epoch": info.epoch,
-            "batch": info.batch,
-            "step": info.step,
-            "logs": _encoded(info.logs),
-            "time": info.time.isoformat(),
-            "weights_only": info.weights_only,
-            "series": info.series,
-            "state": None if info.state is None else _encoded(info.state),
-            "versions": dict(versions),
-        },
-        indent=1,
-        allow_nan=False,
-    )
+def encode_record(
+    info: CheckpointInfo, versions: Mapping[str, str], leaves: bytes
+) -> bytes:
+    """Return the record as JSON; all but the path, so that it can be moved.
+
+    Args:
+        info: What it records.
+        versions: Versions of the packages that write it.
+        leaves: The table of leaves that lies beside it.
+    """
+    fields = {
+        "format": FORMAT,
+        "epoch": info.epoch,
+        "batch": info.batch,
+        "step": info.step,
+        "logs": _encoded(info.logs),
+        "time": info.time.isoformat(),
+        "weights_only": info.weights_only,
+        "series": info.series,
+        "state": None if info.state is None else _encoded(info.state),
+        "versions": dict(versions),
+        "leaves_sha256": hashlib.sha256(leaves).hexdigest(),
+    }
+    return _dumped({**fields, "sha256": _checksum(fields)})
+
+
+def located(path: Path) -> Path:
+    """Return where a checkpoint's files are: at `path`, or set aside beside it."""
+    aside = path.with_name(REPLACED_PREFIX + path.name)
+    return aside if not path.exists() and aside.exists() else path
+
+
+def read_leaves(path: Path) -> dict[str, Any]:
+    """Read the table of leaves of the checkpoint at `path`, which has a record.
+
+    Raises:
+        CheckpointCorruptError: If it cannot be read, or is not what was written.
+    """
+    fields = _read_fields(path)
+    try:
+        table = (located(path) / LEAVES_FILE).read_bytes()
+        if hashlib.sha256(table).hexdigest() != fields["leaves_sha256"]:
+            raise CheckpointCorruptError(
+                str(path), f"{LEAVES_FILE} is not what was written"
+            )
+        return json.loads(table)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointCorruptError):
+            raise
+        raise CheckpointCorruptError(
+            str(path), f"{LEAVES_FILE} cannot be read ({error})"
+        ) from error
 
 
 def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
@@ -87,23 +124,10 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
         CheckpointCorruptError: If there is one and it cannot be read.
     """
     path = Path(path)
-    try:
-        text = (path / RECORD_FILE).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    if not (located(path) / RECORD_FILE).exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointCorruptError(
-            str(path), f"its record cannot be read ({error})"
-        ) from error
+    fields = _read_fields(path)
     try:
-        fields = json.loads(text)
-        version = fields["format"]
-        if version > FORMAT:
-            raise CheckpointCorruptError(
-                str(path),
-                f"its format is {version}, and this flaxckpt reads up to {FORMAT} "
-                "(a newer flaxckpt wrote it: upgrade)",
-            )
         return CheckpointInfo(
             path=path,
             epoch=fields["epoch"],
@@ -116,11 +140,43 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
             state=None if fields["state"] is None else _decoded(fields["state"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointCorruptError):
-            raise
+        raise _unparsed(path, error) from error
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """Read the record's fields, and check that they are those that were written."""
+    try:
+        fields = json.loads((located(path) / RECORD_FILE).read_bytes())
+        version, checksum = fields["format"], fields.pop("sha256")
+    except OSError as error:
         raise CheckpointCorruptError(
-            str(path), f"its record does not parse ({type(error).__name__}: {error})"
+            str(path), f"its record cannot be read ({error})"
         ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unparsed(path, error) from error
+    if type(version) is int and version > FORMAT:
+        raise CheckpointCorruptError(
+            str(path),
+            f"its format is {version}, and this flaxckpt reads up to {FORMAT} "
+            "(a newer flaxckpt wrote it: upgrade)",
+        )
+    if checksum != _checksum(fields):
+        raise CheckpointCorruptError(str(path), "its record is not what was written")
+    return fields
+
+
+def _unparsed(path: Path, error: Exception) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        str(path), f"its record does not parse ({type(error).__name__}: {error})"
+    )
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_dumped(fields)).hexdigest()
+
+
+def _dumped(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1, allow_nan=False).encode()
 
 
 def list_checkpoints(
@@ -161,6 +217,12 @@ def list_below(root: str, depth: int) -> tuple[CheckpointInfo, ...]:
     return _sorted(_find(Path(root), depth))
 
 
+def damaged_below(root: str, depth: int) -> list[CheckpointCorruptError]:
+    """List what is wrong with the damaged records at that depth."""
+    found = _find(Path(root), depth)
+    return [each for each in found if isinstance(each, CheckpointCorruptError)]
+
+
 def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what of `logs` a record can keep: numbers, booleans and text.
 
@@ -176,12 +238,14 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
     return kept
 
 
-def _find(directory: Path, depth: int | None) -> Iterator[CheckpointInfo]:
+def _find(
+    directory: Path, depth: int | None
+) -> Iterator[CheckpointInfo | CheckpointCorruptError]:
     if depth is None or depth == 0:
         try:
             info = read_record(directory)
         except CheckpointCorruptError as error:
-            warnings.warn(f"Left out of the listing: {error}", stacklevel=4)
+            yield error
             return
         if info is not None:
             yield info
@@ -193,14 +257,28 @@ def _find(directory: Path, depth: int | None) -> Iterator[CheckpointInfo]:
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
-        if entry.is_dir() and not entry.name.startswith(STAGING_PREFIX):
+        name = entry.name
+        if name.startswith(REPLACED_PREFIX):
+            path = directory / name.removeprefix(REPLACED_PREFIX)
+            if depth in (None, 1) and not path.exists():
+                yield from _find(path, 0)
+        elif entry.is_dir() and not name.startswith(HIDDEN_PREFIX):
             if depth is not None:
                 yield from _find(Path(entry.path), depth - 1)
-            elif not entry.is_symlink() and not entry.name.startswith("."):
+            elif not entry.is_symlink() and not name.startswith("."):
                 yield from _find(Path(entry.path), None)
 
 
-def _sorted(infos: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, ...]:
+def _sorted(
+    found: Iterator[CheckpointInfo | CheckpointCorruptError],
+) -> tuple[CheckpointInfo, ...]:
+    """Sort what is whole, oldest first, and warn of what is not."""
+    infos: list[CheckpointInfo] = []
+    for each in found:
+        if isinstance(each, CheckpointInfo):
+            infos.append(each)
+        else:
+            warnings.warn(f"Left out of the listing: {each}", stacklevel=4)
     return tuple(sorted(infos, key=lambda info: (info.time, str(info.path))))
 
 

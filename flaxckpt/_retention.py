@@ -57,15 +57,17 @@ def best_of(
     Returns:
         The best; None where none has a number to compare. NaN is none.
     """
-    best, best_value = None, math.nan
-    for info in infos:
-        value = monitored_value(info.logs, monitor)
-        if value is None:
-            continue
-        better = value < best_value if mode == "min" else value > best_value
-        if best is None or better:
-            best, best_value = info, value
-    return best
+    return next(iter(ranked(infos, monitor, mode)), None)
+
+
+def ranked(
+    infos: Sequence[CheckpointInfo], monitor: str, mode: str
+) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints that have a number to compare, the best first."""
+    sign = 1 if mode == "min" else -1
+    values = [(monitored_value(info.logs, monitor), info) for info in infos]
+    known = [(sign * value, info) for value, info in values if value is not None]
+    return tuple(info for _, info in sorted(known, key=lambda pair: pair[0]))
 
 
 def monitored_value(logs: Mapping[str, Any], monitor: str) -> float | None:

@@ -11,7 +11,8 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,19 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1
 
-from flaxckpt import _commit, _tree
+from flaxckpt import _tree
+from flaxckpt._commit import Area
+from flaxckpt._digest import digests
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
     RECORD_FILE,
     CheckpointInfo,
     encode_record,
+    located,
+    read_leaves,
 )
-from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted
+from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
@@ -45,6 +50,7 @@ from flaxckpt.errors import (
 ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
 _SAVING = threading.Lock()
+_BATCH_BYTES = 256 * 2**20
 
 
 @cache
@@ -117,49 +123,55 @@ def _nearest(path: Path) -> tuple[Path, bool]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a directory is a checkpoint of flaxckpt's."""
-    return (path / RECORD_FILE).exists()
+    """Tell whether there is a checkpoint of flaxckpt's at `path`."""
+    return (located(path) / RECORD_FILE).exists()
 
 
 def write(
     info: CheckpointInfo,
-    root: Path,
+    area: Area,
     layout: Layout,
     leaves: list[Any],
     weights: Skeleton,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
-    Blocks until it is there. Until then, what was there is; nothing is deleted before.
+    Blocks until it is there, and on disk. Until then, what was there is; nothing is
+    deleted before. The leaves' digests are computed while Orbax writes.
 
     Args:
         info: Its record.
-        root: Directory, on the same file system, in which work in progress may lie.
+        area: Where its series is written; open.
         layout: The tree's layout.
         leaves: Its leaves, in forms that Orbax stores.
         weights: Where in `layout` the weights are.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with _commit.staging(root) as directory:
+    with area.staging() as directory:
         written = directory / "new"
-        with _SAVING, _context():
-            ocp.save(written, layout.fill_for_orbax(leaves))
-        table = {"format": FORMAT, **layout.to_json()}
-        table["weights"] = "all" if weights == layout.skeleton else weights
-        (written / LEAVES_FILE).write_text(json.dumps(table), encoding="utf-8")
-        (written / RECORD_FILE).write_text(
-            encode_record(info, versions()), encoding="utf-8"
-        )
-        _commit.put(written, info.path)
-
-
-def delete(info: CheckpointInfo, root: Path) -> None:
-    """Delete a checkpoint."""
-    _commit.remove(info.path, root)
+        with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
+            held = [
+                value
+                for leaf, value in zip(layout.leaves, leaves, strict=True)
+                if leaf.in_orbax
+            ]
+            found = aside.submit(digests, held)
+            with _SAVING, _context():
+                ocp.save(written, layout.fill_for_orbax(leaves))
+            layout = layout.with_digests(found.result())
+        fields = {"format": FORMAT, **layout.to_json()}
+        fields["weights"] = "all" if weights == layout.skeleton else weights
+        table = json.dumps(fields).encode()
+        (written / LEAVES_FILE).write_bytes(table)
+        (written / RECORD_FILE).write_bytes(encode_record(info, versions(), table))
+        area.put(written, info.path)
 
 
 def load(
-    path: str | os.PathLike[str], like: PyTree = None, *, cast: bool = False
+    path: str | os.PathLike[str],
+    like: PyTree = None,
+    *,
+    cast: bool = False,
+    verify: bool = True,
 ) -> PyTree:
     """Load the tree of a checkpoint, of flaxckpt's or of plain Orbax's.
 
@@ -173,6 +185,8 @@ def load(
             dicts, lists and tuples, JAX arrays on the default device.
         cast: Convert where only the dtypes of stored and wanted arrays differ, rather
             than raise.
+        verify: Check each leaf against the digest of what was saved. Plain Orbax
+            records none.
 
     Returns:
         The tree, with the structure of `like` if that is given.
@@ -181,7 +195,7 @@ def load(
         CheckpointNotFoundError: If there is no checkpoint at `path`.
         CheckpointMismatchError: Listing every leaf in which structure, shape or dtype
             differ from `like`; nothing was read.
-        CheckpointCorruptError: If it cannot be read.
+        CheckpointCorruptError: If it cannot be read, or is not what was saved.
         UnsupportedLeafError: If `like` has leaves that are no values.
 
     Example:
@@ -193,11 +207,15 @@ def load(
     """
     path = _found(path)
     layout, _ = _read_table(path)
-    return _load(path, layout, None, like, cast=cast)
+    return _load(path, layout, None, like, cast=cast, check=verify)
 
 
 def load_weights(
-    path: str | os.PathLike[str], like: PyTree = None, *, cast: bool = False
+    path: str | os.PathLike[str],
+    like: PyTree = None,
+    *,
+    cast: bool = False,
+    verify: bool = True,
 ) -> PyTree:
     """Load the weights alone, from a checkpoint of weights or of a whole state.
 
@@ -209,6 +227,7 @@ def load_weights(
         path: The checkpoint's directory.
         like: A tree of the weights' structure; as for `load`.
         cast: As for `load`.
+        verify: As for `load`.
 
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
@@ -226,7 +245,40 @@ def load_weights(
             "`weights` computed them from the tree. Save with save_weights_only=True, "
             "or load the whole tree and compute them."
         )
-    return _load(path, layout, weights or plain_weights, like, cast=cast)
+    part = plain_weights if layout is None else weights
+    return _load(path, layout, part, like, cast=cast, check=verify)
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint holds what was saved, bit for bit.
+
+    Needs no accelerator, and no more memory than its largest leaf takes, or 256 MiB.
+
+    Args:
+        path: The checkpoint's directory.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint at `path`.
+        CheckpointCorruptError: Naming the leaves that cannot be read or differ from
+            what was saved, and the files that they are in.
+        CheckpointError: If plain Orbax wrote it, which records nothing to check by.
+
+    Example:
+        >>> import flaxckpt
+        >>> with flaxckpt.ModelCheckpoint("runs/{epoch}") as ckpt:
+        ...     path = ckpt.save({"w": np.arange(3)}, epoch=0)
+        >>> flaxckpt.verify(path)
+    """
+    path = _found(path)
+    layout, _ = _read_table(path)
+    if layout is None:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} was written by plain Orbax, which records no "
+            "digests: there is nothing to check it by. Load it to see if it can be read."
+        )
+    for indices in _batches(layout.leaves):
+        wanted = {index: on_host(layout.leaves[index]) for index in indices}
+        _read(path, layout, wanted, check=True)
 
 
 def versions() -> dict[str, str]:
@@ -242,6 +294,7 @@ def _load(
     like: PyTree,
     *,
     cast: bool,
+    check: bool,
 ) -> PyTree:
     """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
     values: list[Any] | None = None
@@ -252,9 +305,8 @@ def _load(
     view, sources = layout.part(layout.skeleton if part is None else part)
     plan = _tree.match(str(path), view, like, cast=cast)
     if values is None:
-        values = _read(
-            path, layout, {sources[i]: want for i, want in plan if i is not None}
-        )
+        wanted = {sources[i]: want for i, want in plan if i is not None}
+        values = _read(path, layout, wanted, check=check)
     given = [None] * len(plan) if like is None else jax.tree.leaves(like)
     for position, (index, want) in enumerate(plan):
         if index is None:
@@ -273,21 +325,70 @@ def _load(
     return jax.tree.unflatten(jax.tree.structure(like), given)
 
 
-def _read(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> list[Any]:
+def _read(
+    path: Path, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
+) -> list[Any]:
     """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
     asked = [
         _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
         for index, leaf in enumerate(layout.leaves)
     ]
-    if not any(layout.leaves[index].in_orbax for index in wanted):
+    read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
+    if not read:
         return [None] * len(layout.leaves)
     try:
         with _context():
-            return layout.pick(ocp.load(path, layout.fill_for_orbax(asked)))
+            tree = ocp.load(located(path), layout.fill_for_orbax(asked))
+            values = layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         raise CheckpointCorruptError(str(path), _cause(error)) from error
+    if check:
+        _check_digests(path, read, values)
+    return values
+
+
+def _check_digests(path: Path, leaves: Mapping[int, Leaf], values: list[Any]) -> None:
+    """Compare what was read with what was saved; Orbax itself checks little.
+
+    Raises:
+        CheckpointCorruptError: Naming the leaves that differ, and their files.
+    """
+    found = digests([values[index] for index in leaves])
+    differing = [
+        leaf
+        for leaf, digest in zip(leaves.values(), found, strict=True)
+        if leaf.digest and leaf.digest != digest
+    ]
+    if differing:
+        names = ", ".join(leaf.name for leaf in differing)
+        files = ", ".join(_data_files(located(path)))
+        raise CheckpointCorruptError(
+            str(path), f"not what was saved: {names} (in one of the files {files})"
+        )
+
+
+def _data_files(path: Path) -> list[str]:
+    """Name the files that hold values, as against what describes them."""
+    files = sorted(path.glob("state/**/d/*"))
+    return [str(file.relative_to(path)) for file in files]
+
+
+def _batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:
+    """Group the leaves that Orbax holds, so that each group fits into little memory."""
+    batch: list[int] = []
+    size = 0
+    for index, leaf in enumerate(leaves):
+        if not leaf.in_orbax:
+            continue
+        if batch and size + leaf.nbytes > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += leaf.nbytes
+    if batch:
+        yield batch
 
 
 def _abstract(leaf: Leaf, want: Wanted) -> Any:
@@ -343,10 +444,10 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     """
     if not is_checkpoint(path):
         return None, None
+    fields = read_leaves(path)
     try:
-        fields = json.loads((path / LEAVES_FILE).read_text(encoding="utf-8"))
         layout, weights = Layout.from_json(fields), fields["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             str(path), f"its table of leaves does not parse ({_cause(error)})"
         ) from error

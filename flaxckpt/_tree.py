@@ -7,6 +7,7 @@ compares the stored leaves with the wanted ones by path, before anything is read
 """
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ class Leaf:
         dtype: Name of the dtype, for arrays and keys.
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.
+        digest: Fingerprint of the value that was saved; see `_digest`.
     """
 
     path: tuple[str, ...]
@@ -56,6 +58,7 @@ class Leaf:
     dtype: str = ""
     shape: tuple[int, ...] = ()
     impl: str = ""
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -66,6 +69,13 @@ class Leaf:
     def in_orbax(self) -> bool:
         """Whether Orbax holds it: it takes no arrays without elements."""
         return self.kind != "static" and 0 not in self.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values in memory."""
+        if self.kind == "key":
+            return math.prod(self.shape) * 16
+        return math.prod(self.shape) * jnp.dtype(self.dtype or "complex128").itemsize
 
     def __str__(self) -> str:
         if self.kind not in (*_ARRAYS, "key"):
@@ -108,6 +118,15 @@ class Layout:
             _look_up(orbax_tree, leaf.path) if leaf.in_orbax else None
             for leaf in self.leaves
         ]
+
+    def with_digests(self, digests: Sequence[str]) -> "Layout":
+        """Return the layout with the digests of the leaves that Orbax holds."""
+        left = iter(digests)
+        leaves = [
+            replace(leaf, digest=next(left)) if leaf.in_orbax else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, leaves=tuple(leaves))
 
     def part(self, skeleton: Skeleton) -> tuple["Layout", list[int]]:
         """Return the layout of a part, and the index in `leaves` of each leaf of it.
@@ -162,6 +181,7 @@ class Layout:
                 dtype=each.get("dtype", ""),
                 shape=tuple(each.get("shape", ())),
                 impl=each.get("impl", ""),
+                digest=each.get("digest", ""),
             )
             for each in fields["leaves"]
         ]
@@ -224,6 +244,11 @@ class Wanted:
     leaf: Leaf
     sharding: jax.sharding.Sharding | None = None
     is_weak: bool = False
+
+
+def on_host(leaf: Leaf) -> Wanted:
+    """Describe a stored leaf as wanted on the host."""
+    return Wanted(replace(leaf, kind="numpy") if leaf.kind == "jax" else leaf)
 
 
 def match(

@@ -7,11 +7,14 @@ CheckpointError
 ├── MetricError              a monitored value that is no number   (ValueError)
 ├── CheckpointPathError      a path that cannot hold a checkpoint  (ValueError)
 ├── UnsupportedLeafError     a leaf that cannot be saved           (TypeError)
+├── CheckpointLockedError    another process writes there          (RuntimeError)
 ├── CheckpointNotFoundError  nothing to load there                 (LookupError)
 ├── CheckpointMismatchError  what is stored is not what `like` asks for
 │                                                                  (ValueError)
 ├── CheckpointCorruptError   what is stored is damaged             (ValueError)
-└── CheckpointWriteError     a save that failed                    (RuntimeError)
+├── CheckpointWriteError     a save that failed                    (RuntimeError)
+└── Preempted                the process was told to end, and has saved
+                                                                   (RuntimeError)
 ```
 
 Every one keeps its facts as attributes and pickles, so it can cross processes.
@@ -108,6 +111,27 @@ class UnsupportedLeafError(CheckpointError, TypeError):
             f"saved:{lines}\n"
             "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
             "Python number, str or bytes. Leave the others out of `tree`."
+        )
+
+
+class CheckpointLockedError(CheckpointError, RuntimeError):
+    """Another process is writing the same checkpoints; nothing was written.
+
+    Attributes:
+        directory: Where both want to write.
+        host: The other process's machine; empty if not known.
+        pid: Its process number there; 0 if not known.
+    """
+
+    def __init__(self, directory: str, host: str, pid: int) -> None:
+        super().__init__(directory, host, pid)
+        self.directory, self.host, self.pid = directory, host, pid
+
+    def __str__(self) -> str:
+        who = f"process {self.pid} on {self.host}" if self.host else "another process"
+        return (
+            f"The checkpoints in {self.directory!r} are being written by {who}. End "
+            "that one, or choose another filepath."
         )
 
 
@@ -210,6 +234,25 @@ class CheckpointWriteError(CheckpointError, RuntimeError):
             f"Saving {self.path!r} failed: {self.cause}. "
             "No earlier checkpoint was touched; this one does not exist. "
             "Training can go on and save again."
+        )
+
+
+class Preempted(CheckpointError, RuntimeError):  # noqa: N818  # the name is fixed
+    """The process was told to end; the training state has been saved.
+
+    Attributes:
+        signal: Name of the signal that told it, such as `SIGTERM`.
+        path: The checkpoint to go on from.
+    """
+
+    def __init__(self, signal: str, path: str) -> None:
+        super().__init__(signal, path)
+        self.signal, self.path = signal, path
+
+    def __str__(self) -> str:
+        return (
+            f"Told to end by {self.signal}; saved {self.path!r}. End the program now, "
+            "and restore the latest checkpoint when it runs again."
         )
 
 

@@ -1,0 +1,67 @@
+"""Signals that tell a process to end, remembered until the loop asks for them."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from flaxckpt.errors import SettingError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watch:
+    """Remembers the first of SIGTERM and SIGINT, instead of ending at once.
+
+    A second one ends the process as it would have without. Several watches share the
+    signals; with the last of them closed, the earlier handlers are back.
+
+    Attributes:
+        signal: Name of the signal that came, such as `SIGTERM`; None for none yet.
+    """
+
+    def __init__(self) -> None:
+        """Take the signals over.
+
+        Raises:
+            SettingError: Outside of the main thread, where Python takes no signals.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise SettingError(
+                "save_on_preemption",
+                True,
+                "signals are handled in the main thread only. Make the object there.",
+            )
+        self.signal: str | None = None
+        if not _watches:
+            for number in _SIGNALS:
+                _earlier[number] = signal.signal(number, _remember)
+        _watches.append(self)
+
+    def close(self) -> None:
+        """Give the signals back, unless somebody else has taken them since."""
+        if self not in _watches:
+            return
+        _watches.remove(self)
+        if not _watches:
+            for number in _SIGNALS:
+                if signal.getsignal(number) is _remember:
+                    signal.signal(number, _earlier[number])
+            _earlier.clear()
+
+
+_watches: list[Watch] = []
+_earlier: dict[int, Any] = {}
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    if any(watch.signal is not None for watch in _watches):
+        handler = _earlier[number]
+        if callable(handler):
+            handler(number, frame)
+        elif handler == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        return
+    for watch in _watches:
+        watch.signal = signal.Signals(number).name
