@@ -73,7 +73,9 @@ def main() -> None:
     v0_manager.wait_until_finished()
     v1_manager = v1.training.Checkpointer(
         f"{root}/v1",
-        save_decision_policy=v1.training.save_decision_policies.FixedIntervalPolicy(NEVER),
+        save_decision_policy=v1.training.save_decision_policies.FixedIntervalPolicy(
+            NEVER
+        ),
     )
     v1_manager.save(0, {"w": np.ones(1)})
     candidates = {

@@ -23,7 +23,9 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="little work, as in CI")
     parser.add_argument("--rounds", type=int, default=None, help="rounds to measure")
-    parser.add_argument("--json", type=Path, default=None, help="where to write results")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="where to write results"
+    )
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 7)
     return options

@@ -85,7 +85,7 @@ class Restored:
 
     tree: PyTree
     state: CheckpointState
-    epoch: int | None
+    epoch: Any  # int, but for plain Orbax's: a loop need not check for that
     batch: int | None
     logs: Mapping[str, Any]
     path: Path

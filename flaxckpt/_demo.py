@@ -29,7 +29,7 @@ BATCH_SIZE = 64
 SAVE_EVERY = 5
 
 
-# ---- a model and its data -------------------------------------------------------------
+# ---- a model and its data ------------------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -69,14 +69,14 @@ def new_state() -> TrainState:
 
 @dataclass(frozen=True)
 class Digits:
-    """Scikit-learn's handwritten digits: pairs of f32[n, 64] images and i32[n] labels."""
+    """Scikit-learn's handwritten digits: pairs of f32[n, 64] images, i32[n] labels."""
 
     train: tuple[jax.Array, jax.Array]
     validation: tuple[jax.Array, jax.Array]
 
     @classmethod
     def load(cls) -> "Digits":
-        """Read the data, which come with scikit-learn, and split them by a fixed seed."""
+        """Read the data, which come with scikit-learn; split them by a fixed seed."""
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(images))
         images = jnp.asarray(images[order] / 16, jnp.float32)
@@ -91,7 +91,7 @@ class Digits:
 
 @jax.jit
 def shuffled(key: jax.Array, epoch: int, labels: jax.Array) -> jax.Array:
-    """Draw an epoch's batches, i32[batches, BATCH_SIZE]: for one key always the same."""
+    """Draw an epoch's batches, i32[batches, BATCH_SIZE]: the same ones each time."""
     order = jax.random.permutation(jax.random.fold_in(key, epoch), len(labels))
     batches = len(labels) // BATCH_SIZE
     return order[: batches * BATCH_SIZE].reshape(batches, BATCH_SIZE)
@@ -129,7 +129,7 @@ def accuracy(state: TrainState, data: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-# ---- the loop -------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------
 
 
 def checkpoints(
@@ -162,7 +162,7 @@ def train(
     best, last = checkpoints(directory)
     # `best` saves at the end of an epoch, `last` anywhere in it. So what `best` knows
     # goes into the tree of `last`: a resumed run finds both as of the same batch.
-    tree = {"train": new_state(), "best": best.init()}
+    tree: dict[str, Any] = {"train": new_state(), "best": best.init()}
     last_state = last.init()
     first_epoch, first_batch = 0, 0
 
@@ -197,7 +197,7 @@ def train(
     return tree
 
 
-# ---- the story ------------------------------------------------------------------------
+# ---- the story -----------------------------------------------------------------------
 
 
 def run(directory: Path, epochs: int) -> bool:

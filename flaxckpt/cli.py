@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train, be killed, resume, and compare",
-        description="Train a small classifier of handwritten digits twice: once without "
-        "interruption, and once in a process that is killed in the middle of an epoch "
-        "and resumed from its checkpoints. Both must end bit for bit alike. Takes "
+        description="Train a small classifier of handwritten digits twice: once "
+        "without interruption, and once in a process that is killed in the middle of "
+        "an epoch and resumed from its checkpoints. Both must end bit for bit alike. Takes "
         "about half a minute, and downloads nothing.",
     )
     demo.add_argument(
@@ -59,7 +59,7 @@ def _demo(directory: Path | None, epochs: int) -> int:
         if problem:
             return _fail(f"directory {str(directory)!r} {problem}", 2)
     try:
-        from flaxckpt import _demo as demo  # noqa: PLC0415  # needs an extra
+        from flaxckpt import _demo as demo  # needs an extra
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:

@@ -1,0 +1,69 @@
+"""The command `flaxckpt`."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import flaxckpt
+from flaxckpt import cli
+
+
+def command(*arguments, code="from flaxckpt.cli import main; main_status = main()"):
+    program = f"{code}\nimport sys; sys.exit(main_status)"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def test_the_demo_is_killed_resumes_and_ends_where_it_would_have(tmp_path):
+    result = command("demo", "--directory", tmp_path / "demo", "--epochs", 4)
+    assert result.returncode == 0, result.stderr + result.stdout
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert lines[-1] == (
+        "Resumed run ended bit for bit where the uninterrupted one did: yes"
+    )
+    assert any(
+        re.fullmatch(r"epoch  3: killed after batch \d+", line) for line in lines
+    )
+    assert any(line.startswith("restored 'last', saved after batch") for line in lines)
+    assert any(re.fullmatch(r"\d+ leaves of state, 0 differ", line) for line in lines)
+    kept = flaxckpt.list_checkpoints(tmp_path / "demo/resumed")
+    assert 1 <= len([info for info in kept if info.path.name != "last"]) <= 4
+    for info in kept:
+        assert any(line.startswith(info.path.name) for line in lines)
+
+
+def test_a_directory_that_holds_something(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--directory", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"flaxckpt demo: directory {str(tmp_path)!r} is not empty. Pass one that is, or "
+        "that does not exist yet.\n"
+    )
+
+
+def test_a_missing_extra_is_named():
+    block = (
+        "import sys; sys.modules['sklearn.datasets'] = sys.modules['sklearn'] = None"
+    )
+    result = command(
+        "demo", code=f"{block}\nfrom flaxckpt.cli import main\nmain_status = main()"
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        "flaxckpt demo: needs sklearn, which is not installed. "
+        "Install it with: pip install 'flaxckpt[demo]'\n"
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"flaxckpt {flaxckpt.__version__}\n"
