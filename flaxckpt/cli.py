@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="train, be killed, resume, and compare",
         description="Train a small classifier of handwritten digits twice: once "
         "without interruption, and once in a process that is killed in the middle of "
-        "an epoch and resumed from its checkpoints. Both must end bit for bit alike. Takes "
-        "about half a minute, and downloads nothing.",
+        "an epoch and resumed from its checkpoints. Both must end bit for bit alike. "
+        "Takes about half a minute, and downloads nothing.",
     )
     demo.add_argument(
         "--directory",
