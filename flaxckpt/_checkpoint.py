@@ -22,7 +22,7 @@ from flaxckpt._commit import Area
 from flaxckpt._preemption import Watch
 from flaxckpt._record import (
     CheckpointInfo,
-    damaged_below,
+    Infos,
     list_below,
     plain_scalars,
     read_record,
@@ -391,10 +391,10 @@ class ModelCheckpoint:
     @property
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints of this filepath that are on disk, oldest first."""
-        template = self._template
-        with self._area.committing:  # what is shown is on disk
-            found = list_below(template.root, template.depth)
-        return tuple(info for info in found if info.series == template.name)
+        infos, damaged = self._listed()
+        for error in damaged:
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+        return infos
 
     @property
     def latest(self) -> CheckpointInfo | None:
@@ -451,29 +451,36 @@ class ModelCheckpoint:
             candidates = self._by_age()[::-1]
         elif which == "best":
             self._need_mode()
-            candidates = ranked(self.checkpoints, self._monitor, self._mode)
+            candidates = ranked(self._listed()[0], self._monitor, self._mode)
         else:
             path = Path(os.path.abspath(os.path.expanduser(which)))
             tree = _store.load(path, like, cast=cast, verify=verify)
             return self._restored(tree, path, read_record(path))
-        damaged: list[CheckpointError] = []
+        errors: list[CheckpointError] = []
         for info in candidates:
             try:
                 tree = _store.load(info.path, like, cast=cast, verify=verify)
             except (CheckpointCorruptError, CheckpointNotFoundError) as error:
-                damaged.append(error)
+                errors.append(error)
                 warnings.warn(
                     f"PASSED OVER, and the next one tried: {error}", stacklevel=2
                 )
                 continue
             return self._restored(tree, info.path, info)
-        damaged += damaged_below(self._template.root, self._template.depth)
-        if damaged:
-            raise damaged[0]
+        errors += self._listed()[1]
+        if errors:
+            raise errors[0]
         self._warn_of_others()
         return None
 
     # ---- how -------------------------------------------------------------------------
+
+    def _listed(self) -> tuple[Infos, list[CheckpointCorruptError]]:
+        """List the checkpoints of this filepath, and what is damaged beside them."""
+        template = self._template
+        with self._area.committing:  # what is listed is on disk
+            infos, damaged = list_below(template.root, template.depth)
+        return tuple(info for info in infos if info.series == template.name), damaged
 
     def _need_mode(self) -> None:
         if self._mode == "auto":
@@ -554,7 +561,7 @@ class ModelCheckpoint:
 
         Nothing is deleted before what is new is in its place.
         """
-        infos = self.checkpoints
+        infos, _ = self._listed()
         for page in pages:
             in_series = page.series == self._template.name
             info = CheckpointInfo(
@@ -606,8 +613,9 @@ class ModelCheckpoint:
 
     def _by_age(self) -> tuple[CheckpointInfo, ...]:
         """Return what can be resumed from, oldest first: the slot's beside the rest."""
+        infos, _ = self._listed()
         slot = self._slot_info()
-        infos = self.checkpoints if slot is None else (*self.checkpoints, slot)
+        infos = infos if slot is None else (*infos, slot)
         return tuple(sorted(infos, key=lambda info: info.time))
 
     def _is_newly_preempted(self) -> bool:
@@ -633,7 +641,7 @@ class ModelCheckpoint:
             return Restored(
                 tree=tree, state=self.init(), epoch=None, batch=None, logs={}, path=path
             )
-        infos = (*self.checkpoints, info)
+        infos = (*self._listed()[0], info)
         best = self._best_of(infos)
         durable = None if best is None else monitored_value(best.logs, self._monitor)
         return Restored(
@@ -650,10 +658,10 @@ class ModelCheckpoint:
         template = self._template
         others = [
             info.path.name
-            for info in list_below(template.root, template.depth)
+            for info in list_below(template.root, template.depth)[0]
             if info.series != template.name
         ]
-        if others and not self.checkpoints:
+        if others and not self._listed()[0]:
             warnings.warn(
                 f"No checkpoint of {template.root!r}/{template.name!r} to restore, but "
                 f"there are checkpoints of other filepaths: {', '.join(others)}. "

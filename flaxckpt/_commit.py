@@ -5,8 +5,9 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
 - `.flaxckpt-TAG.lock`: held by the one process that writes the series;
 - `.flaxckpt-TAG-…/`: work in progress, or things on their way out; garbage if nobody
   holds the lock;
-- `.flaxckpt-replaced-NAME/`: only where the file system cannot exchange two directories:
-  what was at NAME, while something new is put there. Where NAME is missing, this is it.
+- `.flaxckpt-replaced-NAME/`: only where the file system cannot exchange two
+  directories: what was at NAME, while something new is put there. Where NAME is
+  missing, this is it.
 """
 
 import ctypes

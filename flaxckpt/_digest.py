@@ -83,7 +83,7 @@ def combined(
 
 def _digest_piece(words: np.ndarray[Any, Any], starts: list[int]) -> int:
     """Contract a piece with the coefficients of its axes, the longest axis first."""
-    starts = list(starts)
+    starts = starts + [0] * (words.ndim - len(starts))  # complex128 has an axis more
     axes = list(range(words.ndim))  # which axis of the array each remaining one is
     while words.ndim:
         axis = words.ndim - 1
@@ -117,8 +117,8 @@ def _words(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     highest bits would cancel.
     """
     array = np.asarray(array)
-    if array.dtype.itemsize == 16:  # complex128: real and imaginary parts
-        array = array.view(np.float64).reshape(*array.shape, 2)
+    if array.dtype.itemsize == 16:  # complex128
+        array = np.stack([array.real, array.imag], axis=-1)
     words = array.view(f"u{array.dtype.itemsize}")
     return words ^ (words >> np.uint64(32)) if words.dtype == np.uint64 else words
 
@@ -148,7 +148,7 @@ _ONE = np.uint64(1)
 
 
 def _mixed(x: Words) -> Words:
-    """Scatter integers over 64 bits: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    """Scatter integers over 64 bits: SplitMix64's finalizer (Steele et al. 2014)."""
     # Arrays, not scalars, come here: they wrap around without a warning.
     x = (x + _ONE) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

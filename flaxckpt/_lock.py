@@ -1,10 +1,11 @@
 """One writing process for a series of checkpoints at a time.
 
-The lock is a file, locked with flock(2): the kernel drops it when its owner ends, however
-it ends, so on one machine there are no stale locks, nor after a reboot. Where the kernels
-of several machines do not share such locks, or the file system has none, a heartbeat
-tells: the owner touches the file every few seconds, and who finds it owned by another
-machine watches it for longer than that. Only changes are watched, no clocks compared.
+The lock is a file, locked with flock(2): the kernel drops it when its owner ends,
+however it ends, so on one machine there are no stale locks, nor after a reboot. Where
+the kernels of several machines do not share such locks, or the file system has none, a
+heartbeat tells: the owner touches the file every few seconds, and who finds it owned by
+another machine watches it for longer than that. Only changes are watched, no clocks
+compared.
 """
 
 import fcntl

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
@@ -58,6 +58,9 @@ class CheckpointInfo:
     def metrics(self) -> Mapping[str, Any]:
         """The logs, under the name by which Orbax's preservation policies ask."""
         return self.logs
+
+
+Infos: TypeAlias = tuple[CheckpointInfo, ...]
 
 
 def encode_record(
@@ -209,18 +212,19 @@ def list_checkpoints(
         raise CheckpointPathError(
             str(directory), "is a file. Pass the directory that holds the checkpoints."
         )
-    return _sorted(_find(directory, depth=None))
+    infos, damaged = _sorted(_find(directory, depth=None))
+    for error in damaged:
+        warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+    return infos
 
 
-def list_below(root: str, depth: int) -> tuple[CheckpointInfo, ...]:
-    """List the checkpoints exactly `depth` directories below `root`, oldest first."""
+def list_below(root: str, depth: int) -> tuple[Infos, list[CheckpointCorruptError]]:
+    """List the checkpoints exactly `depth` directories below `root`.
+
+    Returns:
+        Those whose records are whole, oldest first, and what is wrong with the others.
+    """
     return _sorted(_find(Path(root), depth))
-
-
-def damaged_below(root: str, depth: int) -> list[CheckpointCorruptError]:
-    """List what is wrong with the damaged records at that depth."""
-    found = _find(Path(root), depth)
-    return [each for each in found if isinstance(each, CheckpointCorruptError)]
 
 
 def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -271,15 +275,16 @@ def _find(
 
 def _sorted(
     found: Iterator[CheckpointInfo | CheckpointCorruptError],
-) -> tuple[CheckpointInfo, ...]:
-    """Sort what is whole, oldest first, and warn of what is not."""
+) -> tuple[Infos, list[CheckpointCorruptError]]:
     infos: list[CheckpointInfo] = []
+    damaged: list[CheckpointCorruptError] = []
     for each in found:
         if isinstance(each, CheckpointInfo):
             infos.append(each)
         else:
-            warnings.warn(f"Left out of the listing: {each}", stacklevel=4)
-    return tuple(sorted(infos, key=lambda info: (info.time, str(info.path))))
+            damaged.append(each)
+    infos.sort(key=lambda info: (info.time, str(info.path)))
+    return tuple(infos), damaged
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:

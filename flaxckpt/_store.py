@@ -274,7 +274,8 @@ def verify(path: str | os.PathLike[str]) -> None:
     if layout is None:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} was written by plain Orbax, which records no "
-            "digests: there is nothing to check it by. Load it to see if it can be read."
+            "digests: there is nothing to check it by. Load it, to see if it can be "
+            "read."
         )
     for indices in _batches(layout.leaves):
         wanted = {index: on_host(layout.leaves[index]) for index in indices}

@@ -237,7 +237,7 @@ class CheckpointWriteError(CheckpointError, RuntimeError):
         )
 
 
-class Preempted(CheckpointError, RuntimeError):  # noqa: N818  # the name is fixed
+class Preempted(CheckpointError, RuntimeError):  # the name is fixed
     """The process was told to end; the training state has been saved.
 
     Attributes:

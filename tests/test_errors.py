@@ -23,6 +23,8 @@ EXAMPLES = [
     errors.CheckpointMismatchError("/p", [("a", "int", "str")], "advice"),
     errors.CheckpointCorruptError("/p", "problem"),
     errors.CheckpointWriteError("/p", "cause"),
+    errors.CheckpointLockedError("/p", "host", 7),
+    errors.Preempted("SIGTERM", "/p"),
 ]
 
 

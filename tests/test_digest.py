@@ -1,0 +1,121 @@
+"""Digests: the same for any sharding, another for any change."""
+
+import itertools
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxckpt import _digest
+from flaxckpt._digest import combined, digest
+
+DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]
+arrays = hnp.arrays(
+    st.sampled_from(["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?"]),
+    hnp.array_shapes(min_dims=0, max_dims=4, max_side=9),
+)
+
+
+def coefficient(axis, index):
+    """A coefficient by its definition, in Python's integers."""
+
+    def mixed(x):
+        x = (x + 1) * 0x9E3779B97F4A7C15 % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    high, low = divmod(index, 1 << 16)
+    return (mixed(low + (axis << 40)) | 1) * (
+        mixed(high + (axis << 40) + (1 << 60)) | 1
+    )
+
+
+def by_definition(array):
+    if array.dtype.itemsize == 16:
+        array = np.stack([array.real, array.imag], axis=-1)
+    words = array.view(f"u{array.dtype.itemsize}")
+    total = 0
+    for index in np.ndindex(words.shape):
+        word = int(words[index])
+        if words.dtype == np.uint64:
+            word ^= word >> 32
+        for axis, i in enumerate(index):
+            word *= coefficient(axis, i)
+        total += word
+    return total % 2**64
+
+
+@given(arrays)
+def test_the_definition(array):
+    assert digest(array) == by_definition(array)
+
+
+@given(arrays, st.data())
+@settings(max_examples=200)
+def test_pieces_add_up(array, data):
+    """However the array is cut, along every axis."""
+    pieces = [((), array)]
+    for axis in range(array.ndim):
+        size = array.shape[axis]
+        cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=3))})
+        parts = [slice(*pair) for pair in itertools.pairwise(cuts)] or [slice(0)]
+        pieces = [
+            ((*index, part), piece[(slice(None),) * axis + (part,)])
+            for index, piece in pieces
+            for part in parts
+        ]
+    assert combined(pieces, array.shape) == digest(array)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_bit_and_any_exchange_shows(dtype):
+    """In arrays where many values are alike, the hardest case."""
+    for shape in [(3000,), (50, 60), (70_000, 2)]:
+        for value in (0, 1):
+            array = np.full(shape, value, dtype)
+            whole = digest(array)
+            random = np.random.default_rng(0)
+            for _ in range(60):
+                changed = array.copy()
+                data = changed.reshape(-1).view(np.uint8)
+                bit = 0 if array.dtype in (np.bool_, jnp.int4) else random.integers(8)
+                data[random.integers(data.size)] ^= np.uint8(1 << bit)
+                assert digest(changed) != whole
+            if value:  # a page of zeros
+                for start in range(0, array.size, 1024):
+                    changed = array.copy()
+                    changed.reshape(-1)[start : start + 1024] = 0
+                    assert digest(changed) != whole
+        mixed = np.arange(np.prod(shape)).reshape(shape) % 2
+        mixed = mixed.astype(dtype)
+        flipped = np.roll(mixed.reshape(-1), 1).reshape(shape)
+        assert digest(mixed) != digest(flipped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_on_any_mesh(dtype):
+    array = np.arange(64 * 48).reshape(64, 48).astype(dtype)
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    with jax.enable_x64(True):
+        for spec in [P(), P("x"), P("y", "x"), P(None, ("x", "y")), P(("x", "y"))]:
+            placed = jax.device_put(array, NamedSharding(mesh, spec))
+            assert digest(placed) == digest(array)
+
+
+def test_keys_and_scalars():
+    keys = jax.random.split(jax.random.key(0), 8)
+    mesh = jax.make_mesh((8,), ("x",))
+    placed = jax.device_put(keys, NamedSharding(mesh, P("x")))
+    assert digest(keys) == digest(placed) == digest(jax.random.key_data(keys))
+    assert digest(3) == digest(np.int64(3)) != digest(4)
+    assert digest("ab") == digest(b"ab") != digest("ba")
+    assert digest(-0.0) != digest(0.0)
+    assert digest(np.zeros((3, 0))) == 0
+    assert _digest.digests([3, "a"]) == [f"{digest(3):016x}", f"{digest('a'):016x}"]
