@@ -45,6 +45,7 @@ from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointWriteError,
     Preempted,
     SettingError,
 )
@@ -527,8 +528,12 @@ class ModelCheckpoint:
         for page in pages:
             _store.check_target(page.path, self._root)
         self._writer.wait()
-        self._area.open()
         path = pages[-1].path
+        try:
+            self._area.open()
+        except OSError as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise CheckpointWriteError(str(path), cause) from error
         self._tell(f"Epoch {epoch + 1}: {news}saving model to {path}")
         copies = iter(snapshot([leaf for page in pages for leaf in page.leaves]))
         for page in pages:
@@ -580,12 +585,19 @@ class ModelCheckpoint:
             self._tell(f"Epoch {epoch + 1}: finished saving model to {page.path}")
             if not in_series:
                 continue
+            infos = (*(each for each in infos if each.path != page.path), info)
+            gone = expired(infos, self._policy, self._best_of(infos))
+            outdated = [each.path for each in gone]
             if not self._weights_only and self._slot_info() is not None:
-                self._area.remove(self._slot)  # older, and of no more use
-            if self._policy is not None:
-                infos = (*(each for each in infos if each.path != page.path), info)
-                for each in expired(infos, self._policy, self._best_of(infos)):
-                    self._area.remove(each.path)
+                outdated.append(self._slot)
+            for path in outdated:
+                try:
+                    self._area.remove(path)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{str(page.path)!r} was saved, but {str(path)!r}, no longer to "
+                        f"be kept, could not be deleted: {error}."
+                    ) from error
 
     def _slot_path(self, save_last: bool | str) -> Path:
         """Return where the last state is saved if nothing else is."""

@@ -8,6 +8,7 @@ another machine watches it for longer than that. Only changes are watched, no cl
 compared.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -73,7 +74,8 @@ def release(path: Path) -> None:
         del _held[path]
         held.stop.set()
         if held.owner_pid == os.getpid():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is nobody's when it is closed
+                path.unlink()
         os.close(held.descriptor)
 
 

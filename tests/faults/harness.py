@@ -1,0 +1,160 @@
+"""Kills, or fails, the saving program at chosen file calls; counts what survives.
+
+    python tests/faults/harness.py            every call, as a table for the docs
+
+The program is the real one, in processes of its own; the shim sees the file calls of
+all its threads, TensorStore's in C++ as well as Python's.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCENARIOS = ("replace the best", "keep the newest", "save the last", "first of all")
+MODES = ("kill", "torn", "ENOSPC", "EIO")
+
+
+def build(directory):
+    """Compile the shim."""
+    library = Path(directory) / "shim.so"
+    subprocess.run(
+        ["cc", "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"],
+        check=True,
+    )
+    return library
+
+
+class Server:
+    """A process that forks one for each order; see server.py."""
+
+    def __init__(self, library):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", HERE / "server.py"],
+            env={**os.environ, "LD_PRELOAD": str(library), "XLA_FLAGS": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, **order):
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+def attempt(server, scenario, mode, at, exchange=True, log=""):
+    """Strike at one call, then restart.
+
+    Returns:
+        What went wrong, "" for nothing, and how many calls were made.
+    """
+    directory = tempfile.mkdtemp(prefix="flaxckpt-fault-")
+    try:
+        order = {"scenario": scenario, "directory": directory, "mode": mode}
+        order |= {"exchange": exchange, "log": str(log)}
+        struck = server.ask(**order, at=at)
+        checked = server.ask(**order, check=True)
+        return verdict(mode, at, struck, checked), struck["count"]
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def verdict(mode, at, struck, checked):
+    killed = struck["status"] == -9
+    if at and mode in ("kill", "torn"):
+        # Threads do not always make equally many calls: it may have come through.
+        if not killed and (struck["status"] or struck["error"]):
+            return f"not killed: {struck}"
+    elif struck["status"] != 0:
+        return f"did not end well: {struck}"
+    if checked["status"] != 0:
+        return f"could not restore: {checked['error']} after {struck}"
+    if checked["restored"] < struck["acknowledged"]:
+        return f"lost {struck['acknowledged']}, restored {checked['restored']}"
+    return ""
+
+
+def survey(library, scenario, mode, *, exchange=True, sample=None, servers=2, seed=0):
+    """Strike at every call of a scenario, or at a sample of them.
+
+    Returns:
+        Number of the scenario's calls, the points tried, and what went wrong by point.
+    """
+    pool = [Server(library) for _ in range(servers)]
+    try:
+        problem, count = attempt(pool[0], scenario, mode, 0, exchange)
+        problems = {0: problem} if problem else {}
+        points = list(range(1, count + 1))
+        if sample is not None:
+            points = sorted(random.Random(seed).sample(points, min(sample, count)))
+        with ThreadPoolExecutor(servers) as threads:
+            runs = [
+                threads.submit(strike_all, server, scenario, mode, mine, exchange)
+                for server, mine in zip(pool, shares(points, servers), strict=True)
+            ]
+            for run in runs:
+                problems |= run.result()
+        return count, points, problems
+    finally:
+        for server in pool:
+            server.close()
+
+
+def shares(points, number):
+    return [points[start::number] for start in range(number)]
+
+
+def strike_all(server, scenario, mode, points, exchange):
+    problems = {}
+    for at in points:
+        problem, _ = attempt(server, scenario, mode, at, exchange)
+        if problem:
+            problems[at] = problem
+    return problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--sample", type=int, help="points of each kind; all if not given"
+    )
+    options = parser.parse_args()
+    failed = False
+    print("| scenario | fault | file calls | struck at | survived |")
+    print("|---|---|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as directory:
+        library = build(directory)
+        cases = [(s, m, True) for s in SCENARIOS for m in MODES]
+        cases += [(SCENARIOS[0], mode, False) for mode in MODES]
+        for scenario, mode, exchange in cases:
+            count, points, problems = survey(
+                library, scenario, mode, exchange=exchange, sample=options.sample
+            )
+            where = scenario if exchange else f"{scenario}, by renaming"
+            survived = len(points) - len(problems)
+            print(
+                f"| {where} | {mode} | {count} | {len(points)} | {survived} |",
+                flush=True,
+            )
+            for at, problem in problems.items():
+                print(f"    call {at}: {problem}", file=sys.stderr)
+            failed = failed or bool(problems)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Runs one save after the other under a fault, each in a forked process of its own.
+
+Started with the shim preloaded and everything imported, it forks for each line of JSON
+that it reads, `{"scenario", "directory", "at", "mode", "exchange", "log"}`, and answers
+with one: `{"status", "acknowledged", "error", "count"}`. Imported only, it holds the
+scenarios.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+import numpy as np
+
+import flaxckpt
+
+DEADLINE_SECS = 60
+LAST = 99  # the epoch that is saved after a restart
+
+
+def tree_of(epoch):
+    """A tree from whose every leaf the epoch can be told."""
+    import jax
+    import jax.numpy as jnp
+
+    return {
+        "w": np.full(3000, epoch, np.float32),
+        "device": jnp.full((20, 30), epoch, jnp.bfloat16),
+        "key": jax.random.key(epoch),
+        "epoch": epoch,
+        "name": f"epoch {epoch}",
+    }
+
+
+def assert_tree(tree, epoch):
+    import jax
+
+    expected = tree_of(epoch)
+    for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        if hasattr(got, "dtype") and jax.dtypes.issubdtype(
+            got.dtype, jax.dtypes.prng_key
+        ):
+            got, want = jax.random.key_data(got), jax.random.key_data(want)
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+class Scenario:
+    """What is saved before the fault may strike, and what after."""
+
+    def __init__(self, template, before, after, **settings):
+        self.template, self.before, self.after = template, before, after
+        self.settings = settings
+
+    def checkpoint(self, directory):
+        path = os.path.join(directory, self.template)
+        return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
+
+
+SCENARIOS = {
+    "replace the best": Scenario(
+        "best", [0.9], [0.8, 0.7], save_best_only=True
+    ),
+    "keep the newest": Scenario("{epoch}", [0.5, 0.9], [0.8, 0.7], max_to_keep=2),
+    "save the last": Scenario(
+        "best", [0.5], [0.6, 0.7, 0.4], save_best_only=True, save_last=True
+    ),
+    "first of all": Scenario("new/{epoch}", [], [0.5]),
+}  # fmt: skip
+
+
+def train(ckpt, state, losses, first, acknowledge):
+    for epoch, loss in enumerate(losses, first):
+        state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+        ckpt.wait()
+        acknowledge(epoch)
+    return state
+
+
+def strike(shim, order, acknowledge):
+    """Save under the fault; if that is an error, save again without it."""
+    scenario = SCENARIOS[order["scenario"]]
+    ckpt = scenario.checkpoint(order["directory"])
+    state = train(ckpt, ckpt.init(), scenario.before, 0, acknowledge)
+    begin(shim, order, order["at"])
+    first = len(scenario.before)
+    try:
+        train(ckpt, state, scenario.after, first, acknowledge)
+        ckpt.close()
+    except flaxckpt.CheckpointError as error:
+        begin(shim, order, 0)
+        train(ckpt, state, [0.01], first + len(scenario.after), acknowledge)
+        ckpt.close()
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def begin(shim, order, at):
+    shim.fault_begin(
+        order["directory"].encode(),
+        order["log"].encode(),
+        ctypes.c_long(at),
+        order["mode"].encode(),
+        int(order["exchange"]),
+    )
+
+
+def check(order):
+    """In a fresh process: restore at least what was acknowledged, and save again."""
+    scenario = SCENARIOS[order["scenario"]]
+    with scenario.checkpoint(order["directory"]) as ckpt:
+        found = ckpt.restore()
+        epoch = -1
+        if found is not None:
+            epoch = found.epoch
+            assert_tree(found.tree, epoch)
+            for info in ckpt.checkpoints:
+                assert_tree(flaxckpt.load(info.path), info.epoch)
+        state = ckpt.init() if found is None else found.state
+        ckpt.update(state, tree_of(LAST), {"loss": 0.001}, LAST)
+        again = ckpt.restore()
+        assert again.epoch == LAST
+        assert_tree(again.tree, LAST)
+    left = [
+        name
+        for _, directories, files in os.walk(order["directory"])
+        for name in directories + files
+        if name.startswith(".flaxckpt")
+    ]
+    assert not left, left
+    return epoch
+
+
+def serve():
+    shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    flaxckpt.ModelCheckpoint  # noqa: B018  # import all before forking
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(answer(shim, order)), flush=True)
+
+
+def answer(shim, order):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        run(shim, order, writer)
+    os.close(writer)
+    status = wait_for(child)
+    with os.fdopen(reader) as told:
+        lines = [json.loads(line) for line in told]
+    result = {"status": status, "acknowledged": -1, "error": "", "count": 0}
+    for each in lines:
+        result.update(each)
+    return result
+
+
+def run(shim, order, writer):
+    def tell(**facts):
+        os.write(writer, (json.dumps(facts) + "\n").encode())
+
+    status = 1
+    try:
+        if order.get("check"):
+            tell(restored=check(order))
+        else:
+            error = strike(shim, order, lambda epoch: tell(acknowledged=epoch))
+            tell(error=error, count=shim.fault_count())
+        status = 0
+    except BaseException:
+        tell(error=traceback.format_exc())
+    os._exit(status)
+
+
+def wait_for(child):
+    until = time.monotonic() + DEADLINE_SECS
+    while time.monotonic() < until:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs"
+
+
+if __name__ == "__main__":
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    serve()
