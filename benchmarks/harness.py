@@ -87,3 +87,8 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "commit": commit.stdout.strip(),
     }
+
+
+def median_ratio(new: list[float], old: list[float]) -> float:
+    """Return the median, over the rounds, of one measurement to another."""
+    return statistics.median(a / b for a, b in zip(new, old, strict=True))

@@ -6,7 +6,6 @@ import shutil
 import sys
 
 import pytest
-
 from faults import harness
 
 pytestmark = pytest.mark.skipif(

@@ -1,0 +1,240 @@
+"""A damaged checkpoint raises, or gives what was saved: never anything else."""
+
+import os
+import random
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxckpt
+from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint, _store
+
+# Orbax leaves tasks of its own behind where it raises.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
+FLIPS, OTHERS = (250, 25) if FULL else (40, 8)  # of each of eight kinds of checkpoint
+
+
+def tree_of(dtype, sharded):
+    random = np.random.default_rng(0)
+    values = jnp.asarray(random.normal(size=(64, 40)) * 50).astype(dtype)
+    if sharded:
+        mesh = jax.make_mesh((4, 2), ("x", "y"))
+        values = jax.device_put(values, NamedSharding(mesh, P("x", "y")))
+    return {
+        "w": values,
+        "ones": jnp.ones((32, 32), dtype),
+        "key": jax.random.key(3),
+        "host": np.arange(500),
+        "n": 12345,
+        "x": 0.5,
+        "s": "text",
+    }
+
+
+def flip(path, randomly):
+    data = bytearray(path.read_bytes())
+    data[randomly.randrange(len(data))] ^= 1 << randomly.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path, randomly):
+    os.truncate(path, randomly.randrange(path.stat().st_size))
+
+
+def zero_page(path, randomly):
+    size = path.stat().st_size
+    start = randomly.randrange(size) // 512 * 512
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(min(512, size - start)))
+
+
+def swap(path, randomly):
+    other = randomly.choice(
+        [p for p in files_of(path.parents[0]) if p != path] or [path]
+    )
+    ours, theirs = path.read_bytes(), other.read_bytes()
+    path.write_bytes(theirs)
+    other.write_bytes(ours)
+
+
+def remove(path, randomly):
+    path.unlink()
+
+
+def files_of(directory):
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def bits(tree):
+    def of(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf).tobytes()
+
+    return jax.tree.map(of, tree)
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["zstd", "raw"])
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),
+    [("float32", False), ("bfloat16", False), ("int8", False), ("float32", True)],
+    ids=["f32", "bf16", "i8", "f32-sharded"],
+)
+def test_no_damage_is_silent(tmp_path, monkeypatch, dtype, sharded, compressed):
+    context = _store._context
+
+    def chosen():
+        made = context()
+        made.array.saving.use_compression = compressed
+        return made
+
+    monkeypatch.setattr(_store, "_context", chosen)
+    tree = tree_of(dtype, sharded)
+    with ModelCheckpoint(tmp_path / "good") as ckpt:
+        good = ckpt.save(tree, epoch=0)
+    expected = bits(tree)
+    assert bits(flaxckpt.load(good, tree)) == expected
+    randomly = random.Random(f"{dtype}{sharded}{compressed}")
+    names = [str(path.relative_to(good)) for path in files_of(good)]
+    sizes = [(good / name).stat().st_size for name in names]
+    # By size, as disks fail, and each file alike, as small ones matter most.
+    chosen_names = randomly.choices(names, sizes, k=FLIPS // 2)
+    chosen_names += randomly.choices(names, k=FLIPS - FLIPS // 2)
+    damages = [(flip, name) for name in chosen_names]
+    for kind in (truncate, zero_page, swap, remove):
+        damages += [(kind, randomly.choice(names)) for _ in range(OTHERS)]
+    bad = tmp_path / "bad"
+    raised = 0
+    for damage, name in damages:
+        shutil.copytree(good, bad)
+        damage(bad / name, randomly)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got = flaxckpt.load(bad, tree)
+        except CheckpointError:
+            raised += 1
+        else:
+            assert bits(got) == expected, f"silent: {damage.__name__} of {name}"
+        shutil.rmtree(bad)
+    assert raised > len(damages) // 3
+
+
+def test_unverified_it_would_be_silent(tmp_path):
+    """The test above can fail: without digests, flipped bits load."""
+    tree = {"w": jnp.asarray(np.random.default_rng(0).normal(size=5000))}
+    with ModelCheckpoint(tmp_path / "good") as ckpt:
+        good = ckpt.save(tree, epoch=0)
+    data = max(files_of(good), key=lambda path: path.stat().st_size)
+    silent = 0
+    for index in range(20):
+        randomly = random.Random(index)
+        before = data.read_bytes()
+        flip(data, randomly)
+        try:
+            wrong = bits(flaxckpt.load(good, verify=False)) != bits(tree)
+        except CheckpointError:
+            wrong = False
+        if wrong:
+            silent += 1
+            with pytest.raises(CheckpointCorruptError):
+                flaxckpt.load(good)
+            with pytest.raises(CheckpointCorruptError):
+                flaxckpt.verify(good)
+        data.write_bytes(before)
+    assert silent > 10
+    flaxckpt.verify(good)
+
+
+def damage_values(path):
+    """Change a value so that only the digest can tell."""
+    data = max(files_of(path), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def saved(tmp_path, losses, **settings):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", **settings)
+    state = ckpt.init()
+    random = np.random.default_rng(0)
+    for epoch, loss in enumerate(losses):
+        tree = {"w": random.normal(size=5000), "epoch": epoch}
+        state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
+    ckpt.close()
+    return ckpt
+
+
+def test_restore_falls_back_to_the_next_good_one(tmp_path):
+    ckpt = saved(tmp_path, [0.3, 0.1, 0.2, 0.4])
+    damage_values(tmp_path / "4")
+    (tmp_path / "2/flaxckpt_leaves.json").unlink()
+    with pytest.warns(UserWarning, match=r"PASSED OVER.*'.*/4' is damaged"):
+        assert ckpt.restore().tree["epoch"] == 2
+    with pytest.warns(UserWarning, match=r"PASSED OVER.*'.*/2' is damaged"):
+        assert ckpt.restore(which="best").tree["epoch"] == 2
+    for which in ("4", "2"):
+        with pytest.raises(CheckpointCorruptError, match="is damaged"):
+            ckpt.restore(which=tmp_path / which)
+    assert ckpt.restore(which=tmp_path / "4", verify=False).epoch == 3
+
+
+def test_if_all_are_damaged_it_raises_rather_than_start_anew(tmp_path):
+    ckpt = saved(tmp_path, [0.3, 0.1])
+    damage_values(tmp_path / "1")
+    (tmp_path / "2/flaxckpt.json").write_text("{}")
+    with (
+        pytest.warns(UserWarning, match="PASSED OVER"),
+        pytest.raises(CheckpointCorruptError, match="is damaged"),
+    ):
+        ckpt.restore()
+    (tmp_path / "1/flaxckpt.json").write_text("[")
+    with pytest.raises(CheckpointCorruptError, match="its record does not parse"):
+        ckpt.restore()
+    with pytest.warns(UserWarning, match="Left out of the listing") as caught:
+        assert flaxckpt.list_checkpoints(tmp_path) == ()
+    assert len(caught) == 2
+
+
+def test_the_error_names_leaves_and_files(tmp_path):
+    saved(tmp_path, [0.3])
+    damage_values(tmp_path / "1")
+    with pytest.raises(CheckpointCorruptError) as caught:
+        flaxckpt.load(tmp_path / "1")
+    assert "not what was saved: w (in one of the files state/" in str(caught.value)
+
+
+def test_verify(tmp_path):
+    saved(tmp_path, [0.3])
+    assert flaxckpt.verify(tmp_path / "1") is None
+    with pytest.raises(flaxckpt.CheckpointNotFoundError):
+        flaxckpt.verify(tmp_path / "2")
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(tmp_path / "plain", {"w": np.ones(2)})
+    with pytest.raises(
+        CheckpointError, match="written by plain Orbax, which records no"
+    ):
+        flaxckpt.verify(tmp_path / "plain")
+
+
+def test_a_cast_is_verified_before_it_is_cast(tmp_path):
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        path = ckpt.save({"w": jnp.linspace(0, 1, 5000)}, epoch=0)
+    like = {"w": jnp.zeros(5000, jnp.bfloat16)}
+    assert flaxckpt.load(path, like, cast=True)["w"].dtype == jnp.bfloat16
+    damage_values(path)
+    with pytest.raises(CheckpointCorruptError):
+        flaxckpt.load(path, like, cast=True)

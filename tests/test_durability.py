@@ -1,0 +1,308 @@
+"""Locks, preemption, and the slot of the last state."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import flaxckpt
+from flaxckpt import (
+    CheckpointLockedError,
+    ModelCheckpoint,
+    Preempted,
+    SettingError,
+    _lock,
+)
+
+
+def program(code, *arguments):
+    """Start Python code in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def names(infos):
+    return [info.path.name for info in infos]
+
+
+def tree_of(epoch):
+    return {"w": np.full(4, epoch, np.float32)}
+
+
+# ---- one writer at a time --------------------------------------------------------------
+
+HOLDER = """
+    import sys, absl.logging
+    absl.logging.set_verbosity("fatal")
+    import numpy as np, flaxckpt
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}")
+    ckpt.save({"w": np.zeros(1)}, epoch=0)
+    ckpt.wait()
+    print("saved", flush=True)
+    sys.stdin.readline()
+    ckpt.close()
+    print("closed", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_writer_is_told_of_the_first(tmp_path):
+    holder = program(HOLDER, tmp_path)
+    try:
+        assert holder.stdout.readline() == "saved\n"
+        ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+        assert names(ckpt.checkpoints) == ["1"]  # reading is free
+        assert ckpt.restore().epoch == 0
+        with pytest.raises(CheckpointLockedError) as caught:
+            ckpt.update(ckpt.init(), tree_of(1), {}, 1)
+        assert str(caught.value) == (
+            f"The checkpoints in {str(tmp_path)!r} are being written by process "
+            f"{holder.pid} on {socket.gethostname()}. End that one, or choose another "
+            "filepath."
+        )
+        assert names(ckpt.checkpoints) == ["1"]
+        with ModelCheckpoint(tmp_path / "other-{epoch}") as other:
+            other.save(tree_of(0), epoch=0)  # another series
+        print(file=holder.stdin, flush=True)
+        assert holder.stdout.readline() == "closed\n"
+        ckpt.update(ckpt.init(), tree_of(1), {}, 1)
+        ckpt.close()
+        assert sorted(os.listdir(tmp_path)) == ["1", "2", "other-1"]
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_the_lock_of_a_killed_process_is_stale(tmp_path):
+    holder = program(HOLDER, tmp_path)
+    assert holder.stdout.readline() == "saved\n"
+    holder.kill()
+    holder.communicate()
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".lock")]
+    leftover = next(n for n in os.listdir(tmp_path) if n.endswith(".lock"))[:-5] + "-x"
+    (tmp_path / leftover).mkdir()  # as it would leave in the middle of a save
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(1), epoch=1)
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_objects_of_one_process_share_the_lock(tmp_path):
+    first, second = (ModelCheckpoint(tmp_path / "{epoch}") for _ in range(2))
+    first.save(tree_of(0), epoch=0)
+    second.save(tree_of(1), epoch=1)
+    first.close()
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".lock")]
+    second.close()
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(_lock, "HEARTBEAT_SECS", 0.05)
+    monkeypatch.setattr(_lock, "WATCH_SECS", 0.3)
+
+
+def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
+    """Where the machines' kernels share no locks."""
+    path = tmp_path / "x.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.02):
+            os.utime(path)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(CheckpointLockedError, match="process 7 on elsewhere"):
+            _lock.acquire(path)
+    finally:
+        stop.set()
+        heart.join()
+    assert _lock.acquire(path)  # no sign of life any more
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    before = path.stat().st_mtime_ns
+    until = time.monotonic() + 10
+    while path.stat().st_mtime_ns == before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    _lock.release(path)
+    assert not path.exists()
+
+
+# ---- preemption --------------------------------------------------------------------------
+
+PREEMPTED = """
+    import os, signal, sys, absl.logging
+    absl.logging.set_verbosity("fatal")
+    import numpy as np, flaxckpt
+    mode = sys.argv[2]
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    ckpt = flaxckpt.ModelCheckpoint(
+        sys.argv[1] + "/best", save_best_only=True,
+        save_on_preemption="flag" if mode == "flag" else True,
+    )
+    with ckpt:
+        found = ckpt.restore()
+        state = found.state if found else ckpt.init()
+        epoch = found.epoch + 1 if found else 0
+        try:
+            while not ckpt.preempted:
+                tree = {"w": np.full(4, epoch, np.float32)}
+                state = ckpt.update(state, tree, {"val_loss": 1.0 + epoch}, epoch)
+                print("epoch", epoch, flush=True)
+                if epoch == 3:
+                    ckpt.wait()
+                    print("ready", flush=True)
+                    sys.stdin.readline()
+                epoch += 1
+        except flaxckpt.Preempted as error:
+            print(error, flush=True)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["raise", "flag"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_next_update(tmp_path, mode, number):
+    process = program(PREEMPTED, tmp_path, mode)
+    for line in process.stdout:
+        if line == "ready\n":
+            break
+    process.send_signal(number)
+    out, err = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, err
+    if mode == "raise":
+        assert out == (
+            f"Told to end by {number.name}; saved '{tmp_path}/last'. End the program "
+            "now, and restore the latest checkpoint when it runs again.\nended\n"
+        )
+    else:
+        assert out == "epoch 4\nended\n"
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt:
+        found = ckpt.restore()  # the best is not overwritten by what was not better
+        assert (found.epoch, found.path.name) == (4, "last")
+        assert (found.tree["w"] == 4).all()
+        assert found.state.best == 1.0
+        assert ckpt.best.epoch == 0
+        assert ckpt.latest.path.name == "last"
+        assert names(ckpt.checkpoints) == ["best"]
+
+
+def test_a_second_signal_ends_the_process(tmp_path):
+    process = program(PREEMPTED, tmp_path, "raise")
+    for line in process.stdout:
+        if line == "ready\n":
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "KeyboardInterrupt" in err
+
+
+def test_signals_are_of_the_main_thread(tmp_path):
+    caught = []
+
+    def make():
+        try:
+            ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption=True)
+        except SettingError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert caught == [
+        "save_on_preemption=True cannot work: signals are handled in the main thread "
+        "only. Make the object there."
+    ]
+
+
+def test_several_objects_hear_the_same_signal(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    one = ModelCheckpoint(tmp_path / "one/{epoch}", save_on_preemption=True)
+    two = ModelCheckpoint(tmp_path / "two/{epoch}", save_on_preemption="flag")
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        one.update(one.init(), tree_of(0), {}, 0, 5)
+    assert caught.value.path == str(tmp_path / "one/last")
+    assert caught.value.signal == "SIGTERM"
+    assert one.restore().batch == 5
+    two.update(two.init(), tree_of(0), {}, 0)  # due anyway: no slot needed
+    assert two.preempted
+    assert names(two.checkpoints) == ["1"]
+    assert not (tmp_path / "two/last").exists()
+    one.close()
+    assert signal.getsignal(signal.SIGTERM) != before
+    two.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- the last state, beside the best -----------------------------------------------------
+
+
+def test_the_slot_holds_what_is_newer_than_the_best(tmp_path):
+    with ModelCheckpoint(
+        tmp_path / "{epoch}", save_best_only=True, save_last=True
+    ) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.5, 0.6, 0.7]):
+            state = ckpt.update(state, tree_of(epoch), {"val_loss": loss}, epoch)
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == ["1"]
+        assert ckpt.latest.path.name == "last"
+        found = ckpt.restore()
+        assert (found.epoch, found.state.best) == (2, 0.5)
+        assert ckpt.restore(which="best").epoch == 0
+        # Something newer that can be resumed from: the slot is of no more use.
+        state = ckpt.update(found.state, tree_of(3), {"val_loss": 0.4}, 3)
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == ["1", "4"]
+        assert ckpt.latest.path.name == "4"
+        assert not (tmp_path / "last").exists()
+
+
+def test_a_run_that_saves_weights_can_be_resumed(tmp_path):
+    tree = {"params": {"w": np.ones(3)}, "opt_state": {"m": np.zeros(3)}}
+    with ModelCheckpoint(
+        tmp_path / "{epoch}", save_weights_only=True, save_last="state"
+    ) as ckpt:
+        state = ckpt.init()
+        for epoch in range(3):
+            state = ckpt.update(state, tree, {}, epoch)
+        found = ckpt.restore(like=tree)
+        assert found.path == tmp_path / "state"
+        assert found.epoch == 2
+        assert names(ckpt.checkpoints) == ["1", "2", "3"]
+        assert flaxckpt.load(tmp_path / "3").keys() == {"params"}
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "best"])
+def test_names_of_the_slot_that_cannot_work(tmp_path, name):
+    with pytest.raises(SettingError, match="save_last="):
+        ModelCheckpoint(tmp_path / "best", save_last=name)
+
+
+def test_without_syncing(tmp_path):
+    with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree_of(epoch), epoch=epoch)
+        assert ckpt.restore().epoch == 1
