@@ -35,7 +35,9 @@ def main() -> None:
 
     def save(name, with_digests):
         def measure():
-            _store.digests = digests if with_digests else lambda values: [""] * len(values)
+            _store.digests = (
+                digests if with_digests else lambda values: [""] * len(values)
+            )
             with flaxckpt.ModelCheckpoint(root / name) as ckpt:
                 start = time.perf_counter()
                 ckpt.save(tree, epoch=0)

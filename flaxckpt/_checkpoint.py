@@ -595,8 +595,8 @@ class ModelCheckpoint:
                     self._area.remove(path)
                 except OSError as error:
                     raise CheckpointError(
-                        f"{str(page.path)!r} was saved, but {str(path)!r}, no longer to "
-                        f"be kept, could not be deleted: {error}."
+                        f"{str(page.path)!r} was saved, but {str(path)!r}, which is no "
+                        f"longer to be kept, could not be deleted: {error}."
                     ) from error
 
     def _slot_path(self, save_last: bool | str) -> Path:
