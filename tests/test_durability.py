@@ -205,15 +205,26 @@ def test_a_signal_saves_at_the_next_update(tmp_path, mode, number):
         assert names(ckpt.checkpoints) == ["best"]
 
 
+IMPATIENT = """
+    import sys, time, numpy as np, flaxckpt
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/best", save_on_preemption=True)
+    ckpt.save({"w": np.zeros(1)}, epoch=0)
+    print("ready", flush=True)
+    while ckpt._watch.signal is None:
+        time.sleep(0.01)
+    print("told", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_second_signal_ends_the_process(tmp_path):
-    process = program(PREEMPTED, tmp_path, "raise")
-    for line in process.stdout:
-        if line == "ready\n":
-            break
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    process = program(IMPATIENT, tmp_path)
+    for expected in ("ready", "told"):
+        for line in process.stdout:
+            if line == f"{expected}\n":
+                break
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
     assert "KeyboardInterrupt" in err
 
