@@ -206,7 +206,8 @@ def test_a_signal_saves_at_the_next_update(tmp_path, mode, number):
 
 
 IMPATIENT = """
-    import sys, time, numpy as np, flaxckpt
+    import signal, sys, time, numpy as np, flaxckpt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/best", save_on_preemption=True)
     ckpt.save({"w": np.zeros(1)}, epoch=0)
     print("ready", flush=True)
