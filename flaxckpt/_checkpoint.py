@@ -1,13 +1,10 @@
 """`ModelCheckpoint`: a thin facade over template, state, store and retention."""
 
-import datetime
 import difflib
-import functools
 import inspect
-import itertools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,42 +15,24 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt import _store
-from flaxckpt._commit import Area
 from flaxckpt._preemption import Watch
-from flaxckpt._record import (
-    CheckpointInfo,
-    Infos,
-    list_below,
-    plain_scalars,
-    read_record,
-)
-from flaxckpt._retention import (
-    LatestN,
-    PreservationPolicy,
-    best_of,
-    expired,
-    monitored_value,
-    ranked,
-)
-from flaxckpt._snapshot import snapshot
-from flaxckpt._state import CheckpointState, judge, plain_state, resumed, tick
+from flaxckpt._record import CheckpointInfo, read_record
+from flaxckpt._retention import LatestN, PreservationPolicy, ranked
+from flaxckpt._saves import Entry, Saves
+from flaxckpt._series import Series
+from flaxckpt._state import CheckpointState, resumed, tick
 from flaxckpt._template import Template
-from flaxckpt._tree import Layout, PyTree, Skeleton, describe
-from flaxckpt._weights import Weights, default_weights, weights_skeleton
-from flaxckpt._writer import Writer
+from flaxckpt._tree import PyTree
+from flaxckpt._weights import Weights, default_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
-    CheckpointWriteError,
     Preempted,
     SettingError,
 )
 
 Logs: TypeAlias = Mapping[str, Any]
-
-# What the series of the last slot is called, behind that of the checkpoints.
-_SLOT_SERIES = " (last)"
 
 _ELSEWHERE = {
     "period": "save_freq",
@@ -92,17 +71,6 @@ class Restored:
     path: Path
 
 
-@dataclass
-class _Page:
-    """One directory to write, and what goes into it."""
-
-    path: Path
-    series: str
-    layout: Layout
-    leaves: list[Any]
-    weights: Skeleton
-
-
 class ModelCheckpoint:
     """Saves a training loop's checkpoints when a metric or the clock of steps says so.
 
@@ -139,6 +107,9 @@ class ModelCheckpoint:
         save_last: bool | str = False,
         save_on_preemption: bool | str = False,
         sync: bool = True,
+        snapshot: str = "auto",
+        max_in_flight: int | None = None,
+        compress: bool = False,
         **unknown: Never,
     ) -> None:
         """Check the settings; write nothing.
@@ -174,6 +145,15 @@ class ModelCheckpoint:
             sync: Have the disk take a checkpoint before it counts as saved, and before
                 anything older is deleted. False for scratch: a crash of the process
                 still loses nothing, one of the machine may.
+            snapshot: Where a save keeps its copy of the tree until it is written:
+                `"device"`; `"host"`, which waits for the values; `"auto"`, on the
+                device where there is room; `"none"` for no copy, which waits until it
+                is written.
+            max_in_flight: How many saves there may be at a time, each with a copy of
+                the tree; one more waits. None: as many as fit into 64 MiB, up to 8, or
+                else 1.
+            compress: Compress the arrays: a few percent smaller, at several times the
+                work.
             **unknown: None; there to name what was meant.
 
         Raises:
@@ -220,25 +200,41 @@ class ModelCheckpoint:
             raise SettingError(
                 "weights", weights, "pass a function from a tree to its weights."
             )
-        self._verbose = bool(verbose)
-        self._weights_only = bool(save_weights_only)
-        self._weights = weights or default_weights
-        self._policy = preserve
-        self._writer = Writer()
-        self._slot = self._slot_path(save_last)
-        self._save_last = bool(save_last)
+        if snapshot not in ("auto", "device", "host", "none"):
+            raise SettingError(
+                "snapshot", snapshot, 'pass "auto", "device", "host" or "none".'
+            )
+        if max_in_flight is not None and (
+            type(max_in_flight) is not int or max_in_flight < 1
+        ):
+            raise SettingError(
+                "max_in_flight", max_in_flight, "pass a number of at least 1, or None."
+            )
         if save_on_preemption not in (False, True, "flag"):
             raise SettingError(
                 "save_on_preemption", save_on_preemption, 'pass True, False or "flag".'
             )
+        self._save_last = bool(save_last)
         self._raise_preempted = save_on_preemption is True
-        series = self._template.name
-        self._area = Area(
-            self._root,
-            (series, series + _SLOT_SERIES),
-            self._template.depth,
+        self._series = Series(
+            self._template,
+            self._slot_path(save_last),
+            policy=preserve,
+            monitor=monitor,
+            mode=self._mode,
             sync=bool(sync),
+            compress=bool(compress),
         )
+        self._saves = Saves(
+            self._template,
+            self._series,
+            weights=weights or default_weights,
+            weights_only=bool(save_weights_only),
+            snapshot=snapshot,
+            max_in_flight=max_in_flight,
+            tell=_print if verbose else None,
+        )
+        self.counts = self._saves.counts
         _store.check_root(self._root)
         self.preempted = False
         self._watch = Watch() if save_on_preemption else None
@@ -262,10 +258,11 @@ class ModelCheckpoint:
         """Decide whether to save, and start saving if so.
 
         Where no check is due, a few microseconds; nothing is looked at but the
-        counters, and no device is waited for. Where one is due under `save_best_only`,
-        or the filepath shows a metric, waits for that metric. A save copies `tree` on
-        its devices and goes on in the background, so `tree` may be donated or changed
-        at once; if the save before it is still under way, waits for that first.
+        counters. A save copies `tree` on its devices and goes on in the background, so
+        `tree` may be donated or changed at once. Where a due check depends on a metric
+        that a device still computes, the device decides and copies, and nothing waits;
+        `best` in the state returned is then still to come, too. What makes a call wait
+        is more saves than `max_in_flight`, see `counts`, or another `snapshot`.
 
         Args:
             state: From `init`, `restore` or the call before.
@@ -289,35 +286,22 @@ class ModelCheckpoint:
             CheckpointError: If called under a JAX trace, where there are no values
                 yet to save.
         """
-        self._writer.check()
+        self._saves.check()
         preempted = self._is_newly_preempted()
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not preempted:
             return state
         _refuse_traced(due, force, epoch, batch, logs, tree, state)
-        before, save = state.best, False
-        news = ""
+        entry = Entry(bool(force), epoch, batch, logs, state)
         if due:
-            on_host = _monitored_on_host(logs, state.monitor)
-            state, save = judge(state, on_host, due)
-            news = self._news(state, before, on_host, epoch, save=bool(save))
-        saves, lasts = bool(save or force), bool(due) and self._save_last
-        if saves or lasts or preempted:
-            # What a checkpoint of weights leaves out has a place in the slot alone.
-            in_slot = (lasts or preempted) and (self._weights_only or not saves)
-            path = self._save(
-                tree,
-                int(epoch),
-                _int_or_none(batch),
-                logs,
-                state,
-                news,
-                in_series=saves,
-                in_slot=in_slot,
-            )
+            self._saves.decide(entry, now=preempted)
+        lasts = (bool(due) and self._save_last) or preempted
+        if entry.save is not False or lasts:
+            path = self._saves.start(tree, entry, lasts=lasts)
             if preempted:
                 self._finish_preempted(path)
-        return state
+        assert entry.state is not None
+        return entry.state
 
     def save(
         self,
@@ -342,9 +326,12 @@ class ModelCheckpoint:
         Raises:
             CheckpointError: As `update`.
         """
-        self._writer.check()
+        self._saves.check()
         _refuse_traced(False, False, epoch, batch, logs, tree, state)
-        return self._save(tree, int(epoch), _int_or_none(batch), logs, state)
+        entry = Entry(True, epoch, batch, logs, state)
+        path = self._template.render(entry.epoch, entry.batch, logs)
+        self._saves.start(tree, entry, lasts=False)
+        return Path(path)
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk.
@@ -352,7 +339,7 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If a save failed.
         """
-        self._writer.wait()
+        self._saves.wait()
 
     def close(self) -> None:
         """Wait as `wait` does, and release thread, lock and signal handlers.
@@ -361,9 +348,9 @@ class ModelCheckpoint:
             CheckpointWriteError: If a save failed.
         """
         try:
-            self._writer.close()
+            self._saves.close()
         finally:
-            self._area.close()
+            self._series.area.close()
             if self._watch is not None:
                 self._watch.close()
 
@@ -392,7 +379,7 @@ class ModelCheckpoint:
     @property
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints of this filepath that are on disk, oldest first."""
-        infos, damaged = self._listed()
+        infos, damaged = self._series.listed()
         for error in damaged:
             warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
         return infos
@@ -400,7 +387,7 @@ class ModelCheckpoint:
     @property
     def latest(self) -> CheckpointInfo | None:
         """What was saved last, of what is on disk, the last slot included, or None."""
-        infos = self._by_age()
+        infos = self._series.by_age()
         return infos[-1] if infos else None
 
     @property
@@ -413,7 +400,7 @@ class ModelCheckpoint:
             SettingError: A `ValueError`, if it is not known which way is better.
         """
         self._need_mode()
-        return self._best_of(self.checkpoints)
+        return self._series.best_of(self.checkpoints)
 
     def restore(
         self,
@@ -449,10 +436,10 @@ class ModelCheckpoint:
         """
         self.wait()
         if which == "latest":
-            candidates = self._by_age()[::-1]
+            candidates = self._series.by_age()[::-1]
         elif which == "best":
             self._need_mode()
-            candidates = ranked(self._listed()[0], self._monitor, self._mode)
+            candidates = ranked(self._series.listed()[0], self._monitor, self._mode)
         else:
             path = Path(os.path.abspath(os.path.expanduser(which)))
             tree = _store.load(path, like, cast=cast, verify=verify)
@@ -468,20 +455,13 @@ class ModelCheckpoint:
                 )
                 continue
             return self._restored(tree, info.path, info)
-        errors += self._listed()[1]
+        errors += self._series.listed()[1]
         if errors:
             raise errors[0]
         self._warn_of_others()
         return None
 
     # ---- how -------------------------------------------------------------------------
-
-    def _listed(self) -> tuple[Infos, list[CheckpointCorruptError]]:
-        """List the checkpoints of this filepath, and what is damaged beside them."""
-        template = self._template
-        with self._area.committing:  # what is listed is on disk
-            infos, damaged = list_below(template.root, template.depth)
-        return tuple(info for info in infos if info.series == template.name), damaged
 
     def _need_mode(self) -> None:
         if self._mode == "auto":
@@ -491,113 +471,6 @@ class ModelCheckpoint:
                 "whether this metric is better low or high is not known by its name. "
                 'Pass mode="min" or mode="max".',
             )
-
-    def _best_of(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-        if self._mode == "auto":
-            return None
-        return best_of(infos, self._monitor, self._mode)
-
-    def _save(
-        self,
-        tree: PyTree,
-        epoch: int,
-        batch: int | None,
-        logs: Logs | None,
-        state: CheckpointState | None,
-        news: str = "",
-        *,
-        in_series: bool = True,
-        in_slot: bool = False,
-    ) -> Path:
-        """Check all that can be checked, copy, and start writing."""
-        if jax.process_count() > 1:
-            raise CheckpointError(
-                f"This is one of {jax.process_count()} processes, and flaxckpt saves "
-                "from one only as yet. Save with Orbax here, or decide with "
-                "flaxckpt.step and save from a program of one process."
-            )
-        pages: list[_Page] = []
-        if in_series:
-            path = Path(self._template.render(epoch, batch, logs))
-            described = self._described(tree, weights_only=self._weights_only)
-            pages.append(_Page(path, self._template.name, *described))
-        if in_slot:
-            series = self._template.name + _SLOT_SERIES
-            described = self._described(tree, weights_only=False)
-            pages.append(_Page(self._slot, series, *described))
-        for page in pages:
-            _store.check_target(page.path, self._root)
-        self._writer.wait()
-        path = pages[-1].path
-        try:
-            self._area.open()
-        except OSError as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise CheckpointWriteError(str(path), cause) from error
-        self._tell(f"Epoch {epoch + 1}: {news}saving model to {path}")
-        copies = iter(snapshot([leaf for page in pages for leaf in page.leaves]))
-        for page in pages:
-            page.leaves[:] = itertools.islice(copies, len(page.leaves))
-        write = functools.partial(
-            self._write, pages, epoch, batch, dict(logs or {}), state
-        )
-        self._writer.submit(str(path), write)
-        return path
-
-    def _described(
-        self, tree: PyTree, *, weights_only: bool
-    ) -> tuple[Layout, list[Any], Skeleton]:
-        """Describe what is to be written, and where in it the weights are."""
-        if weights_only:
-            layout, leaves = describe(self._weights(tree), _store.storable)
-            return layout, leaves, layout.skeleton
-        layout, leaves = describe(tree, _store.storable)
-        return layout, leaves, weights_skeleton(tree, self._weights)
-
-    def _write(
-        self,
-        pages: list["_Page"],
-        epoch: int,
-        batch: int | None,
-        logs: Logs,
-        state: CheckpointState | None,
-    ) -> None:
-        """Write, then delete what is no longer to be kept: the background.
-
-        Nothing is deleted before what is new is in its place.
-        """
-        infos, _ = self._listed()
-        for page in pages:
-            in_series = page.series == self._template.name
-            info = CheckpointInfo(
-                path=page.path,
-                epoch=epoch,
-                batch=batch,
-                step=self._step(epoch, state),
-                logs=plain_scalars(logs),
-                time=_now_after(self._by_age()),
-                weights_only=self._weights_only and in_series,
-                series=page.series,
-                state=None if state is None else plain_state(state),
-            )
-            _store.write(info, self._area, page.layout, page.leaves, page.weights)
-            page.leaves.clear()
-            self._tell(f"Epoch {epoch + 1}: finished saving model to {page.path}")
-            if not in_series:
-                continue
-            infos = (*(each for each in infos if each.path != page.path), info)
-            gone = expired(infos, self._policy, self._best_of(infos))
-            outdated = [each.path for each in gone]
-            if not self._weights_only and self._slot_info() is not None:
-                outdated.append(self._slot)
-            for path in outdated:
-                try:
-                    self._area.remove(path)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{str(page.path)!r} was saved, but {str(path)!r}, which is no "
-                        f"longer to be kept, could not be deleted: {error}."
-                    ) from error
 
     def _slot_path(self, save_last: bool | str) -> Path:
         """Return where the last state is saved if nothing else is."""
@@ -614,37 +487,18 @@ class ModelCheckpoint:
             )
         return path
 
-    def _slot_info(self) -> CheckpointInfo | None:
-        """Return what is in the slot, if it is ours and whole."""
-        try:
-            info = read_record(self._slot)
-        except CheckpointCorruptError:
-            return None
-        ours = self._template.name + _SLOT_SERIES
-        return info if info is not None and info.series == ours else None
-
-    def _by_age(self) -> tuple[CheckpointInfo, ...]:
-        """Return what can be resumed from, oldest first: the slot's beside the rest."""
-        infos, _ = self._listed()
-        slot = self._slot_info()
-        infos = infos if slot is None else (*infos, slot)
-        return tuple(sorted(infos, key=lambda info: info.time))
-
     def _is_newly_preempted(self) -> bool:
         watch = self._watch
         return watch is not None and watch.signal is not None and not self.preempted
 
-    def _finish_preempted(self, path: Path) -> None:
+    def _finish_preempted(self, path: Path | None) -> None:
         """Make sure that what was saved is on disk, and tell the loop."""
         self.wait()
         self.preempted = True
         if self._raise_preempted and self._watch is not None:
+            latest = self.latest if path is None else None
+            path = path if latest is None else latest.path
             raise Preempted(str(self._watch.signal), str(path))
-
-    def _step(self, epoch: int, state: CheckpointState | None) -> int:
-        if state is None or state.save_freq == "epoch":
-            return epoch + 1
-        return int(np.asarray(state.batches))
 
     def _restored(
         self, tree: PyTree, path: Path, info: CheckpointInfo | None
@@ -653,9 +507,7 @@ class ModelCheckpoint:
             return Restored(
                 tree=tree, state=self.init(), epoch=None, batch=None, logs={}, path=path
             )
-        infos = (*self._listed()[0], info)
-        best = self._best_of(infos)
-        durable = None if best is None else monitored_value(best.logs, self._monitor)
+        durable = self._series.durable_best(info)
         return Restored(
             tree=tree,
             state=resumed(self.init(), info.state, durable),
@@ -667,37 +519,14 @@ class ModelCheckpoint:
 
     def _warn_of_others(self) -> None:
         """Warn if nothing was found for the reason that the filepath was changed."""
-        template = self._template
-        others = [
-            info.path.name
-            for info in list_below(template.root, template.depth)[0]
-            if info.series != template.name
-        ]
-        if others and not self._listed()[0]:
+        template, others = self._template, self._series.others()
+        if others and not self._series.listed()[0]:
             warnings.warn(
                 f"No checkpoint of {template.root!r}/{template.name!r} to restore, but "
                 f"there are checkpoints of other filepaths: {', '.join(others)}. "
                 "Restore one of those by its path, as in restore(which=path).",
                 stacklevel=3,
             )
-
-    def _news(
-        self, state: CheckpointState, before: Any, logs: Logs, epoch: int, *, save: bool
-    ) -> str:
-        """Say how a decision went, as Keras does; return what a save adds to."""
-        if not (self._verbose and state.save_best_only):
-            return ""
-        old = "None" if np.isnan(before) else f"{np.asarray(before):.5f}"
-        if save:
-            best = f"{np.asarray(state.best):.5f}"
-            return f"{state.monitor} improved from {old} to {best}, "
-        if logs.get(state.monitor) is not None:
-            self._tell(f"Epoch {epoch + 1}: {state.monitor} did not improve from {old}")
-        return ""
-
-    def _tell(self, message: str) -> None:
-        if self._verbose:
-            print(message, flush=True)
 
 
 def _refuse_traced(*values: PyTree) -> None:
@@ -711,27 +540,8 @@ def _refuse_traced(*values: PyTree) -> None:
         )
 
 
-def _monitored_on_host(logs: Logs | None, monitor: str) -> Logs:
-    """Return the logs with the monitored value fetched from its device."""
-    value = (logs or {}).get(monitor)
-    if isinstance(value, jax.Array):
-        return {**(logs or {}), monitor: np.asarray(value)}
-    return logs or {}
-
-
-def _int_or_none(batch: Any) -> int | None:
-    return None if batch is None else int(batch)
-
-
-def _now_after(infos: Sequence[CheckpointInfo]) -> datetime.datetime:
-    """Return the time, but later than that of every checkpoint there is.
-
-    So the order of saves survives a clock that was set back.
-    """
-    now = datetime.datetime.now(datetime.UTC)
-    return max(
-        [now, *(info.time + datetime.timedelta(microseconds=1) for info in infos)]
-    )
+def _print(message: str) -> None:
+    print(message, flush=True)
 
 
 def _unknown_argument(*names: str) -> str:

@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 from flaxckpt import _lock
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
 
+_CHANGES: Counter[Path] = Counter()
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -47,11 +49,16 @@ class Area:
             sync: Whether to wait for the disk.
         """
         tag = hashlib.sha256(series[0].encode()).hexdigest()[:8]
-        self._root, self._series, self._depth, self._sync = root, series, depth, sync
+        self._root, self._series, self._depth, self.sync = root, series, depth, sync
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
         self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
         self._is_open = False
         self.committing = threading.Lock()
+
+    @property
+    def changes(self) -> int:
+        """How often this process has changed the series."""
+        return _CHANGES[self._lock]
 
     def open(self) -> None:
         """Make the directory, take the lock, and clear up what a crash left behind.
@@ -63,6 +70,7 @@ class Area:
             return
         self._make(self._root)
         if _lock.acquire(self._lock):
+            _CHANGES[self._lock] += 1  # others may have
             self._finish_replacements()
             for entry in list(os.scandir(self._root)):
                 if entry.name.startswith(self._staging):
@@ -93,8 +101,9 @@ class Area:
         deletes the old one, which is at `written` then, may do so now.
         """
         self._make(target.parent)
-        if self._sync:
+        if self.sync:
             _sync_tree(written)
+        _CHANGES[self._lock] += 1
         with self.committing:
             try:
                 os.rename(written, target)
@@ -107,6 +116,7 @@ class Area:
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint: it is gone at once, however long its files take."""
+        _CHANGES[self._lock] += 1
         with self.staging() as aside:
             path.rename(aside / "removed")
 
@@ -135,7 +145,7 @@ class Area:
                 self._sync_directory(each.parent)
 
     def _sync_directory(self, directory: Path) -> None:
-        if self._sync:
+        if self.sync:
             _sync(directory)
 
 

@@ -273,6 +273,11 @@ def judge(
     return _moved(state, best=where(save, value, best)), save
 
 
+def with_best(state: CheckpointState, best: Any) -> CheckpointState:
+    """Return the state with another best value."""
+    return _moved(state, best=best)
+
+
 def plain_state(state: CheckpointState) -> dict[str, Any]:
     """Return a state's fields as plain values; a best of None is none.
 

@@ -26,6 +26,7 @@ from orbax.checkpoint import v1
 from flaxckpt import _tree
 from flaxckpt._commit import Area
 from flaxckpt._digest import digests
+from flaxckpt._form import Form, recognized
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -51,6 +52,8 @@ ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
+# From this mean size of leaves on, a file for each is better than a database of all.
+_LARGE_LEAF = 2**20
 
 
 @cache
@@ -133,6 +136,8 @@ def write(
     layout: Layout,
     leaves: list[Any],
     weights: Skeleton,
+    *,
+    compress: bool = False,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
@@ -145,25 +150,59 @@ def write(
         layout: The tree's layout.
         leaves: Its leaves, in forms that Orbax stores.
         weights: Where in `layout` the weights are.
+        compress: Whether to compress the arrays.
     """
+    held = [
+        value
+        for leaf, value in zip(layout.leaves, leaves, strict=True)
+        if leaf.in_orbax
+    ]
     with area.staging() as directory:
         written = directory / "new"
-        with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
-            held = [
-                value
-                for leaf, value in zip(layout.leaves, leaves, strict=True)
-                if leaf.in_orbax
-            ]
-            found = aside.submit(digests, held)
-            with _SAVING, _context():
-                ocp.save(written, layout.fill_for_orbax(leaves))
-            layout = layout.with_digests(found.result())
+        form = None if compress else _form_of(layout, held)
+        if form is not None:
+            found = form.write(written, held, sync=area.sync)
+        else:
+            found = _write_by_orbax(written, layout, leaves, held, compress=compress)
+        layout = layout.with_digests(found)
         fields = {"format": FORMAT, **layout.to_json()}
         fields["weights"] = "all" if weights == layout.skeleton else weights
         table = json.dumps(fields).encode()
         (written / LEAVES_FILE).write_bytes(table)
         (written / RECORD_FILE).write_bytes(encode_record(info, versions(), table))
         area.put(written, info.path)
+
+
+def _write_by_orbax(
+    written: Path, layout: Layout, leaves: list[Any], held: list[Any], *, compress: bool
+) -> list[str]:
+    """Have Orbax write a tree, and learn from it how."""
+    is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
+    with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
+        found = aside.submit(digests, held)
+        with _SAVING, _context(is_database=is_database, compress=compress):
+            ocp.save(written, layout.fill_for_orbax(leaves))
+        form = None if compress else recognized(written, layout, held)
+        if form is not None:
+            _FORMS.insert(0, (layout, _placements(held), form))
+            del _FORMS[8:]
+        return found.result()
+
+
+def _form_of(layout: Layout, held: list[Any]) -> Form | None:
+    """Look up how Orbax has written such a tree before."""
+    placements = _placements(held)
+    for known, placed, form in list(_FORMS):
+        if known == layout and placed == placements:
+            return form
+    return None
+
+
+_FORMS: list[tuple[Layout, list[Any], Form]] = []
+
+
+def _placements(held: list[Any]) -> list[Any]:
+    return [getattr(value, "sharding", type(value)) for value in held]
 
 
 def load(
@@ -468,7 +507,7 @@ def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-def _context() -> v1.Context:
+def _context(*, is_database: bool = True, compress: bool = False) -> v1.Context:
     """Return Orbax's settings for all that is written and read here.
 
     Its sharding file stays on: without it, plain `ocp.load(path)` finds no place for
@@ -478,6 +517,10 @@ def _context() -> v1.Context:
     """
     context = v1.Context()
     context.asynchronous.create_directories_asynchronously = False
+    context.array.saving.use_ocdbt = is_database
+    context.array.saving.use_compression = compress
+    context.array.saving.enable_post_merge_validation = False
+    context.memory.deepcopy_host_arrays = False
     return context
 
 

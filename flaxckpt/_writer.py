@@ -1,66 +1,169 @@
-"""Saves in the background: one at a time, none lost, no error unheard."""
+"""Saves in the background: one after the other, none lost, no error unheard."""
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
+_IDLE_SECS = 2.0
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass(eq=False)
+class Job:
+    """A save that waits for its turn, or is under way.
+
+    Attributes:
+        key: What it writes: a newer job with the same key makes this one superfluous.
+            None for a job that nothing replaces.
+        path: Where it writes, for errors.
+        run: Does it.
+        content: What a claimed job that was waiting already has to write.
+        memory: What it works on; the next job may use the memory when it is done.
+    """
+
+    key: Any = None
+    path: str = ""
+    run: Callable[[], None] = _nothing
+    content: Any = None
+    memory: list[Any] = field(default_factory=list)
+
 
 class Writer:
-    """Runs one save after the other on a thread of its own.
+    """Runs jobs in order on a thread of its own, a bounded number at a time.
 
-    A save that fails is remembered, and raised by the next call of any method.
+    A job is claimed, filled, and submitted. One that fails is remembered, and its error
+    raised by the next call of `wait`, `check` or `close`, once; those of other jobs
+    that failed by then are notes on it.
     """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
-        self._path = ""
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._claimed = 0
+        self._memory: list[list[Any]] = []
+        self._errors: list[CheckpointError] = []
+        self._thread: threading.Thread | None = None
 
-    def submit(self, path: str, save: Callable[[], None]) -> None:
-        """Start a save. Call `wait` before, so that at most one is under way."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "flaxckpt")
-        self._path = path
-        _UNHEARD.add(self)
-        self._running = self._thread.submit(save)
+    def claim(self, key: Any, limit: int, *, wait: bool = True) -> Job | None:
+        """Get a job to fill: a waiting one of the same key, or a new one.
+
+        Args:
+            key: Of the job; see `Job`.
+            limit: How many jobs there may be, with this one.
+            wait: Whether to wait until there are fewer than that.
+
+        Returns:
+            The job, which is not in the queue any more; None if there are too many.
+        """
+        with self._changed:
+            for job in self._waiting:
+                if key is not None and job.key == key:
+                    self._waiting.remove(job)
+                    self._claimed += 1
+                    return job
+            if not wait and self._count() >= limit:
+                return None
+            self._changed.wait_for(lambda: self._count() < limit)
+            self._claimed += 1
+            return Job(key, memory=self._memory.pop() if self._memory else [])
+
+    def submit(self, job: Job) -> None:
+        """Put a claimed job into the queue."""
+        with self._changed:
+            self._claimed -= 1
+            self._waiting.append(job)
+            _UNHEARD.add(self)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="flaxckpt", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def give_back(self, job: Job) -> None:
+        """Return a claimed job as it was claimed, because it could not be filled."""
+        if job.run is not _nothing:
+            self.submit(job)
+            return
+        with self._changed:
+            self._claimed -= 1
+            self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until the save under way is durable.
+        """Wait until all jobs are done.
 
         Raises:
-            CheckpointError: If it failed; once.
+            CheckpointError: If one failed; once.
         """
-        running, self._running = self._running, None
-        if running is None:
-            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and self._running is None)
+        self.check()
         _UNHEARD.discard(self)
-        error = running.exception()
-        if isinstance(error, CheckpointError):
-            raise error
-        if error is not None:
-            cause = f"{type(error).__name__}: {error}"
-            raise CheckpointWriteError(self._path, cause) from error
 
     def check(self) -> None:
-        """Raise the error of a save that has failed by now, without waiting."""
-        if self._running is not None and self._running.done():
-            self.wait()
+        """Raise the errors of jobs that have failed by now, without waiting."""
+        if not self._errors:
+            return
+        with self._changed:
+            first, *others = self._errors
+            self._errors.clear()
+        for other in others:
+            first.add_note(f"And: {other}")
+        raise first
 
     def close(self) -> None:
-        """Wait for the save under way, and end the thread.
+        """Wait for all jobs, and forget the memory.
 
         Raises:
-            CheckpointError: If that save failed.
+            CheckpointError: If a job failed.
         """
         try:
             self.wait()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-                self._thread = None
+            self._memory.clear()
+
+    def _count(self) -> int:
+        return len(self._waiting) + self._claimed + (self._running is not None)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._waiting, _IDLE_SECS):
+                    self._thread = None
+                    return
+                job = self._running = self._waiting.popleft()
+            error = _error_of(job)
+            with self._changed:
+                if error is not None:
+                    self._errors.append(error)
+                self._memory.append(job.memory)
+                self._running = None
+                del job
+                self._changed.notify_all()
+
+
+def _error_of(job: Job) -> CheckpointError | None:
+    """Run a job, and return its error."""
+    try:
+        job.run()
+    except CheckpointError as error:
+        return error
+    except BaseException as error:
+        failure = CheckpointWriteError(job.path, f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+    finally:
+        job.run, job.content = _nothing, None  # they hold on to trees
+    return None
 
 
 _UNHEARD: set[Writer] = set()

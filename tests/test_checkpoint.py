@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -328,6 +329,7 @@ def test_the_newest_is_the_newest_saved(tmp_path):
     """After going back to an earlier epoch, and with a clock that was set back."""
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     run(ckpt, [0.5, 0.4, 0.3])
+    ckpt.close()
     record = tmp_path / "3/flaxckpt.json"
     fields = json.loads(record.read_text())
     rewrite(record, {**fields, "time": "2999-01-01T00:00:00+00:00"})
@@ -439,7 +441,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
         ("save_top_k", "Did you mean 'max_to_keep'?"),
         ("period", "Did you mean 'save_freq'?"),
         ("monitr", "Did you mean 'monitor'?"),
-        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, max_to_keep, preserve, weights, save_last, save_on_preemption, sync."),
+        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, max_to_keep, preserve, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress."),
     ],
 )  # fmt: skip
 def test_unknown_arguments(tmp_path, name, hint):
@@ -554,7 +556,8 @@ def test_a_failed_save_is_raised_at_the_next_call_and_only_there(tmp_path, call)
     state = run(ckpt, [0.5])
     with FullDisk():
         state = ckpt.update(state, BIG, {}, 1)
-        ckpt._writer._running.exception()  # until it has failed
+        while not ckpt._saves._writer._errors:
+            time.sleep(0.01)
     calls = {
         "update": lambda: ckpt.update(state, TREE, {}, 2),
         "save": lambda: ckpt.save(TREE, epoch=2),
@@ -615,6 +618,7 @@ EXIT = """
         state = ckpt.update(state, {"w": np.ones(1_000_000)}, {}, epoch)
     if len(sys.argv) > 2:
         import resource
+        ckpt.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
         ckpt.update(state, {"w": np.random.normal(size=1_000_000)}, {}, 3)
 """

@@ -1,0 +1,379 @@
+"""Checkpoints in a form that Orbax has shown: its files as it wrote them, new values.
+
+Orbax takes a millisecond a leaf to write a tree, most of it in the interpreter, and
+copies large arrays on the way. Where it has written a tree of the same structure,
+shapes and shardings before, only the values differ: its own small files are written
+again as they were, and the values go where it put them, in the format it chose (Zarr 3,
+each chunk a shard of one part;
+https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed), straight from
+the memory they are in. Two arrangements are known: a directory for each array, and one
+OCDBT database for all of them, which is better for many small ones.
+
+What Orbax wrote is compared with what would have been written here before a form is
+used: if they differ, because of another version of it or an option not known here,
+there is no form, and Orbax goes on writing.
+"""
+
+import itertools
+import json
+import os
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+
+from flaxckpt._digest import digest
+from flaxckpt._tree import Layout
+
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+
+STATE = "state"  # the directory in a checkpoint that holds the tree
+_TIMES = "_CHECKPOINT_METADATA"
+_STRINGS = f"{STATE}/_strings.json"
+_DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
+_BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
+_FILE_THREADS = 4
+_HEAD = 64
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How an array is stored: its name, `zarr.json`, and the grid of its chunks."""
+
+    name: str
+    description: bytes
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    separator: str = "/"
+
+    def with_flat_keys(self) -> "_Stored":
+        """Return it with its chunks' files beside `zarr.json`, not in directories."""
+        fields = json.loads(self.description)
+        fields["chunk_key_encoding"]["configuration"] = {"separator": "."}
+        description = json.dumps(fields, separators=(",", ":")).encode()
+        return replace(self, description=description, separator=".")
+
+    def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name of each chunk's file, and where in the array it begins."""
+        grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
+        for start in itertools.product(*grid):
+            number = [str(at // part) for at, part in zip(start, self.chunk)]  # noqa: B905
+            yield f"{self.name}/{self.separator.join(['c', *number])}", start
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is the same in all checkpoints of one structure, with the same shardings.
+
+    Attributes:
+        is_database: Whether the arrays are in an OCDBT database.
+        files: Orbax's own files, by path.
+        arrays: How each leaf's values are stored, or for text, which has a file, its
+            name.
+    """
+
+    is_database: bool
+    files: Mapping[str, bytes]
+    arrays: Sequence[_Stored | str]
+
+    def write(self, directory: Path, values: Sequence[Any], *, sync: bool) -> list[str]:
+        """Write a checkpoint of this form.
+
+        Args:
+            directory: Where to; made here.
+            values: The leaves that Orbax holds.
+            sync: Whether to start having the disk take each file at once.
+
+        Returns:
+            The leaves' digests.
+        """
+        for path, content in self.files.items():
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).write_bytes(self._current(path, content, values))
+        if self.is_database:
+            return self._write_database(directory / STATE, values)
+        return self._write_files(directory / STATE, values, sync=sync)
+
+    def _current(self, path: str, content: bytes, values: Sequence[Any]) -> bytes:
+        if path == _STRINGS:
+            pairs = zip(self.arrays, values, strict=True)
+            texts = {name: text for name, text in pairs if isinstance(name, str)}
+            return json.dumps(texts).encode()
+        if path == _TIMES:
+            fields = json.loads(content)
+            now = time.time_ns()
+            for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+                fields[key] = now
+            return json.dumps(fields).encode()
+        return content
+
+    def _write_database(self, directory: Path, values: Sequence[Any]) -> list[str]:
+        database = tensorstore.KvStore.open(_database(directory)).result()
+        found: list[str] = []
+        transaction, size = tensorstore.Transaction(), 0
+        into = database.with_transaction(transaction)
+        for stored, value in zip(self.arrays, values, strict=True):
+            found.append(f"{digest(value):016x}")
+            if isinstance(stored, str):
+                continue
+            into.write(f"{stored.name}/zarr.json", stored.description)
+            for key, chunk in _chunks(stored, value):
+                into.write(key, chunk.tobytes() + _trailer(chunk.nbytes))
+                size += chunk.nbytes
+            if size > _BATCH_BYTES:
+                transaction.commit_sync()
+                transaction, size = tensorstore.Transaction(), 0
+                into = database.with_transaction(transaction)
+        transaction.commit_sync()
+        return found
+
+    def _write_files(
+        self, directory: Path, values: Sequence[Any], *, sync: bool
+    ) -> list[str]:
+        def write(stored: _Stored | str, value: Any) -> str:
+            if not isinstance(stored, str):
+                files: list[tuple[str, list[Bytes | bytes]]] = [
+                    (key, [chunk, _trailer(chunk.nbytes)])
+                    for key, chunk in _chunks(stored, value)
+                ]
+                files.append((f"{stored.name}/zarr.json", [stored.description]))
+                for key, parts in files:
+                    path = directory / key
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _write_file(path, parts, sync=sync)
+            return f"{digest(value):016x}"
+
+        with ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool:
+            return list(pool.map(write, self.arrays, values))
+
+
+def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
+    """Learn the form of a checkpoint that Orbax has just written.
+
+    Args:
+        directory: The checkpoint.
+        layout: Its layout.
+        values: The leaves that Orbax holds.
+
+    Returns:
+        The form; None if it is not one that can be written here.
+    """
+    leaves = [leaf for leaf in layout.leaves if leaf.in_orbax]
+    is_database = (directory / STATE / "manifest.ocdbt").exists()
+    files: dict[str, bytes] = {}
+    names: set[str] = set()
+    store = _Database(directory / STATE) if is_database else _Files(directory / STATE)
+    arrays: list[_Stored | str] = []
+    try:
+        for leaf, value in zip(leaves, values, strict=True):
+            name = ".".join(leaf.path)
+            if leaf.kind == "str":
+                arrays.append(name)
+                continue
+            stored = _stored(name, value, store)
+            for key, chunk in _chunks(stored, value):
+                _compare(store.ends(key), chunk)
+            arrays.append(stored if is_database else stored.with_flat_keys())
+            names.add(name)
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            if path.is_file() and not _holds_values(name, is_database, names):
+                files[name] = path.read_bytes()
+        form = Form(is_database, files, arrays)
+        if _STRINGS in files:
+            text = form._current(_STRINGS, files[_STRINGS], values)
+            if json.loads(text) != json.loads(files[_STRINGS]):
+                return None
+    except (_OtherwiseError, KeyError, ValueError, TypeError):
+        return None
+    return form
+
+
+class _OtherwiseError(Exception):
+    """Orbax wrote it otherwise than it would be written here."""
+
+
+def _stored(name: str, value: Any, store: "_Files | _Database") -> _Stored:
+    """Read how an array is stored, and check that it is in the way known here."""
+    description = store.read(f"{name}/zarr.json")
+    fields = json.loads(description)
+    shape = tuple(fields["shape"])
+    chunk = tuple(fields["chunk_grid"]["configuration"]["chunk_shape"])
+    codec = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": list(chunk),
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "index_codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+        },
+    }
+    (found,) = fields["codecs"]
+    found["configuration"].pop("index_location", None)
+    for each in found["configuration"]["codecs"]:  # one byte has no order
+        each.setdefault("configuration", {"endian": "little"})
+    if (
+        fields["chunk_grid"]["name"] != "regular"
+        or fields["chunk_key_encoding"] != {"name": "default"}
+        or found != codec
+        or any(size % part for size, part in zip(shape, chunk, strict=True))
+        or fields["data_type"] != str(_pieces(value)[0][1].dtype)
+    ):
+        raise _OtherwiseError
+    return _Stored(name, description, shape, chunk)
+
+
+def _compare(found: tuple[int, bytes, bytes], chunk: Bytes) -> None:
+    size, head, tail = found
+    trailer = _trailer(chunk.nbytes)
+    if (size, head, tail) != (
+        chunk.nbytes + len(trailer),
+        (chunk[:_HEAD].tobytes() + trailer)[:_HEAD],
+        trailer,
+    ):
+        raise _OtherwiseError
+
+
+def _holds_values(path: str, is_database: bool, names: set[str]) -> bool:
+    first, _, rest = path.partition("/")
+    if first != STATE:
+        return False
+    if is_database:
+        return rest.endswith("manifest.ocdbt") or rest.startswith(("d/", "ocdbt."))
+    return any(
+        rest.startswith((f"{n}/c", f"{n}/zarr.json")) for n in _tops(rest, names)
+    )
+
+
+def _tops(path: str, names: set[str]) -> list[str]:
+    parts = path.split("/")
+    joined = ["/".join(parts[:count]) for count in range(1, len(parts))]
+    return [name for name in joined if name in names]
+
+
+def _chunks(stored: _Stored, value: Any) -> Iterator[tuple[str, Bytes]]:
+    """Yield the name and the bytes of each chunk."""
+    pieces = _pieces(value)
+    for key, start in stored.keys():
+        yield key, _cut(pieces, value, start, stored.chunk)
+
+
+def _cut(
+    pieces: list[tuple[tuple[int, ...], Any]],
+    value: Any,
+    start: tuple[int, ...],
+    chunk: tuple[int, ...],
+) -> Bytes:
+    for begin, piece in pieces:
+        low = [at - base for at, base in zip(start, begin, strict=True)]
+        high = [at + size for at, size in zip(low, chunk, strict=True)]
+        if all(at >= 0 for at in low) and all(
+            at <= size for at, size in zip(high, piece.shape, strict=True)
+        ):
+            part = piece[tuple(map(slice, low, high))]
+            return np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    pieces[:] = [((0,) * len(chunk), np.asarray(value))]  # it spans several shards
+    return _cut(pieces, value, start, chunk)
+
+
+def _pieces(value: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """Return where each shard of a value begins, and the shard, on the host."""
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        return [
+            (
+                tuple(
+                    part.indices(size)[0]
+                    for part, size in zip(shard.index, value.shape, strict=True)
+                ),
+                np.asarray(shard.data),
+            )
+            for shard in value.addressable_shards
+            if shard.replica_id == 0
+        ]
+    array = np.asarray(value)
+    return [((0,) * array.ndim, array)]
+
+
+def _trailer(nbytes: int) -> bytes:
+    """Return the index behind a chunk: where its one part is, and a checksum."""
+    index = struct.pack("<QQ", 0, nbytes)
+    return index + struct.pack("<I", _crc32c(index))
+
+
+def _crc32c(data: bytes) -> int:
+    """Castagnoli's cyclic redundancy check (RFC 3720, appendix B.4), of a few bytes."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def _write_file(path: Path, parts: Sequence[Any], *, sync: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+    try:
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _database(directory: Path) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{directory}/"}
+    return {"driver": "ocdbt", "base": base, "config": _DATABASE}
+
+
+class _Files:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self._directory / key).read_bytes()
+        except OSError as error:
+            raise _OtherwiseError from error
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        try:
+            with (self._directory / key).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                head = file.read(_HEAD)
+                file.seek(max(size - len(_trailer(0)), 0))
+                return size, head, file.read()
+        except OSError as error:
+            raise _OtherwiseError from error
+
+
+class _Database:
+    def __init__(self, directory: Path) -> None:
+        base = {"driver": "file", "path": f"{directory}/"}
+        spec = {"driver": "ocdbt", "base": base}
+        self._store = tensorstore.KvStore.open(spec).result()
+
+    def read(self, key: str) -> bytes:
+        found = self._store.read(key).result()
+        if found.state != "value":
+            raise _OtherwiseError
+        return bytes(found.value)
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        value = self.read(key)
+        return len(value), value[:_HEAD], value[-len(_trailer(0)) :]

@@ -1,0 +1,447 @@
+"""Saves on their way to the disk: copied on the loop's thread, written on another.
+
+The loop does not wait: not for the disk, but where as many saves are under way as
+memory is allowed for, and not for a device. Where a due check depends on a value that
+is still being computed, the device decides, and copies only if there is something to
+save; the thread that writes learns of it in its own time.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard, cast
+
+import jax
+import numpy as np
+
+from flaxckpt import _snapshot, _store
+from flaxckpt._record import plain_scalars
+from flaxckpt._series import Page, Series
+from flaxckpt._state import CheckpointState, judge, monitored, plain_state, with_best
+from flaxckpt._template import Template
+from flaxckpt._tree import Layout, PyTree, Skeleton, describe
+from flaxckpt._weights import Weights, weights_skeleton
+from flaxckpt._writer import Job, Writer
+from flaxckpt.errors import CheckpointError, CheckpointWriteError
+
+Logs: TypeAlias = Mapping[str, Any]
+
+# By default, more than one copy of a tree is held where they all fit into this.
+_SMALL_BYTES = 64 * 2**20
+_MAX_IN_FLIGHT = 8
+
+
+@dataclass
+class SaveCounts:
+    """What became of the saves of a `ModelCheckpoint`.
+
+    Attributes:
+        saved: Those that were written.
+        superseded: Those that were not, because a newer one to the same path came
+            while they waited for their turn.
+        delayed: Calls that waited for earlier saves, since there were as many under
+            way as `max_in_flight` allows.
+        delayed_secs: How long they waited, in all.
+    """
+
+    saved: int = 0
+    superseded: int = 0
+    delayed: int = 0
+    delayed_secs: float = 0.0
+
+
+class Entry:
+    """One call that saves, or may.
+
+    Attributes:
+        save: Whether it saves; None while that is not decided, and a bool[] on a device
+            that is to decide it.
+        before: The state before it was decided.
+        state: The state after.
+        news: What to say of the decision before saying that it is saved.
+    """
+
+    def __init__(
+        self,
+        save: bool | None,
+        epoch: Any,
+        batch: Any,
+        logs: Logs | None,
+        state: CheckpointState | None,
+    ) -> None:
+        """Take down the arguments of the call."""
+        self.save: Any = save
+        self.epoch = int(epoch)
+        self.batch = None if batch is None else int(batch)
+        self.logs = dict(logs or {})
+        self.before = self.state = state
+        self.news = ""
+        self.copies: list[Any] = []
+
+    @property
+    def unknown(self) -> jax.Array | None:
+        """The value that a due check depends on, if a device still computes it."""
+        if self.state is None or not self.state.save_best_only:
+            return None
+        name = self.state.monitor
+        value = monitored(name, self.logs.get(name, 0))
+        return value if _is_unknown(value) else None
+
+    def judge(self) -> None:
+        """Decide a due check here and now, waiting for the metric if it counts."""
+        assert self.state is not None
+        forced, name = self.save, self.state.monitor
+        if self.state.save_best_only:
+            self.state = with_best(self.state, _fetched(self.state.best))
+            if name in self.logs:
+                self.logs[name] = _fetched(self.logs[name])
+        self.state, save = judge(self.state, self.logs, np.True_)
+        self.save = bool(save or forced)
+
+
+@dataclass
+class _Part:
+    """A tree to write: the whole state, or its weights."""
+
+    layout: Layout
+    leaves: list[Any]
+    weights: Skeleton
+
+
+@dataclass
+class _Save:
+    """What a job writes: the last of its entries that saves.
+
+    Attributes:
+        part: What goes into the series.
+        whole: What goes into the slot; the same object where both are the whole tree,
+            and then only if it does not go into the series. None if nothing does.
+        path: Where in the series; None if that is not known yet.
+        entries: The calls, the latest last.
+    """
+
+    part: _Part
+    whole: _Part | None
+    path: Path | None
+    entries: list[Entry] = field(default_factory=list)
+
+    def leaves(self) -> list[Any]:
+        """Return the leaves to copy."""
+        if self.whole is None or self.whole is self.part:
+            return self.part.leaves
+        return self.part.leaves + self.whole.leaves
+
+
+class Saves:
+    """The saves of one series.
+
+    Attributes:
+        counts: What became of them.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        series: Series,
+        *,
+        weights: Weights,
+        weights_only: bool,
+        snapshot: str,
+        max_in_flight: int | None,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            template: Of the paths.
+            series: Where they go.
+            weights: Picks the weights from a tree.
+            weights_only: Whether the series gets the weights alone.
+            snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
+            max_in_flight: How many there may be at a time; None to tell by the size.
+            tell: Says what is decided and saved; None to be silent.
+        """
+        self.counts = SaveCounts()
+        self._template, self._series = template, series
+        self._weights, self._weights_only = weights, weights_only
+        self._snapshot, self._max_in_flight = snapshot, max_in_flight
+        self._tell = tell
+        self._writer = Writer()
+        self.check, self.wait = self._writer.check, self._writer.wait
+        self.close = self._writer.close
+
+    def decide(self, entry: Entry, *, now: bool) -> None:
+        """Decide a due check, unless its metric is not there yet and it can wait.
+
+        Args:
+            entry: The call; its `save` says whether it saves anyway.
+            now: Whether it has to be decided now.
+        """
+        later = self._snapshot in ("auto", "device") and not (now or entry.save)
+        if later and entry.unknown is not None:
+            entry.save = None
+        else:
+            entry.judge()
+            self._tell_decided(entry)
+
+    def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
+        """Check all that can be checked, copy, and have it written in the background.
+
+        Args:
+            tree: What to save.
+            entry: The call.
+            lasts: Whether to save the whole tree in the slot, if nothing else holds it.
+
+        Returns:
+            Where it will be, if that is known.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does.
+        """
+        if jax.process_count() > 1:
+            raise CheckpointError(
+                f"This is one of {jax.process_count()} processes, and flaxckpt saves "
+                "from one only as yet. Save with Orbax here, or decide with "
+                "flaxckpt.step and save from a program of one process."
+            )
+        path = None if entry.save is False else self._path(entry)
+        for target in (path, self._series.slot if lasts else None):
+            if target is not None:
+                _store.check_target(target, self._series.root)
+        save = self._described(tree, entry, lasts=lasts, path=path)
+        where = self._series.slot if entry.save is False else path
+        try:
+            self._series.area.open()
+        except OSError as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise CheckpointWriteError(str(where), cause) from error
+        if entry.save is None and self._start_later(save, entry):
+            return path
+        if entry.save is None:  # it would wait for the disk, or not fit one program
+            entry.judge()
+            self._tell_decided(entry)
+            if not (entry.save or lasts):
+                return None
+            save = self._described(tree, entry, lasts=lasts, path=path)
+        where = path if entry.save else self._series.slot
+        if where is not None:
+            self._tell_saving(entry, where)
+        job = self._claim(save, entry)
+        try:
+            leaves = save.leaves()
+            entry.copies = self._copied(leaves, job.memory)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        self._submit(job, save, entry)
+        if self._snapshot == "none":
+            self._writer.wait()
+        return where
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def _path(self, entry: Entry) -> Path | None:
+        """Fill the template in, unless it shows a value that is still computed.
+
+        Raises:
+            TemplateError: If it cannot be filled in, with any value.
+        """
+        logs, known = dict(entry.logs), True
+        for name in self._template.fields:
+            value = logs.get(name)
+            if _is_unknown(value):
+                logs[name], known = np.zeros(value.shape, value.dtype), False
+        path = self._template.render(entry.epoch, entry.batch, logs)
+        return Path(path) if known else None
+
+    def _described(
+        self, tree: PyTree, entry: Entry, *, lasts: bool, path: Path | None
+    ) -> _Save:
+        whole = None
+        if lasts or not self._weights_only:
+            layout, leaves = describe(tree, _store.storable)
+            whole = _Part(layout, leaves, weights_skeleton(tree, self._weights))
+        part = whole
+        if self._weights_only and (entry.save is not False or whole is None):
+            layout, leaves = describe(self._weights(tree), _store.storable)
+            part = _Part(layout, leaves, layout.skeleton)
+        assert part is not None
+        return _Save(part, whole if lasts else None, path)
+
+    def _start_later(self, save: _Save, entry: Entry) -> bool:
+        """Let the device decide, if there is memory to copy to without waiting."""
+        leaves, state, value = save.leaves(), entry.state, entry.unknown
+        if state is None or value is None:  # it is there by now
+            return False
+        if not _snapshot.is_on_one_mesh(leaves, value, state.best):
+            return False
+        job = self._writer.claim(
+            self._key(save, entry), self._limit(leaves), wait=False
+        )
+        if job is None:
+            return False
+        fits = _snapshot.is_like(leaves, job.memory)
+        if not fits and (job.content is not None or not self._is_on_device(leaves)):
+            self._writer.give_back(job)
+            return False
+        try:
+            entry.state, entry.save, entry.copies = _snapshot.snapshot_if_better(
+                state, value, leaves, job.memory
+            )
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        self._submit(job, save, entry)
+        return True
+
+    def _claim(self, save: _Save, entry: Entry) -> Job:
+        key, limit = self._key(save, entry), self._limit(save.leaves())
+        job = self._writer.claim(key, limit, wait=False)
+        if job is None:
+            start = time.perf_counter()
+            job = self._writer.claim(key, limit)
+            waited = time.perf_counter() - start
+            self.counts.delayed += 1
+            self.counts.delayed_secs += waited
+            self._say(entry, f"waited {waited:.2f} s for the saves before")
+        assert job is not None
+        return job
+
+    def _submit(self, job: Job, save: _Save, entry: Entry) -> None:
+        job.key = self._key(save, entry)
+        for part in (save.part, save.whole):
+            if part is not None:
+                part.leaves = []  # from now on, the copies count
+        if job.content is None:
+            job.content = save
+        job.content.entries.append(entry)
+        job.memory = [] if self._snapshot == "none" else entry.copies
+        job.path = str(save.path or self._series.slot)
+        job.run = functools.partial(self._write, job.content)
+        self._writer.submit(job)
+
+    def _key(self, save: _Save, entry: Entry) -> Any:
+        """Return what a job writes: jobs of equal keys supersede each other."""
+        on_device = isinstance(entry.save, jax.Array) or entry.save is None
+        if on_device and save.whole is not None:
+            return None  # the one or the other
+        if entry.save is not False and save.path is None:
+            return None
+        where = None if entry.save is False else save.path
+        whole = None if save.whole is None else save.whole.layout
+        return where, save.part.layout, whole
+
+    def _limit(self, leaves: Sequence[Any]) -> int:
+        if self._max_in_flight is not None:
+            return self._max_in_flight
+        size = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+        return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
+
+    def _copied(self, leaves: list[Any], memory: list[Any]) -> list[Any]:
+        if self._snapshot == "none":
+            return leaves
+        if self._is_on_device(leaves) or _snapshot.is_like(leaves, memory):
+            return _snapshot.snapshot(leaves, memory)
+        return _snapshot.on_host(leaves, memory)
+
+    def _is_on_device(self, leaves: list[Any]) -> bool:
+        return self._snapshot == "device" or (
+            self._snapshot == "auto" and _snapshot.fits_on_device(leaves)
+        )
+
+    # ---- in the background -----------------------------------------------------------
+
+    def _write(self, save: _Save) -> None:
+        """Write the last entry that saves, and delete what is no longer to be kept.
+
+        Nothing is deleted before what is new is in its place.
+        """
+        entry = self._chosen(save)
+        if entry is None:
+            return
+        leaves = [
+            last if isinstance(last, jax.Array) else own  # see `snapshot_if_better`
+            for last, own in zip(save.entries[-1].copies, entry.copies, strict=True)
+        ]
+        pages: list[Page] = []
+        if entry.save:
+            path = save.path
+            if path is None:
+                rendered = self._template.render(entry.epoch, entry.batch, entry.logs)
+                path = Path(rendered)
+                _store.check_target(path, self._series.root)
+                self._tell_saving(entry, path)
+            part, number = save.part, len(save.part.layout.leaves)
+            pages.append(Page(path, False, part.layout, leaves[:number], part.weights))
+        if save.whole is not None and not (entry.save and save.whole is save.part):
+            part, number = save.whole, len(save.whole.layout.leaves)
+            own = leaves[len(leaves) - number :]
+            pages.append(Page(self._series.slot, True, part.layout, own, part.weights))
+        del leaves, save
+        state = entry.state
+        step = entry.epoch + 1
+        if state is not None and state.save_freq != "epoch":
+            step = int(np.asarray(state.batches))
+        for page in pages:
+            self._series.put(
+                page,
+                entry.epoch,
+                entry.batch,
+                plain_scalars(entry.logs),
+                None if state is None else plain_state(state),
+                step=step,
+                weights_only=self._weights_only and not page.in_slot,
+            )
+            self._say(entry, f"finished saving model to {page.path}")
+            if not page.in_slot:
+                self._series.prune(resumable=not self._weights_only)
+        self.counts.saved += 1
+
+    def _chosen(self, save: _Save) -> Entry | None:
+        """Return the entry to write, learning what a device has decided."""
+        for entry in save.entries:
+            if isinstance(entry.save, jax.Array):
+                entry.save = bool(entry.save)
+                self._tell_decided(entry)
+                if entry.save and save.path is not None:
+                    self._tell_saving(entry, save.path)
+        wanted = [entry for entry in save.entries if entry.save]
+        if save.whole is not None:
+            wanted = wanted or save.entries
+        self.counts.superseded += max(len(wanted) - 1, 0)
+        for entry in wanted[:-1]:
+            self._say(entry, "superseded by a newer one before it was written")
+        return wanted[-1] if wanted else None
+
+    # ---- what verbose says -----------------------------------------------------------
+
+    def _say(self, entry: Entry, message: str) -> None:
+        if self._tell is not None:
+            self._tell(f"Epoch {entry.epoch + 1}: {message}")
+
+    def _tell_saving(self, entry: Entry, path: Path) -> None:
+        self._say(entry, f"{entry.news}saving model to {path}")
+
+    def _tell_decided(self, entry: Entry) -> None:
+        """Say how a decision went, as Keras does, or prepare to."""
+        state = entry.state
+        if self._tell is None or state is None or not state.save_best_only:
+            return
+        before = np.asarray(entry.before.best) if entry.before is not None else np.nan
+        old = "None" if np.isnan(before) else f"{before:.5f}"
+        new = np.asarray(state.best)
+        if entry.save and new != before:
+            entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
+        elif not entry.save and entry.logs.get(state.monitor) is not None:
+            self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def _is_unknown(value: Any) -> TypeGuard[jax.Array]:
+    """Tell whether a device still computes a value."""
+    return isinstance(value, jax.Array) and not cast(Any, value).is_ready()
+
+
+def _fetched(value: Any) -> Any:
+    return np.asarray(value)[()] if isinstance(value, jax.Array) else value

@@ -1,0 +1,275 @@
+"""A series of checkpoints: what one template has on disk, and what may go.
+
+A series has its checkpoints and a slot, in which the last state is when none of the
+checkpoints can be resumed from as well. Who lists it reads the disk; who writes it
+holds its lock, so no other process changes it, and remembers what is there: with 10,000
+checkpoints, reading all records anew takes a second.
+"""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flaxckpt import _store
+from flaxckpt._commit import Area
+from flaxckpt._record import CheckpointInfo, Infos, list_below, read_record
+from flaxckpt._retention import (
+    PreservationPolicy,
+    best_of,
+    expired,
+    monitored_value,
+)
+from flaxckpt._template import Template
+from flaxckpt._tree import Layout, Skeleton
+from flaxckpt.errors import CheckpointCorruptError, CheckpointError
+
+# What the slot's own series is called, behind the name of the checkpoints'.
+_SLOT_SERIES = " (last)"
+_TICK = datetime.timedelta(microseconds=1)
+
+
+@dataclass
+class Page:
+    """One directory to write, and what goes into it.
+
+    Attributes:
+        path: Where.
+        in_slot: Whether it is the slot.
+        layout: The tree's layout.
+        leaves: Its leaves.
+        weights: Where in the layout the weights are.
+    """
+
+    path: Path
+    in_slot: bool
+    layout: Layout
+    leaves: list[Any]
+    weights: Skeleton
+
+
+class Series:
+    """What one template has on disk.
+
+    Attributes:
+        root: The directory below which all of it is.
+        slot: Path of the slot.
+        area: Where all of it is written.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        slot: Path,
+        *,
+        policy: PreservationPolicy | None,
+        monitor: str,
+        mode: str,
+        sync: bool,
+        compress: bool,
+    ) -> None:
+        """Describe the series; touch nothing.
+
+        Args:
+            template: Of its paths.
+            slot: Where the last state is saved if nothing else is.
+            policy: Which of its checkpoints to keep.
+            monitor: Key in their logs of the value by which one is the best.
+            mode: `"min"`, `"max"`, or `"auto"` where there is no best.
+            sync: Whether to wait for the disk.
+            compress: Whether to compress the arrays.
+        """
+        self.root, self.slot = Path(template.root), slot
+        self._template, self._name = template, template.name
+        self._policy, self._monitor, self._mode = policy, monitor, mode
+        self._compress = compress
+        self.area = Area(
+            self.root,
+            (self._name, self._name + _SLOT_SERIES),
+            template.depth,
+            sync=sync,
+        )
+        self._known: _Known | None = None
+
+    # ---- reading ---------------------------------------------------------------------
+
+    def listed(self) -> tuple[Infos, list[CheckpointCorruptError]]:
+        """List the checkpoints, oldest first, and what is damaged beside them."""
+        template = self._template
+        with self.area.committing:  # what is listed is on disk
+            infos, damaged = list_below(template.root, template.depth)
+        return tuple(info for info in infos if info.series == self._name), damaged
+
+    def slot_info(self) -> CheckpointInfo | None:
+        """Return what is in the slot, if it is ours and whole."""
+        try:
+            info = read_record(self.slot)
+        except CheckpointCorruptError:
+            return None
+        ours = info is not None and info.series == self._name + _SLOT_SERIES
+        return info if ours else None
+
+    def by_age(self) -> Infos:
+        """Return what can be resumed from, oldest first: the slot's beside the rest."""
+        infos, slot = self.listed()[0], self.slot_info()
+        infos = infos if slot is None else (*infos, slot)
+        return tuple(sorted(infos, key=lambda info: info.time))
+
+    def best_of(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+        """Return the best of some checkpoints, None where it is not known which is."""
+        if self._mode == "auto":
+            return None
+        return best_of(infos, self._monitor, self._mode)
+
+    def others(self) -> list[str]:
+        """Name the checkpoints of other series in the same place."""
+        infos, _ = list_below(self._template.root, self._template.depth)
+        return [info.path.name for info in infos if info.series != self._name]
+
+    # ---- writing ---------------------------------------------------------------------
+
+    def put(
+        self,
+        page: Page,
+        epoch: int,
+        batch: int | None,
+        logs: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+        *,
+        step: int,
+        weights_only: bool,
+    ) -> None:
+        """Write a checkpoint and put it in its place. The area is open.
+
+        Args:
+            page: What to write.
+            epoch: Its zero-based epoch.
+            batch: Its zero-based batch; None at the end of an epoch.
+            logs: Its scalar metrics.
+            state: Its decision state, as plain values.
+            step: The count that retention goes by.
+            weights_only: Whether it holds the weights alone.
+        """
+        known = self._ledger()
+        now = datetime.datetime.now(datetime.UTC)
+        info = CheckpointInfo(
+            path=page.path,
+            epoch=epoch,
+            batch=batch,
+            step=step,
+            logs=logs,
+            # So the order of saves survives a clock that was set back.
+            time=now if known.newest is None else max(now, known.newest + _TICK),
+            weights_only=weights_only,
+            series=self._name + _SLOT_SERIES if page.in_slot else self._name,
+            state=state,
+        )
+        self._known = None  # until it is known that nothing failed half-way
+        _store.write(
+            info,
+            self.area,
+            page.layout,
+            page.leaves,
+            page.weights,
+            compress=self._compress,
+        )
+        self._known = known
+        known.newest = info.time
+        if page.in_slot:
+            known.has_slot = True
+        else:
+            self._add(known, info)
+        known.changes = self.area.changes
+
+    def prune(self, *, resumable: bool) -> None:
+        """Delete what is no longer to be kept, once what is new is in its place.
+
+        Args:
+            resumable: Whether what is new makes the slot superfluous.
+
+        Raises:
+            CheckpointError: If something could not be deleted.
+        """
+        known = self._ledger()
+        if self._policy is not None:
+            infos = tuple(known.infos.values())
+            for info in expired(infos, self._policy, None):
+                if info is not self._best(known):
+                    self._remove(info.path)
+                    del known.infos[str(info.path)]
+        if resumable and known.has_slot:
+            self._remove(self.slot)
+            known.has_slot = False
+        known.changes = self.area.changes
+
+    def _remove(self, path: Path) -> None:
+        try:
+            self.area.remove(path)
+        except FileNotFoundError:
+            return  # somebody has deleted it by hand
+        except OSError as error:
+            raise CheckpointError(
+                f"What was new was saved, but {str(path)!r}, which is no longer to be "
+                f"kept, could not be deleted: {error}."
+            ) from error
+
+    def _ledger(self) -> "_Known":
+        """Return what is on disk, reading it only if another object has changed it."""
+        known = self._known
+        if known is None or known.changes != self.area.changes:
+            infos, slot = self.listed()[0], self.slot_info()
+            times = [info.time for info in (*infos, slot) if info is not None]
+            known = self._known = _Known(
+                {str(info.path): info for info in infos},
+                has_slot=slot is not None,
+                newest=max(times, default=None),
+                changes=self.area.changes,
+            )
+        return known
+
+    def _add(self, known: "_Known", info: CheckpointInfo) -> None:
+        replaced = known.infos.pop(str(info.path), None)
+        known.infos[str(info.path)] = info
+        if known.best is not None:
+            if replaced is known.best:
+                known.best = None
+            else:
+                known.best = self.best_of((known.best, info))
+
+    def _best(self, known: "_Known") -> CheckpointInfo | None:
+        """Return the best that is on disk, whatever somebody has deleted by hand."""
+        if self._mode == "auto":
+            return None
+        best = known.best
+        if best is None or not best.path.exists():
+            for path in [
+                path for path, i in known.infos.items() if not i.path.exists()
+            ]:
+                del known.infos[path]
+            known.best = self.best_of(tuple(known.infos.values()))
+        return known.best
+
+    def durable_best(self, info: CheckpointInfo) -> float | None:
+        """Return the best monitored value on disk, that of `info` included."""
+        best = self.best_of((*self.listed()[0], info))
+        return None if best is None else monitored_value(best.logs, self._monitor)
+
+
+@dataclass
+class _Known:
+    """What a writer knows to be on disk.
+
+    Attributes:
+        infos: The checkpoints by their paths, oldest first.
+        has_slot: Whether there is something in the slot.
+        newest: The latest time of all.
+        changes: The area's count of changes at that state.
+        best: The best of `infos`; None if it has to be looked for.
+    """
+
+    infos: dict[str, CheckpointInfo]
+    has_slot: bool
+    newest: datetime.datetime | None
+    changes: int
+    best: CheckpointInfo | None = None
