@@ -531,7 +531,8 @@ class ModelCheckpoint:
 
 def _refuse_traced(*values: PyTree) -> None:
     """Raise if any value is that of a running trace."""
-    if any(isinstance(each, Tracer) for each in jax.tree.leaves(values)):
+    kinds = set(map(type, jax.tree.leaves(values)))
+    if any(issubclass(kind, Tracer) for kind in kinds):
         raise CheckpointError(
             "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
             "vmap...), where there is nothing to save yet. Decide there with "

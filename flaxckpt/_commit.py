@@ -53,6 +53,7 @@ class Area:
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
         self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
         self._is_open = False
+        self._trash: list[Path] = []
         self.committing = threading.Lock()
 
     @property
@@ -80,18 +81,27 @@ class Area:
     def close(self) -> None:
         """Give the lock back."""
         if self._is_open:
+            self.sweep()
             self._is_open = False
             _lock.release(self._lock)
 
     @contextmanager
     def staging(self) -> Generator[Path]:
-        """Make a directory to write in, and take it away afterwards."""
+        """Make a directory to write in; what is left in it is for `sweep`."""
         path = self._root / f"{self._staging}{uuid.uuid4().hex[:12]}"
         path.mkdir()
         try:
             yield path
-        finally:
+        except BaseException:
             shutil.rmtree(path, ignore_errors=True)
+            raise
+        self._trash.append(path)
+
+    def sweep(self) -> None:
+        """Delete what was replaced or removed, which may take a while."""
+        while self._trash:
+            shutil.rmtree(self._trash[0], ignore_errors=True)
+            del self._trash[0]
 
     def put(self, written: Path, target: Path) -> None:
         """Move a finished directory to its place, or exchange it with the one there.
@@ -146,7 +156,7 @@ class Area:
 
     def _sync_directory(self, directory: Path) -> None:
         if self.sync:
-            _sync(directory)
+            sync_path(directory)
 
 
 def _replace(
@@ -198,11 +208,12 @@ def _sync_tree(directory: Path) -> None:
     """Have the disk take all files and directories in a directory, and itself."""
     for path, _, files in os.walk(directory, topdown=False):
         for name in files:
-            _sync(Path(path, name))
-        _sync(Path(path))
+            sync_path(Path(path, name))
+        sync_path(Path(path))
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have the disk take a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

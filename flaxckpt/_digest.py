@@ -28,6 +28,7 @@ Index: TypeAlias = tuple[slice, ...]
 
 _CHUNK = 1 << 16  # elements of the longest axis that are digested at a time
 _SHORT = 64  # a last axis shorter than this is not worth a pass of its own
+_SMALL = 1 << 14  # elements of an array whose coefficients are all kept
 _THREADS = 2
 
 
@@ -83,6 +84,8 @@ def combined(
 
 def _digest_piece(words: np.ndarray[Any, Any], starts: list[int]) -> int:
     """Contract a piece with the coefficients of its axes, the longest axis first."""
+    if words.size <= _SMALL and not any(starts):
+        return int(np.vdot(words.reshape(-1), _all_coefficients(words.shape)))
     starts = starts + [0] * (words.ndim - len(starts))  # complex128 has an axis more
     axes = list(range(words.ndim))  # which axis of the array each remaining one is
     while words.ndim:
@@ -92,6 +95,15 @@ def _digest_piece(words: np.ndarray[Any, Any], starts: list[int]) -> int:
         words = _contract(np.moveaxis(words, axis, -1), axes[axis], starts[axis])
         del axes[axis], starts[axis]
     return int(words)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_coefficients(shape: tuple[int, ...]) -> Words:
+    """Coefficients of all elements of a small array, in their order."""
+    found = np.ones((), np.uint64)
+    for axis, size in enumerate(shape):
+        found = np.multiply.outer(found, _low(axis)[:size] * _high(axis, 0))
+    return found.reshape(-1)
 
 
 def _contract(words: np.ndarray[Any, Any], axis: int, start: int) -> Words:

@@ -14,6 +14,7 @@ used: if they differ, because of another version of it or an option not known he
 there is no form, and Orbax goes on writing.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from flaxckpt._commit import sync_path
 from flaxckpt._digest import digest
 from flaxckpt._tree import Layout
 
@@ -40,7 +42,7 @@ _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
-_FILE_THREADS = 4
+_FILE_THREADS = 16
 _HEAD = 64
 
 
@@ -139,6 +141,7 @@ class Form:
         self, directory: Path, values: Sequence[Any], *, sync: bool
     ) -> list[str]:
         def write(stored: _Stored | str, value: Any) -> str:
+            found = f"{digest(value):016x}"
             if not isinstance(stored, str):
                 files: list[tuple[str, list[Bytes | bytes]]] = [
                     (key, [chunk, _trailer(chunk.nbytes)])
@@ -149,7 +152,9 @@ class Form:
                     path = directory / key
                     path.parent.mkdir(parents=True, exist_ok=True)
                     _write_file(path, parts, sync=sync)
-            return f"{digest(value):016x}"
+                if sync:  # at once, for the disk takes many names as fast as one
+                    sync_path(directory / stored.name)
+            return found
 
         with ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool:
             return list(pool.map(write, self.arrays, values))
@@ -263,6 +268,10 @@ def _tops(path: str, names: set[str]) -> list[str]:
 
 def _chunks(stored: _Stored, value: Any) -> Iterator[tuple[str, Bytes]]:
     """Yield the name and the bytes of each chunk."""
+    if stored.shape == stored.chunk:
+        ((key, _),) = stored.keys()
+        yield key, _bytes(_on_host(value))
+        return
     pieces = _pieces(value)
     for key, start in stored.keys():
         yield key, _cut(pieces, value, start, stored.chunk)
@@ -280,10 +289,21 @@ def _cut(
         if all(at >= 0 for at in low) and all(
             at <= size for at, size in zip(high, piece.shape, strict=True)
         ):
-            part = piece[tuple(map(slice, low, high))]
-            return np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-    pieces[:] = [((0,) * len(chunk), np.asarray(value))]  # it spans several shards
+            return _bytes(piece[tuple(map(slice, low, high))])
+    pieces[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
     return _cut(pieces, value, start, chunk)
+
+
+def _bytes(array: np.ndarray[Any, Any]) -> Bytes:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _on_host(value: Any) -> np.ndarray[Any, Any]:
+    if isinstance(value, jax.Array) and jnp.issubdtype(
+        value.dtype, jax.dtypes.prng_key
+    ):
+        value = jax.random.key_data(value)
+    return np.asarray(value)
 
 
 def _pieces(value: Any) -> list[tuple[tuple[int, ...], Any]]:
@@ -306,6 +326,7 @@ def _pieces(value: Any) -> list[tuple[tuple[int, ...], Any]]:
     return [((0,) * array.ndim, array)]
 
 
+@functools.lru_cache(maxsize=256)
 def _trailer(nbytes: int) -> bytes:
     """Return the index behind a chunk: where its one part is, and a checksum."""
     index = struct.pack("<QQ", 0, nbytes)

@@ -8,7 +8,7 @@ save; the thread that writes learns of it in its own time.
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, cast
@@ -277,9 +277,7 @@ class Saves:
             return False
         if not _snapshot.is_on_one_mesh(leaves, value, state.best):
             return False
-        job = self._writer.claim(
-            self._key(save, entry), self._limit(leaves), wait=False
-        )
+        job = self._writer.claim(self._key(save, entry), self._limit(save), wait=False)
         if job is None:
             return False
         fits = _snapshot.is_like(leaves, job.memory)
@@ -288,7 +286,7 @@ class Saves:
             return False
         try:
             entry.state, entry.save, entry.copies = _snapshot.snapshot_if_better(
-                state, value, leaves, job.memory
+                state, value, leaves, job.memory if fits else ()
             )
         except BaseException:
             self._writer.give_back(job)
@@ -297,7 +295,7 @@ class Saves:
         return True
 
     def _claim(self, save: _Save, entry: Entry) -> Job:
-        key, limit = self._key(save, entry), self._limit(save.leaves())
+        key, limit = self._key(save, entry), self._limit(save)
         job = self._writer.claim(key, limit, wait=False)
         if job is None:
             start = time.perf_counter()
@@ -320,6 +318,7 @@ class Saves:
         job.memory = [] if self._snapshot == "none" else entry.copies
         job.path = str(save.path or self._series.slot)
         job.run = functools.partial(self._write, job.content)
+        job.after = self._series.area.sweep
         self._writer.submit(job)
 
     def _key(self, save: _Save, entry: Entry) -> Any:
@@ -333,17 +332,21 @@ class Saves:
         whole = None if save.whole is None else save.whole.layout
         return where, save.part.layout, whole
 
-    def _limit(self, leaves: Sequence[Any]) -> int:
+    def _limit(self, save: _Save) -> int:
         if self._max_in_flight is not None:
             return self._max_in_flight
-        size = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+        size = save.part.layout.nbytes
+        if save.whole is not None and save.whole is not save.part:
+            size += save.whole.layout.nbytes
         return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
 
     def _copied(self, leaves: list[Any], memory: list[Any]) -> list[Any]:
         if self._snapshot == "none":
             return leaves
-        if self._is_on_device(leaves) or _snapshot.is_like(leaves, memory):
+        if _snapshot.is_like(leaves, memory):
             return _snapshot.snapshot(leaves, memory)
+        if self._is_on_device(leaves):
+            return _snapshot.snapshot(leaves)
         return _snapshot.on_host(leaves, memory)
 
     def _is_on_device(self, leaves: list[Any]) -> bool:
@@ -358,6 +361,8 @@ class Saves:
 
         Nothing is deleted before what is new is in its place.
         """
+        # Without the interpreter's lock, which the loop needs to go on.
+        jax.block_until_ready([entry.copies for entry in save.entries[-1:]])
         entry = self._chosen(save)
         if entry is None:
             return

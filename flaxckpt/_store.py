@@ -321,6 +321,7 @@ def verify(path: str | os.PathLike[str]) -> None:
         _read(path, layout, wanted, check=True)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that write a checkpoint."""
     packages = ("flaxckpt", "jax", "orbax-checkpoint")

@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -70,7 +70,7 @@ class Leaf:
         """Whether Orbax holds it: it takes no arrays without elements."""
         return self.kind != "static" and 0 not in self.shape
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Size of its values in memory."""
         if self.kind == "key":
@@ -81,6 +81,9 @@ class Leaf:
         if self.kind not in (*_ARRAYS, "key"):
             return self.kind
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+_LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,21 @@ class Layout:
                 {
                     key: value
                     for key, value in vars(leaf).items()
-                    if value != "" and (key != "shape" or leaf.dtype)
+                    if key in _LEAF_FIELDS
+                    and value != ""
+                    and (key != "shape" or leaf.dtype)
                 }
                 for leaf in self.leaves
             ],
         }
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all leaves' values in memory."""
+        return sum([leaf.nbytes for leaf in self.leaves])
+
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Layout":
+    def from_json(cls, table: Mapping[str, Any]) -> "Layout":
         """Return the layout of which `to_json` returned the fields."""
         leaves = [
             Leaf(
@@ -183,9 +193,9 @@ class Layout:
                 impl=each.get("impl", ""),
                 digest=each.get("digest", ""),
             )
-            for each in fields["leaves"]
+            for each in table["leaves"]
         ]
-        return cls(fields["tree"], tuple(leaves))
+        return cls(table["tree"], tuple(leaves))
 
 
 def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, list[Any]]:
@@ -214,6 +224,12 @@ def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, lis
         structure.skippable,
         strict=True,
     ):
+        if type(value) in _ARRAY_TYPES:  # the short way for what there may be many of
+            leaf = _ARRAY_LEAVES.get((path, value.dtype, value.shape))
+            if leaf is not None and not value.is_deleted():
+                leaves.append(leaf)
+                stored.append(value)
+                continue
         if skippable and callable(value):
             leaves.append(Leaf(path, "static"))
             stored.append(None)
@@ -225,10 +241,15 @@ def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, lis
             continue
         leaves.append(leaf)
         stored.append(value)
-    refused += _collisions(structure.paths)
+    refused += structure.collisions
     if refused:
         raise UnsupportedLeafError(tuple(refused))
     return Layout(structure.skeleton, tuple(leaves)), stored
+
+
+def skeleton_of(tree: PyTree) -> Skeleton:
+    """Return the structure of a tree, with the indices of its leaves."""
+    return _structure(tree).skeleton
 
 
 @dataclass(frozen=True)
@@ -365,6 +386,7 @@ class _Structure:
     skeleton: Skeleton
     paths: tuple[tuple[str, ...], ...]
     skippable: tuple[bool, ...]
+    collisions: Sequence[tuple[str, str]]
 
 
 def _structure(tree: PyTree) -> _Structure:
@@ -411,7 +433,7 @@ def _walk(tree: PyTree) -> _Structure:
         return {"dict": [list(pair) for pair in zip(keys, below, strict=True)]}
 
     skeleton = visit(tree, (), in_equinox=False)
-    return _Structure(skeleton, tuple(paths), tuple(skippable))
+    return _Structure(skeleton, tuple(paths), tuple(skippable), _collisions(paths))
 
 
 def _key(entry: Any) -> str | int:
@@ -515,6 +537,11 @@ def _normal(
         raise _RefusedError(f"an object of type {type(value).__qualname__}")
     if leaf.kind != "key" and not storable(leaf.dtype):
         raise _RefusedError(f"an array of dtype {leaf.dtype}")
+    if leaf.kind == "jax":
+        if len(_ARRAY_LEAVES) >= 2**16:
+            _ARRAY_LEAVES.clear()
+        leaf = _ARRAY_LEAVES.setdefault((path, value.dtype, value.shape), leaf)
+        _ARRAY_TYPES.add(type(value))
     return leaf, value
 
 
@@ -523,6 +550,11 @@ def _array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
         impl = "" if isinstance(value, jax.ShapeDtypeStruct) else _impl(value)
         return Leaf(path, "key", str(value.dtype), tuple(value.shape), impl)
     return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
+
+
+# Leaves of arrays that were found fit to be stored, and the arrays' types.
+_ARRAY_LEAVES: dict[tuple[Any, ...], Leaf] = {}
+_ARRAY_TYPES: set[type] = set()
 
 
 def _impl(key: jax.Array) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flaxckpt._tree import Layout, Skeleton, describe
+from flaxckpt._tree import Layout, Skeleton, skeleton_of
 
 PyTree: TypeAlias = Any
 Weights: TypeAlias = Callable[[PyTree], PyTree]
@@ -78,11 +78,12 @@ def weights_skeleton(tree: PyTree, weights: Weights) -> Skeleton:
         The structure of the weights, with indices into the tree's leaves; None
         where the weights are not leaves of the tree but computed from them.
     """
-    indices = {id(leaf): i for i, leaf in enumerate(jax.tree_util.tree_leaves(tree))}
     picked = weights(tree)
-    inner, _ = describe(picked, lambda dtype: True)
+    if picked is tree:
+        return skeleton_of(tree)
+    indices = {id(leaf): i for i, leaf in enumerate(jax.tree_util.tree_leaves(tree))}
     found = [indices.get(id(leaf)) for leaf in jax.tree_util.tree_leaves(picked)]
-    return None if None in found else _renumbered(inner.skeleton, found)
+    return None if None in found else _renumbered(skeleton_of(picked), found)
 
 
 def plain_weights(layout: Layout) -> Skeleton:
@@ -111,6 +112,8 @@ def _nnx_weights(nnx: Any, node: Any) -> Any:
 
 def _fields(tree: PyTree) -> dict[str, Any]:
     """Return a node's children that have names."""
+    if type(tree) is dict:
+        return {name: child for name, child in tree.items() if isinstance(name, str)}
     children, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda child: child is not tree
     )

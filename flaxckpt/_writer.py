@@ -25,6 +25,7 @@ class Job:
             None for a job that nothing replaces.
         path: Where it writes, for errors.
         run: Does it.
+        after: What to do afterwards, for which `wait` does not wait.
         content: What a claimed job that was waiting already has to write.
         memory: What it works on; the next job may use the memory when it is done.
     """
@@ -32,6 +33,7 @@ class Job:
     key: Any = None
     path: str = ""
     run: Callable[[], None] = _nothing
+    after: Callable[[], None] = _nothing
     content: Any = None
     memory: list[Any] = field(default_factory=list)
 
@@ -49,6 +51,7 @@ class Writer:
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._claimed = 0
+        self._is_busy = False
         self._memory: list[list[Any]] = []
         self._errors: list[CheckpointError] = []
         self._thread: threading.Thread | None = None
@@ -121,7 +124,7 @@ class Writer:
         raise first
 
     def close(self) -> None:
-        """Wait for all jobs, and forget the memory.
+        """Wait for all jobs and what is done after them, and forget the memory.
 
         Raises:
             CheckpointError: If a job failed.
@@ -129,7 +132,9 @@ class Writer:
         try:
             self.wait()
         finally:
-            self._memory.clear()
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_busy)
+                self._memory.clear()
 
     def _count(self) -> int:
         return len(self._waiting) + self._claimed + (self._running is not None)
@@ -141,13 +146,18 @@ class Writer:
                     self._thread = None
                     return
                 job = self._running = self._waiting.popleft()
+                self._is_busy = True
             error = _error_of(job)
             with self._changed:
                 if error is not None:
                     self._errors.append(error)
                 self._memory.append(job.memory)
                 self._running = None
-                del job
+                self._changed.notify_all()
+            job.after()
+            del job
+            with self._changed:
+                self._is_busy = False
                 self._changed.notify_all()
 
 
@@ -173,7 +183,7 @@ def _finish() -> None:
     """End well where the program ends without `wait` or `close`."""
     for writer in list(_UNHEARD):
         try:
-            writer.wait()
+            writer.close()
         except CheckpointError as error:
             warnings.warn(f"At the program's end: {error}", stacklevel=1)
 
