@@ -92,3 +92,8 @@ def environment() -> dict[str, Any]:
 def median_ratio(new: list[float], old: list[float]) -> float:
     """Return the median, over the rounds, of one measurement to another."""
     return statistics.median(a / b for a, b in zip(new, old, strict=True))
+
+
+def settle() -> None:
+    """Let the disk come to rest, so that nobody pays for the one before."""
+    os.sync()

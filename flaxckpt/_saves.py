@@ -6,6 +6,7 @@ is still being computed, the device decides, and copies only if there is somethi
 save; the thread that writes learns of it in its own time.
 """
 
+import datetime
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -76,6 +77,7 @@ class Entry:
         self.epoch = int(epoch)
         self.batch = None if batch is None else int(batch)
         self.logs = dict(logs or {})
+        self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = state
         self.news = ""
         self.copies: list[Any] = []
@@ -397,6 +399,7 @@ class Saves:
                 plain_scalars(entry.logs),
                 None if state is None else plain_state(state),
                 step=step,
+                time=entry.time,
                 weights_only=self._weights_only and not page.in_slot,
             )
             self._say(entry, f"finished saving model to {page.path}")

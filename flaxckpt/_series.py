@@ -138,6 +138,7 @@ class Series:
         state: Mapping[str, Any] | None,
         *,
         step: int,
+        time: datetime.datetime,
         weights_only: bool,
     ) -> None:
         """Write a checkpoint and put it in its place. The area is open.
@@ -149,10 +150,10 @@ class Series:
             logs: Its scalar metrics.
             state: Its decision state, as plain values.
             step: The count that retention goes by.
+            time: When it was asked for.
             weights_only: Whether it holds the weights alone.
         """
         known = self._ledger()
-        now = datetime.datetime.now(datetime.UTC)
         info = CheckpointInfo(
             path=page.path,
             epoch=epoch,
@@ -160,7 +161,7 @@ class Series:
             step=step,
             logs=logs,
             # So the order of saves survives a clock that was set back.
-            time=now if known.newest is None else max(now, known.newest + _TICK),
+            time=time if known.newest is None else max(time, known.newest + _TICK),
             weights_only=weights_only,
             series=self._name + _SLOT_SERIES if page.in_slot else self._name,
             state=state,
@@ -193,15 +194,24 @@ class Series:
         """
         known = self._ledger()
         if self._policy is not None:
-            infos = tuple(known.infos.values())
-            for info in expired(infos, self._policy, None):
-                if info is not self._best(known):
-                    self._remove(info.path)
-                    del known.infos[str(info.path)]
+            gone = self._expired(known, self._policy)
+            for info in gone:
+                self._remove(info.path)
+                del known.infos[str(info.path)]
         if resumable and known.has_slot:
             self._remove(self.slot)
             known.has_slot = False
         known.changes = self.area.changes
+
+    def _expired(self, known: "_Known", policy: PreservationPolicy) -> Infos:
+        infos = tuple(known.infos.values())
+        gone = expired(infos, policy, known.best)
+        if not gone:
+            return ()
+        best = self._best(known)
+        if len(known.infos) < len(infos):  # some were deleted by hand
+            gone = expired(tuple(known.infos.values()), policy, best)
+        return tuple(info for info in gone if info is not best)
 
     def _remove(self, path: Path) -> None:
         try:

@@ -1,0 +1,137 @@
+"""Who adds a checkpoint to a training loop: what does the loop lose?
+
+The loop is timed, not the call: a donated training step that keeps all cores busy, a
+save every 10 steps. Slowdown is the wall time of the loop with saves less that without,
+per save; blocked is the time in the calls to save; the longest step is in units of the
+median step. The parts of one round run in turn, each in the same process.
+"""
+
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import absl.logging
+import harness
+import jax
+import jax.numpy as jnp
+import peers
+
+absl.logging.set_verbosity(absl.logging.ERROR)
+EVERY = 10
+TREES = {  # name: leaves, shape
+    "25 leaves of 4 MB": (25, (1024, 1024)),
+    "25 leaves of 16 MB": (25, (4096, 1024)),
+    "1000 leaves of 4 KB": (1000, (32, 32)),
+}
+QUICK = {"25 leaves of 4 KB": (25, (32, 32))}
+
+
+def make_tree(leaves, shape):
+    keys = jax.random.split(jax.random.key(0), leaves)
+    tree = {f"w{i:04}": jax.random.normal(keys[i], shape) for i in range(leaves)}
+    return jax.block_until_ready(tree)
+
+
+@jax.jit
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def make_step():
+    def step(tree, x):
+        def update(w):
+            y = jnp.tanh(x @ w[: x.shape[1], : x.shape[1]].T)
+            slope = y.T @ x
+            low = min(slope.shape[0], w.shape[0])
+            return (w * 0.999).at[:low, : slope.shape[1]].add(1e-4 * slope[:low])
+
+        tree = jax.tree.map(update, tree)
+        return tree, sum(jnp.sum(leaf[0]) for leaf in tree.values())
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class Loop:
+    """The training loop, with or without saves."""
+
+    def __init__(self, tree, steps) -> None:
+        self._tree, self._steps, self._step = tree, steps, make_step()
+        self._saved = 0
+        width = min(256, next(iter(tree.values())).shape[1])
+        self._x = jax.random.normal(jax.random.key(1), (64, width))
+
+    def run(self, peer=None):
+        """Run it once; return its wall time, the times of steps, and of saves."""
+        tree = copy(self._tree)
+        tree, loss = self._step(tree, self._x)
+        jax.block_until_ready((tree, loss))
+        steps, saves = [], []
+        start = time.perf_counter()
+        for index in range(self._steps):
+            before = time.perf_counter()
+            tree, loss = self._step(tree, self._x)
+            loss.block_until_ready()
+            if peer is not None and index % EVERY == EVERY // 2:
+                called = time.perf_counter()
+                self._saved += 1
+                peer.save(tree, self._saved)
+                saves.append(time.perf_counter() - called)
+            steps.append(time.perf_counter() - before)
+        jax.block_until_ready(tree)
+        took = time.perf_counter() - start
+        if peer is not None:
+            peer.wait()
+        return took, steps, saves
+
+
+def main() -> None:
+    options = harness.arguments(__doc__)
+    root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
+    trees = QUICK if options.quick else TREES
+    for title, (leaves, shape) in trees.items():
+        measure(title, make_tree(leaves, shape), root, options)
+    shutil.rmtree(root)
+
+
+def measure(title, tree, root, options) -> None:
+    steps = 20 if options.quick else 60
+    loop = Loop(tree, steps)
+    running = {name: peers.make(name, root) for name in peers.ALL}
+    loop.run()
+    slowdown = {name: [] for name in running}
+    blocked = {name: [] for name in running}
+    longest = {name: [] for name in running}
+    for peer in running.values():
+        loop.run(peer)  # what is compiled and made once
+    for index in range(options.rounds):
+        order = list(running)
+        if index % 2:
+            order.reverse()
+        before = loop.run()[0]
+        for name in order:
+            took, times, saves = loop.run(running[name])
+            harness.settle()
+            after = loop.run()[0]
+            alone = (before + after) / 2
+            before = after
+            slowdown[name].append((took - alone) / len(saves))
+            blocked[name].append(statistics.median(saves))
+            longest[name].append(max(times) / statistics.median(times))
+    for peer in running.values():
+        peer.close()
+    out = options.json
+    harness.report(f"{title}: the loop loses, per save", "s", slowdown, out)
+    harness.report(f"{title}: blocked, per save", "s", blocked, out)
+    harness.report(f"{title}: longest step", "median steps", longest, out)
+    print(f"peak memory of the process: {peak_megabytes():.0f} MB")
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,476 @@
+"""The loop does not wait, and what is written is what was there when it was saved."""
+
+import contextlib
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from orbax.checkpoint import v1
+
+import flaxckpt
+from flaxckpt import (
+    CheckpointWriteError,
+    ModelCheckpoint,
+    SettingError,
+    _form,
+    _saves,
+    _store,
+)
+
+
+def names(infos):
+    return [info.path.name for info in infos]
+
+
+def tree_of(epoch):
+    return {
+        "w": jnp.full((40, 30), epoch, jnp.float32),
+        "key": jax.random.key(epoch),
+        "host": np.full(5, epoch),
+        "epoch": epoch,
+        "name": f"epoch {epoch}",
+    }
+
+
+def epoch_of(tree):
+    """The epoch of a tree of `tree_of`; all its leaves must agree."""
+    epoch = tree["epoch"]
+    wanted = tree_of(epoch)
+    tree, wanted = dict(tree), dict(wanted)
+    for each in (tree, wanted):
+        each["key"] = jax.random.key_data(each["key"])
+    jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+    return epoch
+
+
+@contextlib.contextmanager
+def held(monkeypatch):
+    """Hold the writing thread where it begins to write, until told to go on."""
+    arrived, go = threading.Event(), threading.Event()
+    write = _store.write
+
+    def wait_and_write(*args, **kwargs):
+        arrived.set()
+        assert go.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(_store, "write", wait_and_write)
+    try:
+        yield arrived, go
+    finally:
+        go.set()
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Treat every device array as not computed yet."""
+    monkeypatch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
+
+
+@jax.jit
+def slow(x):
+    """Take a second or so."""
+    return jax.lax.fori_loop(0, 100, lambda _, y: jnp.tanh(y @ y) + x, x).mean()
+
+
+# ---- decisions that are taken later ------------------------------------------------------
+
+
+def test_a_due_check_waits_for_no_metric(tmp_path):
+    x = jnp.ones((700, 700)) * 1e-3
+    slow(x).block_until_ready()
+    with ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        tree = {"w": jnp.ones(8)}
+        for epoch in range(2):  # the first call compiles what the second runs
+            loss = slow(x) - epoch
+            state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
+        assert not loss.is_ready()
+        assert not state.best.is_ready()
+        worse = ckpt.update(state, tree, {"val_loss": loss + 1}, 2)
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == ["1", "2"]
+        assert worse.best == state.best == loss
+        assert ckpt.best.logs == {"val_loss": float(loss)}
+
+
+@given(
+    losses=st.lists(
+        st.sampled_from([0.5, 0.25, 0.75, np.nan, np.inf, 0.1]), max_size=8
+    ),
+    template=st.sampled_from(["best", "{epoch}", "{epoch}-{val_loss:.2f}"]),
+    settings=st.fixed_dictionaries(
+        {},
+        optional={
+            "save_last": st.just(True),
+            "save_weights_only": st.just(True),
+            "max_to_keep": st.just(2),
+            "max_in_flight": st.sampled_from([1, 3]),
+            "initial_value_threshold": st.just(0.6),
+        },
+    ),
+)
+def test_deciding_later_changes_nothing(losses, template, settings, tmp_path_factory):
+    """The same is on disk as when every metric is known at once."""
+    kept = []
+    for late in (False, True):
+        path = tmp_path_factory.mktemp("run") / template
+        with pytest.MonkeyPatch.context() as patch:
+            if late:
+                patch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
+            with ModelCheckpoint(path, save_best_only=True, **settings) as ckpt:
+                state = ckpt.init()
+                for epoch, loss in enumerate(losses):
+                    loss = jnp.float32(loss) if late else loss
+                    state = ckpt.update(
+                        state, tree_of(epoch), {"val_loss": loss}, epoch
+                    )
+        found = []
+        infos = [*ckpt.checkpoints, *([ckpt.latest] if losses and ckpt.latest else [])]
+        for info in infos:
+            assert epoch_of(flaxckpt.load(info.path)) == info.epoch
+            found.append(
+                (info.path.name, info.epoch, repr(info.logs), repr(info.state))
+            )
+        kept.append((found, np.asarray(state.best).tobytes()))
+    assert kept[0][1] == kept[1][1]
+    by_name = [[(name, epoch) for name, epoch, *_ in found] for found, _ in kept]
+    assert by_name[0] == by_name[1]
+
+
+def test_verbose_tells_of_a_late_decision_when_it_is_known(tmp_path, late, capsys):
+    with ModelCheckpoint(tmp_path / "best", verbose=1, save_best_only=True) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.5, 0.75, 0.25]):
+            logs = {"val_loss": jnp.float32(loss)}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch)
+            ckpt.wait()
+    path = tmp_path / "best"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Epoch 1: val_loss improved from None to 0.50000, saving model to {path}",
+        f"Epoch 1: finished saving model to {path}",
+        "Epoch 2: val_loss did not improve from 0.50000",
+        f"Epoch 3: val_loss improved from 0.50000 to 0.25000, saving model to {path}",
+        f"Epoch 3: finished saving model to {path}",
+    ]
+
+
+def test_a_template_that_cannot_be_filled_in_is_an_error_at_once(tmp_path, late):
+    with ModelCheckpoint(tmp_path / "{val_loss:d}", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        with pytest.raises(flaxckpt.TemplateError):
+            ckpt.update(state, tree_of(0), {"val_loss": jnp.float32(1)}, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_mesh(tmp_path, late):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    w = jax.device_put(jnp.arange(64.0).reshape(8, 8), place)
+    with ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.5, 0.75, 0.25]):
+            loss = jax.device_put(jnp.float32(loss), everywhere)
+            state = ckpt.update(state, {"w": w + epoch}, {"val_loss": loss}, epoch)
+        on_one = jax.device_put(jnp.float32(0.1), jax.devices()[3])  # of no one mesh
+        state = ckpt.update(state, {"w": w + 9}, {"val_loss": on_one}, 9)
+    assert names(ckpt.checkpoints) == ["1", "3", "10"]
+    for info in ckpt.checkpoints:
+        found = flaxckpt.load(info.path, {"w": w})["w"]
+        assert found.sharding == place
+        assert (found == w + info.epoch).all()
+
+
+# ---- copies ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("snapshot", ["auto", "device", "host", "none"])
+def test_training_may_donate_and_change_what_was_saved(tmp_path, snapshot):
+    train = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w, host = jnp.zeros((200, 200)), np.zeros(50)
+    with ModelCheckpoint(tmp_path / "{epoch}", snapshot=snapshot) as ckpt:
+        state = ckpt.init()
+        for epoch in range(6):
+            w = train(w)
+            host += 1
+            state = ckpt.update(state, {"w": w, "host": host}, {}, epoch)
+            if snapshot == "none":
+                assert names(ckpt.checkpoints)[-1] == f"{epoch + 1}"
+    for info in ckpt.checkpoints:
+        found = flaxckpt.load(info.path)
+        assert (found["w"] == info.epoch + 1).all()
+        assert (found["host"] == info.epoch + 1).all()
+
+
+def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        places = set()
+        for epoch in range(5):
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+            (memory,) = ckpt._saves._writer._memory
+            places.add(next(x for x in memory if hasattr(x, "unsafe_buffer_pointer")
+                            and x.shape).unsafe_buffer_pointer())  # fmt: skip
+        assert len(places) == 1
+
+
+def test_a_check_that_does_not_save_leaves_the_copies_alone(
+    tmp_path, monkeypatch, late
+):
+    """A save waits; a check that is not better comes after it, and in its memory."""
+    with (
+        ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.9, 0.5, 0.7, 0.8]):
+            logs = {"val_loss": jnp.float32(loss)}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch)
+            assert arrived.wait(60)
+        assert len(ckpt._saves._writer._waiting) == 1
+        go.set()
+        ckpt.wait()
+        assert epoch_of(flaxckpt.load(tmp_path / "best")) == 1
+        assert ckpt.best.logs == {"val_loss": 0.5}
+        assert (ckpt.counts.saved, ckpt.counts.superseded) == (2, 0)
+
+
+# ---- many saves --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["at once", "late"])
+def test_a_newer_save_to_the_same_path_supersedes_one_that_waits(
+    tmp_path, monkeypatch, request, when, capsys
+):
+    if when == "late":
+        request.getfixturevalue("late")
+    with (
+        ModelCheckpoint(tmp_path / "best", verbose=1, save_best_only=True) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        state = ckpt.init()
+        for epoch in range(6):
+            logs = {"val_loss": jnp.float32(-epoch)}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch)
+            assert arrived.wait(60)
+        go.set()
+        ckpt.wait()
+        assert epoch_of(flaxckpt.load(tmp_path / "best")) == 5
+        assert ckpt.best.epoch == 5
+        assert (ckpt.counts.saved, ckpt.counts.superseded) == (2, 4)
+        assert ckpt.counts.delayed == 0
+    out = capsys.readouterr().out
+    assert out.count("superseded by a newer one before it was written") == 4
+    assert out.count("finished saving") == 2
+
+
+def test_saves_to_different_paths_are_all_written(tmp_path, monkeypatch):
+    with (
+        ModelCheckpoint(tmp_path / "{epoch}") as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        for epoch in range(6):
+            ckpt.save(tree_of(epoch), epoch)
+        assert arrived.wait(60)
+        go.set()
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == list("123456")
+        assert [epoch_of(flaxckpt.load(i.path)) for i in ckpt.checkpoints] == [
+            *range(6)
+        ]
+        assert ckpt.counts.superseded == 0
+
+
+def test_more_saves_than_allowed_wait_and_are_counted(tmp_path, monkeypatch):
+    with (
+        ModelCheckpoint(tmp_path / "{epoch}", max_in_flight=2) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        for epoch in range(2):
+            ckpt.save(tree_of(epoch), epoch)
+        assert arrived.wait(60)
+        assert ckpt.counts.delayed == 0
+        threading.Timer(0.2, go.set).start()
+        ckpt.save(tree_of(2), 2)
+        assert ckpt.counts.delayed == 1
+        assert ckpt.counts.delayed_secs > 0.05
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == list("123")
+        assert len(ckpt._saves._writer._memory) == 2
+
+
+def test_where_it_would_wait_for_the_disk_it_looks_at_the_metric(
+    tmp_path, monkeypatch, late
+):
+    """What does not improve is not held up by a save that is under way."""
+    with (
+        ModelCheckpoint(
+            tmp_path / "{epoch}", save_best_only=True, max_in_flight=1
+        ) as c,
+        held(monkeypatch) as (arrived, go),
+    ):
+        state = c.update(c.init(), tree_of(0), {"val_loss": jnp.float32(1)}, 0)
+        assert arrived.wait(60)
+        state = c.update(state, tree_of(1), {"val_loss": jnp.float32(2)}, 1)
+        assert c.counts.delayed == 0
+        go.set()
+    assert names(c.checkpoints) == ["1"]
+
+
+def test_those_that_fail_among_several_are_told_and_the_others_written(
+    tmp_path, monkeypatch
+):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    with held(monkeypatch) as (arrived, go):
+        for epoch in range(4):
+            ckpt.save(tree_of(epoch), epoch)
+        assert arrived.wait(60)
+        for epoch in (1, 2):  # after they were looked at
+            (tmp_path / f"{epoch + 1}").write_text("in the way")
+        go.set()
+        with pytest.raises(
+            CheckpointWriteError, match=f"Saving '{tmp_path}/2' failed"
+        ) as e:
+            ckpt.wait()
+    assert re.match(f"And: Saving '{tmp_path}/3' failed", *e.value.__notes__)
+    ckpt.close()
+    assert names(ckpt.checkpoints) == ["1", "4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"snapshot": "gpu"}, "snapshot='gpu' cannot work: pass \"auto\", \"device\", \"host\" or \"none\"."),
+        ({"max_in_flight": 0}, "max_in_flight=0 cannot work: pass a number of at least 1, or None."),
+        ({"max_in_flight": True}, "max_in_flight=True cannot work: pass a number of at least 1, or None."),
+    ],
+)  # fmt: skip
+def test_wrong_settings(tmp_path, settings, message):
+    with pytest.raises(SettingError) as caught:
+        ModelCheckpoint(tmp_path / "x", **settings)
+    assert str(caught.value) == message
+
+
+# ---- the form that Orbax has shown -------------------------------------------------------
+
+
+@pytest.fixture
+def by_orbax(monkeypatch):
+    """Count the trees that Orbax writes; it has seen none yet."""
+    monkeypatch.setattr(_store, "_FORMS", [])
+    calls = []
+    write = _store._write_by_orbax
+    monkeypatch.setattr(
+        _store, "_write_by_orbax",
+        lambda *args, **kwargs: (calls.append(args[0]), write(*args, **kwargs))[1],
+    )  # fmt: skip
+    return calls
+
+
+def large_tree(epoch):
+    return {"big": jnp.full((1024, 1024), epoch, jnp.float32), "n": epoch}
+
+
+@pytest.mark.parametrize("make", [tree_of, large_tree], ids=["database", "files"])
+def test_orbax_writes_the_first_and_reads_them_all(tmp_path, by_orbax, make):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(4):
+            ckpt.save(make(epoch), epoch)
+        ckpt.wait()
+        assert len(by_orbax) == 1
+        for info in ckpt.checkpoints:
+            flaxckpt.verify(info.path)
+            found = v1.load(info.path)
+            found, wanted = dict(found), dict(make(info.epoch))
+            for each in (found, wanted):
+                if "key" in each:
+                    each["key"] = jax.random.key_data(each["key"])
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        ckpt.save({**make(9), "more": 1}, 9)  # another structure
+        ckpt.wait()
+        assert len(by_orbax) == 2
+
+
+def test_shards_are_written_as_orbax_does(tmp_path, by_orbax):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    specs = [("x", "y"), ("y", None), (None, "x"), (None, None)]
+    places = [
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        for spec in specs
+    ]
+    for size in (8, 1024):
+        x = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+        tree = [jax.device_put(x + i, place) for i, place in enumerate(places)]
+        with ModelCheckpoint(tmp_path / f"{size}-{{epoch}}") as ckpt:
+            ckpt.save([leaf - 1 for leaf in tree], 0)
+            ckpt.save(tree, 1)
+        path = tmp_path / f"{size}-2"
+        flaxckpt.verify(path)
+        for found in (v1.load(path), flaxckpt.load(path, tree)):
+            for got, want in zip(found, tree, strict=True):
+                assert got.sharding == want.sharding
+                np.testing.assert_array_equal(got, want)
+        one = flaxckpt.load(path)[0]
+        np.testing.assert_array_equal(one, x)
+    assert len(by_orbax) == 2
+
+
+def test_where_orbax_writes_otherwise_it_goes_on_writing(
+    tmp_path, by_orbax, monkeypatch
+):
+    monkeypatch.setattr(_form, "_trailer", lambda nbytes: b"unknown")
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(3):
+            ckpt.save(tree_of(epoch), epoch)
+    assert len(by_orbax) == 3
+    assert [epoch_of(flaxckpt.load(i.path)) for i in ckpt.checkpoints] == [0, 1, 2]
+
+
+def test_compressed(tmp_path, by_orbax):
+    tree = {"w": jnp.zeros(100_000)}
+    sizes = []
+    for compress in (True, False):
+        path = tmp_path / str(compress)
+        with ModelCheckpoint(path, compress=compress) as ckpt:
+            for epoch in range(2):
+                ckpt.save({"w": tree["w"] + epoch}, epoch)
+        assert (flaxckpt.load(path)["w"] == 1).all()
+        sizes.append(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
+    assert sizes[0] < 20_000 < 400_000 < sizes[1]
+    assert len(by_orbax) == 3
+
+
+# ---- what a writer remembers -------------------------------------------------------------
+
+
+def test_checkpoints_deleted_by_hand_do_not_confuse_retention(tmp_path):
+    import shutil
+
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", max_to_keep=2) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.1, 0.2, 0.9]):
+            state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == ["1", "2", "3"]
+        shutil.rmtree(tmp_path / "1")  # the best
+        for epoch, loss in enumerate([0.8, 0.7], 3):
+            state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+        ckpt.wait()
+        assert names(ckpt.checkpoints) == ["2", "4", "5"]  # 2 is the best there is
+
+
+def test_two_objects_of_one_series_see_each_other_s_saves(tmp_path):
+    one, two = (ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=2) for _ in range(2))
+    for epoch in range(6):
+        ckpt = (one, two)[epoch % 2]
+        ckpt.save(tree_of(epoch), epoch)
+        ckpt.wait()
+    one.close()
+    two.close()
+    assert names(one.checkpoints) == ["5", "6"]
