@@ -26,6 +26,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, default=None, help="where to write results"
     )
+    parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--peers", nargs="+", default=[], help="measure these only")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 7)
     return options

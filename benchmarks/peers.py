@@ -128,6 +128,7 @@ class KerasOrbax:
                 layer.add_weight(shape=value.shape, dtype=str(value.dtype), name=name)
             self._built = self._keras.Sequential([layer])
             self._built.build((1, 1))
+            self._built.compile("sgd", "mse")
         for variable, value in zip(self._built.weights, tree.values(), strict=True):
             # As Keras's trainer does. A copy, for the loop donates its own.
             variable.assign(jnp.copy(value))
