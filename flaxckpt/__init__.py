@@ -28,6 +28,7 @@ from flaxckpt.errors import (
 
 if TYPE_CHECKING:
     from flaxckpt._checkpoint import ModelCheckpoint, Restored
+    from flaxckpt._saves import SaveCounts
     from flaxckpt._store import load, load_weights, verify
     from flaxckpt._weights import default_weights
 
@@ -47,6 +48,7 @@ __all__ = [
     "ModelCheckpoint",
     "Preempted",
     "Restored",
+    "SaveCounts",
     "SettingError",
     "TemplateError",
     "UnsupportedLeafError",
@@ -62,6 +64,7 @@ __all__ = [
 _LAZY = {
     "ModelCheckpoint": "flaxckpt._checkpoint",
     "Restored": "flaxckpt._checkpoint",
+    "SaveCounts": "flaxckpt._saves",
     "default_weights": "flaxckpt._weights",
     "load": "flaxckpt._store",
     "load_weights": "flaxckpt._store",

@@ -79,6 +79,10 @@ class ModelCheckpoint:
     remembers is in the `CheckpointState` that `update` takes and returns. Not for use
     by several threads at once.
 
+    Attributes:
+        counts: What became of the saves so far, a `SaveCounts`.
+        preempted: Whether a signal has told the process to end, and its state is saved.
+
     Example:
         >>> with ModelCheckpoint("runs/{epoch:02d}-{val_loss:.2f}") as ckpt:
         ...     state = ckpt.init()

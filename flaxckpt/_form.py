@@ -42,7 +42,7 @@ _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
-_FILE_THREADS = int(os.environ.get("FT","16"))
+_FILE_THREADS = 8
 _HEAD = 64
 
 
@@ -156,7 +156,7 @@ class Form:
                     sync_path(directory / stored.name)
             return found
 
-        with ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write", _nice) as pool:
+        with ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool:
             return list(pool.map(write, self.arrays, values))
 
 
@@ -341,11 +341,6 @@ def _crc32c(data: bytes) -> int:
         for _ in range(8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
-
-
-def _nice() -> None:
-    import threading
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), int(os.environ.get("NICE","10")))
 
 
 def _write_file(path: Path, parts: Sequence[Any], *, sync: bool) -> None:
