@@ -1,6 +1,7 @@
 """A damaged checkpoint raises, or gives what was saved: never anything else."""
 
 import os
+import gc
 import random
 import shutil
 import warnings
@@ -128,6 +129,7 @@ def test_no_damage_is_silent(tmp_path, monkeypatch, dtype, sharded, written):
         else:
             assert bits(got) == expected, f"silent: {damage.__name__} of {name}"
         shutil.rmtree(bad)
+    gc.collect()  # of Orbax's coroutines that failed, here and not in another test
     assert raised > len(damages) // 4
 
 

@@ -440,6 +440,7 @@ def test_compressed(tmp_path, by_orbax):
         with ModelCheckpoint(path, compress=compress) as ckpt:
             for epoch in range(2):
                 ckpt.save({"w": tree["w"] + epoch}, epoch)
+                ckpt.wait()
         assert (flaxckpt.load(path)["w"] == 1).all()
         sizes.append(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
     assert sizes[0] < 20_000 < 400_000 < sizes[1]
