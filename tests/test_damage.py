@@ -1,7 +1,7 @@
 """A damaged checkpoint raises, or gives what was saved: never anything else."""
 
-import os
 import gc
+import os
 import random
 import shutil
 import warnings
