@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from flaxckpt import _store
 from flaxckpt._preemption import Watch
-from flaxckpt._record import CheckpointInfo, read_record
+from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
@@ -353,10 +353,15 @@ class ModelCheckpoint:
         """
         try:
             self._saves.close()
-        finally:
-            self._series.area.close()
-            if self._watch is not None:
-                self._watch.close()
+        except CheckpointError:
+            self._release()
+            raise
+        self._release()  # but not where an interrupt left a save under way
+
+    def _release(self) -> None:
+        self._series.area.close()
+        if self._watch is not None:
+            self._watch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -446,19 +451,20 @@ class ModelCheckpoint:
             candidates = ranked(self._series.listed()[0], self._monitor, self._mode)
         else:
             path = Path(os.path.abspath(os.path.expanduser(which)))
-            tree = _store.load(path, like, cast=cast, verify=verify)
-            return self._restored(tree, path, read_record(path))
+            tree, info = _store.restore(path, like, cast=cast, verify=verify)
+            return self._restored(tree, path, info)
         errors: list[CheckpointError] = []
         for info in candidates:
             try:
-                tree = _store.load(info.path, like, cast=cast, verify=verify)
+                path = info.path
+                tree, info = _store.restore(path, like, cast=cast, verify=verify)
             except (CheckpointCorruptError, CheckpointNotFoundError) as error:
                 errors.append(error)
                 warnings.warn(
                     f"PASSED OVER, and the next one tried: {error}", stacklevel=2
                 )
                 continue
-            return self._restored(tree, info.path, info)
+            return self._restored(tree, path, info)
         errors += self._series.listed()[1]
         if errors:
             raise errors[0]
@@ -482,6 +488,8 @@ class ModelCheckpoint:
         if not name or name in (".", "..") or "/" in name or "\0" in name:
             raise SettingError("save_last", save_last, "pass True, or a file's name.")
         path = self._root / name
+        if not save_last and self._template.text == str(path):
+            path = self._root / "preempted"
         if save_last and self._template.text == str(path):
             raise SettingError(
                 "save_last",
@@ -500,8 +508,9 @@ class ModelCheckpoint:
         self.wait()
         self.preempted = True
         if self._raise_preempted and self._watch is not None:
-            latest = self.latest if path is None else None
-            path = path if latest is None else latest.path
+            latest = self.latest
+            if latest is not None and not latest.weights_only:
+                path = latest.path
             raise Preempted(str(self._watch.signal), str(path))
 
     def _restored(
@@ -540,8 +549,8 @@ def _refuse_traced(*values: PyTree) -> None:
         raise CheckpointError(
             "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
             "vmap...), where there is nothing to save yet. Decide there with "
-            "flaxckpt.step, which returns whether to save, and call update or save on "
-            "what the traced function returns."
+            "flaxckpt.step, which returns whether to save, and if so call save on what "
+            "the traced function returns."
         )
 
 

@@ -10,22 +10,28 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
   missing, this is it.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import threading
 import uuid
+import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flaxckpt import _lock
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
 
 _CHANGES: Counter[Path] = Counter()
+_OPENING = threading.Lock()
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -52,8 +58,11 @@ class Area:
         self._root, self._series, self._depth, self.sync = root, series, depth, sync
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
         self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
-        self._is_open = False
+        self._owner = 0  # the process that has opened it
         self._trash: list[Path] = []
+        self._doubtful: list[Path] = []
+        self._reuses = False
+        weakref.finalize(self, _discard, self._trash, os.getpid())
         self.committing = threading.Lock()
 
     @property
@@ -67,68 +76,117 @@ class Area:
         Raises:
             CheckpointLockedError: If another process writes this series.
         """
-        if self._is_open:
+        if self._owner == os.getpid():
             return
         self._make(self._root)
-        if _lock.acquire(self._lock):
-            _CHANGES[self._lock] += 1  # others may have
-            self._finish_replacements()
-            for entry in list(os.scandir(self._root)):
-                if entry.name.startswith(self._staging):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-        self._is_open = True
+        with _OPENING:  # so that nobody writes what is cleared up here
+            if _lock.acquire(self._lock):
+                _CHANGES[self._lock] += 1  # others may have
+                self._finish_replacements()
+                for entry in list(os.scandir(self._root)):
+                    if entry.name.startswith(self._staging):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                self._trash.clear()
+        self._owner = os.getpid()
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._is_open:
-            self.sweep()
-            self._is_open = False
+        if self._owner == os.getpid():
+            self.sweep(spare=False)
+            self._owner = 0
             _lock.release(self._lock)
 
     @contextmanager
-    def staging(self) -> Generator[Path]:
-        """Make a directory to write in; what is left in it is for `sweep`."""
-        path = self._root / f"{self._staging}{uuid.uuid4().hex[:12]}"
-        path.mkdir()
+    def staging(self, *, reuse: bool = False) -> Generator[Path]:
+        """Make a directory to write in; what is left in it is for `sweep`.
+
+        Args:
+            reuse: Whether it may be one with an old checkpoint in it, at `new`, to be
+                written over. Then one is kept for the next time.
+        """
+        self._reuses = reuse
+        if not reuse:
+            self.sweep()  # it may be the room that is needed
+        path = self._trash.pop() if reuse and self._trash else self._made()
         try:
             yield path
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+            if path not in self._doubtful:
+                shutil.rmtree(path, ignore_errors=True)
             raise
+        self._trash += self._doubtful  # a later save is on disk
+        self._doubtful.clear()
         self._trash.append(path)
 
-    def sweep(self) -> None:
-        """Delete what was replaced or removed, which may take a while."""
-        while self._trash:
+    def _made(self) -> Path:
+        path = self._root / f"{self._staging}{uuid.uuid4().hex[:12]}"
+        path.mkdir()
+        return path
+
+    def sweep(self, *, spare: bool = True) -> None:
+        """Delete what was replaced or removed, which may take a while.
+
+        Args:
+            spare: Whether to keep one to write over, if the last save could have.
+        """
+        kept = int(spare and self._reuses)
+        while len(self._trash) > kept:
             shutil.rmtree(self._trash[0], ignore_errors=True)
             del self._trash[0]
 
     def put(self, written: Path, target: Path) -> None:
         """Move a finished directory to its place, or exchange it with the one there.
 
-        `target` is at every moment the old directory, whole, or the new one, whole. The
-        new one is on disk before it gets there, and its name when this returns: whoever
-        deletes the old one, which is at `written` then, may do so now.
+        `target` is at every moment the old directory, whole, or the new one, whole. Its
+        name is on disk when this returns: whoever deletes the old one, which is at
+        `written` then, may do so now.
+
+        Args:
+            written: The new directory, which is on disk already; see `Draft` and
+                `sync_tree`.
+            target: Its place.
         """
         self._make(target.parent)
-        if self.sync:
-            _sync_tree(written)
         _CHANGES[self._lock] += 1
         with self.committing:
+            replaces = False
             try:
                 os.rename(written, target)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+                replaces = True
                 _replace(written, target, self._sync_directory)
-            self._sync_directory(target.parent)
-            self._sync_directory(written.parent)
+            try:
+                self._sync_directory(target.parent)
+                self._sync_directory(written.parent)
+            except BaseException:
+                self._take_back(written, target, replaces=replaces)
+                raise
+
+    def _take_back(self, written: Path, target: Path, *, replaces: bool) -> None:
+        """Undo what the disk may not have taken: who fails leaves what was there."""
+        try:
+            if replaces:
+                _replace(written, target, lambda _: None)
+            else:
+                os.rename(target, written)
+        except OSError:
+            self._doubtful.append(written.parent)  # it holds what was there
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint: it is gone at once, however long its files take."""
         _CHANGES[self._lock] += 1
-        with self.staging() as aside:
-            path.rename(aside / "removed")
+        if path.is_symlink():  # to where somebody else keeps it
+            path.unlink()
+            self._sync_directory(path.parent)
+            return
+        aside = self._made()
+        path.rename(aside / "new")
+        # Before its files are written over, it must be gone for good.
+        self._sync_directory(aside)
+        self._sync_directory(path.parent)
+        self._trash.append(aside)
 
     def _finish_replacements(self) -> None:
         """Put back what was set aside and not replaced; delete what was."""
@@ -157,6 +215,13 @@ class Area:
     def _sync_directory(self, directory: Path) -> None:
         if self.sync:
             sync_path(directory)
+
+
+def _discard(trash: list[Path], owner: int) -> None:
+    """Delete what an area that nobody closed has left."""
+    if owner == os.getpid():
+        for path in trash:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace(
@@ -204,12 +269,122 @@ def _directories(root: Path, depth: int) -> Generator[Path]:
             yield from _directories(Path(entry.path), depth - 1)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Have the disk take all files and directories in a directory, and itself."""
     for path, _, files in os.walk(directory, topdown=False):
         for name in files:
             sync_path(Path(path, name))
         sync_path(Path(path))
+
+
+class Draft:
+    """A directory being filled, in the blocks of the files of before where it has any.
+
+    A file that is there is of no use to anybody who asks for it by its path, but may
+    have other names, or be open: then it is left as it is, and replaced. For use by
+    several threads, each with files of its own.
+    """
+
+    def __init__(self, directory: Path, *, sync: bool) -> None:
+        """Make the directory, if need be.
+
+        Args:
+            directory: Where.
+            sync: Whether to have the disk take each file as it is written.
+        """
+        self._root, self._sync = directory, sync
+        self._changed: set[Path] = set()
+        self._made: set[Path] = set()
+        self._make(directory)
+
+    def keep_only(self, names: Container[str]) -> None:
+        """Remove all files of other names, and directories without any files."""
+        for path, directories, files in os.walk(self._root, topdown=False):
+            here = Path(path)
+            for name in files:
+                if (here / name).relative_to(self._root).as_posix() not in names:
+                    (here / name).unlink()
+            for name in directories:
+                if (here / name).is_symlink():
+                    (here / name).unlink()
+                elif not any((here / name).iterdir()):
+                    (here / name).rmdir()
+
+    def write(self, name: str, parts: Iterable[Any]) -> None:
+        """Write a file.
+
+        Args:
+            name: Its path in the directory.
+            parts: Its bytes, in order.
+        """
+        path = self._root / name
+        self._make(path.parent)
+        descriptor, is_new = _open_over(path)
+        if is_new:
+            self._changed.add(path.parent)
+        try:
+            size = 0
+            for part in parts:
+                left = memoryview(part)
+                size += len(left)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+            if os.fstat(descriptor).st_size > size:
+                os.ftruncate(descriptor, size)
+            if self._sync:
+                os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def finish(self) -> None:
+        """Have the disk take the names as well."""
+        if self._sync:
+            for directory in sorted(self._changed, reverse=True):
+                sync_path(directory)
+
+    def _make(self, directory: Path) -> None:
+        if directory in self._made:
+            return
+        if not directory.is_dir():
+            self._make(directory.parent)
+            with contextlib.suppress(FileExistsError):  # by another thread
+                directory.mkdir()
+            self._changed.update((directory, directory.parent))
+        self._made.add(directory)
+
+
+def _open_over(path: Path) -> tuple[int, bool]:
+    """Open a file to write it; tell whether it is a new one."""
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        path.unlink()
+    else:
+        if os.fstat(descriptor).st_nlink == 1 and _is_only_opener(descriptor):
+            return descriptor, False
+        os.close(descriptor)
+        path.unlink()
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+
+
+def _is_only_opener(descriptor: int) -> bool:
+    """Tell whether a file is open nowhere else, as Linux knows: it grants a lease then.
+
+    False where that cannot be known.
+    """
+    try:
+        # Who opens it in between makes the kernel send a signal: one that does nothing.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def sync_path(path: Path) -> None:

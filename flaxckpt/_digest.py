@@ -1,21 +1,27 @@
 """Fingerprints of arrays that do not depend on how they are sharded.
 
-The digest of an array is the sum, modulo 2**64, of its elements' bits, each times a
-coefficient that depends on the element's index: the product, over the axes, of an odd
-pseudo-random number for the index along that axis. So
+An array's bits are taken in words of 64 bits along its last axis. Its digest is the
+sum, modulo 2**64, of the words, each plus its own upper half, and each times a
+coefficient that depends on the word's index: the product, over the axes, of an odd
+pseudo-random number for the index along that axis. Where an element has 64 bits, its
+upper half comes in by exclusive or instead. So
 
-- pieces can be digested wherever they are, in any order, and added up;
+- it is linear in the words' elements: pieces can be digested wherever they are, in
+  any order, and added up, and what of a word another piece has counts as zero;
 - a change of a single element always shows: the coefficients are odd, and so have an
-  inverse modulo 2**64;
+  inverse modulo 2**64, and the upper half reaches the lower bits;
 - several changes cancel by chance only (multilinear hashing; Carter and Wegman 1979),
   also where elements change places. It finds faults of disks and programs, and is no
   protection against somebody who wants to deceive.
 
-numpy computes it at some 5 GB/s for 4-byte elements, without the interpreter's lock.
+numpy computes it at some 10 GB/s for any dtype, without the interpreter's lock.
+
+Format 1 took each element for a word; its digests, which have no mark before them, can
+still be computed.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -26,10 +32,13 @@ import numpy as np
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 Index: TypeAlias = tuple[slice, ...]
 
-_CHUNK = 1 << 16  # elements of the longest axis that are digested at a time
+_CHUNK = 1 << 16  # words of the longest axis that are digested at a time
+_BLOCK = 1 << 16  # words that are folded at a time: what stays in the cache
 _SHORT = 64  # a last axis shorter than this is not worth a pass of its own
-_SMALL = 1 << 14  # elements of an array whose coefficients are all kept
+_SMALL = 1 << 14  # words of an array whose coefficients are all kept
 _THREADS = 2
+_MARK = "2:"  # before a digest; those of format 1 have none
+_HALF = np.uint64(32)
 
 
 def digests(values: Sequence[Any]) -> list[str]:
@@ -40,14 +49,33 @@ def digests(values: Sequence[Any]) -> list[str]:
             digested, one of each set of replicas.
 
     Returns:
-        16 hexadecimal digits for each.
+        A mark of the formula, and 16 hexadecimal digits, for each.
     """
     with ThreadPoolExecutor(_THREADS, "flaxckpt-digest") as pool:
-        return list(pool.map(lambda value: f"{digest(value):016x}", values))
+        return list(pool.map(digest, values))
 
 
-def digest(value: Any) -> int:
+def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
+    """Tell for each leaf whether it has the digest that was recorded for it."""
+    with ThreadPoolExecutor(_THREADS, "flaxckpt-digest") as pool:
+        return list(pool.map(_agrees, values, found))
+
+
+def digest(value: Any) -> str:
     """Digest one leaf; see `digests`."""
+    return f"{_MARK}{combined(*_pieces(value)):016x}"
+
+
+def _agrees(value: Any, found: str) -> bool:
+    if found.startswith(_MARK):
+        return digest(value) == found
+    return f"{combined(*_pieces(value), by=_by_elements):016x}" == found
+
+
+def _pieces(
+    value: Any,
+) -> tuple[list[tuple[Index, np.ndarray[Any, Any]]], tuple[int, ...]]:
+    """Return the pieces of a value that are here, and the shape of all of it."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
@@ -56,19 +84,60 @@ def digest(value: Any) -> int:
             for shard in value.addressable_shards
             if shard.replica_id == 0
         ]
-        return combined(pieces, value.shape)
+        return pieces, value.shape
     array = _as_array(value)
-    return combined([((slice(None),) * array.ndim, array)], array.shape)
+    return [((slice(None),) * array.ndim, array)], array.shape
+
+
+def _by_words(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
+    """Digest a piece, of which `starts` tells where in the array it begins."""
+    if not piece.ndim:
+        piece, starts = piece.reshape(1), [0]
+    words = _words(piece, starts[-1])
+    starts = [*starts[:-1], starts[-1] * piece.dtype.itemsize // 8]
+    # Where a word is one element, no other piece has a part of it.
+    folding = np.add if piece.dtype.itemsize < 8 else np.bitwise_xor
+    if words.size <= _SMALL and not any(starts):
+        folded = folding(words, words >> _HALF).reshape(-1)
+        return int(np.vdot(folded, _all_coefficients(words.shape)))
+    axes = list(range(words.ndim))
+    if words.ndim > 1 and words.shape[-1] < _SHORT:
+        return _contracted(folding(words, words >> _HALF), axes, starts)
+    rows = words.reshape(-1, words.shape[-1])
+    sums = np.zeros(len(rows), np.uint64)
+    for position, low, high in _coefficients(axes[-1], starts[-1], words.shape[-1]):
+        step = max(_BLOCK // len(low), 1)
+        memory = np.empty((min(step, len(rows)), len(low)), np.uint64)
+        for row in range(0, len(rows), step):
+            block = rows[row : row + step, position : position + len(low)]
+            folded = np.right_shift(block, _HALF, out=memory[: len(block)])
+            folding(folded, block, out=folded)
+            sums[row : row + step] += np.einsum("ij,j->i", folded, low) * high
+    return _contracted(sums.reshape(words.shape[:-1]), axes[:-1], starts[:-1])
+
+
+def _by_elements(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
+    """Digest a piece as format 1 did."""
+    if piece.dtype.itemsize == 16:  # complex128
+        piece = np.stack([piece.real, piece.imag], axis=-1)
+        starts = [*starts, 0]
+    words = piece.view(f"u{piece.dtype.itemsize}")
+    if words.dtype == np.uint64:
+        words = words ^ (words >> _HALF)
+    return _contracted(words, list(range(words.ndim)), starts)
 
 
 def combined(
-    pieces: Iterable[tuple[Index, np.ndarray[Any, Any]]], shape: tuple[int, ...]
+    pieces: Iterable[tuple[Index, np.ndarray[Any, Any]]],
+    shape: tuple[int, ...],
+    by: Callable[[np.ndarray[Any, Any], list[int]], int] = _by_words,
 ) -> int:
     """Add up the digests of the pieces of an array.
 
     Args:
         pieces: Where in the array each lies, and its elements.
         shape: The whole array's.
+        by: The formula.
 
     Returns:
         The digest of the whole, if the pieces cover it once.
@@ -78,16 +147,19 @@ def combined(
         starts = [
             part.indices(size)[0] for part, size in zip(index, shape, strict=True)
         ]
-        total += _digest_piece(_words(piece), starts)
+        total += by(piece, starts)
     return total % 2**64
 
 
-def _digest_piece(words: np.ndarray[Any, Any], starts: list[int]) -> int:
-    """Contract a piece with the coefficients of its axes, the longest axis first."""
-    if words.size <= _SMALL and not any(starts):
-        return int(np.vdot(words.reshape(-1), _all_coefficients(words.shape)))
-    starts = starts + [0] * (words.ndim - len(starts))  # complex128 has an axis more
-    axes = list(range(words.ndim))  # which axis of the array each remaining one is
+def _contracted(words: np.ndarray[Any, Any], axes: list[int], starts: list[int]) -> int:
+    """Contract words with the coefficients of all axes, a long one first.
+
+    Args:
+        words: The words.
+        axes: Which axis of the array each of theirs is.
+        starts: Where on it they begin.
+    """
+    axes, starts = list(axes), list(starts)
     while words.ndim:
         axis = words.ndim - 1
         if words.shape[axis] < _SHORT:
@@ -97,9 +169,29 @@ def _digest_piece(words: np.ndarray[Any, Any], starts: list[int]) -> int:
     return int(words)
 
 
+def _words(piece: np.ndarray[Any, Any], start: int) -> Words:
+    """Return a piece's bits in words along the last axis.
+
+    It begins at `start` on that axis. What of its first and last word is not its own is
+    zero.
+    """
+    piece = np.ascontiguousarray(piece)
+    size = piece.dtype.itemsize
+    if size >= 8:
+        return piece.view(np.uint64)
+    each = 8 // size
+    before, length = start % each, piece.shape[-1]
+    if not before and not length % each:
+        return piece.view(np.uint64)
+    elements = -(-(before + length) // each) * each
+    padded = np.zeros((*piece.shape[:-1], elements), f"u{size}")
+    padded[..., before : before + length] = piece.view(f"u{size}")
+    return padded.view(np.uint64)
+
+
 @functools.lru_cache(maxsize=64)
 def _all_coefficients(shape: tuple[int, ...]) -> Words:
-    """Coefficients of all elements of a small array, in their order."""
+    """Coefficients of all words of a small array, in their order."""
     found = np.ones((), np.uint64)
     for axis, size in enumerate(shape):
         found = np.multiply.outer(found, _low(axis)[:size] * _high(axis, 0))
@@ -108,31 +200,27 @@ def _all_coefficients(shape: tuple[int, ...]) -> Words:
 
 def _contract(words: np.ndarray[Any, Any], axis: int, start: int) -> Words:
     """Sum over the last axis, times the coefficients for indices from `start` on."""
-    size = words.shape[-1]
     total = np.zeros(words.shape[:-1], np.uint64)
+    for position, low, high in _coefficients(axis, start, words.shape[-1]):
+        part = words[..., position : position + len(low)]
+        with np.errstate(over="ignore"):  # modulo 2**64 is meant
+            total += np.einsum("...i,i->...", part, low) * high
+    return total
+
+
+def _coefficients(
+    axis: int, start: int, size: int
+) -> Iterator[tuple[int, Words, np.uint64]]:
+    """Yield the coefficients for `size` indices from `start` on, in two factors.
+
+    With each, how far from `start` it begins.
+    """
     position = 0
     while position < size:
         chunk, offset = divmod(start + position, _CHUNK)
         count = min(size - position, _CHUNK - offset)
-        low = _low(axis)[offset : offset + count]
-        part = words[..., position : position + count]
-        with np.errstate(over="ignore"):  # modulo 2**64 is meant
-            total += np.einsum("...i,i->...", part, low) * _high(axis, chunk)
+        yield position, _low(axis)[offset : offset + count], _high(axis, chunk)
         position += count
-    return total
-
-
-def _words(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the elements' bits as unsigned integers, the high ones folded down.
-
-    The folding lets a change of a high bit reach the low ones, or else changes of two
-    highest bits would cancel.
-    """
-    array = np.asarray(array)
-    if array.dtype.itemsize == 16:  # complex128
-        array = np.stack([array.real, array.imag], axis=-1)
-    words = array.view(f"u{array.dtype.itemsize}")
-    return words ^ (words >> np.uint64(32)) if words.dtype == np.uint64 else words
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any]:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from flaxckpt._commit import sync_path
+from flaxckpt._commit import Draft
 from flaxckpt._digest import digest
 from flaxckpt._tree import Layout
 
@@ -42,7 +42,7 @@ _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
-_FILE_THREADS = 8
+_FILE_THREADS = 4
 _HEAD = 64
 
 
@@ -86,23 +86,32 @@ class Form:
     files: Mapping[str, bytes]
     arrays: Sequence[_Stored | str]
 
-    def write(self, directory: Path, values: Sequence[Any], *, sync: bool) -> list[str]:
+    def write(self, draft: Draft, directory: Path, values: Sequence[Any]) -> list[str]:
         """Write a checkpoint of this form.
 
         Args:
-            directory: Where to; made here.
+            draft: Where to.
+            directory: Its directory.
             values: The leaves that Orbax holds.
-            sync: Whether to start having the disk take each file at once.
 
         Returns:
-            The leaves' digests.
+            The leaves' digests. What is in a database is not on disk yet.
         """
         for path, content in self.files.items():
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            (directory / path).write_bytes(self._current(path, content, values))
+            draft.write(path, [self._current(path, content, values)])
         if self.is_database:
             return self._write_database(directory / STATE, values)
-        return self._write_files(directory / STATE, values, sync=sync)
+        return self._write_files(draft, values)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The files that this form has, as paths in the checkpoint."""
+        names = set(self.files)
+        for stored in self.arrays:
+            if not isinstance(stored, str):
+                names.add(f"{STATE}/{stored.name}/zarr.json")
+                names.update(f"{STATE}/{key}" for key, _ in stored.keys())
+        return frozenset(names)
 
     def _current(self, path: str, content: bytes, values: Sequence[Any]) -> bytes:
         if path == _STRINGS:
@@ -123,7 +132,7 @@ class Form:
         transaction, size = tensorstore.Transaction(), 0
         into = database.with_transaction(transaction)
         for stored, value in zip(self.arrays, values, strict=True):
-            found.append(f"{digest(value):016x}")
+            found.append(digest(value))
             if isinstance(stored, str):
                 continue
             into.write(f"{stored.name}/zarr.json", stored.description)
@@ -137,27 +146,20 @@ class Form:
         transaction.commit_sync()
         return found
 
-    def _write_files(
-        self, directory: Path, values: Sequence[Any], *, sync: bool
-    ) -> list[str]:
-        def write(stored: _Stored | str, value: Any) -> str:
-            found = f"{digest(value):016x}"
+    def _write_files(self, draft: Draft, values: Sequence[Any]) -> list[str]:
+        def write(stored: _Stored | str, value: Any) -> None:
             if not isinstance(stored, str):
-                files: list[tuple[str, list[Bytes | bytes]]] = [
-                    (key, [chunk, _trailer(chunk.nbytes)])
-                    for key, chunk in _chunks(stored, value)
-                ]
-                files.append((f"{stored.name}/zarr.json", [stored.description]))
-                for key, parts in files:
-                    path = directory / key
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_file(path, parts, sync=sync)
-                if sync:  # at once, for the disk takes many names as fast as one
-                    sync_path(directory / stored.name)
-            return found
+                for key, chunk in _chunks(stored, value):
+                    draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
+                draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
 
-        with ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool:
-            return list(pool.map(write, self.arrays, values))
+        with (
+            ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
+            ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool,
+        ):
+            found = aside.map(digest, values)
+            list(pool.map(write, self.arrays, values))
+            return list(found)
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -341,19 +343,6 @@ def _crc32c(data: bytes) -> int:
         for _ in range(8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
-
-
-def _write_file(path: Path, parts: Sequence[Any], *, sync: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
-    try:
-        for part in parts:
-            left = memoryview(part)
-            while left:
-                left = left[os.write(descriptor, left) :]
-        if sync:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _database(directory: Path) -> dict[str, Any]:

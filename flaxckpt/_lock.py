@@ -28,7 +28,6 @@ WATCH_SECS = 3 * HEARTBEAT_SECS
 class _Held:
     descriptor: int
     count: int
-    owner_pid: int
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -52,11 +51,11 @@ def acquire(path: Path) -> bool:
     """
     with _guard:
         held = _held.get(path)
-        if held is not None and held.owner_pid == os.getpid():
+        if held is not None:
             held.count += 1
             return False
         descriptor = _take(path)
-        held = _held[path] = _Held(descriptor, 1, os.getpid())
+        held = _held[path] = _Held(descriptor, 1)
     beat = threading.Thread(
         target=_beat, args=(descriptor, held.stop), name="flaxckpt-lock", daemon=True
     )
@@ -73,10 +72,19 @@ def release(path: Path) -> None:
             return
         del _held[path]
         held.stop.set()
-        if held.owner_pid == os.getpid():
-            with contextlib.suppress(OSError):  # it is nobody's when it is closed
-                path.unlink()
+        with contextlib.suppress(OSError):  # it is nobody's when it is closed
+            path.unlink()
         os.close(held.descriptor)
+
+
+def _let_go() -> None:
+    """Let a forked process not hold on to what its parent has locked."""
+    for held in _held.values():
+        os.close(held.descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _take(path: Path) -> int:

@@ -1,5 +1,6 @@
 """Signals that tell a process to end, remembered until the loop asks for them."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -33,25 +34,39 @@ class Watch:
                 "signals are handled in the main thread only. Make the object there.",
             )
         self.signal: str | None = None
-        if not _watches:
-            for number in _SIGNALS:
-                _earlier[number] = signal.signal(number, _remember)
         _watches.append(self)
+        if len(_watches) == 1:
+            for number in _SIGNALS:
+                _earlier[number] = signal.getsignal(number)
+                signal.signal(number, _remember)
 
     def close(self) -> None:
         """Give the signals back, unless somebody else has taken them since."""
         if self not in _watches:
             return
+        if len(_watches) == 1:
+            _give_back()
         _watches.remove(self)
-        if not _watches:
-            for number in _SIGNALS:
-                if signal.getsignal(number) is _remember:
-                    signal.signal(number, _earlier[number])
-            _earlier.clear()
 
 
 _watches: list[Watch] = []
 _earlier: dict[int, Any] = {}
+
+
+def _give_back() -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _remember:
+            signal.signal(number, _earlier[number])
+
+
+def _forget() -> None:
+    """Let a forked process, which has a loop of its own or none, end as ever."""
+    if _watches:
+        _give_back()
+        _watches.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

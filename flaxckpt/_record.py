@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
-FORMAT = 1
+FORMAT = 2  # of 1, only the digests were others; see _digest.py
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
 # What is ours beside the checkpoints; no listing looks into it, but for what was set
@@ -95,6 +95,12 @@ def located(path: Path) -> Path:
     return aside if not path.exists() and aside.exists() else path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not."""
+    there = located(path)
+    return (there / RECORD_FILE).exists() or (there / LEAVES_FILE).exists()
+
+
 def read_leaves(path: Path) -> dict[str, Any]:
     """Read the table of leaves of the checkpoint at `path`, which has a record.
 
@@ -127,7 +133,7 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
         CheckpointCorruptError: If there is one and it cannot be read.
     """
     path = Path(path)
-    if not (located(path) / RECORD_FILE).exists():
+    if not is_checkpoint(path):
         return None
     fields = _read_fields(path)
     try:

@@ -25,7 +25,11 @@ from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
 from flaxckpt._weights import Weights, weights_skeleton
 from flaxckpt._writer import Job, Writer
-from flaxckpt.errors import CheckpointError, CheckpointWriteError
+from flaxckpt.errors import (
+    CheckpointError,
+    CheckpointPathError,
+    CheckpointWriteError,
+)
 
 Logs: TypeAlias = Mapping[str, Any]
 
@@ -76,7 +80,7 @@ class Entry:
         self.save: Any = save
         self.epoch = int(epoch)
         self.batch = None if batch is None else int(batch)
-        self.logs = dict(logs or {})
+        self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = state
         self.news = ""
@@ -209,11 +213,18 @@ class Saves:
                 "flaxckpt.step and save from a program of one process."
             )
         path = None if entry.save is False else self._path(entry)
-        for target in (path, self._series.slot if lasts else None):
+        slot = self._series.slot()
+        if path == slot:
+            raise CheckpointPathError(
+                str(path),
+                "is where the last state is kept. Pass another filepath, or another "
+                "name as save_last.",
+            )
+        for target in (path, slot if lasts else None):
             if target is not None:
                 _store.check_target(target, self._series.root)
         save = self._described(tree, entry, lasts=lasts, path=path)
-        where = self._series.slot if entry.save is False else path
+        where = slot if entry.save is False else path
         try:
             self._series.area.open()
         except OSError as error:
@@ -227,13 +238,14 @@ class Saves:
             if not (entry.save or lasts):
                 return None
             save = self._described(tree, entry, lasts=lasts, path=path)
-        where = path if entry.save else self._series.slot
+        where = path if entry.save else slot
         if where is not None:
             self._tell_saving(entry, where)
-        job = self._claim(save, entry)
+        job, waited = self._claim(save, entry)
         try:
-            leaves = save.leaves()
-            entry.copies = self._copied(leaves, job.memory)
+            if waited:
+                self._say(entry, f"waited {waited:.2f} s for the saves before")
+            entry.copies = self._copied(save.leaves(), job)
         except BaseException:
             self._writer.give_back(job)
             raise
@@ -288,7 +300,11 @@ class Saves:
             return False
         try:
             entry.state, entry.save, entry.copies = _snapshot.snapshot_if_better(
-                state, value, leaves, job.memory if fits else ()
+                state,
+                value,
+                leaves,
+                job.memory if fits else (),
+                always=save.whole is not None,
             )
         except BaseException:
             self._writer.give_back(job)
@@ -296,18 +312,18 @@ class Saves:
         self._submit(job, save, entry)
         return True
 
-    def _claim(self, save: _Save, entry: Entry) -> Job:
+    def _claim(self, save: _Save, entry: Entry) -> tuple[Job, float]:
+        """Claim a job; return it and for how many seconds that had to wait."""
         key, limit = self._key(save, entry), self._limit(save)
-        job = self._writer.claim(key, limit, wait=False)
+        job, waited = self._writer.claim(key, limit, wait=False), 0.0
         if job is None:
             start = time.perf_counter()
             job = self._writer.claim(key, limit)
             waited = time.perf_counter() - start
             self.counts.delayed += 1
             self.counts.delayed_secs += waited
-            self._say(entry, f"waited {waited:.2f} s for the saves before")
         assert job is not None
-        return job
+        return job, waited
 
     def _submit(self, job: Job, save: _Save, entry: Entry) -> None:
         job.key = self._key(save, entry)
@@ -318,7 +334,7 @@ class Saves:
             job.content = save
         job.content.entries.append(entry)
         job.memory = [] if self._snapshot == "none" else entry.copies
-        job.path = str(save.path or self._series.slot)
+        job.path = str(save.path or self._series.root)
         job.run = functools.partial(self._write, job.content)
         job.after = self._series.area.sweep
         self._writer.submit(job)
@@ -331,8 +347,8 @@ class Saves:
         if entry.save is not False and save.path is None:
             return None
         where = None if entry.save is False else save.path
-        whole = None if save.whole is None else save.whole.layout
-        return where, save.part.layout, whole
+        parts = [p for p in (save.part, save.whole) if p is not None]
+        return where, [(part.layout, part.weights) for part in parts]
 
     def _limit(self, save: _Save) -> int:
         if self._max_in_flight is not None:
@@ -342,14 +358,15 @@ class Saves:
             size += save.whole.layout.nbytes
         return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
 
-    def _copied(self, leaves: list[Any], memory: list[Any]) -> list[Any]:
+    def _copied(self, leaves: list[Any], job: Job) -> list[Any]:
         if self._snapshot == "none":
             return leaves
-        if _snapshot.is_like(leaves, memory):
-            return _snapshot.snapshot(leaves, memory)
+        if _snapshot.is_like(leaves, job.memory):
+            return _snapshot.snapshot(leaves, job.memory)
         if self._is_on_device(leaves):
             return _snapshot.snapshot(leaves)
-        return _snapshot.on_host(leaves, memory)
+        # Not into what waits to be written, which would be torn by an error half-way.
+        return _snapshot.on_host(leaves, () if job.content else job.memory)
 
     def _is_on_device(self, leaves: list[Any]) -> bool:
         return self._snapshot == "device" or (
@@ -385,7 +402,8 @@ class Saves:
         if save.whole is not None and not (entry.save and save.whole is save.part):
             part, number = save.whole, len(save.whole.layout.leaves)
             own = leaves[len(leaves) - number :]
-            pages.append(Page(self._series.slot, True, part.layout, own, part.weights))
+            slot = self._series.slot()
+            pages.append(Page(slot, True, part.layout, own, part.weights))
         del leaves, save
         state = entry.state
         step = entry.epoch + 1
@@ -403,8 +421,8 @@ class Saves:
                 weights_only=self._weights_only and not page.in_slot,
             )
             self._say(entry, f"finished saving model to {page.path}")
-            if not page.in_slot:
-                self._series.prune(resumable=not self._weights_only)
+        if entry.save:
+            self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
 
     def _chosen(self, save: _Save) -> Entry | None:
@@ -449,6 +467,11 @@ class Saves:
 def _is_unknown(value: Any) -> TypeGuard[jax.Array]:
     """Tell whether a device still computes a value."""
     return isinstance(value, jax.Array) and not cast(Any, value).is_ready()
+
+
+def _kept(value: Any) -> Any:
+    """Copy a value that its owner may change in its place."""
+    return np.array(value)[()] if isinstance(value, np.ndarray) else value
 
 
 def _fetched(value: Any) -> Any:

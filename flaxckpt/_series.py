@@ -7,6 +7,7 @@ checkpoints, reading all records anew takes a second.
 """
 
 import datetime
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,6 @@ class Series:
 
     Attributes:
         root: The directory below which all of it is.
-        slot: Path of the slot.
         area: Where all of it is written.
     """
 
@@ -80,7 +80,7 @@ class Series:
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
         """
-        self.root, self.slot = Path(template.root), slot
+        self.root, self._slot = Path(template.root), slot
         self._template, self._name = template, template.name
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._compress = compress
@@ -101,14 +101,28 @@ class Series:
             infos, damaged = list_below(template.root, template.depth)
         return tuple(info for info in infos if info.series == self._name), damaged
 
+    def slot(self) -> Path:
+        """Return where the slot is, or will be: its name may be another series'."""
+        tag = hashlib.sha256(self._name.encode()).hexdigest()[:8]
+        places = self._slot, self._slot.with_name(f"{self._slot.name}-{tag}")
+        found = [self._of_slot(place) for place in places]
+        ours = [info.path for info in found if info and self._is_slot(info)]
+        free = [place for place, info in zip(places, found, strict=True) if not info]
+        return (ours or free or [places[1]])[0]
+
     def slot_info(self) -> CheckpointInfo | None:
         """Return what is in the slot, if it is ours and whole."""
+        info = self._of_slot(self.slot())
+        return info if info is not None and self._is_slot(info) else None
+
+    def _of_slot(self, path: Path) -> CheckpointInfo | None:
         try:
-            info = read_record(self.slot)
+            return read_record(path)
         except CheckpointCorruptError:
             return None
-        ours = info is not None and info.series == self._name + _SLOT_SERIES
-        return info if ours else None
+
+    def _is_slot(self, info: CheckpointInfo) -> bool:
+        return info.series == self._name + _SLOT_SERIES
 
     def by_age(self) -> Infos:
         """Return what can be resumed from, oldest first: the slot's beside the rest."""
@@ -199,7 +213,9 @@ class Series:
                 self._remove(info.path)
                 del known.infos[str(info.path)]
         if resumable and known.has_slot:
-            self._remove(self.slot)
+            slot = self.slot_info()
+            if slot is not None:
+                self._remove(slot.path)
             known.has_slot = False
         known.changes = self.area.changes
 

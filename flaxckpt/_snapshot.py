@@ -42,6 +42,8 @@ def snapshot_if_better(
     value: jax.Array,
     leaves: Sequence[Any],
     into: Sequence[Any],
+    *,
+    always: bool,
 ) -> tuple[CheckpointState, jax.Array, list[Any]]:
     """Judge a due check on the device, and copy only if there is something to save.
 
@@ -53,6 +55,8 @@ def snapshot_if_better(
         leaves: Leaves of a tree, for which `is_on_one_mesh` is true with `value`.
         into: Earlier copies, of the same form; returned as they were if there is
             nothing to save, or else refilled. Empty for none.
+        always: Whether to copy whatever is decided, for a slot that takes what does
+            not improve.
 
     Returns:
         The state after `judge`, whether to save, bool[], and the copies.
@@ -62,7 +66,8 @@ def snapshot_if_better(
     shardings = tuple(array.sharding for array in arrays)
     into = into or snapshot(leaves)
     slot = [into[index] for index in indices]
-    best, save, found, _ = _decider(shardings)(state, value, arrays, slot, _work())
+    decider = _decider(shardings, always=always)
+    best, save, found, _ = decider(state, value, arrays, slot, _work())
     copies = list(leaves)
     for index, array in zip(indices, found, strict=True):
         copies[index] = array
@@ -172,7 +177,7 @@ def _copier(shardings: tuple[jax.sharding.Sharding, ...], *, reuse: bool) -> Any
 
 
 @functools.lru_cache(maxsize=16)
-def _decider(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+def _decider(shardings: tuple[jax.sharding.Sharding, ...], *, always: bool) -> Any:
     def decide(
         state: CheckpointState,
         value: jax.Array,
@@ -181,7 +186,10 @@ def _decider(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
         work: jax.Array,
     ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
         state, save = judge(state, {state.monitor: value}, np.True_)
-        copies = jax.lax.cond(save, lambda: arrays, lambda: slot)
+        if always:
+            copies = [jnp.copy(array) for array in arrays]
+        else:
+            copies = jax.lax.cond(save, lambda: arrays, lambda: slot)
         return state.best, save, copies, jnp.sum(work * work)
 
     return jax.jit(

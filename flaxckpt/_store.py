@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ import tensorstore
 from orbax.checkpoint import v1
 
 from flaxckpt import _tree
-from flaxckpt._commit import Area
-from flaxckpt._digest import digests
+from flaxckpt._commit import Area, Draft, sync_tree
+from flaxckpt._digest import agree, digests
 from flaxckpt._form import Form, recognized
 from flaxckpt._record import (
     FORMAT,
@@ -33,8 +33,10 @@ from flaxckpt._record import (
     RECORD_FILE,
     CheckpointInfo,
     encode_record,
+    is_checkpoint,
     located,
     read_leaves,
+    read_record,
 )
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
@@ -47,11 +49,13 @@ from flaxckpt.errors import (
     LeafDifference,
 )
 
+T = TypeVar("T")
 # Orbax types its paths as a class of its own, and takes any.
 ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
+_READ_TRIES = 20
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -125,11 +129,6 @@ def _nearest(path: Path) -> tuple[Path, bool]:
     raise AssertionError(f"{path} has no root")
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Tell whether there is a checkpoint of flaxckpt's at `path`."""
-    return (located(path) / RECORD_FILE).exists()
-
-
 def write(
     info: CheckpointInfo,
     area: Area,
@@ -157,19 +156,25 @@ def write(
         for leaf, value in zip(layout.leaves, leaves, strict=True)
         if leaf.in_orbax
     ]
-    with area.staging() as directory:
+    form = None if compress else _form_of(layout, held)
+    with area.staging(reuse=form is not None and not form.is_database) as directory:
         written = directory / "new"
-        form = None if compress else _form_of(layout, held)
-        if form is not None:
-            found = form.write(written, held, sync=area.sync)
-        else:
+        if form is None:
             found = _write_by_orbax(written, layout, leaves, held, compress=compress)
+            draft = Draft(written, sync=area.sync)
+        else:
+            draft = Draft(written, sync=area.sync)
+            draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
+            found = form.write(draft, written, held)
         layout = layout.with_digests(found)
         fields = {"format": FORMAT, **layout.to_json()}
         fields["weights"] = "all" if weights == layout.skeleton else weights
         table = json.dumps(fields).encode()
-        (written / LEAVES_FILE).write_bytes(table)
-        (written / RECORD_FILE).write_bytes(encode_record(info, versions(), table))
+        draft.write(LEAVES_FILE, [table])
+        draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+        draft.finish()
+        if area.sync and (form is None or form.is_database):  # not written by the draft
+            sync_tree(written)
         area.put(written, info.path)
 
 
@@ -244,9 +249,20 @@ def load(
         >>> flaxckpt.load(path)
         {'b': (1, 2), 'w': array([0, 1, 2])}
     """
-    path = _found(path)
-    layout, _ = _read_table(path)
-    return _load(path, layout, None, like, cast=cast, check=verify)
+    return restore(path, like, cast=cast, verify=verify)[0]
+
+
+def restore(
+    path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
+) -> tuple[PyTree, CheckpointInfo | None]:
+    """Load a tree as `load` does, and its record; None for plain Orbax's."""
+
+    def read(path: Path) -> tuple[PyTree, CheckpointInfo | None]:
+        info = read_record(path)
+        layout, _ = _read_table(path)
+        return _load(path, layout, None, like, cast=cast, check=verify), info
+
+    return _undisturbed(path, read)
 
 
 def load_weights(
@@ -276,16 +292,19 @@ def load_weights(
         CheckpointError: If the weights were computed when saving, not picked, so that
             a whole checkpoint does not hold them; and as `load`.
     """
-    path = _found(path)
-    layout, weights = _read_table(path)
-    if layout is not None and weights is None:
-        raise CheckpointError(
-            f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
-            "`weights` computed them from the tree. Save with save_weights_only=True, "
-            "or load the whole tree and compute them."
-        )
-    part = plain_weights if layout is None else weights
-    return _load(path, layout, part, like, cast=cast, check=verify)
+
+    def read(path: Path) -> PyTree:
+        layout, weights = _read_table(path)
+        if layout is not None and weights is None:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
+                "`weights` computed them from the tree. Save with "
+                "save_weights_only=True, or load the whole tree and compute them."
+            )
+        part = plain_weights if layout is None else weights
+        return _load(path, layout, part, like, cast=cast, check=verify)
+
+    return _undisturbed(path, read)
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -308,7 +327,10 @@ def verify(path: str | os.PathLike[str]) -> None:
         ...     path = ckpt.save({"w": np.arange(3)}, epoch=0)
         >>> flaxckpt.verify(path)
     """
-    path = _found(path)
+    _undisturbed(path, _verify)
+
+
+def _verify(path: Path) -> None:
     layout, _ = _read_table(path)
     if layout is None:
         raise CheckpointError(
@@ -319,6 +341,36 @@ def verify(path: str | os.PathLike[str]) -> None:
     for indices in _batches(layout.leaves):
         wanted = {index: on_host(layout.leaves[index]) for index in indices}
         _read(path, layout, wanted, check=True)
+
+
+def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
+    """Read a checkpoint, once more if it is replaced or deleted meanwhile.
+
+    A program that evaluates what another one trains reads paths that are written to.
+    """
+    for _ in range(_READ_TRIES):
+        found = _found(path)
+        before = _stamp(found)
+        try:
+            result = read(found)
+        except (CheckpointCorruptError, CheckpointNotFoundError):
+            if _stamp(found) == before:
+                raise
+            continue
+        if _stamp(found) == before:
+            return result
+    raise CheckpointError(
+        f"Checkpoint {str(path)!r} was replaced {_READ_TRIES} times while it was read. "
+        "Read it when it is not being written, or save less often."
+    )
+
+
+def _stamp(path: Path) -> bytes:
+    """Return what differs between any two checkpoints; b"" where there is none."""
+    try:
+        return (located(path) / RECORD_FILE).read_bytes()
+    except OSError:
+        return b""
 
 
 @cache
@@ -396,24 +448,30 @@ def _check_digests(path: Path, leaves: Mapping[int, Leaf], values: list[Any]) ->
     Raises:
         CheckpointCorruptError: Naming the leaves that differ, and their files.
     """
-    found = digests([values[index] for index in leaves])
+    recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
+    same = agree(
+        [values[index] for index in recorded],
+        [leaf.digest for leaf in recorded.values()],
+    )
     differing = [
         leaf
-        for leaf, digest in zip(leaves.values(), found, strict=True)
-        if leaf.digest and leaf.digest != digest
+        for leaf, is_same in zip(recorded.values(), same, strict=True)
+        if not is_same
     ]
     if differing:
         names = ", ".join(leaf.name for leaf in differing)
-        files = ", ".join(_data_files(located(path)))
+        files = ", ".join(_data_files(located(path), differing))
         raise CheckpointCorruptError(
             str(path), f"not what was saved: {names} (in one of the files {files})"
         )
 
 
-def _data_files(path: Path) -> list[str]:
-    """Name the files that hold values, as against what describes them."""
-    files = sorted(path.glob("state/**/d/*"))
-    return [str(file.relative_to(path)) for file in files]
+def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
+    """Name the files that hold the values of leaves, as against what describes them."""
+    own = [path / "state" / ".".join(leaf.path) for leaf in leaves]
+    found = [file for each in own for file in each.rglob("c*") if file.is_file()]
+    found = found or list(path.glob("state/**/d/*"))  # a database has them all
+    return [str(file.relative_to(path)) for file in sorted(found)]
 
 
 def _batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:

@@ -1,5 +1,6 @@
 """Saves in the background: one after the other, none lost, no error unheard."""
 
+import os
 import threading
 import warnings
 from collections import deque
@@ -83,13 +84,14 @@ class Writer:
         """Put a claimed job into the queue."""
         with self._changed:
             self._claimed -= 1
-            self._waiting.append(job)
-            _UNHEARD.add(self)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name="flaxckpt", daemon=True
                 )
-                self._thread.start()
+                thread.start()  # which may fail, and then nothing has changed
+                self._thread = thread
+            self._waiting.append(job)
+            _UNHEARD.add(self)
             self._changed.notify_all()
 
     def give_back(self, job: Job) -> None:
@@ -151,7 +153,8 @@ class Writer:
             with self._changed:
                 if error is not None:
                     self._errors.append(error)
-                self._memory.append(job.memory)
+                if error is None:  # or else what is in it may be of no use
+                    self._memory.append(job.memory)
                 self._running = None
                 self._changed.notify_all()
             job.after()
@@ -177,6 +180,7 @@ def _error_of(job: Job) -> CheckpointError | None:
 
 
 _UNHEARD: set[Writer] = set()
+os.register_at_fork(after_in_child=_UNHEARD.clear)  # the threads are the parent's
 
 
 def _finish() -> None:

@@ -166,7 +166,7 @@ def test_update_is_eager_only_for_now(tmp_path):
     assert str(caught.value) == (
         "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
         "vmap...), where there is nothing to save yet. Decide there with flaxckpt.step, "
-        "which returns whether to save, and call update or save on what the traced "
+        "which returns whether to save, and if so call save on what the traced "
         "function returns."
     )
     assert not ckpt.checkpoints

@@ -245,3 +245,35 @@ def test_a_cast_is_verified_before_it_is_cast(tmp_path):
     damage_values(path)
     with pytest.raises(CheckpointCorruptError):
         flaxckpt.load(path, like, cast=True)
+
+
+@pytest.mark.parametrize("file", ["files", "database"])
+def test_the_error_names_the_files_of_the_leaf(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(_store, "_FORMS", [])
+    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if file == "files" else 2**40)
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        for _ in range(2):
+            path = ckpt.save({"a": jnp.ones(500), "b": jnp.zeros(500)}, epoch=0)
+            ckpt.wait()
+    for data in path.glob("state/b/c*" if file == "files" else "state/**/d/*"):
+        content = bytearray(data.read_bytes())
+        at = content.find(bytes(400))
+        if at >= 0:
+            content[at + 200] ^= 1
+            data.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match=r"files state/\S+\)") as caught:
+        flaxckpt.verify(path)
+    if file == "files":
+        assert "state/b/c" in str(caught.value)
+        assert "state/a/" not in str(caught.value)
+
+
+def test_a_checkpoint_without_its_record_is_damaged_and_not_plain_orbax_s(tmp_path):
+    saved(tmp_path, [0.5, 0.3])
+    (tmp_path / "2/flaxckpt.json").unlink()
+    with pytest.raises(CheckpointCorruptError, match="its record cannot be read"):
+        flaxckpt.load(tmp_path / "2")
+    with pytest.raises(CheckpointCorruptError, match="its record cannot be read"):
+        flaxckpt.verify(tmp_path / "2")
+    with pytest.warns(UserWarning, match="its record cannot be read"):
+        assert len(flaxckpt.list_checkpoints(tmp_path)) == 1

@@ -214,7 +214,8 @@ IMPATIENT = """
     while ckpt._watch.signal is None:
         time.sleep(0.01)
     print("told", flush=True)
-    time.sleep(60)
+    while True:  # a signal may go to another thread, which wakes nobody up
+        time.sleep(0.01)
 """
 
 
@@ -318,3 +319,54 @@ def test_without_syncing(tmp_path):
         for epoch in range(2):
             ckpt.save(tree_of(epoch), epoch=epoch)
         assert ckpt.restore().epoch == 1
+
+
+def test_the_slot_is_never_the_filepath_itself(tmp_path):
+    with ModelCheckpoint(tmp_path / "last", save_on_preemption="flag") as ckpt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        state = ckpt.update(ckpt.init(), tree_of(0), {}, 0, 5)
+        assert ckpt.latest.path.name == "preempted"
+        ckpt.update(state, tree_of(1), {}, 1)
+        ckpt.wait()
+        assert [info.epoch for info in ckpt.checkpoints] == [1]
+    with ModelCheckpoint(tmp_path / "named/{name}", save_last=True) as ckpt:
+        with pytest.raises(flaxckpt.CheckpointPathError, match="is where the last"):
+            ckpt.save(tree_of(0), 0, logs={"name": "last"})
+        ckpt.save(tree_of(0), 0, logs={"name": "first"})
+
+
+def test_two_filepaths_have_two_slots(tmp_path):
+    with (
+        ModelCheckpoint(tmp_path / "a", save_best_only=True, save_last=True) as a,
+        ModelCheckpoint(
+            tmp_path / "b{epoch}", save_best_only=True, save_last=True
+        ) as b,
+    ):
+        states = {ckpt: ckpt.init() for ckpt in (a, b)}
+        for epoch, loss in enumerate([0.5, 0.6, 0.7]):
+            for number, ckpt in enumerate((a, b)):
+                states[ckpt] = ckpt.update(
+                    states[ckpt],
+                    tree_of(10 * epoch + number),
+                    {"val_loss": loss},
+                    epoch,
+                )
+                ckpt.wait()
+        assert (a.restore().tree["w"] == 20).all()
+        assert (b.restore().tree["w"] == 21).all()
+        a.update(states[a], tree_of(30), {"val_loss": 0.1}, 3)
+        a.wait()
+        assert a.latest.path.name == "a"
+        assert (b.restore().tree["w"] == 21).all()
+
+
+def test_preempted_names_what_can_be_resumed_from(tmp_path):
+    tree = {"params": {"w": np.ones(3)}, "opt_state": {"m": np.zeros(3)}}
+    with ModelCheckpoint(
+        tmp_path / "best", save_weights_only=True, save_on_preemption=True
+    ) as ckpt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted) as caught:
+            ckpt.update(ckpt.init(), tree, {}, 0)
+        assert caught.value.path == str(tmp_path / "last")
+        assert ckpt.restore(like=tree, which=caught.value.path).epoch == 0

@@ -143,6 +143,24 @@ def test_deciding_later_changes_nothing(losses, template, settings, tmp_path_fac
     assert by_name[0] == by_name[1]
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_slot_gets_the_state_of_now_into_memory_of_before(
+    tmp_path, late, weights_only
+):
+    """What does not improve goes to the slot all the same, so it is copied."""
+    with ModelCheckpoint(
+        tmp_path / "best", save_best_only=True, save_last=True,
+        save_weights_only=weights_only, weights=lambda tree: {"w": tree["w"]},
+    ) as ckpt:  # fmt: skip
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.5, 0.75, 0.8, 0.9]):
+            logs = {"val_loss": jnp.float32(loss)}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch)
+            ckpt.wait()  # so that the next one is given its memory
+            assert epoch_of(ckpt.restore().tree) == epoch
+        assert (flaxckpt.load(tmp_path / "best")["w"] == 0).all()
+
+
 def test_verbose_tells_of_a_late_decision_when_it_is_known(tmp_path, late, capsys):
     with ModelCheckpoint(tmp_path / "best", verbose=1, save_best_only=True) as ckpt:
         state = ckpt.init()
@@ -355,6 +373,116 @@ def test_wrong_settings(tmp_path, settings, message):
     with pytest.raises(SettingError) as caught:
         ModelCheckpoint(tmp_path / "x", **settings)
     assert str(caught.value) == message
+
+
+def test_an_interrupted_copy_does_not_tear_what_waits(tmp_path, monkeypatch):
+    with (
+        ModelCheckpoint(tmp_path / "best", snapshot="host") as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        ckpt.save(tree_of(0), 0)
+        assert arrived.wait(60)
+        ckpt.save(tree_of(1), 1)  # waits
+        copyto = np.copyto
+
+        def interrupted(*args):
+            copyto(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(np, "copyto", interrupted)
+            ckpt.save(tree_of(2), 2)
+        go.set()
+        ckpt.wait()
+        assert epoch_of(flaxckpt.load(tmp_path / "best")) == 1
+
+
+def test_saves_of_other_weights_do_not_supersede_each_other(tmp_path, monkeypatch):
+    same = jnp.zeros(3)
+    with (
+        ModelCheckpoint(tmp_path / "best", weights=lambda tree: tree["params"]) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        ckpt.save({"params": same, "target": same}, 0)
+        assert arrived.wait(60)
+        ckpt.save({"params": same, "target": same}, 1)
+        ckpt.save({"params": jnp.ones(3), "target": jnp.zeros(3)}, 2)
+        go.set()
+        ckpt.wait()
+        assert flaxckpt.load_weights(tmp_path / "best").tolist() == [1, 1, 1]
+
+
+def test_logs_may_be_changed_in_place(tmp_path, monkeypatch):
+    loss = np.array(0.25)
+    with (
+        ModelCheckpoint(tmp_path / "best") as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        for epoch in range(2):
+            ckpt.save(tree_of(0), epoch, logs={"val_loss": loss})
+        assert arrived.wait(60)
+        loss[...] = 9
+        go.set()
+        ckpt.wait()
+        assert ckpt.best.logs == {"val_loss": 0.25}
+
+
+def test_what_failed_to_compute_does_not_spoil_later_saves(tmp_path):
+    def refuse(x):
+        raise ValueError("no such data")
+
+    @jax.jit
+    def bad(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(refuse, shape, x)
+
+    with ModelCheckpoint(
+        tmp_path / "{epoch}", snapshot="device", max_in_flight=1
+    ) as ckpt:
+        for epoch in range(5):
+            tree = {"w": jnp.full(4, epoch, jnp.float32)}
+            if epoch == 1:
+                with pytest.raises(Exception, match="no such data"):
+                    ckpt.save({"w": bad(tree["w"])}, epoch)
+                    ckpt.wait()
+            else:
+                ckpt.save(tree, epoch)
+                ckpt.wait()
+        assert names(ckpt.checkpoints) == ["1", "3", "4", "5"]
+
+
+def test_a_thread_that_cannot_start_is_an_error_and_no_hang(tmp_path, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with ModelCheckpoint(tmp_path / "{epoch}", max_in_flight=1) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start"):
+                ckpt.save(tree_of(0), 0)
+        ckpt.save(tree_of(1), 1)
+    assert names(ckpt.checkpoints) == ["2"]
+
+
+def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeypatch):
+    with (
+        ModelCheckpoint(tmp_path / "{epoch}", verbose=1, max_in_flight=1) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        ckpt.save(tree_of(0), 0)
+        assert arrived.wait(60)
+        threading.Timer(0.2, go.set).start()
+        with monkeypatch.context() as patch:
+
+            def refuse(entry, message):
+                if "waited" in message:
+                    raise BrokenPipeError
+
+            patch.setattr(ckpt._saves, "_say", refuse)
+            with pytest.raises(BrokenPipeError):
+                ckpt.save(tree_of(1), 1)
+        ckpt.save(tree_of(2), 2)
+    assert names(ckpt.checkpoints) == ["1", "3"]
 
 
 # ---- the form that Orbax has shown -------------------------------------------------------

@@ -18,7 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCENARIOS = ("replace the best", "keep the newest", "save the last", "first of all")
+SCENARIOS = (
+    "replace the best",
+    "write over the replaced",
+    "write over the deleted",
+    "keep the newest",
+    "save the last",
+    "first of all",
+)
 MODES = ("kill", "torn", "ENOSPC", "EIO")
 
 

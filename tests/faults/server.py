@@ -49,13 +49,20 @@ def assert_tree(tree, epoch):
 
 
 class Scenario:
-    """What is saved before the fault may strike, and what after."""
+    """What is saved before the fault may strike, and what after.
 
-    def __init__(self, template, before, after, **settings):
+    With `files`, in a file for each array, as large ones are.
+    """
+
+    def __init__(self, template, before, after, files=False, **settings):
         self.template, self.before, self.after = template, before, after
-        self.settings = settings
+        self.files, self.settings = files, settings
 
     def checkpoint(self, directory):
+        if self.files:
+            from flaxckpt import _store
+
+            _store._LARGE_LEAF = 0
         path = os.path.join(directory, self.template)
         return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
 
@@ -63,6 +70,12 @@ class Scenario:
 SCENARIOS = {
     "replace the best": Scenario(
         "best", [0.9], [0.8, 0.7], save_best_only=True
+    ),
+    "write over the replaced": Scenario(
+        "best", [0.97, 0.95, 0.9], [0.8, 0.7], files=True, save_best_only=True
+    ),
+    "write over the deleted": Scenario(
+        "{epoch}", [0.97, 0.95, 0.9], [0.8, 0.7], files=True, max_to_keep=1
     ),
     "keep the newest": Scenario("{epoch}", [0.5, 0.9], [0.8, 0.7], max_to_keep=2),
     "save the last": Scenario(

@@ -1,0 +1,305 @@
+"""What is written over is nobody else's, and who reads meanwhile sees one or the other."""
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxckpt
+from flaxckpt import ModelCheckpoint, _commit, _store
+from flaxckpt._commit import Draft
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """A file for each array, as large ones have."""
+    monkeypatch.setattr(_store, "_LARGE_LEAF", 0)
+    monkeypatch.setattr(_store, "_FORMS", [])
+
+
+def draft(directory):
+    return Draft(directory, sync=True)
+
+
+def test_a_file_is_written_over_where_it_is(tmp_path):
+    draft(tmp_path).write("a/b", [b"old, and longer"])
+    before = (tmp_path / "a/b").stat().st_ino
+    draft(tmp_path).write("a/b", [b"ne", b"w"])
+    assert (tmp_path / "a/b").read_bytes() == b"new"
+    assert (tmp_path / "a/b").stat().st_ino == before
+
+
+def test_a_file_with_another_name_is_left_alone(tmp_path):
+    """As when somebody keeps a checkpoint with `cp -al`."""
+    draft(tmp_path).write("a", [b"old"])
+    os.link(tmp_path / "a", tmp_path / "kept")
+    draft(tmp_path).write("a", [b"new"])
+    assert (tmp_path / "kept").read_bytes() == b"old"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_file_that_is_open_is_left_alone(tmp_path):
+    draft(tmp_path).write("a", [b"old"])
+    with (tmp_path / "a").open("rb") as reader:
+        draft(tmp_path).write("a", [b"new"])
+        assert reader.read() == b"old"
+    mapped = np.memmap(tmp_path / "a", np.uint8, "r")
+    draft(tmp_path).write("a", [b"yet"])
+    assert bytes(mapped) == b"new"
+    assert (tmp_path / "a").read_bytes() == b"yet"
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a").symlink_to(tmp_path / "elsewhere")
+    draft(tmp_path / "in").write("a", [b"new"])
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+    assert not (tmp_path / "in/a").is_symlink()
+
+
+def test_what_does_not_belong_goes(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_bytes(b"precious")
+    inside = draft(tmp_path / "in")
+    for name in ("a", "b/c", "b/d/e", "f/g"):
+        inside.write(name, [b"x"])
+    (tmp_path / "in/link").symlink_to(other)
+    draft(tmp_path / "in").keep_only({"a", "b/c"})
+    found = sorted(
+        str(p.relative_to(tmp_path / "in")) for p in (tmp_path / "in").rglob("*")
+    )
+    assert found == ["a", "b", "b/c"]
+    assert (other / "file").exists()
+
+
+def tree_of(epoch):
+    return {"w": jnp.full((300, 300), epoch, jnp.float32), "n": np.full(10, epoch)}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_to_keep": 2}], ids=["replaced", "deleted"]
+)
+def test_the_files_of_old_checkpoints_are_used_for_new_ones(tmp_path, files, settings):
+    name = "{epoch}" if settings else "best"
+    with ModelCheckpoint(tmp_path / name, "loss", mode="max", **settings) as ckpt:
+        places = []
+        for epoch in range(9):
+            path = ckpt.save(tree_of(epoch), epoch, logs={"loss": epoch})
+            ckpt.wait()
+            (data,) = (path / "state/w").glob("c*")
+            places.append(data.stat().st_ino)
+            assert (flaxckpt.load(path)["w"] == epoch).all()
+        assert len(set(places[3:])) == len(set(places[-3:])) <= 3
+        # One directory beside the checkpoints, and none in the end.
+        assert len([n for n in os.listdir(tmp_path) if n.startswith(".")]) == 2
+    assert not [n for n in os.listdir(tmp_path) if n.startswith(".")]
+
+
+def test_another_structure_does_not_get_the_files_of_the_one_before(tmp_path, files):
+    with ModelCheckpoint(tmp_path / "best") as ckpt:
+        for epoch in range(12):
+            tree = tree_of(epoch)
+            if epoch % 3:
+                tree["more"] = jnp.full(7 * epoch, epoch, jnp.int8)
+            path = ckpt.save(tree, epoch)
+            ckpt.wait()
+            flaxckpt.verify(path)
+            found = flaxckpt.load(path)
+            assert found.keys() == tree.keys()
+            assert all((found[name] == epoch).all() for name in tree)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_who_reads_while_it_is_written_gets_one_checkpoint(tmp_path, files, verify):
+    """Never parts of two, and no error."""
+    stop, progress = threading.Event(), threading.Event()
+    seen, problems = set(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                found = flaxckpt.load(tmp_path / "best", verify=verify)
+                values = {*np.unique(found["w"]).tolist(), *found["n"].tolist()}
+                assert len(values) == 1, values
+                seen.update(values)
+            except Exception as error:
+                problems.append(error)
+                stop.set()
+            progress.set()
+
+    with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        reader = threading.Thread(target=read)
+        reader.start()
+        for epoch in range(1, 90):
+            ckpt.save(tree_of(epoch), epoch)
+            if epoch % 4 == 0:
+                progress.clear()
+                assert progress.wait(60) or stop.is_set()
+        stop.set()
+        reader.join()
+    assert not problems
+    assert len(seen) > 5
+
+
+def test_reading_what_is_always_replaced_ends(tmp_path, files, monkeypatch):
+    with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        read = _store._load
+
+        def replaced(*args, **kwargs):
+            ckpt.save(tree_of(1), 1)
+            ckpt.wait()
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr(_store, "_load", replaced)
+        with pytest.raises(flaxckpt.CheckpointError, match="was replaced 20 times"):
+            flaxckpt.load(tmp_path / "best")
+
+
+# ---- what is on its way out --------------------------------------------------------------
+
+
+def test_a_link_to_an_archive_is_removed_and_not_followed(tmp_path, files):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    with ModelCheckpoint(tmp_path / "runs/{epoch}", max_to_keep=1) as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+        (tmp_path / "runs/2").rename(archive / "2")
+        (tmp_path / "runs/2").symlink_to(archive / "2")
+        for epoch in range(2, 6):
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+            assert (flaxckpt.load(archive / "2")["w"] == 1).all()
+    assert os.listdir(tmp_path / "runs") == ["6"]
+    assert not (tmp_path / "runs/6").is_symlink()
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+@pytest.mark.parametrize("back", [True, False], ids=["", "not even back"])
+def test_an_exchange_that_the_disk_does_not_take_is_taken_back(
+    tmp_path, files, monkeypatch, exchange, back
+):
+    if not exchange:
+        monkeypatch.setattr(_commit, "_exchange", lambda one, other: False)
+    with ModelCheckpoint(tmp_path / "best") as ckpt:
+        for epoch in range(3):
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+        with monkeypatch.context() as patch:
+            sync, replace = ckpt._series.area._sync_directory, _commit._replace
+            replaced = []
+
+            def note(written, target, sync_directory):
+                if replaced and not back:
+                    raise OSError(errno.EIO, "injected")
+                replaced.append(written)
+                replace(written, target, sync if len(replaced) == 1 else sync_directory)
+
+            def fail(directory):
+                if replaced:
+                    raise OSError(errno.EIO, "injected")
+                sync(directory)
+
+            patch.setattr(_commit, "_replace", note)
+            patch.setattr(ckpt._series.area, "_sync_directory", fail)
+            ckpt.save(tree_of(3), 3)
+            with pytest.raises(flaxckpt.CheckpointWriteError, match="injected"):
+                ckpt.wait()
+        found = flaxckpt.load(tmp_path / "best")
+        assert (found["w"] == (2 if back else 3)).all()
+        if not back:  # what was there is not deleted before something is on disk
+            (aside,) = tmp_path.glob(".flaxckpt-*-*/new")
+            assert (flaxckpt.load(aside)["w"] == 2).all()
+        ckpt.save(tree_of(4), 4)
+        ckpt.wait()
+        assert (flaxckpt.load(tmp_path / "best")["w"] == 4).all()
+    assert os.listdir(tmp_path) == ["best"]
+
+
+OPENER = """
+    import os, sys
+    parent = os.getppid()
+    while os.getppid() == parent:  # not for ever, if the test is killed
+        try:
+            open(sys.argv[1], "rb").close()
+        except FileNotFoundError:
+            pass
+"""
+
+
+def test_who_opens_a_file_at_that_moment_does_no_harm(tmp_path):
+    path = tmp_path / "a"
+    draft(tmp_path).write("a", [b"0"])
+    opener = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OPENER), path])
+    try:
+        for number in range(20_000):  # without care, the kernel ends us in 10 ms
+            Draft(tmp_path, sync=False).write("a", [str(number).encode()])
+        assert path.read_text() == "19999"
+    finally:
+        opener.kill()
+        opener.wait()
+
+
+def test_an_object_that_nobody_closed_leaves_no_spare(tmp_path, files):
+    ckpt = ModelCheckpoint(tmp_path / "best")
+    for epoch in range(4):
+        ckpt.save(tree_of(epoch), epoch)
+        ckpt.wait()
+    area = weakref.ref(ckpt._series.area)
+    assert list(tmp_path.glob(".flaxckpt-*-*"))
+    ckpt._saves.close()  # its thread would hold on to it for two seconds
+    thread = ckpt._saves._writer._thread
+    del ckpt
+    if thread is not None:
+        thread.join()
+    gc.collect()
+    assert area() is None
+    assert not list(tmp_path.glob(".flaxckpt-*-*"))
+
+
+FORKING = """
+    import os, signal, sys, threading, absl.logging
+    absl.logging.set_verbosity("fatal")
+    import numpy as np, flaxckpt
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}", save_on_preemption=True)
+    ckpt.save({"w": np.zeros(1)}, epoch=0)
+    child = os.fork()
+    if not child:
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        try:
+            ckpt.save({"w": np.zeros(1)}, epoch=1)
+        except flaxckpt.CheckpointLockedError:
+            threading._shutdown()  # as at the end of multiprocessing's
+            os._exit(7)
+        os._exit(8)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ckpt.save({"w": np.zeros(1)}, epoch=2)
+    ckpt.close()
+    print(status, sorted(os.listdir(sys.argv[1])))
+"""
+
+
+def test_a_forked_process_has_no_part_in_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKING), tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert done.stdout == "7 ['1', '3']\n", done.stderr
