@@ -38,6 +38,9 @@ class Flaxckpt:
     def load(self, like):
         return self._ckpt.restore(like).tree
 
+    def load_unverified(self, like):
+        return self._ckpt.restore(like, verify=False).tree
+
     def close(self):
         self._ckpt.close()
 
