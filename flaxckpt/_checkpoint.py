@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt import _store
+from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._preemption import Watch
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
@@ -114,6 +115,7 @@ class ModelCheckpoint:
         snapshot: str = "auto",
         max_in_flight: int | None = None,
         compress: bool = False,
+        frozen: Filter | type | None = None,
         **unknown: Never,
     ) -> None:
         """Check the settings; write nothing.
@@ -158,6 +160,12 @@ class ModelCheckpoint:
                 else 1.
             compress: Compress the arrays: a few percent smaller, at several times the
                 work.
+            frozen: Tells of a leaf whether it stays the same for the whole run, as base
+                weights do in fine-tuning: a function of its path, a tuple of names,
+                and of the leaf; or a type of leaf. An NNX `Variable` is one leaf, so
+                NNX's filters work: `nnx.Not(nnx.LoRAParam)`. Such leaves are stored
+                once, and linked from each checkpoint. One that changes all the same is
+                written again.
             **unknown: None; there to name what was meant.
 
         Raises:
@@ -218,6 +226,17 @@ class ModelCheckpoint:
             raise SettingError(
                 "save_on_preemption", save_on_preemption, 'pass True, False or "flag".'
             )
+        if frozen is not None and not callable(frozen):
+            raise SettingError(
+                "frozen", frozen, "pass a function of a leaf's path and the leaf."
+            )
+        if frozen is not None and compress:
+            raise SettingError(
+                "frozen",
+                frozen,
+                "compressed files are not linked. Pass one of the two.",
+            )
+        stored_once = None if frozen is None else Frozen(frozen)
         self._save_last = bool(save_last)
         self._raise_preempted = save_on_preemption is True
         self._series = Series(
@@ -228,6 +247,7 @@ class ModelCheckpoint:
             mode=self._mode,
             sync=bool(sync),
             compress=bool(compress),
+            frozen=stored_once,
         )
         self._saves = Saves(
             self._template,
@@ -236,6 +256,7 @@ class ModelCheckpoint:
             weights_only=bool(save_weights_only),
             snapshot=snapshot,
             max_in_flight=max_in_flight,
+            frozen=stored_once,
             tell=_print if verbose else None,
         )
         self.counts = self._saves.counts

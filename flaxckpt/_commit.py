@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and stay: staging, syncing, exchanging.
+"""Directories that appear whole or not at all, and stay: staging and exchanging.
 
 What a series of checkpoints has on disk beside them, all of it hidden from listings:
 
@@ -10,24 +10,21 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
   missing, this is it.
 """
 
-import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
-import signal
 import threading
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from flaxckpt import _lock
+from flaxckpt._draft import sync_path
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
 
 _CHANGES: Counter[Path] = Counter()
@@ -142,8 +139,7 @@ class Area:
         `written` then, may do so now.
 
         Args:
-            written: The new directory, which is on disk already; see `Draft` and
-                `sync_tree`.
+            written: The new directory, which is on disk already; see `_draft`.
             target: Its place.
         """
         self._make(target.parent)
@@ -267,130 +263,3 @@ def _directories(root: Path, depth: int) -> Generator[Path]:
     for entry in list(os.scandir(root)):
         if entry.is_dir() and not entry.name.startswith(HIDDEN_PREFIX):
             yield from _directories(Path(entry.path), depth - 1)
-
-
-def sync_tree(directory: Path) -> None:
-    """Have the disk take all files and directories in a directory, and itself."""
-    for path, _, files in os.walk(directory, topdown=False):
-        for name in files:
-            sync_path(Path(path, name))
-        sync_path(Path(path))
-
-
-class Draft:
-    """A directory being filled, in the blocks of the files of before where it has any.
-
-    A file that is there is of no use to anybody who asks for it by its path, but may
-    have other names, or be open: then it is left as it is, and replaced. For use by
-    several threads, each with files of its own.
-    """
-
-    def __init__(self, directory: Path, *, sync: bool) -> None:
-        """Make the directory, if need be.
-
-        Args:
-            directory: Where.
-            sync: Whether to have the disk take each file as it is written.
-        """
-        self._root, self._sync = directory, sync
-        self._changed: set[Path] = set()
-        self._made: set[Path] = set()
-        self._make(directory)
-
-    def keep_only(self, names: Container[str]) -> None:
-        """Remove all files of other names, and directories without any files."""
-        for path, directories, files in os.walk(self._root, topdown=False):
-            here = Path(path)
-            for name in files:
-                if (here / name).relative_to(self._root).as_posix() not in names:
-                    (here / name).unlink()
-            for name in directories:
-                if (here / name).is_symlink():
-                    (here / name).unlink()
-                elif not any((here / name).iterdir()):
-                    (here / name).rmdir()
-
-    def write(self, name: str, parts: Iterable[Any]) -> None:
-        """Write a file.
-
-        Args:
-            name: Its path in the directory.
-            parts: Its bytes, in order.
-        """
-        path = self._root / name
-        self._make(path.parent)
-        descriptor, is_new = _open_over(path)
-        if is_new:
-            self._changed.add(path.parent)
-        try:
-            size = 0
-            for part in parts:
-                left = memoryview(part)
-                size += len(left)
-                while left:
-                    left = left[os.write(descriptor, left) :]
-            if os.fstat(descriptor).st_size > size:
-                os.ftruncate(descriptor, size)
-            if self._sync:
-                os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def finish(self) -> None:
-        """Have the disk take the names as well."""
-        if self._sync:
-            for directory in sorted(self._changed, reverse=True):
-                sync_path(directory)
-
-    def _make(self, directory: Path) -> None:
-        if directory in self._made:
-            return
-        if not directory.is_dir():
-            self._make(directory.parent)
-            with contextlib.suppress(FileExistsError):  # by another thread
-                directory.mkdir()
-            self._changed.update((directory, directory.parent))
-        self._made.add(directory)
-
-
-def _open_over(path: Path) -> tuple[int, bool]:
-    """Open a file to write it; tell whether it is a new one."""
-    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        path.unlink()
-    else:
-        if os.fstat(descriptor).st_nlink == 1 and _is_only_opener(descriptor):
-            return descriptor, False
-        os.close(descriptor)
-        path.unlink()
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
-
-
-def _is_only_opener(descriptor: int) -> bool:
-    """Tell whether a file is open nowhere else, as Linux knows: it grants a lease then.
-
-    False where that cannot be known.
-    """
-    try:
-        # Who opens it in between makes the kernel send a signal: one that does nothing.
-        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
-def sync_path(path: Path) -> None:
-    """Have the disk take a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-Index: TypeAlias = tuple[slice, ...]
+Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
 
 _CHUNK = 1 << 16  # words of the longest axis that are digested at a time
 _BLOCK = 1 << 16  # words that are folded at a time: what stays in the cache
@@ -63,33 +63,39 @@ def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
 
 def digest(value: Any) -> str:
     """Digest one leaf; see `digests`."""
-    return f"{_MARK}{combined(*_pieces(value)):016x}"
+    return f"{_MARK}{combined(pieces(value)):016x}"
 
 
 def _agrees(value: Any, found: str) -> bool:
     if found.startswith(_MARK):
         return digest(value) == found
-    return f"{combined(*_pieces(value), by=_by_elements):016x}" == found
+    return f"{combined(pieces(value), by=_by_elements):016x}" == found
 
 
-def _pieces(
-    value: Any,
-) -> tuple[list[tuple[Index, np.ndarray[Any, Any]]], tuple[int, ...]]:
-    """Return the pieces of a value that are here, and the shape of all of it."""
+def pieces(value: Any) -> list[Piece]:
+    """Return the pieces of a leaf that are here, each once, on the host.
+
+    With each, where in the array it begins.
+    """
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
-        pieces = [
-            (shard.index, np.asarray(shard.data))
+        return [
+            (
+                tuple(
+                    part.indices(size)[0]
+                    for part, size in zip(shard.index, value.shape, strict=True)
+                ),
+                np.asarray(shard.data),
+            )
             for shard in value.addressable_shards
             if shard.replica_id == 0
         ]
-        return pieces, value.shape
     array = _as_array(value)
-    return [((slice(None),) * array.ndim, array)], array.shape
+    return [((0,) * array.ndim, array)]
 
 
-def _by_words(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
+def _by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
     """Digest a piece, of which `starts` tells where in the array it begins."""
     if not piece.ndim:
         piece, starts = piece.reshape(1), [0]
@@ -116,7 +122,7 @@ def _by_words(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
     return _contracted(sums.reshape(words.shape[:-1]), axes[:-1], starts[:-1])
 
 
-def _by_elements(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
+def _by_elements(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
     """Digest a piece as format 1 did."""
     if piece.dtype.itemsize == 16:  # complex128
         piece = np.stack([piece.real, piece.imag], axis=-1)
@@ -128,30 +134,24 @@ def _by_elements(piece: np.ndarray[Any, Any], starts: list[int]) -> int:
 
 
 def combined(
-    pieces: Iterable[tuple[Index, np.ndarray[Any, Any]]],
-    shape: tuple[int, ...],
-    by: Callable[[np.ndarray[Any, Any], list[int]], int] = _by_words,
+    pieces: Iterable[Piece],
+    by: Callable[[np.ndarray[Any, Any], Sequence[int]], int] = _by_words,
 ) -> int:
     """Add up the digests of the pieces of an array.
 
     Args:
-        pieces: Where in the array each lies, and its elements.
-        shape: The whole array's.
+        pieces: Where in the array each begins, and its elements.
         by: The formula.
 
     Returns:
         The digest of the whole, if the pieces cover it once.
     """
-    total = 0
-    for index, piece in pieces:
-        starts = [
-            part.indices(size)[0] for part, size in zip(index, shape, strict=True)
-        ]
-        total += by(piece, starts)
-    return total % 2**64
+    return sum(by(piece, starts) for starts, piece in pieces) % 2**64
 
 
-def _contracted(words: np.ndarray[Any, Any], axes: list[int], starts: list[int]) -> int:
+def _contracted(
+    words: np.ndarray[Any, Any], axes: Sequence[int], starts: Sequence[int]
+) -> int:
     """Contract words with the coefficients of all axes, a long one first.
 
     Args:

@@ -31,9 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from flaxckpt._commit import Draft
-from flaxckpt._digest import digest
-from flaxckpt._tree import Layout
+from flaxckpt._digest import Piece, digest, pieces
+from flaxckpt._draft import Draft
+from flaxckpt._frozen import Frozen, FrozenLeaf, Home
+from flaxckpt._tree import Layout, Leaf
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -56,12 +57,14 @@ class _Stored:
     chunk: tuple[int, ...]
     separator: str = "/"
 
-    def with_flat_keys(self) -> "_Stored":
-        """Return it with its chunks' files beside `zarr.json`, not in directories."""
+    def with_keys(self, separator: str) -> "_Stored":
+        """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
         fields = json.loads(self.description)
-        fields["chunk_key_encoding"]["configuration"] = {"separator": "."}
+        fields["chunk_key_encoding"] = {"name": "default"}
+        if separator == ".":
+            fields["chunk_key_encoding"]["configuration"] = {"separator": separator}
         description = json.dumps(fields, separators=(",", ":")).encode()
-        return replace(self, description=description, separator=".")
+        return replace(self, description=description, separator=separator)
 
     def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name of each chunk's file, and where in the array it begins."""
@@ -86,13 +89,21 @@ class Form:
     files: Mapping[str, bytes]
     arrays: Sequence[_Stored | str]
 
-    def write(self, draft: Draft, directory: Path, values: Sequence[Any]) -> list[str]:
+    def write(
+        self,
+        draft: Draft,
+        directory: Path,
+        values: Sequence[Any],
+        frozen: Frozen | None = None,
+    ) -> list[str]:
         """Write a checkpoint of this form.
 
         Args:
             draft: Where to.
             directory: Its directory.
-            values: The leaves that Orbax holds.
+            values: The leaves that Orbax holds; those that are frozen as `FrozenLeaf`,
+                which a database takes none of.
+            frozen: Where frozen leaves are stored.
 
         Returns:
             The leaves' digests. What is in a database is not on disk yet.
@@ -101,7 +112,53 @@ class Form:
             draft.write(path, [self._current(path, content, values)])
         if self.is_database:
             return self._write_database(directory / STATE, values)
-        return self._write_files(draft, values)
+        return self._write_files(draft, values, frozen)
+
+    def link(
+        self,
+        draft: Draft,
+        values: Sequence[Any],
+        digests: Sequence[str],
+        frozen: Frozen,
+    ) -> None:
+        """Replace what Orbax has written of frozen leaves by links, where it is stored.
+
+        Args:
+            draft: What Orbax has written.
+            values: The leaves, those that are frozen as `FrozenLeaf`.
+            digests: Of the leaves.
+            frozen: Where frozen leaves are stored.
+        """
+        for stored, value, found in zip(self.arrays, values, digests, strict=True):
+            if isinstance(value, FrozenLeaf) and isinstance(stored, _Stored):
+                value.digest = found
+                names = [f"{STATE}/{key}" for key, _ in stored.with_keys("/").keys()]
+                is_linked = frozen.link(draft, stored, value, names)
+                frozen.note(stored, value, names, is_linked=is_linked)
+
+    def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
+        """Look up what of an earlier checkpoint can be linked.
+
+        Args:
+            path: The checkpoint.
+            leaves: Its leaves.
+            frozen: What to tell.
+        """
+        digests = {".".join(leaf.path): leaf.digest for leaf in leaves}
+        for stored in self.arrays:
+            if isinstance(stored, str) or not digests.get(stored.name):
+                continue
+            try:
+                text = (path / STATE / stored.name / "zarr.json").read_bytes()
+                keys = json.loads(text)["chunk_key_encoding"].get("configuration", {})
+                there = replace(
+                    stored, description=text, separator=keys.get("separator", "/")
+                )
+                if there.with_keys(".") == stored:
+                    files = [path / STATE / key for key, _ in there.keys()]
+                    frozen.adopt(stored, Home.of(digests[stored.name], files))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # then it is written
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -146,20 +203,32 @@ class Form:
         transaction.commit_sync()
         return found
 
-    def _write_files(self, draft: Draft, values: Sequence[Any]) -> list[str]:
+    def _write_files(
+        self, draft: Draft, values: Sequence[Any], frozen: Frozen | None
+    ) -> list[str]:
         def write(stored: _Stored | str, value: Any) -> None:
-            if not isinstance(stored, str):
+            if isinstance(stored, str):
+                return
+            if isinstance(value, FrozenLeaf):
+                assert frozen is not None
+                names = [f"{STATE}/{key}" for key, _ in stored.keys()]
+                value.digest = value.digest or digest(value.value)
+                is_linked = frozen.link(draft, stored, value, names)
+                frozen.note(stored, value, names, is_linked=is_linked)
+                value = None if is_linked else value.value
+            if value is not None:
                 for key, chunk in _chunks(stored, value):
                     draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
-                draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+            draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
 
         with (
             ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
             ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool,
         ):
-            found = aside.map(digest, values)
+            thawed = [v for v in values if not isinstance(v, FrozenLeaf)]
+            found = aside.map(digest, thawed)
             list(pool.map(write, self.arrays, values))
-            return list(found)
+        return [v.digest if isinstance(v, FrozenLeaf) else next(found) for v in values]
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -188,7 +257,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
             stored = _stored(name, value, store)
             for key, chunk in _chunks(stored, value):
                 _compare(store.ends(key), chunk)
-            arrays.append(stored if is_database else stored.with_flat_keys())
+            arrays.append(stored if is_database else stored.with_keys("."))
             names.add(name)
         for path in sorted(directory.rglob("*")):
             name = path.relative_to(directory).as_posix()
@@ -234,7 +303,7 @@ def _stored(name: str, value: Any, store: "_Files | _Database") -> _Stored:
         or fields["chunk_key_encoding"] != {"name": "default"}
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] != str(_pieces(value)[0][1].dtype)
+        or fields["data_type"] != str(pieces(value)[0][1].dtype)
     ):
         raise _OtherwiseError
     return _Stored(name, description, shape, chunk)
@@ -274,26 +343,26 @@ def _chunks(stored: _Stored, value: Any) -> Iterator[tuple[str, Bytes]]:
         ((key, _),) = stored.keys()
         yield key, _bytes(_on_host(value))
         return
-    pieces = _pieces(value)
+    parts = pieces(value)
     for key, start in stored.keys():
-        yield key, _cut(pieces, value, start, stored.chunk)
+        yield key, _cut(parts, value, start, stored.chunk)
 
 
 def _cut(
-    pieces: list[tuple[tuple[int, ...], Any]],
+    parts: list[Piece],
     value: Any,
     start: tuple[int, ...],
     chunk: tuple[int, ...],
 ) -> Bytes:
-    for begin, piece in pieces:
+    for begin, piece in parts:
         low = [at - base for at, base in zip(start, begin, strict=True)]
         high = [at + size for at, size in zip(low, chunk, strict=True)]
         if all(at >= 0 for at in low) and all(
             at <= size for at, size in zip(high, piece.shape, strict=True)
         ):
             return _bytes(piece[tuple(map(slice, low, high))])
-    pieces[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
-    return _cut(pieces, value, start, chunk)
+    parts[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
+    return _cut(parts, value, start, chunk)
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> Bytes:
@@ -306,26 +375,6 @@ def _on_host(value: Any) -> np.ndarray[Any, Any]:
     ):
         value = jax.random.key_data(value)
     return np.asarray(value)
-
-
-def _pieces(value: Any) -> list[tuple[tuple[int, ...], Any]]:
-    """Return where each shard of a value begins, and the shard, on the host."""
-    if isinstance(value, jax.Array):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        return [
-            (
-                tuple(
-                    part.indices(size)[0]
-                    for part, size in zip(shard.index, value.shape, strict=True)
-                ),
-                np.asarray(shard.data),
-            )
-            for shard in value.addressable_shards
-            if shard.replica_id == 0
-        ]
-    array = np.asarray(value)
-    return [((0,) * array.ndim, array)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from flaxckpt import _snapshot, _store
+from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series
 from flaxckpt._state import CheckpointState, judge, monitored, plain_state, with_best
@@ -49,12 +50,14 @@ class SaveCounts:
         delayed: Calls that waited for earlier saves, since there were as many under
             way as `max_in_flight` allows.
         delayed_secs: How long they waited, in all.
+        linked_bytes: How much of frozen leaves did not have to be written again.
     """
 
     saved: int = 0
     superseded: int = 0
     delayed: int = 0
     delayed_secs: float = 0.0
+    linked_bytes: int = 0
 
 
 class Entry:
@@ -66,6 +69,8 @@ class Entry:
         before: The state before it was decided.
         state: The state after.
         news: What to say of the decision before saying that it is saved.
+        copies: Copies of the leaves of what it saves, and of its logs.
+        frozen: Which of those leaves are frozen, by their positions.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Entry:
         self.before = self.state = state
         self.news = ""
         self.copies: list[Any] = []
+        self.frozen: dict[int, FrozenLeaf] = {}
 
     @property
     def unknown(self) -> jax.Array | None:
@@ -109,11 +115,19 @@ class Entry:
 
 @dataclass
 class _Part:
-    """A tree to write: the whole state, or its weights."""
+    """A tree to write: the whole state, or its weights.
+
+    Attributes:
+        layout: Its layout.
+        leaves: Its leaves, until they are copied.
+        weights: Where in the layout the weights are.
+        frozen: Which leaves are frozen.
+    """
 
     layout: Layout
     leaves: list[Any]
     weights: Skeleton
+    frozen: list[int]
 
 
 @dataclass
@@ -125,19 +139,27 @@ class _Save:
         whole: What goes into the slot; the same object where both are the whole tree,
             and then only if it does not go into the series. None if nothing does.
         path: Where in the series; None if that is not known yet.
+        arrays: Names of what is in the logs on devices.
         entries: The calls, the latest last.
     """
 
     part: _Part
     whole: _Part | None
     path: Path | None
+    arrays: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
 
-    def leaves(self) -> list[Any]:
-        """Return the leaves to copy."""
+    @property
+    def parts(self) -> list[_Part]:
+        """The trees to copy."""
         if self.whole is None or self.whole is self.part:
-            return self.part.leaves
-        return self.part.leaves + self.whole.leaves
+            return [self.part]
+        return [self.part, self.whole]
+
+    def leaves(self, entry: Entry) -> list[Any]:
+        """Return the leaves to copy, and the logs that are on devices behind them."""
+        leaves = [leaf for part in self.parts for leaf in part.leaves]
+        return leaves + [entry.logs[name] for name in self.arrays]
 
 
 class Saves:
@@ -156,6 +178,7 @@ class Saves:
         weights_only: bool,
         snapshot: str,
         max_in_flight: int | None,
+        frozen: Frozen | None,
         tell: Callable[[str], None] | None,
     ) -> None:
         """Start nothing yet.
@@ -167,13 +190,14 @@ class Saves:
             weights_only: Whether the series gets the weights alone.
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
             max_in_flight: How many there may be at a time; None to tell by the size.
+            frozen: Which leaves are frozen; None if none are.
             tell: Says what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
         self._template, self._series = template, series
         self._weights, self._weights_only = weights, weights_only
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
-        self._tell = tell
+        self._frozen, self._tell = frozen, tell
         self._writer = Writer()
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close = self._writer.close
@@ -245,7 +269,7 @@ class Saves:
         try:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
-            entry.copies = self._copied(save.leaves(), job)
+            entry.copies = self._copied(save.leaves(entry), job)
         except BaseException:
             self._writer.give_back(job)
             raise
@@ -275,18 +299,65 @@ class Saves:
     ) -> _Save:
         whole = None
         if lasts or not self._weights_only:
-            layout, leaves = describe(tree, _store.storable)
-            whole = _Part(layout, leaves, weights_skeleton(tree, self._weights))
+            whole = self._part(tree, lambda tree: weights_skeleton(tree, self._weights))
         part = whole
         if self._weights_only and (entry.save is not False or whole is None):
-            layout, leaves = describe(self._weights(tree), _store.storable)
-            part = _Part(layout, leaves, layout.skeleton)
+            part = self._part(self._weights(tree), None)
         assert part is not None
-        return _Save(part, whole if lasts else None, path)
+        save = _Save(part, whole if lasts else None, path)
+        self._take_up_frozen(save, entry, tree)
+        self._take_up_logs(save, entry)
+        return save
+
+    def _part(
+        self, tree: PyTree, weights: Callable[[PyTree], Skeleton] | None
+    ) -> _Part:
+        layout, leaves = describe(tree, _store.storable)
+        skeleton = layout.skeleton if weights is None else weights(tree)
+        frozen = [] if self._frozen is None else self._frozen.indices(tree)
+        return _Part(layout, leaves, skeleton, frozen)
+
+    def _take_up_frozen(self, save: _Save, entry: Entry, tree: PyTree) -> None:
+        """Note which leaves are frozen; what is stored already is not copied again.
+
+        Raises:
+            SettingError: If none is.
+        """
+        if self._frozen is None:
+            return
+        if not any(part.frozen for part in save.parts):
+            raise self._frozen.refuse_all(tree)
+        entry.frozen, first = {}, 0
+        for part in save.parts:
+            for index in part.frozen:
+                if not part.layout.leaves[index].in_orbax:
+                    continue
+                leaf = self._frozen.leaf(part.leaves[index])
+                entry.frozen[first + index] = leaf
+                if leaf.digest:
+                    part.leaves[index] = leaf
+            first += len(part.leaves)
+
+    def _take_up_logs(self, save: _Save, entry: Entry) -> None:
+        """Have the logs that are on devices copied with the tree: they may be donated.
+
+        But for those that are there, and on other devices: these are looked at.
+        """
+        arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
+        for name, value in entry.logs.items():
+            if not isinstance(value, jax.Array) or value.shape:
+                continue
+            beside = not arrays or value.sharding.device_set == (
+                arrays[0].sharding.device_set
+            )
+            if beside or _is_unknown(value):
+                save.arrays.append(name)
+            else:
+                entry.logs[name] = _fetched(value)
 
     def _start_later(self, save: _Save, entry: Entry) -> bool:
         """Let the device decide, if there is memory to copy to without waiting."""
-        leaves, state, value = save.leaves(), entry.state, entry.unknown
+        leaves, state, value = save.leaves(entry), entry.state, entry.unknown
         if state is None or value is None:  # it is there by now
             return False
         if not _snapshot.is_on_one_mesh(leaves, value, state.best):
@@ -348,7 +419,7 @@ class Saves:
             return None
         where = None if entry.save is False else save.path
         parts = [p for p in (save.part, save.whole) if p is not None]
-        return where, [(part.layout, part.weights) for part in parts]
+        return where, save.arrays, [(part.layout, part.weights) for part in parts]
 
     def _limit(self, save: _Save) -> int:
         if self._max_in_flight is not None:
@@ -385,10 +456,17 @@ class Saves:
         entry = self._chosen(save)
         if entry is None:
             return
-        leaves = [
+        leaves: list[Any] = [
             last if isinstance(last, jax.Array) else own  # see `snapshot_if_better`
             for last, own in zip(save.entries[-1].copies, entry.copies, strict=True)
         ]
+        for position, leaf in entry.frozen.items():
+            if leaf.value is None:
+                leaf.value = leaves[position]
+            leaves[position] = leaf
+        number = len(leaves) - len(save.arrays)
+        entry.logs |= zip(save.arrays, leaves[number:], strict=True)
+        del leaves[number:]
         pages: list[Page] = []
         if entry.save:
             path = save.path
@@ -424,6 +502,8 @@ class Saves:
         if entry.save:
             self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
+        if self._frozen is not None:
+            self.counts.linked_bytes = self._frozen.linked_bytes
 
     def _chosen(self, save: _Save) -> Entry | None:
         """Return the entry to write, learning what a device has decided."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from flaxckpt import _store
 from flaxckpt._commit import Area
+from flaxckpt._frozen import Frozen
 from flaxckpt._record import CheckpointInfo, Infos, list_below, read_record
 from flaxckpt._retention import (
     PreservationPolicy,
@@ -68,6 +69,7 @@ class Series:
         mode: str,
         sync: bool,
         compress: bool,
+        frozen: Frozen | None,
     ) -> None:
         """Describe the series; touch nothing.
 
@@ -79,11 +81,12 @@ class Series:
             mode: `"min"`, `"max"`, or `"auto"` where there is no best.
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
+            frozen: Which leaves are frozen; None if none are.
         """
         self.root, self._slot = Path(template.root), slot
         self._template, self._name = template, template.name
         self._policy, self._monitor, self._mode = policy, monitor, mode
-        self._compress = compress
+        self._compress, self._frozen = compress, frozen
         self.area = Area(
             self.root,
             (self._name, self._name + _SLOT_SERIES),
@@ -181,6 +184,7 @@ class Series:
             state=state,
         )
         self._known = None  # until it is known that nothing failed half-way
+        earlier = list(known.infos.values())[-1:]
         _store.write(
             info,
             self.area,
@@ -188,6 +192,8 @@ class Series:
             page.leaves,
             page.weights,
             compress=self._compress,
+            frozen=self._frozen,
+            earlier=earlier[0].path if earlier else None,
         )
         self._known = known
         known.newest = info.time

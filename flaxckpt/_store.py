@@ -24,9 +24,11 @@ import tensorstore
 from orbax.checkpoint import v1
 
 from flaxckpt import _tree
-from flaxckpt._commit import Area, Draft, sync_tree
+from flaxckpt._commit import Area
 from flaxckpt._digest import agree, digests
+from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, recognized
+from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -137,6 +139,8 @@ def write(
     weights: Skeleton,
     *,
     compress: bool = False,
+    frozen: Frozen | None = None,
+    earlier: Path | None = None,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
@@ -147,25 +151,37 @@ def write(
         info: Its record.
         area: Where its series is written; open.
         layout: The tree's layout.
-        leaves: Its leaves, in forms that Orbax stores.
+        leaves: Its leaves, in forms that Orbax stores; those that are frozen as
+            `FrozenLeaf`.
         weights: Where in `layout` the weights are.
         compress: Whether to compress the arrays.
+        frozen: Where frozen leaves are stored.
+        earlier: A checkpoint of the series that may hold them, if it is not known.
     """
     held = [
         value
         for leaf, value in zip(layout.leaves, leaves, strict=True)
         if leaf.in_orbax
     ]
-    form = None if compress else _form_of(layout, held)
-    with area.staging(reuse=form is not None and not form.is_database) as directory:
+    is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
+    if any(isinstance(value, FrozenLeaf) for value in held):
+        is_database = False  # what is linked is a file
+    form = None if compress else _form_of(layout, held, is_database=is_database)
+    if frozen is not None:
+        frozen.begin()
+    with area.staging(reuse=form is not None and not is_database) as directory:
         written = directory / "new"
         if form is None:
-            found = _write_by_orbax(written, layout, leaves, held, compress=compress)
+            settings = {"is_database": is_database, "compress": compress}
+            found = _write_by_orbax(written, layout, leaves, held, **settings)
             draft = Draft(written, sync=area.sync)
+            if frozen is not None:
+                learned = _form_of(layout, held, is_database=is_database)
+                _link(draft, learned, held, found, frozen, earlier)
         else:
             draft = Draft(written, sync=area.sync)
             draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
-            found = form.write(draft, written, held)
+            found = form.write(draft, written, held, frozen)
         layout = layout.with_digests(found)
         fields = {"format": FORMAT, **layout.to_json()}
         fields["weights"] = "all" if weights == layout.skeleton else weights
@@ -176,38 +192,69 @@ def write(
         if area.sync and (form is None or form.is_database):  # not written by the draft
             sync_tree(written)
         area.put(written, info.path)
+    if frozen is not None:
+        frozen.settle(info.path)
 
 
 def _write_by_orbax(
-    written: Path, layout: Layout, leaves: list[Any], held: list[Any], *, compress: bool
+    written: Path,
+    layout: Layout,
+    leaves: list[Any],
+    held: list[Any],
+    *,
+    is_database: bool,
+    compress: bool,
 ) -> list[str]:
     """Have Orbax write a tree, and learn from it how."""
-    is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
+    leaves, values = _thawed(leaves), _thawed(held)
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
-        found = aside.submit(digests, held)
+        found = aside.submit(digests, values)
         with _SAVING, _context(is_database=is_database, compress=compress):
             ocp.save(written, layout.fill_for_orbax(leaves))
-        form = None if compress else recognized(written, layout, held)
+        form = None if compress else recognized(written, layout, values)
         if form is not None:
-            _FORMS.insert(0, (layout, _placements(held), form))
+            _FORMS.insert(0, (layout, _placements(values), form))
             del _FORMS[8:]
         return found.result()
 
 
-def _form_of(layout: Layout, held: list[Any]) -> Form | None:
+def _link(
+    draft: Draft,
+    form: Form | None,
+    held: list[Any],
+    found: list[str],
+    frozen: Frozen,
+    earlier: Path | None,
+) -> None:
+    """Link the frozen leaves of what Orbax has written to an earlier checkpoint's."""
+    if form is None:
+        return
+    if frozen.is_new and earlier is not None:
+        try:
+            form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
+        except (CheckpointCorruptError, ValueError, KeyError, TypeError):
+            pass  # of no use
+    form.link(draft, held, found, frozen)
+
+
+def _thawed(leaves: list[Any]) -> list[Any]:
+    return [leaf.value if isinstance(leaf, FrozenLeaf) else leaf for leaf in leaves]
+
+
+def _form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:
     """Look up how Orbax has written such a tree before."""
     placements = _placements(held)
     for known, placed, form in list(_FORMS):
-        if known == layout and placed == placements:
+        if (known, placed, form.is_database) == (layout, placements, is_database):
             return form
     return None
 
 
-_FORMS: list[tuple[Layout, list[Any], Form]] = []
-
-
 def _placements(held: list[Any]) -> list[Any]:
-    return [getattr(value, "sharding", type(value)) for value in held]
+    return [getattr(value, "sharding", type(value)) for value in _thawed(held)]
+
+
+_FORMS: list[tuple[Layout, list[Any], Form]] = []
 
 
 def load(
@@ -469,7 +516,8 @@ def _check_digests(path: Path, leaves: Mapping[int, Leaf], values: list[Any]) ->
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, as against what describes them."""
     own = [path / "state" / ".".join(leaf.path) for leaf in leaves]
-    found = [file for each in own for file in each.rglob("c*") if file.is_file()]
+    found = [file for each in own for file in each.rglob("*") if file.is_file()]
+    found = [file for file in found if file.name != "zarr.json"]
     found = found or list(path.glob("state/**/d/*"))  # a database has them all
     return [str(file.relative_to(path)) for file in sorted(found)]
 

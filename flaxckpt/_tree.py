@@ -423,7 +423,7 @@ def _walk(tree: PyTree) -> _Structure:
         inside = in_equinox or (
             equinox is not None and isinstance(node, equinox.Module)
         )
-        keys = [_key(entries[0]) for entries, _ in children]
+        keys = [key_of(entries[0]) for entries, _ in children]
         below = [
             visit(child, (*path, str(key)), inside)
             for key, (_, child) in zip(keys, children, strict=True)
@@ -436,7 +436,7 @@ def _walk(tree: PyTree) -> _Structure:
     return _Structure(skeleton, tuple(paths), tuple(skippable), _collisions(paths))
 
 
-def _key(entry: Any) -> str | int:
+def key_of(entry: Any) -> str | int:
     """Return the name of one entry of a key path; a number only if it was one."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):

@@ -15,7 +15,7 @@ import pytest
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, _commit, _store
-from flaxckpt._commit import Draft
+from flaxckpt._draft import Draft
 
 
 @pytest.fixture

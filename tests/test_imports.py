@@ -34,8 +34,10 @@ LAYERS = [
     "_weights",
     "_snapshot",
     "_lock",
+    "_draft",
     "_commit",
     "_digest",
+    "_frozen",
     "_form",
     "_store",
     "_series",
@@ -84,7 +86,7 @@ def test_only_the_store_knows_orbax():
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
-     ("_retention", set()), ("_commit", set()), ("_writer", set()),
+     ("_retention", set()), ("_draft", set()), ("_commit", set()), ("_writer", set()),
      ("_state", {"jax", "numpy"}), ("_snapshot", {"jax", "numpy"})],
 )  # fmt: skip
 def test_pure_rooms_need_little(module, allowed):

@@ -1,0 +1,169 @@
+"""Files of a directory being filled, in the blocks of those of before where it has any.
+
+Fresh blocks and page cache cost three times the writing, so a directory of which nobody
+has any use is written over.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import stat
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def sync_tree(directory: Path) -> None:
+    """Have the disk take all files and directories in a directory, and itself."""
+    for path, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            sync_path(Path(path, name))
+        sync_path(Path(path))
+
+
+class Draft:
+    """A directory being filled, in the blocks of the files of before where it has any.
+
+    A file that is there is of no use to anybody who asks for it by its path, but may
+    have other names, or be open: then it is left as it is, and replaced. For use by
+    several threads, each with files of its own.
+    """
+
+    def __init__(self, directory: Path, *, sync: bool) -> None:
+        """Make the directory, if need be.
+
+        Args:
+            directory: Where.
+            sync: Whether to have the disk take each file as it is written.
+        """
+        self._root, self._sync = directory, sync
+        self._changed: set[Path] = set()
+        self._made: set[Path] = set()
+        self._make(directory)
+
+    def keep_only(self, names: Container[str]) -> None:
+        """Remove all files of other names, and directories without any files."""
+        for path, directories, files in os.walk(self._root, topdown=False):
+            here = Path(path)
+            for name in files:
+                if (here / name).relative_to(self._root).as_posix() not in names:
+                    (here / name).unlink()
+            for name in directories:
+                if (here / name).is_symlink():
+                    (here / name).unlink()
+                elif not any((here / name).iterdir()):
+                    (here / name).rmdir()
+
+    def write(self, name: str, parts: Iterable[Any]) -> None:
+        """Write a file.
+
+        Args:
+            name: Its path in the directory.
+            parts: Its bytes, in order.
+        """
+        path = self._root / name
+        self._make(path.parent)
+        descriptor, is_new = _open_over(path)
+        if is_new:
+            self._changed.add(path.parent)
+        try:
+            size = 0
+            for part in parts:
+                left = memoryview(part)
+                size += len(left)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+            if os.fstat(descriptor).st_size > size:
+                os.ftruncate(descriptor, size)
+            if self._sync:
+                os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def link(self, name: str, source: Path, size: int) -> bool:
+        """Give a file that is on disk already a name here too, instead of writing it.
+
+        Args:
+            name: Its path in the directory.
+            source: The file.
+            size: Its size in bytes, if nobody has changed it.
+
+        Returns:
+            Whether that was possible. If not, the name is not there, or to be written.
+        """
+        path = self._root / name
+        try:
+            found = source.lstat()
+            if found.st_size != size or not stat.S_ISREG(found.st_mode):
+                return False
+            self._make(path.parent)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.lstat(), found):
+                    return True
+                path.unlink()
+            os.link(source, path)
+        except OSError:  # deleted by hand, too many links, or none on this file system
+            return False
+        self._changed.add(path.parent)
+        return True
+
+    def finish(self) -> None:
+        """Have the disk take the names as well."""
+        if self._sync:
+            for directory in sorted(self._changed, reverse=True):
+                sync_path(directory)
+
+    def _make(self, directory: Path) -> None:
+        if directory in self._made:
+            return
+        if not directory.is_dir():
+            self._make(directory.parent)
+            with contextlib.suppress(FileExistsError):  # by another thread
+                directory.mkdir()
+            self._changed.update((directory, directory.parent))
+        self._made.add(directory)
+
+
+def _open_over(path: Path) -> tuple[int, bool]:
+    """Open a file to write it; tell whether it is a new one."""
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        path.unlink()
+    else:
+        if os.fstat(descriptor).st_nlink == 1 and _is_only_opener(descriptor):
+            return descriptor, False
+        os.close(descriptor)
+        path.unlink()
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+
+
+def _is_only_opener(descriptor: int) -> bool:
+    """Tell whether a file is open nowhere else, as Linux knows: it grants a lease then.
+
+    False where that cannot be known.
+    """
+    try:
+        # Who opens it in between makes the kernel send a signal: one that does nothing.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def sync_path(path: Path) -> None:
+    """Have the disk take a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,185 @@
+"""Leaves that do not change: stored once, and linked from each checkpoint.
+
+The files of such a leaf have a name in each checkpoint (a hard link), so that each is
+whole by itself, for Orbax too, and any may be deleted. Nothing is taken on trust: a
+leaf is linked where its digest is that of what is stored, and else written again.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+
+from flaxckpt._draft import Draft
+from flaxckpt._tree import PyTree, key_of
+from flaxckpt.errors import SettingError
+
+Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
+
+
+@dataclass(eq=False)
+class FrozenLeaf:
+    """A frozen leaf on its way to the disk.
+
+    Attributes:
+        value: Its value; None until there is a copy of it.
+        origin: The array of which that is a copy, if it is an array of JAX.
+        digest: Its digest, if it is known without a look at the value.
+    """
+
+    value: Any
+    origin: "weakref.ref[jax.Array] | None"
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a frozen leaf is stored.
+
+    Attributes:
+        digest: Its digest.
+        files: The files of its values, in order.
+        sizes: Their sizes in bytes.
+    """
+
+    digest: str
+    files: Sequence[Path]
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, digest: str, files: Sequence[Path]) -> "Home":
+        """Look up the sizes."""
+        return cls(digest, files, [file.stat().st_size for file in files])
+
+
+class Frozen:
+    """The frozen leaves of one series of checkpoints, and where they are stored.
+
+    Attributes:
+        linked_bytes: How much was linked so far, instead of being written.
+    """
+
+    def __init__(self, chosen: Filter | type) -> None:
+        """Nothing is stored yet.
+
+        Args:
+            chosen: Tells of a leaf, by its path and itself, whether it is frozen; or a
+                type that all frozen leaves are of. A Flax NNX `Variable` counts as one
+                leaf, so that NNX's filters work.
+        """
+        if isinstance(chosen, type):
+            of_type = chosen
+            self._chosen: Filter = lambda path, leaf: isinstance(leaf, of_type)
+        else:
+            self._chosen = chosen
+        self._indices: dict[Any, list[int]] = {}
+        self._known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
+        self._homes: dict[Any, Home] = {}
+        self._drafted: list[tuple[Any, FrozenLeaf, list[str], bool]] = []
+        self.linked_bytes = 0
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def indices(self, tree: PyTree) -> list[int]:
+        """Tell which leaves of a tree are frozen: once for each structure."""
+        structure = jax.tree_util.tree_structure(tree)
+        try:
+            if structure not in self._indices:
+                self._indices[structure] = self._choose(tree)
+            return self._indices[structure]
+        except TypeError:  # static data that does not hash
+            return self._choose(tree)
+
+    def _choose(self, tree: PyTree) -> list[int]:
+        nnx = sys.modules.get("flax.nnx")
+        whole = () if nnx is None else (nnx.Variable,)
+        nodes, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: isinstance(node, whole)
+        )
+        found: list[int] = []
+        first = 0
+        for entries, node in nodes:
+            after = first + len(jax.tree_util.tree_leaves(node))
+            if self._chosen(tuple(str(key_of(entry)) for entry in entries), node):
+                found += range(first, after)
+            first = after
+        return found
+
+    def refuse_all(self, tree: PyTree) -> SettingError:
+        """Make the error for a filter that no leaf passes."""
+        paths = jax.tree_util.tree_flatten_with_path(tree)[0][:4]
+        names = ["/".join(str(key_of(entry)) for entry in path) for path, _ in paths]
+        return SettingError(
+            "frozen",
+            self._chosen,
+            f"it holds for no leaf of the tree, which has {', '.join(names)}... It is "
+            "called with a leaf's path, a tuple of names, and the leaf.",
+        )
+
+    def leaf(self, value: Any) -> FrozenLeaf:
+        """Take a leaf up; its digest is known if this very array was stored before."""
+        if not isinstance(value, jax.Array):
+            return FrozenLeaf(None, None)
+        known = self._known.get(id(value))
+        if known is not None and known[0]() is value:
+            return FrozenLeaf(value, known[0], known[1])
+        return FrozenLeaf(None, weakref.ref(value))
+
+    # ---- in the background -----------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is known to be stored."""
+        return not self._homes
+
+    def begin(self) -> None:
+        """Begin a draft: what became of the one before is known."""
+        self._drafted.clear()
+
+    def adopt(self, key: Any, home: Home) -> None:
+        """Take over what an earlier process has stored."""
+        self._homes[key] = home
+
+    def link(self, draft: Draft, key: Any, leaf: FrozenLeaf, names: list[str]) -> bool:
+        """Link a leaf's files into a draft, if they are stored with that digest.
+
+        Args:
+            draft: Where to.
+            key: What identifies the leaf, and how it is stored.
+            leaf: The leaf; its digest is known.
+            names: The files' paths in the draft.
+        """
+        home = self._homes.get(key)
+        if home is None or home.digest != leaf.digest:
+            return False
+        return all(map(draft.link, names, home.files, home.sizes))
+
+    def note(
+        self, key: Any, leaf: FrozenLeaf, names: list[str], *, is_linked: bool
+    ) -> None:
+        """Note that a leaf is in the draft now, under these names."""
+        self._drafted.append((key, leaf, names, is_linked))
+
+    def settle(self, path: Path) -> None:
+        """Take in where the draft has been put."""
+        drafted, self._drafted = self._drafted, []
+        for key, leaf, names, is_linked in drafted:
+            home = Home.of(leaf.digest, [path / name for name in names])
+            self._homes[key] = home
+            self.linked_bytes += sum(home.sizes) if is_linked else 0
+            array = leaf.origin and leaf.origin()
+            if array is not None:
+                self._remember(array, leaf.digest)
+
+    def _remember(self, array: jax.Array, digest: str) -> None:
+        known, at = self._known, id(array)
+
+        def forget(gone: Any) -> None:
+            if at in known and known[at][0] is gone:
+                del known[at]
+
+        known[at] = weakref.ref(array, forget), digest
