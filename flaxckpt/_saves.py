@@ -21,6 +21,7 @@ from flaxckpt import _snapshot, _store
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series
+from flaxckpt._snapshot import Copies
 from flaxckpt._state import CheckpointState, judge, monitored, plain_state, with_best
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
@@ -89,7 +90,7 @@ class Entry:
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = state
         self.news = ""
-        self.copies: list[Any] = []
+        self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
 
     @property
@@ -237,14 +238,18 @@ class Saves:
                 "flaxckpt.step and save from a program of one process."
             )
         path = None if entry.save is False else self._path(entry)
-        slot = self._series.slot()
-        if path == slot:
+        slot = self._series.slot() if lasts else None
+        if (
+            path is not None
+            and path in self._series.slots
+            and (path == (slot or self._series.slot()))
+        ):
             raise CheckpointPathError(
                 str(path),
                 "is where the last state is kept. Pass another filepath, or another "
                 "name as save_last.",
             )
-        for target in (path, slot if lasts else None):
+        for target in (path, slot):
             if target is not None:
                 _store.check_target(target, self._series.root)
         save = self._described(tree, entry, lasts=lasts, path=path)
@@ -360,12 +365,14 @@ class Saves:
         leaves, state, value = save.leaves(entry), entry.state, entry.unknown
         if state is None or value is None:  # it is there by now
             return False
-        if not _snapshot.is_on_one_mesh(leaves, value, state.best):
+        plan = _snapshot.planned(leaves)
+        if not plan.is_on_one_mesh(value, state.best):
             return False
         job = self._writer.claim(self._key(save, entry), self._limit(save), wait=False)
         if job is None:
             return False
-        fits = _snapshot.is_like(leaves, job.memory)
+        memory: Copies | None = job.memory
+        fits = memory is not None and memory.plan is plan
         if not fits and (job.content is not None or not self._is_on_device(leaves)):
             self._writer.give_back(job)
             return False
@@ -374,7 +381,8 @@ class Saves:
                 state,
                 value,
                 leaves,
-                job.memory if fits else (),
+                memory if fits else None,
+                plan,
                 always=save.whole is not None,
             )
         except BaseException:
@@ -404,7 +412,9 @@ class Saves:
         if job.content is None:
             job.content = save
         job.content.entries.append(entry)
-        job.memory = [] if self._snapshot == "none" else entry.copies
+        job.memory = None
+        if entry.copies is not None and self._snapshot != "none":
+            job.memory = entry.copies.memory()
         job.path = str(save.path or self._series.root)
         job.run = functools.partial(self._write, job.content)
         job.after = self._series.area.sweep
@@ -429,15 +439,17 @@ class Saves:
             size += save.whole.layout.nbytes
         return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
 
-    def _copied(self, leaves: list[Any], job: Job) -> list[Any]:
+    def _copied(self, leaves: list[Any], job: Job) -> Copies:
         if self._snapshot == "none":
-            return leaves
-        if _snapshot.is_like(leaves, job.memory):
-            return _snapshot.snapshot(leaves, job.memory)
+            return Copies(None, [], leaves)
+        memory: Copies | None = job.memory
+        plan = _snapshot.planned(leaves)
+        if memory is not None and memory.plan is plan:
+            return _snapshot.snapshot(leaves, memory, plan)
         if self._is_on_device(leaves):
-            return _snapshot.snapshot(leaves)
+            return _snapshot.snapshot(leaves, None, plan)
         # Not into what waits to be written, which would be torn by an error half-way.
-        return _snapshot.on_host(leaves, () if job.content else job.memory)
+        return _snapshot.on_host(leaves, None if job.content else memory)
 
     def _is_on_device(self, leaves: list[Any]) -> bool:
         return self._snapshot == "device" or (
@@ -451,21 +463,22 @@ class Saves:
 
         Nothing is deleted before what is new is in its place.
         """
+        newest = save.entries[-1].copies
+        assert newest is not None
         # Without the interpreter's lock, which the loop needs to go on.
-        jax.block_until_ready([entry.copies for entry in save.entries[-1:]])
+        jax.block_until_ready((newest.arrays, newest.beside))
         entry = self._chosen(save)
         if entry is None:
             return
-        leaves: list[Any] = [
-            last if isinstance(last, jax.Array) else own  # see `snapshot_if_better`
-            for last, own in zip(save.entries[-1].copies, entry.copies, strict=True)
-        ]
+        assert entry.copies is not None
+        leaves = entry.copies.refilled(newest).leaves()
         for position, leaf in entry.frozen.items():
             if leaf.value is None:
                 leaf.value = leaves[position]
             leaves[position] = leaf
         number = len(leaves) - len(save.arrays)
-        entry.logs |= zip(save.arrays, leaves[number:], strict=True)
+        values = [np.asarray(value)[()] for value in leaves[number:]]
+        entry.logs |= zip(save.arrays, values, strict=True)
         del leaves[number:]
         pages: list[Page] = []
         if entry.save:

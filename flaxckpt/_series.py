@@ -57,6 +57,7 @@ class Series:
     Attributes:
         root: The directory below which all of it is.
         area: Where all of it is written.
+        slots: Where the slot may be.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Series:
             compress: Whether to compress the arrays.
             frozen: Which leaves are frozen; None if none are.
         """
-        self.root, self._slot = Path(template.root), slot
+        self.root = Path(template.root)
         self._template, self._name = template, template.name
+        tag = hashlib.sha256(self._name.encode()).hexdigest()[:8]
+        self.slots = slot, slot.with_name(f"{slot.name}-{tag}")
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._compress, self._frozen = compress, frozen
         self.area = Area(
@@ -106,12 +109,11 @@ class Series:
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
-        tag = hashlib.sha256(self._name.encode()).hexdigest()[:8]
-        places = self._slot, self._slot.with_name(f"{self._slot.name}-{tag}")
-        found = [self._of_slot(place) for place in places]
+        found = [self._of_slot(place) for place in self.slots]
         ours = [info.path for info in found if info and self._is_slot(info)]
-        free = [place for place, info in zip(places, found, strict=True) if not info]
-        return (ours or free or [places[1]])[0]
+        pairs = zip(self.slots, found, strict=True)
+        free = [place for place, info in pairs if not info]
+        return (ours or free or [self.slots[1]])[0]
 
     def slot_info(self) -> CheckpointInfo | None:
         """Return what is in the slot, if it is ours and whole."""

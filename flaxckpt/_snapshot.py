@@ -1,13 +1,16 @@
 """Copies of a tree's arrays, so that training may donate or change its own.
 
 Fresh memory costs 30 times more than the copying, in page faults, so the copies of one
-save are donated to the next.
+save are donated to the next. Each array costs a call of a jitted function some
+microseconds, so small ones are copied into one.
 """
 
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,211 @@ import numpy as np
 
 from flaxckpt._state import CheckpointState, judge, with_best
 
+Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding] | None
 
-def snapshot(leaves: Sequence[Any], into: Sequence[Any] = ()) -> list[Any]:
+_SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
+_MANY = 4  # so many of them at least
+
+
+class Packed(np.ndarray[Any, Any]):
+    """The values of a small array, within the copy of many; knows where it was.
+
+    Attributes:
+        sharding: The array's.
+    """
+
+    sharding: jax.sharding.Sharding
+
+    def placed(self) -> jax.Array:
+        """Return it as the array it was."""
+        return jax.device_put(np.asarray(self), self.sharding)
+
+
+@dataclass
+class _Group:
+    """Arrays on the same devices: one call may not mix arrays of different ones.
+
+    Attributes:
+        devices: The devices.
+        alone: Positions of the leaves that are copied one by one.
+        packs: Those of leaves that are copied into one array, of one dtype each.
+        shardings: Of the copies: those alone first, then the packs.
+    """
+
+    devices: frozenset[Any]
+    alone: list[int] = field(default_factory=list)
+    packs: list[list[int]] = field(default_factory=list)
+    shardings: list[jax.sharding.Sharding] = field(default_factory=list)
+
+    def pick(self, leaves: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
+        """Return the leaves of the group."""
+        packs = [[leaves[index] for index in pack] for pack in self.packs]
+        return [leaves[index] for index in self.alone], packs
+
+    @functools.cached_property
+    def copy(self) -> Any:
+        """The jitted function that copies, into fresh memory if the slot is None."""
+
+        def copy(
+            alone: list[jax.Array],
+            packs: list[list[jax.Array]],
+            slot: list[jax.Array] | None,
+            work: jax.Array,
+        ) -> tuple[list[jax.Array], jax.Array]:
+            del slot  # its memory is used
+            return _copied(alone, packs), jnp.sum(work * work)
+
+        return jax.jit(
+            copy,
+            donate_argnums=2,
+            keep_unused=True,
+            out_shardings=(self.shardings, None),
+        )
+
+    @functools.cached_property
+    def decide(self) -> Any:
+        """The jitted function that judges, and copies what is better."""
+        return self._decider(jax.lax.cond)
+
+    @functools.cached_property
+    def decide_and_copy(self) -> Any:
+        """The jitted function that judges, and copies."""
+        return self._decider(lambda save, copy, slot: copy())
+
+    def _decider(self, choose: Callable[..., list[jax.Array]]) -> Any:
+        def decide(
+            state: CheckpointState,
+            value: jax.Array,
+            alone: list[jax.Array],
+            packs: list[list[jax.Array]],
+            slot: list[jax.Array],
+            work: jax.Array,
+        ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
+            state, save = judge(state, {state.monitor: value}, np.True_)
+            copies = choose(save, lambda: _copied(alone, packs), lambda: slot)
+            return state.best, save, copies, jnp.sum(work * work)
+
+        return jax.jit(
+            decide,
+            donate_argnums=4,
+            keep_unused=True,
+            out_shardings=(None, None, self.shardings, None),
+        )
+
+
+class Plan:
+    """How the arrays among the leaves of a tree are copied.
+
+    Attributes:
+        kinds: Shape, dtype and sharding of each leaf; None for what is no array of JAX.
+        groups: The arrays, by their devices.
+    """
+
+    def __init__(self, kinds: list[Kind]) -> None:
+        """Group the arrays, and pack small ones."""
+        self.kinds = kinds
+        groups: dict[frozenset[Any], _Group] = {}
+        packs: dict[tuple[Any, Any], list[int]] = {}
+        for index, kind in enumerate(kinds):
+            if kind is None:
+                continue
+            devices = frozenset(kind[2].device_set)
+            group = groups.setdefault(devices, _Group(devices))
+            if _is_small(kind):
+                packs.setdefault((kind[1], kind[2]), []).append(index)
+            else:
+                group.alone.append(index)
+        for (_, sharding), indices in packs.items():
+            group = groups[frozenset(sharding.device_set)]
+            if len(indices) < _MANY:
+                group.alone += indices
+            else:
+                group.packs.append(indices)
+        for group in groups.values():
+            firsts = group.alone + [pack[0] for pack in group.packs]
+            group.shardings = [_sharding(kinds[index]) for index in firsts]
+        self.groups = list(groups.values())
+
+    def is_on_one_mesh(self, *scalars: Any) -> bool:
+        """Tell whether all arrays are on the same devices: one program takes them."""
+        devices = {group.devices for group in self.groups}
+        for scalar in scalars:
+            if isinstance(scalar, jax.Array):
+                devices.add(frozenset(scalar.sharding.device_set))
+        return len(devices) == 1
+
+
+@dataclass
+class Copies:
+    """Copies of a tree's leaves.
+
+    Attributes:
+        plan: How they are held; None if nothing was copied on a device.
+        arrays: The copies on devices, group by group.
+        beside: The other leaves, each in its position.
+    """
+
+    plan: Plan | None
+    arrays: list[jax.Array]
+    beside: list[Any]
+
+    def memory(self) -> "Copies":
+        """Return what of these copies the next ones can use the memory of."""
+        if self.plan is not None:
+            return Copies(self.plan, self.arrays, [])
+        held = [leaf if isinstance(leaf, np.ndarray) else None for leaf in self.beside]
+        return Copies(None, [], held)
+
+    def refilled(self, newer: "Copies") -> "Copies":
+        """Return these copies, in whose memory newer ones may have been made."""
+        if self.plan is None or newer.plan is not self.plan:
+            return self
+        return Copies(self.plan, newer.arrays, self.beside)
+
+    def leaves(self) -> list[Any]:
+        """Return the leaves; small arrays as `Packed`, on the host."""
+        found, arrays = list(self.beside), iter(self.arrays)
+        for group in () if self.plan is None else self.plan.groups:
+            for index in group.alone:
+                found[index] = next(arrays)
+            for pack in group.packs:
+                # Of a shard, since an array holds on to its own values.
+                shard = next(arrays).addressable_shards[0]
+                self._unpack(np.asarray(shard.data), pack, found)
+        return found
+
+    def _unpack(self, values: Any, pack: list[int], found: list[Any]) -> None:
+        assert self.plan is not None
+        at, values = 0, values.view(Packed)
+        for index in pack:
+            kind = self.plan.kinds[index]
+            assert kind is not None
+            size = math.prod(kind[0])
+            leaf = found[index] = values[at : at + size].reshape(kind[0])
+            leaf.sharding = kind[2]
+            at += size
+
+
+def planned(leaves: Sequence[Any]) -> Plan:
+    """Plan how to copy leaves; the same plan for leaves of the same form."""
+    kinds = [
+        (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else None
+        for leaf in leaves
+    ]
+    for plan in tuple(_PLANS):
+        if plan.kinds == kinds:
+            return plan
+    plan = Plan(kinds)
+    _PLANS.appendleft(plan)
+    return plan
+
+
+_PLANS: deque[Plan] = deque(maxlen=16)
+
+
+def snapshot(
+    leaves: Sequence[Any], into: Copies | None = None, plan: Plan | None = None
+) -> Copies:
     """Copy the JAX arrays among `leaves` on their devices, each in its sharding.
 
     Returns at once; the copies are made in the devices' order of work. Other leaves
@@ -24,27 +230,28 @@ def snapshot(leaves: Sequence[Any], into: Sequence[Any] = ()) -> list[Any]:
 
     Args:
         leaves: Leaves of a tree.
-        into: Copies of the same form that nobody needs any more, whose memory is used.
-            Empty for none.
+        into: Copies that nobody needs any more, whose memory is used if they are of
+            the same plan.
+        plan: What `planned` returns for the leaves, if it is there already.
     """
-    copies = list(leaves)
-    for indices in _groups(leaves).values():
-        arrays = [leaves[index] for index in indices]
-        copy = _copier(tuple(array.sharding for array in arrays), reuse=bool(into))
-        slot = [into[index] for index in indices] if into else None
-        for index, array in zip(indices, copy(arrays, slot, _work())[0], strict=True):
-            copies[index] = array
-    return copies
+    plan = plan or planned(leaves)
+    slots = iter(into.arrays) if into is not None and into.plan is plan else None
+    arrays: list[jax.Array] = []
+    for group in plan.groups:
+        slot = slots and [next(slots) for _ in group.shardings]
+        arrays += group.copy(*group.pick(leaves), slot, _work())[0]
+    return Copies(plan, arrays, _beside(leaves))
 
 
 def snapshot_if_better(
     state: CheckpointState,
     value: jax.Array,
     leaves: Sequence[Any],
-    into: Sequence[Any],
+    into: Copies | None,
+    plan: Plan,
     *,
     always: bool,
-) -> tuple[CheckpointState, jax.Array, list[Any]]:
+) -> tuple[CheckpointState, jax.Array, Copies]:
     """Judge a due check on the device, and copy only if there is something to save.
 
     Returns at once, without waiting for `value`.
@@ -52,45 +259,41 @@ def snapshot_if_better(
     Args:
         state: The decision state after `tick`.
         value: The monitored value.
-        leaves: Leaves of a tree, for which `is_on_one_mesh` is true with `value`.
-        into: Earlier copies, of the same form; returned as they were if there is
-            nothing to save, or else refilled. Empty for none.
+        leaves: Leaves of a tree, on one mesh with `value`.
+        into: Earlier copies of the same plan; returned as they were if there is nothing
+            to save, or else refilled. None for none.
+        plan: What `planned` returns for the leaves.
         always: Whether to copy whatever is decided, for a slot that takes what does
             not improve.
 
     Returns:
         The state after `judge`, whether to save, bool[], and the copies.
     """
-    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-    arrays = [leaves[index] for index in indices]
-    shardings = tuple(array.sharding for array in arrays)
-    into = into or snapshot(leaves)
-    slot = [into[index] for index in indices]
-    decider = _decider(shardings, always=always)
-    best, save, found, _ = decider(state, value, arrays, slot, _work())
-    copies = list(leaves)
-    for index, array in zip(indices, found, strict=True):
-        copies[index] = array
-    return with_best(state, best), save, copies
+    (group,) = plan.groups
+    slot = (into or snapshot(leaves, None, plan)).arrays
+    decide = group.decide_and_copy if always else group.decide
+    best, save, arrays, _ = decide(state, value, *group.pick(leaves), slot, _work())
+    return with_best(state, best), save, Copies(plan, arrays, _beside(leaves))
 
 
-def on_host(leaves: Sequence[Any], into: Sequence[Any] = ()) -> list[Any]:
+def on_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
     """Copy the JAX arrays among `leaves` to the host's memory, waiting for them."""
-    reuse = into if len(into) == len(leaves) else itertools.repeat(None)
+    reuse = into.beside if into is not None else []
     copies: list[Any] = []
-    for leaf, old in zip(leaves, reuse, strict=False):
-        if isinstance(leaf, jax.Array) and not _is_key(leaf):
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array) and not _is_key(leaf.dtype):
             view = np.asarray(leaf)
+            old = reuse[index] if len(reuse) == len(leaves) else None
             fits = isinstance(old, np.ndarray) and (old.shape, old.dtype) == (
                 view.shape,
                 view.dtype,
             )
-            copy = old if fits else np.empty_like(view)
+            copy: Any = old if fits else np.empty_like(view)
             np.copyto(copy, view)
             copies.append(copy)
         else:
-            copies.append(snapshot([leaf])[0])
-    return copies
+            copies += snapshot([leaf]).leaves()
+    return Copies(None, [], copies)
 
 
 def fits_on_device(leaves: Sequence[Any]) -> bool:
@@ -114,40 +317,33 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
     return True
 
 
-def is_like(leaves: Sequence[Any], copies: Sequence[Any]) -> bool:
-    """Tell whether `copies` are of the shapes, dtypes and shardings of `leaves`."""
-    return len(leaves) == len(copies) and all(
-        not isinstance(leaf, jax.Array)
-        or (
-            isinstance(copy, jax.Array)
-            and leaf.shape == copy.shape
-            and leaf.dtype == copy.dtype
-            and (leaf.sharding is copy.sharding or leaf.sharding == copy.sharding)
-        )
-        for leaf, copy in zip(leaves, copies, strict=True)
+def _beside(leaves: Sequence[Any]) -> list[Any]:
+    return [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+
+
+def _is_small(kind: Kind) -> bool:
+    if kind is None:
+        return False
+    shape, dtype, sharding = kind
+    return (
+        isinstance(sharding, jax.sharding.SingleDeviceSharding)
+        and not _is_key(dtype)
+        and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
     )
 
 
-def is_on_one_mesh(leaves: Sequence[Any], *scalars: Any) -> bool:
-    """Tell whether all JAX arrays are on the same devices: one program takes them."""
-    return len(_groups((*leaves, *scalars))) == 1
+def _sharding(kind: Kind) -> jax.sharding.Sharding:
+    assert kind is not None
+    return kind[2]
 
 
-def _groups(leaves: Sequence[Any]) -> dict[frozenset[Any], list[int]]:
-    """Group arrays by devices: one call may not mix arrays of different sets."""
-    groups: dict[frozenset[Any], list[int]] = {}
-    last, group = None, list[int]()
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array):
-            if leaf.sharding is not last:
-                last = leaf.sharding
-                group = groups.setdefault(frozenset(last.device_set), [])
-            group.append(index)
-    return groups
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
-def _is_key(leaf: jax.Array) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+def _copied(alone: list[jax.Array], packs: list[list[jax.Array]]) -> list[jax.Array]:
+    joined = [jnp.concatenate([each.reshape(-1) for each in pack]) for pack in packs]
+    return [jnp.copy(array) for array in alone] + joined
 
 
 @functools.cache
@@ -158,43 +354,3 @@ def _work() -> np.ndarray[Any, Any]:
     that calls it, and copying takes none.
     """
     return np.ones(1024, np.float32)
-
-
-@functools.lru_cache(maxsize=16)
-def _copier(shardings: tuple[jax.sharding.Sharding, ...], *, reuse: bool) -> Any:
-    def copy(
-        arrays: list[jax.Array], slot: list[jax.Array] | None, work: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        del slot  # its memory is used
-        return [jnp.copy(array) for array in arrays], jnp.sum(work * work)
-
-    return jax.jit(
-        copy,
-        donate_argnums=1 if reuse else (),
-        keep_unused=True,
-        out_shardings=(list(shardings), None),
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _decider(shardings: tuple[jax.sharding.Sharding, ...], *, always: bool) -> Any:
-    def decide(
-        state: CheckpointState,
-        value: jax.Array,
-        arrays: list[jax.Array],
-        slot: list[jax.Array],
-        work: jax.Array,
-    ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
-        state, save = judge(state, {state.monitor: value}, np.True_)
-        if always:
-            copies = [jnp.copy(array) for array in arrays]
-        else:
-            copies = jax.lax.cond(save, lambda: arrays, lambda: slot)
-        return state.best, save, copies, jnp.sum(work * work)
-
-    return jax.jit(
-        decide,
-        donate_argnums=3,
-        keep_unused=True,
-        out_shardings=(None, None, list(shardings), None),
-    )

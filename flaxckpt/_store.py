@@ -40,6 +40,7 @@ from flaxckpt._record import (
     read_leaves,
     read_record,
 )
+from flaxckpt._snapshot import Packed
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
@@ -206,7 +207,7 @@ def _write_by_orbax(
     compress: bool,
 ) -> list[str]:
     """Have Orbax write a tree, and learn from it how."""
-    leaves, values = _thawed(leaves), _thawed(held)
+    leaves, values = _unpacked(leaves), _unpacked(held)
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
         found = aside.submit(digests, values)
         with _SAVING, _context(is_database=is_database, compress=compress):
@@ -239,6 +240,13 @@ def _link(
 
 def _thawed(leaves: list[Any]) -> list[Any]:
     return [leaf.value if isinstance(leaf, FrozenLeaf) else leaf for leaf in leaves]
+
+
+def _unpacked(leaves: list[Any]) -> list[Any]:
+    """Return leaves as Orbax takes them."""
+    return [
+        leaf.placed() if isinstance(leaf, Packed) else leaf for leaf in _thawed(leaves)
+    ]
 
 
 def _form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:

@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
@@ -28,7 +28,8 @@ class Job:
         run: Does it.
         after: What to do afterwards, for which `wait` does not wait.
         content: What a claimed job that was waiting already has to write.
-        memory: What it works on; the next job may use the memory when it is done.
+        memory: What it works on, None for nothing that the next job could use when this
+            one is done.
     """
 
     key: Any = None
@@ -36,7 +37,7 @@ class Job:
     run: Callable[[], None] = _nothing
     after: Callable[[], None] = _nothing
     content: Any = None
-    memory: list[Any] = field(default_factory=list)
+    memory: Any = None
 
 
 class Writer:
@@ -53,7 +54,7 @@ class Writer:
         self._running: Job | None = None
         self._claimed = 0
         self._is_busy = False
-        self._memory: list[list[Any]] = []
+        self._memory: list[Any] = []
         self._errors: list[CheckpointError] = []
         self._thread: threading.Thread | None = None
 
@@ -78,7 +79,7 @@ class Writer:
                 return None
             self._changed.wait_for(lambda: self._count() < limit)
             self._claimed += 1
-            return Job(key, memory=self._memory.pop() if self._memory else [])
+            return Job(key, memory=self._memory.pop() if self._memory else None)
 
     def submit(self, job: Job) -> None:
         """Put a claimed job into the queue."""
@@ -153,7 +154,7 @@ class Writer:
             with self._changed:
                 if error is not None:
                     self._errors.append(error)
-                if error is None:  # or else what is in it may be of no use
+                if error is None and job.memory is not None:  # of use
                     self._memory.append(job.memory)
                 self._running = None
                 self._changed.notify_all()
