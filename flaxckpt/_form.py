@@ -206,13 +206,16 @@ class Form:
     def _write_files(
         self, draft: Draft, values: Sequence[Any], frozen: Frozen | None
     ) -> list[str]:
-        def write(stored: _Stored | str, value: Any) -> None:
+        def write(stored: _Stored | str, value: Any) -> str:
+            if isinstance(value, FrozenLeaf):
+                found = value.digest = value.digest or digest(value.value)
+            else:
+                found = digest(value)  # which brings it into the cache
             if isinstance(stored, str):
-                return
+                return found
             if isinstance(value, FrozenLeaf):
                 assert frozen is not None
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
-                value.digest = value.digest or digest(value.value)
                 is_linked = frozen.link(draft, stored, value, names)
                 frozen.note(stored, value, names, is_linked=is_linked)
                 value = None if is_linked else value.value
@@ -220,15 +223,16 @@ class Form:
                 for key, chunk in _chunks(stored, value):
                     draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+            return found
 
-        with (
-            ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
-            ThreadPoolExecutor(_FILE_THREADS, "flaxckpt-write") as pool,
-        ):
-            thawed = [v for v in values if not isinstance(v, FrozenLeaf)]
-            found = aside.map(digest, thawed)
-            list(pool.map(write, self.arrays, values))
-        return [v.digest if isinstance(v, FrozenLeaf) else next(found) for v in values]
+        with ThreadPoolExecutor(_threads(), "flaxckpt-write") as pool:
+            return list(pool.map(write, self.arrays, values))
+
+
+@functools.cache
+def _threads() -> int:
+    """Return how many threads write: training needs the others."""
+    return max(1, min(_FILE_THREADS, (os.cpu_count() or 1) // 2))
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:

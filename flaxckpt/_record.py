@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
-FORMAT = 2  # of 1, only the digests were others; see _digest.py
+FORMAT = 2  # in 1, the digests were others (see _digest.py), and each in its leaf
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
 # What is ours beside the checkpoints; no listing looks into it, but for what was set

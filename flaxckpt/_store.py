@@ -11,6 +11,7 @@ import os
 import stat
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -183,10 +184,7 @@ def write(
             draft = Draft(written, sync=area.sync)
             draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
             found = form.write(draft, written, held, frozen)
-        layout = layout.with_digests(found)
-        fields = {"format": FORMAT, **layout.to_json()}
-        fields["weights"] = "all" if weights == layout.skeleton else weights
-        table = json.dumps(fields).encode()
+        table = _table(layout, weights, found)
         draft.write(LEAVES_FILE, [table])
         draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
         draft.finish()
@@ -195,6 +193,20 @@ def write(
         area.put(written, info.path)
     if frozen is not None:
         frozen.settle(info.path)
+
+
+def _table(layout: Layout, weights: Skeleton, found: list[str]) -> bytes:
+    """Return the table of leaves as JSON, of which only the digests are ever new."""
+    texts = [text for k, w, text in tuple(_TABLES) if k == layout and w == weights]
+    if not texts:
+        fields = {"format": FORMAT, **layout.to_json()}
+        fields["weights"] = "all" if weights == layout.skeleton else weights
+        texts.append(json.dumps(fields))
+        _TABLES.appendleft((layout, weights, texts[0]))
+    return f'{texts[0][:-1]}, "digests": {json.dumps(found)}}}'.encode()
+
+
+_TABLES: deque[tuple[Layout, Skeleton, str]] = deque(maxlen=8)
 
 
 def _write_by_orbax(
@@ -214,8 +226,7 @@ def _write_by_orbax(
             ocp.save(written, layout.fill_for_orbax(leaves))
         form = None if compress else recognized(written, layout, values)
         if form is not None:
-            _FORMS.insert(0, (layout, _placements(values), form))
-            del _FORMS[8:]
+            _FORMS.appendleft((layout, _placements(values), form))
         return found.result()
 
 
@@ -252,7 +263,7 @@ def _unpacked(leaves: list[Any]) -> list[Any]:
 def _form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:
     """Look up how Orbax has written such a tree before."""
     placements = _placements(held)
-    for known, placed, form in list(_FORMS):
+    for known, placed, form in tuple(_FORMS):
         if (known, placed, form.is_database) == (layout, placements, is_database):
             return form
     return None
@@ -262,7 +273,7 @@ def _placements(held: list[Any]) -> list[Any]:
     return [getattr(value, "sharding", type(value)) for value in _thawed(held)]
 
 
-_FORMS: list[tuple[Layout, list[Any], Form]] = []
+_FORMS: deque[tuple[Layout, list[Any], Form]] = deque(maxlen=8)
 
 
 def load(

@@ -122,15 +122,6 @@ class Layout:
             for leaf in self.leaves
         ]
 
-    def with_digests(self, digests: Sequence[str]) -> "Layout":
-        """Return the layout with the digests of the leaves that Orbax holds."""
-        left = iter(digests)
-        leaves = [
-            replace(leaf, digest=next(left)) if leaf.in_orbax else leaf
-            for leaf in self.leaves
-        ]
-        return replace(self, leaves=tuple(leaves))
-
     def part(self, skeleton: Skeleton) -> tuple["Layout", list[int]]:
         """Return the layout of a part, and the index in `leaves` of each leaf of it.
 
@@ -161,14 +152,14 @@ class Layout:
         return Layout(visit(skeleton, ()), tuple(leaves)), sources
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON values."""
+        """Return the layout as JSON values, less the digests."""
         return {
             "tree": self.skeleton,
             "leaves": [
                 {
                     key: value
                     for key, value in vars(leaf).items()
-                    if key in _LEAF_FIELDS
+                    if key in _LEAF_FIELDS - {"digest"}
                     and value != ""
                     and (key != "shape" or leaf.dtype)
                 }
@@ -183,7 +174,11 @@ class Layout:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "Layout":
-        """Return the layout of which `to_json` returned the fields."""
+        """Return the layout of which `to_json` returned the fields.
+
+        With `digests` beside them: those of the leaves that Orbax holds, in order.
+        """
+        digests = iter(table.get("digests", ()))
         leaves = [
             Leaf(
                 path=tuple(each["path"]),
@@ -195,6 +190,11 @@ class Layout:
             )
             for each in table["leaves"]
         ]
+        if "digests" in table:  # in format 1, each leaf has its own
+            leaves = [
+                replace(leaf, digest=next(digests, "")) if leaf.in_orbax else leaf
+                for leaf in leaves
+            ]
         return cls(table["tree"], tuple(leaves))
 
 

@@ -22,7 +22,7 @@ from flaxckpt._draft import Draft
 def files(monkeypatch):
     """A file for each array, as large ones have."""
     monkeypatch.setattr(_store, "_LARGE_LEAF", 0)
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
 
 
 def draft(directory):

@@ -101,7 +101,7 @@ def bits(tree):
     ids=["f32", "bf16", "i8", "f32-sharded"],
 )
 def test_no_damage_is_silent(tmp_path, monkeypatch, dtype, sharded, written):
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
     if written == "files":
         monkeypatch.setattr(_store, "_LARGE_LEAF", 0)
     tree = tree_of(dtype, sharded)
@@ -249,7 +249,7 @@ def test_a_cast_is_verified_before_it_is_cast(tmp_path):
 
 @pytest.mark.parametrize("file", ["files", "database"])
 def test_the_error_names_the_files_of_the_leaf(tmp_path, monkeypatch, file):
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
     monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if file == "files" else 2**40)
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         for _ in range(2):

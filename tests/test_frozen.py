@@ -19,9 +19,9 @@ from flaxckpt import ModelCheckpoint, SettingError, _store
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch):
+def forget():
     """Orbax writes the first checkpoint, as in a new process."""
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
 
 
 def tree_of(base=0, lora=0):
@@ -121,9 +121,9 @@ def test_what_is_stored_is_not_copied_again(tmp_path):
         assert not ckpt._saves._frozen._known
 
 
-def test_a_restart_links_to_what_is_there(tmp_path, monkeypatch):
+def test_a_restart_links_to_what_is_there(tmp_path):
     for epoch in range(3):
-        monkeypatch.setattr(_store, "_FORMS", [])
+        _store._FORMS.clear()
         with opened(tmp_path) as ckpt:
             ckpt.save(tree_of(7, 2 * epoch), 2 * epoch)
             ckpt.save(tree_of(7, 2 * epoch + 1), 2 * epoch + 1)
@@ -131,7 +131,7 @@ def test_a_restart_links_to_what_is_there(tmp_path, monkeypatch):
     assert len({frozenset(inodes(path, "base")) for path in paths}) == 1
     for i, path in enumerate(paths):
         assert_holds(path, 7, i)
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
     with opened(tmp_path) as ckpt:
         ckpt.save(tree_of(8, 6), 6)
     assert_holds(tmp_path / "7", 8, 6)

@@ -490,7 +490,7 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
 @pytest.fixture
 def by_orbax(monkeypatch):
     """Count the trees that Orbax writes; it has seen none yet."""
-    monkeypatch.setattr(_store, "_FORMS", [])
+    _store._FORMS.clear()
     calls = []
     write = _store._write_by_orbax
     monkeypatch.setattr(
