@@ -58,7 +58,7 @@ def digests(values: Sequence[Any]) -> list[str]:
 def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
     """Tell for each leaf whether it has the digest that was recorded for it."""
     with ThreadPoolExecutor(_THREADS, "flaxckpt-digest") as pool:
-        return list(pool.map(_agrees, values, found))
+        return list(pool.map(agrees, values, found))
 
 
 def digest(value: Any) -> str:
@@ -66,7 +66,8 @@ def digest(value: Any) -> str:
     return f"{_MARK}{combined(pieces(value)):016x}"
 
 
-def _agrees(value: Any, found: str) -> bool:
+def agrees(value: Any, found: str) -> bool:
+    """Tell whether a leaf has the digest that was recorded for it."""
     if found.startswith(_MARK):
         return digest(value) == found
     return f"{combined(pieces(value), by=_by_elements):016x}" == found

@@ -17,6 +17,7 @@ there is no form, and Orbax goes on writing.
 import functools
 import itertools
 import json
+import math
 import os
 import struct
 import time
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _FILE_THREADS = 4
 _HEAD = 64
+_ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 _TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
 
 
@@ -292,7 +294,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
             text = form._current(_STRINGS, files[_STRINGS], values)
             if json.loads(text) != json.loads(files[_STRINGS]):
                 return None
-    except (_OtherwiseError, KeyError, ValueError, TypeError):
+    except (_OtherwiseError, KeyError, ValueError, TypeError, AttributeError):
         return None
     return form
 
@@ -302,8 +304,20 @@ class _OtherwiseError(Exception):
 
 
 def _stored(name: str, value: Any, store: "_Files | _Database") -> _Stored:
-    """Read how an array is stored, and check that it is in the way known here."""
-    description = store.read(f"{name}/zarr.json")
+    """Read how Orbax has stored an array; raise if not in the way known here."""
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), pieces(value)[0][1].dtype)
+    if stored.separator != "/":
+        raise _OtherwiseError
+    return stored
+
+
+def _parsed(name: str, description: bytes, dtype: Any) -> _Stored:
+    """Parse a `zarr.json`.
+
+    Raises:
+        _OtherwiseError: If it is in another way than the one known here.
+        KeyError, ValueError, TypeError, AttributeError: Likewise.
+    """
     fields = json.loads(description)
     shape = tuple(fields["shape"])
     chunk = tuple(fields["chunk_grid"]["configuration"]["chunk_shape"])
@@ -322,15 +336,70 @@ def _stored(name: str, value: Any, store: "_Files | _Database") -> _Stored:
     found["configuration"].pop("index_location", None)
     for each in found["configuration"]["codecs"]:  # one byte has no order
         each.setdefault("configuration", {"endian": "little"})
+    keys = fields["chunk_key_encoding"]
+    separator = keys.get("configuration", {}).get("separator", "/")
     if (
         fields["chunk_grid"]["name"] != "regular"
-        or fields["chunk_key_encoding"] != {"name": "default"}
+        or keys["name"] != "default"
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] != str(pieces(value)[0][1].dtype)
+        or fields["data_type"] != str(dtype)
     ):
         raise _OtherwiseError
-    return _Stored(name, description, shape, chunk)
+    return _Stored(name, description, shape, chunk, separator)
+
+
+def read_array(directory: Path, leaf: Leaf) -> np.ndarray[Any, Any] | None:
+    """Read an array that has files of its own, as fast as its bytes can be read.
+
+    Args:
+        directory: The checkpoint.
+        leaf: An array.
+
+    Returns:
+        Its values, in memory that JAX on CPU need not copy; None if they are stored in
+        another way, or not whole: Orbax can tell.
+    """
+    name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
+    try:
+        description = (directory / STATE / name / "zarr.json").read_bytes()
+        stored = _parsed(name, description, dtype)
+        if stored.shape != leaf.shape:
+            return None
+        values = _aligned(stored.shape, dtype)
+        for key, start in stored.keys():
+            with (directory / STATE / key).open("rb", buffering=0) as file:
+                if stored.chunk == stored.shape:
+                    _read_into(file, values)
+                    break
+                part = np.empty(stored.chunk, dtype)
+                _read_into(file, part)
+                where = zip(start, stored.chunk, strict=True)
+                values[tuple(slice(at, at + size) for at, size in where)] = part
+    except (_OtherwiseError, OSError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return values
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_into(file: BinaryIO, values: np.ndarray[Any, Any]) -> None:
+    trailer = _trailer(values.nbytes)
+    if os.fstat(file.fileno()).st_size != values.nbytes + len(trailer):
+        raise _OtherwiseError
+    left = memoryview(_bytes(values).data)
+    while left:
+        count = os.readv(file.fileno(), [left])
+        if not count:
+            raise _OtherwiseError
+        left = left[count:]
+    if os.read(file.fileno(), len(trailer) + 1) != trailer:
+        raise _OtherwiseError
 
 
 def _compare(found: tuple[int, bytes, bytes], chunk: Bytes) -> None:

@@ -26,9 +26,9 @@ from orbax.checkpoint import v1
 
 from flaxckpt import _tree
 from flaxckpt._commit import Area
-from flaxckpt._digest import agree, digests
+from flaxckpt._digest import agree, agrees, digests
 from flaxckpt._draft import Draft, sync_tree
-from flaxckpt._form import Form, recognized
+from flaxckpt._form import Form, read_array, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import (
     FORMAT,
@@ -60,6 +60,7 @@ ocp: Any = v1
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
+_READ_THREADS = 4
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -488,48 +489,74 @@ def _read(
     path: Path, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
 ) -> list[Any]:
     """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
+    read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
+    values, damaged = _read_files(path, read, wanted, check=check)
+    others = {index: leaf for index, leaf in read.items() if index not in values}
+    if others:
+        by_orbax = _read_by_orbax(path, layout, {i: wanted[i] for i in others})
+        values |= {index: by_orbax[index] for index in others}
+        if check:
+            damaged += _differing(others, by_orbax)
+    if damaged:
+        names = ", ".join(leaf.name for leaf in damaged)
+        files = ", ".join(_data_files(located(path), damaged))
+        raise CheckpointCorruptError(
+            str(path), f"not what was saved: {names} (in one of the files {files})"
+        )
+    return [values.get(index) for index in range(len(layout.leaves))]
+
+
+def _read_files(
+    path: Path, leaves: Mapping[int, Leaf], wanted: Mapping[int, Wanted], *, check: bool
+) -> tuple[dict[int, Any], list[Leaf]]:
+    """Read arrays that have files of their own, and are wanted in one piece.
+
+    Returns:
+        The values of those that could be read so, and which of them differ from what
+        was saved.
+    """
+    whole = {
+        index: leaf
+        for index, leaf in leaves.items()
+        if leaf.kind in ("jax", "numpy") and wanted[index].is_in_one_piece
+    }
+
+    def read(leaf: Leaf) -> tuple[Any, bool]:
+        values = read_array(located(path), leaf)
+        if values is None or not check or not leaf.digest:
+            return values, True
+        return values, agrees(values, leaf.digest)  # while it is in the cache
+
+    with ThreadPoolExecutor(_READ_THREADS, "flaxckpt-read") as pool:
+        found = dict(zip(whole, pool.map(read, whole.values()), strict=True))
+    damaged = [whole[index] for index, (_, same) in found.items() if not same]
+    return {i: value for i, (value, _) in found.items() if value is not None}, damaged
+
+
+def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
     asked = [
         _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
         for index, leaf in enumerate(layout.leaves)
     ]
-    read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
-    if not read:
-        return [None] * len(layout.leaves)
     try:
         with _context():
             tree = ocp.load(located(path), layout.fill_for_orbax(asked))
-            values = layout.pick(tree)
+            return layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         raise CheckpointCorruptError(str(path), _cause(error)) from error
-    if check:
-        _check_digests(path, read, values)
-    return values
 
 
-def _check_digests(path: Path, leaves: Mapping[int, Leaf], values: list[Any]) -> None:
-    """Compare what was read with what was saved; Orbax itself checks little.
-
-    Raises:
-        CheckpointCorruptError: Naming the leaves that differ, and their files.
-    """
+def _differing(leaves: Mapping[int, Leaf], values: Sequence[Any]) -> list[Leaf]:
+    """Return the leaves whose values are not what was saved; Orbax checks little."""
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
     same = agree(
         [values[index] for index in recorded],
         [leaf.digest for leaf in recorded.values()],
     )
-    differing = [
-        leaf
-        for leaf, is_same in zip(recorded.values(), same, strict=True)
-        if not is_same
-    ]
-    if differing:
-        names = ", ".join(leaf.name for leaf in differing)
-        files = ", ".join(_data_files(located(path), differing))
-        raise CheckpointCorruptError(
-            str(path), f"not what was saved: {names} (in one of the files {files})"
-        )
+    pairs = zip(recorded.values(), same, strict=True)
+    return [leaf for leaf, is_same in pairs if not is_same]
 
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:

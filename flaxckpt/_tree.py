@@ -266,6 +266,13 @@ class Wanted:
     sharding: jax.sharding.Sharding | None = None
     is_weak: bool = False
 
+    @property
+    def is_in_one_piece(self) -> bool:
+        """Whether it goes to the host, or to one device of this process."""
+        return self.sharding is None or (
+            self.sharding.is_fully_addressable and len(self.sharding.device_set) == 1
+        )
+
 
 def on_host(leaf: Leaf) -> Wanted:
     """Describe a stored leaf as wanted on the host."""
