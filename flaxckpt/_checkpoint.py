@@ -21,7 +21,7 @@ from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
-from flaxckpt._state import CheckpointState, resumed, tick
+from flaxckpt._state import CheckpointState, check_state, resumed, tick
 from flaxckpt._template import Template
 from flaxckpt._tree import PyTree
 from flaxckpt._weights import Weights, default_weights
@@ -187,7 +187,8 @@ class ModelCheckpoint:
             "initial_value_threshold": initial_value_threshold,
             "min_delta": min_delta,
         }
-        self._monitor, self._mode = monitor, self.init().mode
+        self._fresh = self.init()
+        self._monitor, self._mode = monitor, self._fresh.mode
         if verbose not in (0, 1):
             raise SettingError("verbose", verbose, "pass 0 or 1.")
         if max_to_keep is not None:
@@ -202,12 +203,22 @@ class ModelCheckpoint:
                     "pass a number of checkpoints of at least 1, or None for all.",
                 )
             preserve = LatestN(max_to_keep)
-        elif preserve is not None and not hasattr(preserve, "should_preserve"):
+        elif preserve is not None and (
+            isinstance(preserve, type) or not hasattr(preserve, "should_preserve")
+        ):
             raise SettingError(
                 "preserve",
                 preserve,
                 "pass a preservation policy, such as Orbax's LatestN(3).",
             )
+        switches = {
+            "save_weights_only": save_weights_only,
+            "sync": sync,
+            "compress": compress,
+        }
+        for name, value in switches.items():
+            if not isinstance(value, bool | np.bool_):
+                raise SettingError(name, value, "pass True or False.")
         if weights is not None and not callable(weights):
             raise SettingError(
                 "weights", weights, "pass a function from a tree to its weights."
@@ -306,6 +317,8 @@ class ModelCheckpoint:
             CheckpointPathError: If the path cannot be written to.
             UnsupportedLeafError: If `tree` has a leaf that cannot be saved.
             MetricError: If the monitored value is no real scalar.
+            SettingError: If `state` is not one of this object's, or epoch or batch are
+                no zero-based integers.
             CheckpointLockedError: If another process writes these checkpoints.
             Preempted: If the process was told to end, after saving.
             CheckpointError: If called under a JAX trace, where there are no values
@@ -313,10 +326,13 @@ class ModelCheckpoint:
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
+        if not isinstance(state, CheckpointState):
+            check_state(state, self._fresh)
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not preempted:
             return state
         _refuse_traced(due, force, epoch, batch, logs, tree, state)
+        check_state(state, self._fresh)
         entry = Entry(bool(force), epoch, batch, logs, state)
         if due:
             self._saves.decide(entry, now=preempted)
@@ -353,6 +369,8 @@ class ModelCheckpoint:
         """
         self._saves.check()
         _refuse_traced(False, False, epoch, batch, logs, tree, state)
+        if state is not None:
+            check_state(state, self._fresh)
         entry = Entry(True, epoch, batch, logs, state)
         path = self._template.render(entry.epoch, entry.batch, logs)
         self._saves.start(tree, entry, lasts=False)
@@ -472,6 +490,10 @@ class ModelCheckpoint:
             candidates = ranked(self._series.listed()[0], self._monitor, self._mode)
         else:
             path = Path(os.path.abspath(os.path.expanduser(which)))
+            if isinstance(which, str) and os.sep not in which and not path.exists():
+                raise SettingError(
+                    "which", which, 'pass "latest", "best" or the path of a checkpoint.'
+                )
             tree, info = _store.restore(path, like, cast=cast, verify=verify)
             return self._restored(tree, path, info)
         errors: list[CheckpointError] = []

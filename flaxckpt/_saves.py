@@ -22,7 +22,14 @@ from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series
 from flaxckpt._snapshot import Copies
-from flaxckpt._state import CheckpointState, judge, monitored, plain_state, with_best
+from flaxckpt._state import (
+    CheckpointState,
+    judge,
+    monitored,
+    plain_state,
+    whole,
+    with_best,
+)
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
 from flaxckpt._weights import Weights, weights_skeleton
@@ -84,8 +91,8 @@ class Entry:
     ) -> None:
         """Take down the arguments of the call."""
         self.save: Any = save
-        self.epoch = int(epoch)
-        self.batch = None if batch is None else int(batch)
+        self.epoch = whole("epoch", epoch)
+        self.batch = None if batch is None else whole("batch", batch)
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = state
@@ -278,7 +285,7 @@ class Saves:
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry)
+        self._submit(job, save, entry, where)
         if self._snapshot == "none":
             self._writer.wait()
         return where
@@ -388,7 +395,7 @@ class Saves:
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry)
+        self._submit(job, save, entry, save.path)
         return True
 
     def _claim(self, save: _Save, entry: Entry) -> tuple[Job, float]:
@@ -404,7 +411,7 @@ class Saves:
         assert job is not None
         return job, waited
 
-    def _submit(self, job: Job, save: _Save, entry: Entry) -> None:
+    def _submit(self, job: Job, save: _Save, entry: Entry, where: Path | None) -> None:
         job.key = self._key(save, entry)
         for part in (save.part, save.whole):
             if part is not None:
@@ -415,7 +422,7 @@ class Saves:
         job.memory = None
         if entry.copies is not None and self._snapshot != "none":
             job.memory = entry.copies.memory()
-        job.path = str(save.path or self._series.root)
+        job.path = str(where or self._series.root)
         job.run = functools.partial(self._write, job.content)
         job.after = self._series.area.sweep
         self._writer.submit(job)

@@ -273,6 +273,23 @@ def judge(
     return _moved(state, best=where(save, value, best)), save
 
 
+def check_state(state: Any, own: CheckpointState) -> None:
+    """Check that a state is one of those that begin with `own`.
+
+    Raises:
+        SettingError: If it is something else, or of other settings.
+    """
+    advice = "pass what init, restore or the last update has returned."
+    if not isinstance(state, CheckpointState):
+        raise SettingError("state", f"<{type(state).__name__}>", advice)
+    for name in _SETTINGS:
+        given, wanted = getattr(state, name), getattr(own, name)
+        if given != wanted:
+            raise SettingError(
+                "state", state, f"its {name} is {given!r}, here {wanted!r}: {advice}"
+            )
+
+
 def with_best(state: CheckpointState, best: Any) -> CheckpointState:
     """Return the state with another best value."""
     return _moved(state, best=best)
@@ -429,6 +446,16 @@ def _index(name: str, value: Any) -> Any:
     raise SettingError(
         name, value, "pass a zero-based integer below 2**30, as a scalar."
     )
+
+
+def whole(name: str, value: Any) -> int:
+    """Return epoch or batch as a number, waiting for a device that computes it.
+
+    Raises:
+        SettingError: If it is no zero-based integer.
+    """
+    value = _index(name, np.asarray(value)[()] if hasattr(value, "shape") else value)
+    return operator.index(value)
 
 
 def _array(leaf: Scalar) -> Any:

@@ -473,7 +473,9 @@ def _load(
             continue
         have = view.leaves[index]
         try:
-            given[position] = _tree.convert(values[sources[index]], have, want)
+            given[position] = _tree.convert(
+                values[sources[index]], have, want, cast=cast
+            )
         except ValueError as error:
             raise CheckpointMismatchError(
                 str(path),

@@ -36,6 +36,7 @@ _SCALARS: dict[Any, str] = {
     float: "float",
     complex: "complex",
 }
+_PYTHON: dict[str, Any] = {name: kind for kind, name in _SCALARS.items()}
 
 
 @dataclass(frozen=True)
@@ -346,15 +347,16 @@ def wanted_leaves(like: PyTree) -> list[Wanted]:
         except _RefusedError as refusal:
             refused.append((Leaf(path, "").name, str(refusal)))
     if refused:
-        raise UnsupportedLeafError(tuple(refused))
+        raise UnsupportedLeafError(tuple(refused), "restored")
     return wanted
 
 
-def convert(value: Any, have: Leaf, want: Wanted) -> Any:
+def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     """Bring a loaded value into the wanted form; their kinds are known to fit.
 
     Raises:
-        ValueError: If a Python number does not fit the wanted dtype exactly.
+        ValueError: If a Python number does not fit the wanted dtype exactly, and
+            `cast` does not allow that.
     """
     kind = want.leaf.kind
     if 0 in have.shape:
@@ -366,13 +368,14 @@ def convert(value: Any, have: Leaf, want: Wanted) -> Any:
     if kind not in _ARRAYS:
         if have.kind not in _ARRAYS and have.kind != "complex":
             return value
-        return np.asarray(value).item()
+        number = np.asarray(value).item()
+        return _PYTHON[kind](number) if cast else number
     dtype = jnp.dtype(want.leaf.dtype)
     if have.kind not in _ARRAYS:
         exact = np.asarray(value)
         value = exact.astype(dtype)
         same = value == exact or (value != value and exact != exact)
-        if not want.is_weak and not same:
+        if not (cast or want.is_weak or same):
             raise ValueError(f"{exact.item()!r} does not fit {dtype} exactly")
     elif value.dtype != dtype:
         value = value.astype(dtype)
@@ -601,7 +604,9 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
         fits = have.shape == leaf.shape and (have.dtype == leaf.dtype or cast)
     elif any(arrays):
         array, scalar = (have, leaf) if arrays[0] else (leaf, have)
-        fits = array.shape == () and _is_of_kind(array.dtype, scalar.kind)
+        fits = array.shape == () and (
+            _is_of_kind(array.dtype, scalar.kind) or (cast and scalar.kind in _PYTHON)
+        )
     elif have.kind == leaf.kind == "key":
         fits = have.shape == leaf.shape and have.dtype == leaf.dtype
     else:

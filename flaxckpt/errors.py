@@ -94,21 +94,24 @@ class CheckpointPathError(CheckpointError, ValueError):
 
 
 class UnsupportedLeafError(CheckpointError, TypeError):
-    """A tree with leaves that cannot be saved; nothing was written.
+    """A tree with leaves that cannot be saved or restored; nothing was written or read.
 
     Attributes:
         leaves: Pairs of a leaf's path and what is wrong with it.
+        action: What cannot be done: `saved` or `restored`.
     """
 
-    def __init__(self, leaves: tuple[tuple[str, str], ...]) -> None:
-        super().__init__(leaves)
-        self.leaves = leaves
+    def __init__(
+        self, leaves: tuple[tuple[str, str], ...], action: str = "saved"
+    ) -> None:
+        super().__init__(leaves, action)
+        self.leaves, self.action = leaves, action
 
     def __str__(self) -> str:
         lines = "".join(f"\n  {path}: {problem}" for path, problem in self.leaves)
         return (
             f"{_count(len(self.leaves), 'leaf', 'leaves')} of the tree cannot be "
-            f"saved:{lines}\n"
+            f"{self.action}:{lines}\n"
             "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
             "Python number, str or bytes. Leave the others out of `tree`."
         )

@@ -426,6 +426,9 @@ def test_best_of_a_resumed_state(settings, stored, durable, best):
         ({"preserve": 3}, "preserve=3 cannot work: pass a preservation policy, such as Orbax's LatestN(3)."),
         ({"max_to_keep": 2, "preserve": ocp.training.preservation_policies.LatestN(3)}, "max_to_keep=2 cannot work: pass it or `preserve`, not both."),
         ({"weights": "params"}, "weights='params' cannot work: pass a function from a tree to its weights."),
+        ({"sync": "no"}, "sync='no' cannot work: pass True or False."),
+        ({"save_weights_only": "false"}, "save_weights_only='false' cannot work: pass True or False."),
+        ({"preserve": ocp.training.preservation_policies.LatestN}, f"preserve={ocp.training.preservation_policies.LatestN!r} cannot work: pass a preservation policy, such as Orbax's LatestN(3)."),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(tmp_path, settings, message):
@@ -441,7 +444,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
         ("save_top_k", "Did you mean 'max_to_keep'?"),
         ("period", "Did you mean 'save_freq'?"),
         ("monitr", "Did you mean 'monitor'?"),
-        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, max_to_keep, preserve, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress."),
+        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, max_to_keep, preserve, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress, frozen."),
     ],
 )  # fmt: skip
 def test_unknown_arguments(tmp_path, name, hint):
@@ -660,3 +663,34 @@ def test_relative_paths_and_home(tmp_path, monkeypatch):
     assert flaxckpt.load("~/b/1").keys() == {"w"}
     assert len(flaxckpt.list_checkpoints("~/b")) == 1
     assert Path(relative.latest.path).is_absolute()
+
+
+def test_arguments_in_the_wrong_place_or_form(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", save_best_only=True) as ckpt:
+        state, tree, logs = ckpt.init(), {"w": np.zeros(2)}, {"loss": 0.5}
+        with pytest.raises(
+            SettingError, match=r"state='<dict>' cannot work: pass what init"
+        ):
+            ckpt.update(tree, state, logs, 0)
+        other = flaxckpt.CheckpointState.create("val_loss", save_best_only=True)
+        with pytest.raises(
+            SettingError, match="its monitor is 'val_loss', here 'loss'"
+        ):
+            ckpt.update(other, tree, logs, 0)
+        with pytest.raises(
+            SettingError, match="its monitor is 'val_loss', here 'loss'"
+        ):
+            ckpt.save(tree, 0, state=other)
+        for epoch in (1.5, -1, "1"):
+            with pytest.raises(SettingError, match="zero-based integer"):
+                ckpt.update(state, tree, logs, epoch)
+        with pytest.raises(SettingError, match=r"batch=2\.5 cannot work"):
+            ckpt.save(tree, 0, 2.5)
+        with pytest.raises(
+            SettingError, match="which='last' cannot work: pass \"latest\""
+        ):
+            ckpt.restore(which="last")
+        assert not list(tmp_path.iterdir())
+        ckpt.update(state, tree, logs, jnp.int32(3))
+        ckpt.wait()
+        assert ckpt.latest.epoch == 3

@@ -226,6 +226,63 @@ def test_training_may_donate_and_change_what_was_saved(tmp_path, snapshot):
         assert (found["host"] == info.epoch + 1).all()
 
 
+@pytest.mark.parametrize("snapshot", ["auto", "host"])
+def test_metrics_may_be_donated_too(tmp_path, late, snapshot):
+    """As where they are part of the training state."""
+    train = jax.jit(
+        lambda s: {"w": s["w"] + 1, "loss": s["loss"] * 0.5}, donate_argnums=0
+    )
+    train_state = {"w": jnp.zeros(50), "loss": jnp.float32(8)}
+    settings = {"save_best_only": True, "snapshot": snapshot}
+    with ModelCheckpoint(tmp_path / "{epoch}-{loss}", "loss", **settings) as ckpt:
+        state = ckpt.init()
+        for epoch in range(6):
+            train_state = train(train_state)
+            logs = {"loss": train_state["loss"], "first": train_state["w"][0]}
+            state = ckpt.update(state, train_state, logs, epoch)
+    wanted = [f"{epoch + 1}-{4 / 2**epoch}" for epoch in range(6)]
+    assert sorted(names(ckpt.checkpoints)) == sorted(wanted)
+    for info in ckpt.checkpoints:
+        assert info.logs == {"loss": 4 / 2**info.epoch, "first": info.epoch + 1}
+
+
+def test_many_small_arrays_of_many_kinds(tmp_path):
+    """They are copied into a few, and come back as they were."""
+    dtypes = [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.int4, jnp.uint32]
+    shapes = [(), (1,), (3, 2), (0, 4), (5, 1, 2)]
+
+    def tree_of(epoch):
+        tree = {
+            f"{dtype.__name__}{i}{k}": jnp.full(shape, (epoch + i) % 7, dtype)
+            for dtype in dtypes
+            for i, shape in enumerate(shapes)
+            for k in range(3)
+        }
+        tree["elsewhere"] = jax.device_put(jnp.full(3, epoch), jax.devices()[1])
+        tree["large"] = jnp.full((200, 200), epoch)
+        return {**tree, "key": jax.random.key(epoch)}
+
+    train = jax.jit(
+        lambda t: jax.tree.map(lambda x: x, t), donate_argnums=0, keep_unused=True
+    )
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(4):
+            tree = tree_of(epoch)
+            ckpt.save(tree, epoch)
+            elsewhere = tree.pop("elsewhere")
+            train(tree)
+            elsewhere.delete()
+    for epoch in range(4):
+        found = flaxckpt.load(tmp_path / f"{epoch + 1}", like=tree_of(0))
+        wanted = tree_of(epoch)
+        for each in (found, wanted):
+            each["key"] = jax.random.key_data(each["key"])
+        for name, value in wanted.items():
+            assert found[name].dtype == value.dtype
+            np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
+        assert found["elsewhere"].sharding == wanted["elsewhere"].sharding
+
+
 def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         places = set()

@@ -419,6 +419,21 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
         assert flaxckpt.list_checkpoints(tmp_path) == ()
 
 
+def test_cast_converts_numbers_too(tmp_path):
+    path = saved(tmp_path, {"rate": 0.1, "step": np.int64(3), "n": 7})
+    like = {"rate": jnp.float32(0), "step": 0.0, "n": jnp.bfloat16(0)}
+    with pytest.raises(CheckpointMismatchError):
+        flaxckpt.load(path, like)
+    found = flaxckpt.load(path, like, cast=True)
+    assert (found["rate"].dtype, found["rate"]) == (jnp.float32, np.float32(0.1))
+    assert (type(found["step"]), found["step"]) == (float, 3.0)
+    assert (found["n"].dtype, float(found["n"])) == (jnp.bfloat16, 7.0)
+    with pytest.raises(
+        UnsupportedLeafError, match="1 leaf of the tree cannot be restored"
+    ):
+        flaxckpt.load(path, {**like, "n": print})
+
+
 # ---- weights ---------------------------------------------------------------------------
 
 
