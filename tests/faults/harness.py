@@ -22,6 +22,7 @@ SCENARIOS = (
     "replace the best",
     "write over the replaced",
     "write over the deleted",
+    "link the frozen",
     "keep the newest",
     "save the last",
     "first of all",

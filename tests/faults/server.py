@@ -31,6 +31,7 @@ def tree_of(epoch):
         "w": np.full(3000, epoch, np.float32),
         "device": jnp.full((20, 30), epoch, jnp.bfloat16),
         "key": jax.random.key(epoch),
+        "base": jnp.arange(2000.0),
         "epoch": epoch,
         "name": f"epoch {epoch}",
     }
@@ -67,6 +68,10 @@ class Scenario:
         return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
 
 
+def is_frozen(path, leaf):
+    return path == ("base",)
+
+
 SCENARIOS = {
     "replace the best": Scenario(
         "best", [0.9], [0.8, 0.7], save_best_only=True
@@ -76,6 +81,9 @@ SCENARIOS = {
     ),
     "write over the deleted": Scenario(
         "{epoch}", [0.97, 0.95, 0.9], [0.8, 0.7], files=True, max_to_keep=1
+    ),
+    "link the frozen": Scenario(
+        "{epoch}", [0.97, 0.95], [0.8, 0.7], frozen=is_frozen
     ),
     "keep the newest": Scenario("{epoch}", [0.5, 0.9], [0.8, 0.7], max_to_keep=2),
     "save the last": Scenario(

@@ -250,6 +250,13 @@ int link(const char *from, const char *to) {
   return REAL(link)(from, to);
 }
 
+int linkat(int from_directory, const char *from, int to_directory, const char *to,
+           int flags) {
+  char buffer[PATH_MAX];
+  GUARD("link", CREATES, full_path(to_directory, to, buffer));
+  return REAL(linkat)(from_directory, from, to_directory, to, flags);
+}
+
 int symlink(const char *from, const char *to) {
   GUARD("link", CREATES, to);
   return REAL(symlink)(from, to);
