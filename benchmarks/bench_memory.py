@@ -18,9 +18,6 @@ NAMES = [
     "Orbax v0 CheckpointManager",
     "Orbax v1 Checkpointer",
     "Orbax v1, best settings",
-    "Keras ModelCheckpoint",
-    "Flax msgpack",
-    "safetensors",
 ]
 CHILD = "child"
 
@@ -35,7 +32,7 @@ def child(name: str, megabytes: int, directory: Path) -> None:
 
     rows = megabytes * 2**20 // 25 // 4 // 1024
     tree = bench_loop.make_tree(25, (rows, 1024))
-    loop = bench_loop.Loop(tree, 40)
+    loop = bench_loop.Loop(tree, 20)
     way = peers.make(name, directory) if name else None
     loop.run(way)
     if way is not None:
@@ -68,7 +65,7 @@ def main() -> None:
 
     without()
     ways = {"without saves": without} | {name: measured(name) for name in NAMES}
-    results = harness.rounds(ways, 1 if options.quick else 3)
+    results = harness.rounds(ways, 1 if options.quick else options.rounds)
     title = f"Peak memory that saves add, state of {megabytes} MB"
     harness.report(title, "times the state", results, options.json)
     shutil.rmtree(root)

@@ -30,15 +30,10 @@ NAMES = [
 def main() -> None:
     options = harness.arguments(__doc__)
     megabytes = 10 if options.quick else 400
-    rows = megabytes * 2**20 // 25 // 4 // 1024
-    keys = jax.random.split(jax.random.key(0), 25)
-    tree = {f"w{i:02}": jax.random.normal(keys[i], (rows, 1024)) for i in range(25)}
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
-    )
+    tree = harness.tree_of(megabytes)
+    like = harness.like(tree)
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
-    ways = {name: peers.make(name, root) for name in NAMES}
+    ways = peers.make_all(root, NAMES)
     for way in ways.values():
         way.save(tree, 1)
         way.wait()
@@ -60,9 +55,7 @@ def main() -> None:
         measure()
     results = harness.rounds(measures, options.rounds)
     harness.report(f"Restoring {megabytes} MB", "s", results, options.json)
-    for base in ("Orbax v1, best settings", "numpy, from one file"):
-        ratio = harness.median_ratio(results["flaxckpt"], results[base])
-        print(f"\nflaxckpt takes {ratio:.2f} times as long as: {base}")
+    harness.ratios(results, "Orbax v1, best settings", "numpy, from one file")
     for way in ways.values():
         way.close()
     shutil.rmtree(root)

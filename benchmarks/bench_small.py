@@ -30,7 +30,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
     names = ["flaxckpt", "Orbax v0 CheckpointManager", "Orbax v1 Checkpointer"]
     names += ["Keras OrbaxCheckpoint", "Flax msgpack", "safetensors"]
-    ways = {name: peers.make(name, root) for name in names}
+    ways = peers.make_all(root, names)
     step = 0
 
     def blocked(way):

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 def arguments(description: str) -> argparse.Namespace:
     """Parse the options that every benchmark has."""
@@ -29,7 +31,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases with this in their names")
     parser.add_argument("--peers", nargs="+", default=[], help="measure these only")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 7)
+    options.rounds = options.rounds or (2 if options.quick else 5)
     return options
 
 
@@ -94,6 +96,30 @@ def environment() -> dict[str, Any]:
 def median_ratio(new: list[float], old: list[float]) -> float:
     """Return the median, over the rounds, of one measurement to another."""
     return statistics.median(a / b for a, b in zip(new, old, strict=True))
+
+
+def ratios(results: Mapping[str, list[float]], *bases: str) -> None:
+    """Print how flaxckpt compares with others, as medians of the rounds' ratios."""
+    for base in bases:
+        if {"flaxckpt", base} <= results.keys():
+            ratio = median_ratio(results["flaxckpt"], results[base])
+            print(f"flaxckpt: {ratio:.2f} times {base}")
+
+
+def tree_of(megabytes: int) -> dict[str, jax.Array]:
+    """Make a state of 25 arrays."""
+    rows = megabytes * 2**20 // 25 // 4 // 1024
+    keys = jax.random.split(jax.random.key(0), 25)
+    tree = {f"w{i:02}": jax.random.normal(keys[i], (rows, 1024)) for i in range(25)}
+    return jax.block_until_ready(tree)
+
+
+def like(tree: Any) -> Any:
+    """Ask for a tree's arrays on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
+    )
 
 
 def settle() -> None:

@@ -7,6 +7,7 @@ last one back. Each keeps the newest save only.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -251,3 +252,8 @@ def make(name: str, root: Path):
     directory = root / name.replace(" ", "-").replace(",", "")
     shutil.rmtree(directory, ignore_errors=True)
     return ALL[name](directory)
+
+
+def make_all(root: Path, names: Sequence[str] = ()):
+    """Make all ways to save, or those named."""
+    return {name: make(name, root) for name in names or ALL}

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
+_INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
 _FILE_THREADS = 4
 _HEAD = 64
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
@@ -211,16 +212,13 @@ class Form:
     def _write_files(
         self, draft: Draft, values: Sequence[Any], frozen: Frozen | None
     ) -> list[str]:
-        def write(stored: _Stored | str, value: Any) -> str:
-            if isinstance(value, FrozenLeaf):
-                found = value.digest = value.digest or digest(value.value)
-            else:
-                found = digest(value)  # which brings it into the cache
+        def write(stored: _Stored | str, value: Any) -> None:
             if isinstance(stored, str):
-                return found
+                return
             if isinstance(value, FrozenLeaf):
                 assert frozen is not None
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
+                value.digest = value.digest or digest(value.value)
                 is_linked = frozen.link(draft, stored, value, names)
                 frozen.note(stored, value, names, is_linked=is_linked)
                 value = None if is_linked else value.value
@@ -228,10 +226,15 @@ class Form:
                 for key, chunk in _chunks(stored, value):
                     draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
-            return found
 
-        with ThreadPoolExecutor(_threads(), "flaxckpt-write") as pool:
-            return list(pool.map(write, self.arrays, values))
+        with (
+            ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
+            ThreadPoolExecutor(_threads(), "flaxckpt-write") as pool,
+        ):
+            thawed = [v for v in values if not isinstance(v, FrozenLeaf)]
+            found = aside.map(digest, thawed)
+            list(pool.map(write, self.arrays, values))
+        return [v.digest if isinstance(v, FrozenLeaf) else next(found) for v in values]
 
 
 def _give_way(turn: float) -> float:
@@ -349,36 +352,51 @@ def _parsed(name: str, description: bytes, dtype: Any) -> _Stored:
     return _Stored(name, description, shape, chunk, separator)
 
 
-def read_array(directory: Path, leaf: Leaf) -> np.ndarray[Any, Any] | None:
-    """Read an array that has files of its own, as fast as its bytes can be read.
+class Reader:
+    """Reads arrays of a checkpoint, as fast as their bytes can be read.
 
-    Args:
-        directory: The checkpoint.
-        leaf: An array.
-
-    Returns:
-        Its values, in memory that JAX on CPU need not copy; None if they are stored in
-        another way, or not whole: Orbax can tell.
+    For use by several threads.
     """
-    name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
-    try:
-        description = (directory / STATE / name / "zarr.json").read_bytes()
-        stored = _parsed(name, description, dtype)
-        if stored.shape != leaf.shape:
-            return None
-        values = _aligned(stored.shape, dtype)
-        for key, start in stored.keys():
-            with (directory / STATE / key).open("rb", buffering=0) as file:
+
+    def __init__(self, directory: Path) -> None:
+        """Look how the checkpoint is arranged.
+
+        Args:
+            directory: The checkpoint.
+        """
+        state = directory / STATE
+        is_database = (state / "manifest.ocdbt").exists()
+        self._store = _Database(state) if is_database else _Files(state)
+
+    def read(self, leaf: Leaf) -> np.ndarray[Any, Any] | None:
+        """Read an array.
+
+        Args:
+            leaf: The array.
+
+        Returns:
+            Its values, in memory that JAX on CPU need not copy; None if they are stored
+            in a way that is not known here, or not whole: Orbax can tell.
+        """
+        name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
+        try:
+            stored = _parsed(name, self._store.read(f"{name}/zarr.json"), dtype)
+            if stored.shape != leaf.shape:
+                return None
+            values = _aligned(stored.shape, dtype)
+            for key, start in stored.keys():
                 if stored.chunk == stored.shape:
-                    _read_into(file, values)
+                    self._store.read_into(key, values)
                     break
                 part = np.empty(stored.chunk, dtype)
-                _read_into(file, part)
+                self._store.read_into(key, part)
                 where = zip(start, stored.chunk, strict=True)
                 values[tuple(slice(at, at + size) for at, size in where)] = part
-    except (_OtherwiseError, OSError, KeyError, ValueError, TypeError, AttributeError):
-        return None
-    return values
+        except (_OtherwiseError, OSError, KeyError, ValueError, TypeError):
+            return None
+        except AttributeError:  # where a mapping is expected
+            return None
+        return values
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -386,20 +404,6 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _read_into(file: BinaryIO, values: np.ndarray[Any, Any]) -> None:
-    trailer = _trailer(values.nbytes)
-    if os.fstat(file.fileno()).st_size != values.nbytes + len(trailer):
-        raise _OtherwiseError
-    left = memoryview(_bytes(values).data)
-    while left:
-        count = os.readv(file.fileno(), [left])
-        if not count:
-            raise _OtherwiseError
-        left = left[count:]
-    if os.read(file.fileno(), len(trailer) + 1) != trailer:
-        raise _OtherwiseError
 
 
 def _compare(found: tuple[int, bytes, bytes], chunk: Bytes) -> None:
@@ -504,6 +508,20 @@ class _Files:
         except OSError as error:
             raise _OtherwiseError from error
 
+    def read_into(self, key: str, values: np.ndarray[Any, Any]) -> None:
+        """Read a chunk."""
+        trailer, left = _trailer(values.nbytes), memoryview(_bytes(values).data)
+        with (self._directory / key).open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != values.nbytes + len(trailer):
+                raise _OtherwiseError
+            while left:
+                count = os.readv(file.fileno(), [left])
+                if not count:
+                    raise _OtherwiseError
+                left = left[count:]
+            if os.read(file.fileno(), len(trailer) + 1) != trailer:
+                raise _OtherwiseError
+
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         try:
             with (self._directory / key).open("rb") as file:
@@ -519,8 +537,17 @@ class _Files:
 class _Database:
     def __init__(self, directory: Path) -> None:
         base = {"driver": "file", "path": f"{directory}/"}
-        spec = {"driver": "ocdbt", "base": base}
+        # Without a cache, its index is read anew for every key.
+        context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
+        spec = {"driver": "ocdbt", "base": base, "context": context}
         self._store = tensorstore.KvStore.open(spec).result()
+
+    def read_into(self, key: str, values: np.ndarray[Any, Any]) -> None:
+        """Read a chunk."""
+        found, trailer = self.read(key), _trailer(values.nbytes)
+        if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
+            raise _OtherwiseError
+        _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
 
     def read(self, key: str) -> bytes:
         found = self._store.read(key).result()

@@ -28,7 +28,7 @@ from flaxckpt import _tree
 from flaxckpt._commit import Area
 from flaxckpt._digest import agree, agrees, digests
 from flaxckpt._draft import Draft, sync_tree
-from flaxckpt._form import Form, read_array, recognized
+from flaxckpt._form import Form, Reader, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import (
     FORMAT,
@@ -511,7 +511,7 @@ def _read(
 def _read_files(
     path: Path, leaves: Mapping[int, Leaf], wanted: Mapping[int, Wanted], *, check: bool
 ) -> tuple[dict[int, Any], list[Leaf]]:
-    """Read arrays that have files of their own, and are wanted in one piece.
+    """Read arrays that are wanted in one piece, if they are stored in a known way.
 
     Returns:
         The values of those that could be read so, and which of them differ from what
@@ -522,14 +522,21 @@ def _read_files(
         for index, leaf in leaves.items()
         if leaf.kind in ("jax", "numpy") and wanted[index].is_in_one_piece
     }
+    if not whole:
+        return {}, []
+    try:
+        reader = Reader(located(path))
+    except (OSError, ValueError):  # Orbax can tell what is wrong
+        return {}, []
 
     def read(leaf: Leaf) -> tuple[Any, bool]:
-        values = read_array(located(path), leaf)
+        values = reader.read(leaf)
         if values is None or not check or not leaf.digest:
             return values, True
         return values, agrees(values, leaf.digest)  # while it is in the cache
 
-    with ThreadPoolExecutor(_READ_THREADS, "flaxckpt-read") as pool:
+    threads = min(_READ_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, "flaxckpt-read") as pool:
         found = dict(zip(whole, pool.map(read, whole.values()), strict=True))
     damaged = [whole[index] for index, (_, same) in found.items() if not same]
     return {i: value for i, (value, _) in found.items() if value is not None}, damaged

@@ -26,6 +26,7 @@ from flaxckpt import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     UnsupportedLeafError,
+    _store,
 )
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
@@ -417,6 +418,43 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     (path / "flaxckpt.json").write_text(json.dumps({**record, "format": 99}))
     with pytest.warns(UserWarning, match=r"its format is 99.*upgrade"):
         assert flaxckpt.list_checkpoints(tmp_path) == ()
+
+
+@pytest.mark.parametrize("large", [0, 2**40], ids=["files", "database"])
+def test_arrays_are_read_without_orbax_and_as_it_reads_them(
+    tmp_path, monkeypatch, large
+):
+    monkeypatch.setattr(_store, "_LARGE_LEAF", large)
+    _store._FORMS.clear()
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    sharded = jax.device_put(
+        jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("x", "y"))
+    )
+    tree = {
+        **{name: x for name, x in ARRAYS.items() if "key" not in name},
+        "scalar": jnp.float32(3),
+        "numpy": np.arange(7),
+        "sharded": sharded,
+    }
+    saved(tmp_path, tree)
+    path = saved(tmp_path, tree)  # the first by Orbax, the second in its form
+    for each in (tmp_path / "1", path):
+        with monkeypatch.context() as patch:
+            patch.setattr(_store, "Reader", refuse)
+            by_orbax = flaxckpt.load(each)
+        with monkeypatch.context() as patch:
+            patch.setattr(_store, "_read_by_orbax", refuse)
+            found = flaxckpt.load(each)
+            assert_same(found, by_orbax)
+            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+            jax.tree.map(
+                np.testing.assert_array_equal, flaxckpt.load(each, like), like | found
+            )
+        assert_same(flaxckpt.load(each, tree), tree)  # onto the mesh
+
+
+def refuse(*args, **kwargs):
+    raise ValueError("not this way")
 
 
 def test_cast_converts_numbers_too(tmp_path):
