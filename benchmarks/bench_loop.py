@@ -129,15 +129,12 @@ def measure(title, tree, root, options) -> None:
         peer.close()
     out = options.json
     harness.report(f"{title}: the loop loses, per save", "s", slowdown, out)
+    harness.note(f"A step takes {statistics.median(baseline):.4f} s.", out)
+    harness.ratios(slowdown, out, best_of(slowdown), "raw write")
     harness.report(f"{title}: blocked, per save", "s", blocked, out)
+    harness.ratios(blocked, out, "Orbax v1 Checkpointer")
+    longest["without saves"] = rough
     harness.report(f"{title}: longest step", "median steps", longest, out)
-    longest_alone = statistics.median(rough)
-    print(f"\nA step takes {statistics.median(baseline):.4f} s; without saves, the ")
-    print(f"longest takes {longest_alone:.2f} medians.")
-    print("Lost:", end=" ")
-    harness.ratios(slowdown, best_of(slowdown), "raw write")
-    print("Blocked:", end=" ")
-    harness.ratios(blocked, "Orbax v1 Checkpointer")
 
 
 def best_of(slowdown):

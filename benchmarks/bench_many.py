@@ -105,7 +105,8 @@ def main() -> None:
     harness.report("A save, until it is on disk", "ms", results, options.json)
     one, other = results.values()
     added = sorted(a - b for a, b in zip(one, other, strict=True))[len(one) // 2]
-    print(f"\nBookkeeping for {number} adds {added:.2f} ms to a save.")
+    text = f"Bookkeeping for {number} adds {added:.2f} ms to a save"
+    harness.note(text, options.json)
     many.close()
     few.close()
     shutil.rmtree(root)

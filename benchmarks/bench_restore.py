@@ -55,7 +55,9 @@ def main() -> None:
         measure()
     results = harness.rounds(measures, options.rounds)
     harness.report(f"Restoring {megabytes} MB", "s", results, options.json)
-    harness.ratios(results, "Orbax v1, best settings", "numpy, from one file")
+    harness.ratios(
+        results, options.json, "Orbax v1, best settings", "numpy, from one file"
+    )
     for way in ways.values():
         way.close()
     shutil.rmtree(root)

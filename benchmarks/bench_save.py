@@ -49,7 +49,7 @@ def measure(title, tree, root, options) -> None:
         save()  # compiles, learns Orbax's form, and has a spare to write over
     results = harness.rounds(saves, options.rounds)
     harness.report(f"{title}: a save, until on disk", "s", results, options.json)
-    harness.ratios(results, "raw write + fsync", "Orbax v1 Checkpointer")
+    harness.ratios(results, options.json, "raw write + fsync", "Orbax v1 Checkpointer")
     for way in ways.values():
         way.close()
 

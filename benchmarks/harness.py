@@ -70,9 +70,23 @@ def report(
         row = " | ".join(f"{cell:10.4g}" for cell in cells)
         print(f"| {name:{width}} | {row} |", flush=True)
     if json_path is not None:
-        old = json.loads(json_path.read_text()) if json_path.exists() else []
-        old.append({"title": title, "unit": unit, "results": results, **environment()})
-        json_path.write_text(json.dumps(old, indent=1))
+        entry = {"title": title, "unit": unit, "results": results, "notes": []}
+        append(json_path, {**entry, **environment()})
+
+
+def append(json_path: Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry to the results."""
+    old = json.loads(json_path.read_text()) if json_path.exists() else []
+    json_path.write_text(json.dumps([*old, entry], indent=1))
+
+
+def note(text: str, json_path: Path | None) -> None:
+    """Print a conclusion, and write it to the last entry of the results."""
+    print(f"\n{text}", flush=True)
+    if json_path is not None:
+        *old, last = json.loads(json_path.read_text())
+        last["notes"].append(text)
+        json_path.write_text(json.dumps([*old, last], indent=1))
 
 
 def environment() -> dict[str, Any]:
@@ -90,6 +104,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "commit": commit.stdout.strip(),
+        "devices": ", ".join(sorted({d.device_kind for d in jax.devices()})),
     }
 
 
@@ -98,12 +113,16 @@ def median_ratio(new: list[float], old: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(new, old, strict=True))
 
 
-def ratios(results: Mapping[str, list[float]], *bases: str) -> None:
-    """Print how flaxckpt compares with others, as medians of the rounds' ratios."""
+def ratios(
+    results: Mapping[str, list[float]], json_path: Path | None, *bases: str
+) -> None:
+    """Note how flaxckpt compares with others: the ratio of their medians."""
     for base in bases:
         if {"flaxckpt", base} <= results.keys():
-            ratio = median_ratio(results["flaxckpt"], results[base])
-            print(f"flaxckpt: {ratio:.2f} times {base}")
+            ratio = statistics.median(results["flaxckpt"]) / statistics.median(
+                results[base]
+            )
+            note(f"flaxckpt: {ratio:.2g} times {base}", json_path)
 
 
 def tree_of(megabytes: int) -> dict[str, jax.Array]:
