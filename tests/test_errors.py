@@ -4,7 +4,7 @@ import copy
 import inspect
 import pickle
 
-import jax.numpy as jnp
+import jax
 import orbax.checkpoint as v0
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -89,7 +89,7 @@ def test_what_orbax_raises_while_loading_comes_out_as_ours(
 ):
     """Whatever its kind: here the one place where Orbax is told to fail."""
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
-        path = ckpt.save({"w": jnp.ones(2)}, epoch=0)
+        path = ckpt.save({"key": jax.random.key(0)}, epoch=0)  # Orbax reads keys
 
     def fail(*args, **kwargs):
         raise raised("of Orbax")
