@@ -178,7 +178,11 @@ class Area:
             self._sync_directory(path.parent)
             return
         aside = self._made()
-        path.rename(aside / "new")
+        try:
+            path.rename(aside / "new")
+        except OSError:
+            aside.rmdir()
+            raise
         # Before its files are written over, it must be gone for good.
         self._sync_directory(aside)
         self._sync_directory(path.parent)

@@ -9,10 +9,11 @@ import errno
 import fcntl
 import os
 import signal
-import stat
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Stamp: TypeAlias = tuple[int, int, int, int]
 
 
 def sync_tree(directory: Path) -> None:
@@ -82,28 +83,35 @@ class Draft:
         finally:
             os.close(descriptor)
 
-    def link(self, name: str, source: Path, size: int) -> bool:
+    def stamp(self, name: str) -> Stamp:
+        """Return what a file here can be known by again, under any of its names."""
+        return _stamp((self._root / name).lstat())
+
+    def link(self, name: str, source: Path, stamp: Stamp) -> bool:
         """Give a file that is on disk already a name here too, instead of writing it.
 
         Args:
             name: Its path in the directory.
             source: The file.
-            size: Its size in bytes, if nobody has changed it.
+            stamp: What it was known by when it was written.
 
         Returns:
-            Whether that was possible. If not, the name is not there, or to be written.
+            Whether that was possible. If not, nothing has changed here.
         """
         path = self._root / name
+        new = path.with_name(f"{path.name}.link")
         try:
-            found = source.lstat()
-            if found.st_size != size or not stat.S_ISREG(found.st_mode):
-                return False
             self._make(path.parent)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(path.lstat(), found):
+                if _stamp(path.lstat()) == stamp:
                     return True
-                path.unlink()
-            os.link(source, path)
+            with contextlib.suppress(FileNotFoundError):
+                new.unlink()
+            os.link(source, new)
+            if _stamp(new.lstat()) != stamp:  # somebody has put another one there
+                new.unlink()
+                return False
+            os.replace(new, path)
         except OSError:  # deleted by hand, too many links, or none on this file system
             return False
         self._changed.add(path.parent)
@@ -124,6 +132,10 @@ class Draft:
                 directory.mkdir()
             self._changed.update((directory, directory.parent))
         self._made.add(directory)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _open_over(path: Path) -> tuple[int, bool]:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from flaxckpt._digest import Piece, digest, pieces
+from flaxckpt._digest import Piece, agrees, digest, pieces
 from flaxckpt._draft import Draft
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._tree import Layout, Leaf
@@ -47,6 +47,7 @@ _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
 _FILE_THREADS = 4
 _HEAD = 64
+_READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that are read here
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 _TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
 
@@ -138,31 +139,33 @@ class Form:
                 value.digest = found
                 names = [f"{STATE}/{key}" for key, _ in stored.with_keys("/").keys()]
                 is_linked = frozen.link(draft, stored, value, names)
-                frozen.note(stored, value, names, is_linked=is_linked)
+                frozen.note(draft, stored, value, names, is_linked=is_linked)
 
     def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
-        """Look up what of an earlier checkpoint can be linked.
+        """Look up what of an earlier checkpoint can be linked: what is as it was.
 
         Args:
             path: The checkpoint.
             leaves: Its leaves.
             frozen: What to tell.
         """
-        digests = {".".join(leaf.path): leaf.digest for leaf in leaves}
+        store, there = _Files(path / STATE), Draft(path, sync=False)
+        known = {".".join(leaf.path): leaf for leaf in leaves if leaf.digest}
         for stored in self.arrays:
-            if isinstance(stored, str) or not digests.get(stored.name):
+            leaf = None if isinstance(stored, str) else known.get(stored.name)
+            if leaf is None or isinstance(stored, str) or leaf.kind not in _READ:
                 continue
+            found = _read(store, leaf)
+            if found is None or found[0].with_keys(".") != stored:
+                continue
+            names = [f"{STATE}/{key}" for key, _ in found[0].keys()]
             try:
-                text = (path / STATE / stored.name / "zarr.json").read_bytes()
-                keys = json.loads(text)["chunk_key_encoding"].get("configuration", {})
-                there = replace(
-                    stored, description=text, separator=keys.get("separator", "/")
-                )
-                if there.with_keys(".") == stored:
-                    files = [path / STATE / key for key, _ in there.keys()]
-                    frozen.adopt(stored, Home.of(digests[stored.name], files))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # then it is written
+                stamps = [there.stamp(name) for name in names]
+            except OSError:
+                continue
+            if agrees(found[1], leaf.digest):
+                files = [path / name for name in names]
+                frozen.adopt(stored, Home(leaf.digest, files, stamps))
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -220,12 +223,16 @@ class Form:
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
                 value.digest = value.digest or digest(value.value)
                 is_linked = frozen.link(draft, stored, value, names)
-                frozen.note(stored, value, names, is_linked=is_linked)
-                value = None if is_linked else value.value
-            if value is not None:
-                for key, chunk in _chunks(stored, value):
-                    draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
+                if not is_linked:
+                    write_chunks(stored, value.value)
+                frozen.note(draft, stored, value, names, is_linked=is_linked)
+            else:
+                write_chunks(stored, value)
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+
+        def write_chunks(stored: _Stored, value: Any) -> None:
+            for key, chunk in _chunks(stored, value):
+                draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
 
         with (
             ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
@@ -283,7 +290,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
             if leaf.kind == "str":
                 arrays.append(name)
                 continue
-            stored = _stored(name, value, store)
+            stored = _stored(name, leaf, value, store)
             for key, chunk in _chunks(stored, value):
                 _compare(store.ends(key), chunk)
             arrays.append(stored if is_database else stored.with_keys("."))
@@ -306,15 +313,17 @@ class _OtherwiseError(Exception):
     """Orbax wrote it otherwise than it would be written here."""
 
 
-def _stored(name: str, value: Any, store: "_Files | _Database") -> _Stored:
+def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _Stored:
     """Read how Orbax has stored an array; raise if not in the way known here."""
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), pieces(value)[0][1].dtype)
+    # A leaf's own dtype, where it has one: Orbax may have been given another.
+    dtype = leaf.dtype if leaf.kind in _READ else str(pieces(value)[0][1].dtype)
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
     if stored.separator != "/":
         raise _OtherwiseError
     return stored
 
 
-def _parsed(name: str, description: bytes, dtype: Any) -> _Stored:
+def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
     """Parse a `zarr.json`.
 
     Raises:
@@ -346,7 +355,7 @@ def _parsed(name: str, description: bytes, dtype: Any) -> _Stored:
         or keys["name"] != "default"
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] != str(dtype)
+        or fields["data_type"] != dtype
     ):
         raise _OtherwiseError
     return _Stored(name, description, shape, chunk, separator)
@@ -378,25 +387,33 @@ class Reader:
             Its values, in memory that JAX on CPU need not copy; None if they are stored
             in a way that is not known here, or not whole: Orbax can tell.
         """
-        name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
-        try:
-            stored = _parsed(name, self._store.read(f"{name}/zarr.json"), dtype)
-            if stored.shape != leaf.shape:
-                return None
-            values = _aligned(stored.shape, dtype)
-            for key, start in stored.keys():
-                if stored.chunk == stored.shape:
-                    self._store.read_into(key, values)
-                    break
-                part = np.empty(stored.chunk, dtype)
-                self._store.read_into(key, part)
-                where = zip(start, stored.chunk, strict=True)
-                values[tuple(slice(at, at + size) for at, size in where)] = part
-        except (_OtherwiseError, OSError, KeyError, ValueError, TypeError):
+        found = _read(self._store, leaf)
+        return None if found is None else found[1]
+
+
+def _read(
+    store: "_Files | _Database", leaf: Leaf
+) -> tuple[_Stored, np.ndarray[Any, Any]] | None:
+    """Read an array, and how it is stored."""
+    name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
+    try:
+        stored = _parsed(name, store.read(f"{name}/zarr.json"), leaf.dtype)
+        if stored.shape != leaf.shape:
             return None
-        except AttributeError:  # where a mapping is expected
-            return None
-        return values
+        values = _aligned(stored.shape, dtype)
+        for key, start in stored.keys():
+            if stored.chunk == stored.shape:
+                store.read_into(key, values)
+                break
+            part = np.empty(stored.chunk, dtype)
+            store.read_into(key, part)
+            where = zip(start, stored.chunk, strict=True)
+            values[tuple(slice(at, at + size) for at, size in where)] = part
+    except (_OtherwiseError, OSError, KeyError, ValueError, TypeError):
+        return None
+    except AttributeError:  # where a mapping is expected
+        return None
+    return stored, values
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:

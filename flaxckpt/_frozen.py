@@ -14,11 +14,13 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flaxckpt._draft import Draft
+from flaxckpt._draft import Draft, Stamp
 from flaxckpt._tree import PyTree, key_of
 from flaxckpt.errors import SettingError
 
 Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
+
+_STRUCTURES = 64  # of trees for which the choice is remembered
 
 
 @dataclass(eq=False)
@@ -43,17 +45,12 @@ class Home:
     Attributes:
         digest: Its digest.
         files: The files of its values, in order.
-        sizes: Their sizes in bytes.
+        stamps: What these are known by.
     """
 
     digest: str
     files: Sequence[Path]
-    sizes: Sequence[int]
-
-    @classmethod
-    def of(cls, digest: str, files: Sequence[Path]) -> "Home":
-        """Look up the sizes."""
-        return cls(digest, files, [file.stat().st_size for file in files])
+    stamps: Sequence[Stamp]
 
 
 class Frozen:
@@ -79,7 +76,7 @@ class Frozen:
         self._indices: dict[Any, list[int]] = {}
         self._known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
         self._homes: dict[Any, Home] = {}
-        self._drafted: list[tuple[Any, FrozenLeaf, list[str], bool]] = []
+        self._drafted: list[tuple[Any, FrozenLeaf, list[str], list[Stamp], bool]] = []
         self.linked_bytes = 0
 
     # ---- on the loop's thread --------------------------------------------------------
@@ -89,6 +86,8 @@ class Frozen:
         structure = jax.tree_util.tree_structure(tree)
         try:
             if structure not in self._indices:
+                if len(self._indices) >= _STRUCTURES:
+                    self._indices.clear()
                 self._indices[structure] = self._choose(tree)
             return self._indices[structure]
         except TypeError:  # static data that does not hash
@@ -120,11 +119,16 @@ class Frozen:
             "called with a leaf's path, a tuple of names, and the leaf.",
         )
 
-    def leaf(self, value: Any) -> FrozenLeaf:
-        """Take a leaf up; its digest is known if this very array was stored before."""
-        if not isinstance(value, jax.Array):
+    def leaf(self, value: Any, *, is_known: bool) -> FrozenLeaf:
+        """Take a leaf up.
+
+        Args:
+            value: The leaf.
+            is_known: Whether its digest is known if this very array was stored before.
+        """
+        if not isinstance(value, jax.Array):  # which may be changed
             return FrozenLeaf(None, None)
-        known = self._known.get(id(value))
+        known = self._known.get(id(value)) if is_known else None
         if known is not None and known[0]() is value:
             return FrozenLeaf(value, known[0], known[1])
         return FrozenLeaf(None, weakref.ref(value))
@@ -156,21 +160,28 @@ class Frozen:
         home = self._homes.get(key)
         if home is None or home.digest != leaf.digest:
             return False
-        return all(map(draft.link, names, home.files, home.sizes))
+        return all(map(draft.link, names, home.files, home.stamps))
 
     def note(
-        self, key: Any, leaf: FrozenLeaf, names: list[str], *, is_linked: bool
+        self,
+        draft: Draft,
+        key: Any,
+        leaf: FrozenLeaf,
+        names: list[str],
+        *,
+        is_linked: bool,
     ) -> None:
         """Note that a leaf is in the draft now, under these names."""
-        self._drafted.append((key, leaf, names, is_linked))
+        stamps = [draft.stamp(name) for name in names]
+        self._drafted.append((key, leaf, names, stamps, is_linked))
 
     def settle(self, path: Path) -> None:
         """Take in where the draft has been put."""
         drafted, self._drafted = self._drafted, []
-        for key, leaf, names, is_linked in drafted:
-            home = Home.of(leaf.digest, [path / name for name in names])
-            self._homes[key] = home
-            self.linked_bytes += sum(home.sizes) if is_linked else 0
+        for key, leaf, names, stamps, is_linked in drafted:
+            files = [path / name for name in names]
+            self._homes[key] = Home(leaf.digest, files, stamps)
+            self.linked_bytes += sum(s[-1] for s in stamps) if is_linked else 0
             array = leaf.origin and leaf.origin()
             if array is not None:
                 self._remember(array, leaf.digest)

@@ -23,12 +23,13 @@ from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series
 from flaxckpt._snapshot import Copies
 from flaxckpt._state import (
+    LEAVES,
     CheckpointState,
     judge,
     monitored,
     plain_state,
     whole,
-    with_best,
+    with_leaves,
 )
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
@@ -38,6 +39,8 @@ from flaxckpt.errors import (
     CheckpointError,
     CheckpointPathError,
     CheckpointWriteError,
+    MetricError,
+    SettingError,
 )
 
 Logs: TypeAlias = Mapping[str, Any]
@@ -77,7 +80,8 @@ class Entry:
         before: The state before it was decided.
         state: The state after.
         news: What to say of the decision before saying that it is saved.
-        copies: Copies of the leaves of what it saves, and of its logs.
+        kept: The state to record, of which nobody else donates a value.
+        copies: Copies of the leaves of what it saves, and of scalars on devices.
         frozen: Which of those leaves are frozen, by their positions.
     """
 
@@ -93,9 +97,13 @@ class Entry:
         self.save: Any = save
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
+        if logs is not None and not isinstance(logs, Mapping):
+            raise SettingError(
+                "logs", logs, "pass a mapping of names to metrics, or None."
+            )
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
-        self.before = self.state = state
+        self.before = self.state = self.kept = state
         self.news = ""
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
@@ -109,15 +117,47 @@ class Entry:
         value = monitored(name, self.logs.get(name, 0))
         return value if _is_unknown(value) else None
 
+    def scalars(self) -> dict[tuple[str, str], jax.Array]:
+        """Return what of logs and state is on devices, where it may be donated.
+
+        Raises:
+            MetricError: If that has happened.
+        """
+        found: dict[tuple[str, str], jax.Array] = {}
+        for name, value in self.logs.items():
+            if isinstance(value, jax.Array) and not value.shape:
+                if value.is_deleted():
+                    raise MetricError(
+                        name, "was deleted (donated to a jitted call). Pass a copy."
+                    )
+                found["logs", name] = value
+        for name in LEAVES:
+            value = getattr(self.state, name, None)
+            if isinstance(value, jax.Array) and (
+                name != "best" or self.save is not None
+            ):
+                found["state", name] = value  # but what a device is to decide by
+        return found
+
+    def keep(self, name: tuple[str, str], value: Any) -> None:
+        """Keep a value of `scalars` that is nobody else's."""
+        if name[0] == "logs":
+            self.logs[name[1]] = value
+        elif self.kept is not None and getattr(self.kept, name[1]) is getattr(
+            self.state, name[1]
+        ):
+            self.kept = with_leaves(self.kept, **{name[1]: value})
+
     def judge(self) -> None:
         """Decide a due check here and now, waiting for the metric if it counts."""
         assert self.state is not None
         forced, name = self.save, self.state.monitor
         if self.state.save_best_only:
-            self.state = with_best(self.state, _fetched(self.state.best))
+            self.state = with_leaves(self.state, best=_fetched(self.state.best))
             if name in self.logs:
                 self.logs[name] = _fetched(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)
+        self.kept = self.state
         self.save = bool(save or forced)
 
 
@@ -147,14 +187,14 @@ class _Save:
         whole: What goes into the slot; the same object where both are the whole tree,
             and then only if it does not go into the series. None if nothing does.
         path: Where in the series; None if that is not known yet.
-        arrays: Names of what is in the logs on devices.
+        scalars: Names of the scalars that are copied with it; see `Entry.scalars`.
         entries: The calls, the latest last.
     """
 
     part: _Part
     whole: _Part | None
     path: Path | None
-    arrays: list[str] = field(default_factory=list)
+    scalars: list[tuple[str, str]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -165,9 +205,16 @@ class _Save:
         return [self.part, self.whole]
 
     def leaves(self, entry: Entry) -> list[Any]:
-        """Return the leaves to copy, and the logs that are on devices behind them."""
+        """Return the leaves to copy, and the scalars on devices behind them.
+
+        Of frozen leaves that are stored already, there is nothing to copy.
+        """
         leaves = [leaf for part in self.parts for leaf in part.leaves]
-        return leaves + [entry.logs[name] for name in self.arrays]
+        for position, frozen in entry.frozen.items():
+            if frozen.digest:
+                leaves[position] = frozen
+        scalars = entry.scalars()
+        return leaves + [scalars[name] for name in self.scalars]
 
 
 class Saves:
@@ -281,6 +328,7 @@ class Saves:
         try:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
+            self._take_up_frozen(save, entry)
             entry.copies = self._copied(save.leaves(entry), job)
         except BaseException:
             self._writer.give_back(job)
@@ -317,8 +365,9 @@ class Saves:
             part = self._part(self._weights(tree), None)
         assert part is not None
         save = _Save(part, whole if lasts else None, path)
-        self._take_up_frozen(save, entry, tree)
-        self._take_up_logs(save, entry)
+        if self._frozen is not None and not any(part.frozen for part in save.parts):
+            raise self._frozen.refuse_all(tree)
+        self._take_up_scalars(save, entry)
         return save
 
     def _part(
@@ -329,72 +378,87 @@ class Saves:
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
 
-    def _take_up_frozen(self, save: _Save, entry: Entry, tree: PyTree) -> None:
-        """Note which leaves are frozen; what is stored already is not copied again.
+    def _take_up_frozen(self, save: _Save, entry: Entry) -> None:
+        """Note which leaves are frozen, once a job is claimed.
 
-        Raises:
-            SettingError: If none is.
+        What is stored already need not be copied again, if no save is under way that
+        may change where.
         """
         if self._frozen is None:
             return
-        if not any(part.frozen for part in save.parts):
-            raise self._frozen.refuse_all(tree)
         entry.frozen, first = {}, 0
+        is_alone = self._writer.is_idle()
         for part in save.parts:
+            stays = is_alone and _store.has_form(part.layout, part.leaves)
             for index in part.frozen:
-                if not part.layout.leaves[index].in_orbax:
-                    continue
-                leaf = self._frozen.leaf(part.leaves[index])
-                entry.frozen[first + index] = leaf
-                if leaf.digest:
-                    part.leaves[index] = leaf
+                leaf = part.layout.leaves[index]
+                if leaf.in_orbax and leaf.kind != "str":
+                    value = part.leaves[index]
+                    entry.frozen[first + index] = self._frozen.leaf(
+                        value, is_known=stays
+                    )
             first += len(part.leaves)
 
-    def _take_up_logs(self, save: _Save, entry: Entry) -> None:
-        """Have the logs that are on devices copied with the tree: they may be donated.
+    def _take_up_scalars(self, save: _Save, entry: Entry) -> None:
+        """Have scalars on devices copied with the tree: they may be donated.
 
         But for those that are there, and on other devices: these are looked at.
         """
         arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
-        for name, value in entry.logs.items():
-            if not isinstance(value, jax.Array) or value.shape:
-                continue
+        for name, value in entry.scalars().items():
             beside = not arrays or value.sharding.device_set == (
                 arrays[0].sharding.device_set
             )
             if beside or _is_unknown(value):
-                save.arrays.append(name)
+                save.scalars.append(name)
             else:
-                entry.logs[name] = _fetched(value)
+                entry.keep(name, _fetched(value))
 
     def _start_later(self, save: _Save, entry: Entry) -> bool:
         """Let the device decide, if there is memory to copy to without waiting."""
-        leaves, state, value = save.leaves(entry), entry.state, entry.unknown
+        state, value = entry.state, entry.unknown
         if state is None or value is None:  # it is there by now
-            return False
-        plan = _snapshot.planned(leaves)
-        if not plan.is_on_one_mesh(value, state.best):
             return False
         job = self._writer.claim(self._key(save, entry), self._limit(save), wait=False)
         if job is None:
             return False
-        memory: Copies | None = job.memory
-        fits = memory is not None and memory.plan is plan
-        if not fits and (job.content is not None or not self._is_on_device(leaves)):
-            self._writer.give_back(job)
-            return False
         try:
-            entry.state, entry.save, entry.copies = _snapshot.snapshot_if_better(
-                state,
-                value,
-                leaves,
-                memory if fits else None,
-                plan,
-                always=save.whole is not None,
-            )
+            is_submitted = self._decide_later(save, entry, job, state, value)
         except BaseException:
             self._writer.give_back(job)
             raise
+        if not is_submitted:
+            self._writer.give_back(job)
+        return is_submitted
+
+    def _decide_later(
+        self,
+        save: _Save,
+        entry: Entry,
+        job: Job,
+        state: CheckpointState,
+        value: jax.Array,
+    ) -> bool:
+        self._take_up_frozen(save, entry)
+        leaves = save.leaves(entry)
+        plan = _snapshot.planned(leaves)
+        if not plan.is_on_one_mesh(value, state.best):
+            return False
+        memory: Copies | None = job.memory
+        fits = memory is not None and memory.plan is plan
+        if not fits and (job.content is not None or not self._is_on_device(leaves)):
+            return False
+        (best, kept, before), entry.save, entry.copies = _snapshot.snapshot_if_better(
+            state,
+            value,
+            leaves,
+            memory if fits else None,
+            plan,
+            always=save.whole is not None,
+        )
+        entry.before = with_leaves(state, best=before)
+        entry.state = with_leaves(state, best=best)
+        entry.kept = with_leaves(state, best=kept)
         self._submit(job, save, entry, save.path)
         return True
 
@@ -436,7 +500,7 @@ class Saves:
             return None
         where = None if entry.save is False else save.path
         parts = [p for p in (save.part, save.whole) if p is not None]
-        return where, save.arrays, [(part.layout, part.weights) for part in parts]
+        return where, save.scalars, [(part.layout, part.weights) for part in parts]
 
     def _limit(self, save: _Save) -> int:
         if self._max_in_flight is not None:
@@ -483,9 +547,9 @@ class Saves:
             if leaf.value is None:
                 leaf.value = leaves[position]
             leaves[position] = leaf
-        number = len(leaves) - len(save.arrays)
-        values = [np.asarray(value)[()] for value in leaves[number:]]
-        entry.logs |= zip(save.arrays, values, strict=True)
+        number = len(leaves) - len(save.scalars)
+        for name, value in zip(save.scalars, leaves[number:], strict=True):
+            entry.keep(name, np.asarray(value)[()])
         del leaves[number:]
         pages: list[Page] = []
         if entry.save:
@@ -503,7 +567,7 @@ class Saves:
             slot = self._series.slot()
             pages.append(Page(slot, True, part.layout, own, part.weights))
         del leaves, save
-        state = entry.state
+        state = entry.kept
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
@@ -552,7 +616,7 @@ class Saves:
 
     def _tell_decided(self, entry: Entry) -> None:
         """Say how a decision went, as Keras does, or prepare to."""
-        state = entry.state
+        state = entry.kept
         if self._tell is None or state is None or not state.save_best_only:
             return
         before = np.asarray(entry.before.best) if entry.before is not None else np.nan

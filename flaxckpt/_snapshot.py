@@ -16,11 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._state import CheckpointState, judge, with_best
+from flaxckpt._state import CheckpointState, judge
 
 Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding] | None
 
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
+# Of others, XLA may change the bits where it joins arrays, or give up.
+_PACKED = frozenset(
+    [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+    + ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
+)
 _MANY = 4  # so many of them at least
 
 
@@ -35,7 +40,8 @@ class Packed(np.ndarray[Any, Any]):
 
     def placed(self) -> jax.Array:
         """Return it as the array it was."""
-        return jax.device_put(np.asarray(self), self.sharding)
+        with jax.enable_x64(True):  # whatever this thread is set to
+            return jax.device_put(np.asarray(self), self.sharding)
 
 
 @dataclass
@@ -43,13 +49,13 @@ class _Group:
     """Arrays on the same devices: one call may not mix arrays of different ones.
 
     Attributes:
-        devices: The devices.
+        devices: The devices, in order.
         alone: Positions of the leaves that are copied one by one.
         packs: Those of leaves that are copied into one array, of one dtype each.
         shardings: Of the copies: those alone first, then the packs.
     """
 
-    devices: frozenset[Any]
+    devices: Any
     alone: list[int] = field(default_factory=list)
     packs: list[list[int]] = field(default_factory=list)
     shardings: list[jax.sharding.Sharding] = field(default_factory=list)
@@ -58,6 +64,22 @@ class _Group:
         """Return the leaves of the group."""
         packs = [[leaves[index] for index in pack] for pack in self.packs]
         return [leaves[index] for index in self.alone], packs
+
+    @functools.cached_property
+    def work(self) -> Any:
+        """Something to reckon with, beside the copying.
+
+        JAX on CPU runs what takes fewer than 1000 floating-point operations on the
+        thread that calls it, and copying takes none.
+        """
+        work, sharding = np.ones(1024, np.float32), self.shardings[0]
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(
+                sharding.mesh, jax.sharding.PartitionSpec()
+            )
+        elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
+            return work
+        return jax.device_put(work, sharding)
 
     @functools.cached_property
     def copy(self) -> Any:
@@ -98,9 +120,11 @@ class _Group:
             slot: list[jax.Array],
             work: jax.Array,
         ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
+            before = jnp.copy(state.best)
             state, save = judge(state, {state.monitor: value}, np.True_)
             copies = choose(save, lambda: _copied(alone, packs), lambda: slot)
-            return state.best, save, copies, jnp.sum(work * work)
+            best = state.best, state.best, before
+            return best, save, copies, jnp.sum(work * work)
 
         return jax.jit(
             decide,
@@ -121,19 +145,19 @@ class Plan:
     def __init__(self, kinds: list[Kind]) -> None:
         """Group the arrays, and pack small ones."""
         self.kinds = kinds
-        groups: dict[frozenset[Any], _Group] = {}
+        groups: dict[Any, _Group] = {}
         packs: dict[tuple[Any, Any], list[int]] = {}
         for index, kind in enumerate(kinds):
             if kind is None:
                 continue
-            devices = frozenset(kind[2].device_set)
+            devices = _devices(kind[2])
             group = groups.setdefault(devices, _Group(devices))
             if _is_small(kind):
                 packs.setdefault((kind[1], kind[2]), []).append(index)
             else:
                 group.alone.append(index)
         for (_, sharding), indices in packs.items():
-            group = groups[frozenset(sharding.device_set)]
+            group = groups[_devices(sharding)]
             if len(indices) < _MANY:
                 group.alone += indices
             else:
@@ -148,7 +172,7 @@ class Plan:
         devices = {group.devices for group in self.groups}
         for scalar in scalars:
             if isinstance(scalar, jax.Array):
-                devices.add(frozenset(scalar.sharding.device_set))
+                devices.add(_devices(scalar.sharding))
         return len(devices) == 1
 
 
@@ -239,7 +263,7 @@ def snapshot(
     arrays: list[jax.Array] = []
     for group in plan.groups:
         slot = slots and [next(slots) for _ in group.shardings]
-        arrays += group.copy(*group.pick(leaves), slot, _work())[0]
+        arrays += group.copy(*group.pick(leaves), slot, group.work)[0]
     return Copies(plan, arrays, _beside(leaves))
 
 
@@ -251,7 +275,7 @@ def snapshot_if_better(
     plan: Plan,
     *,
     always: bool,
-) -> tuple[CheckpointState, jax.Array, Copies]:
+) -> tuple[tuple[jax.Array, ...], jax.Array, Copies]:
     """Judge a due check on the device, and copy only if there is something to save.
 
     Returns at once, without waiting for `value`.
@@ -267,13 +291,14 @@ def snapshot_if_better(
             not improve.
 
     Returns:
-        The state after `judge`, whether to save, bool[], and the copies.
+        The best value after `judge`, twice, since its owner may donate one, and before;
+        whether to save, bool[]; and the copies.
     """
     (group,) = plan.groups
     slot = (into or snapshot(leaves, None, plan)).arrays
     decide = group.decide_and_copy if always else group.decide
-    best, save, arrays, _ = decide(state, value, *group.pick(leaves), slot, _work())
-    return with_best(state, best), save, Copies(plan, arrays, _beside(leaves))
+    best, save, arrays, _ = decide(state, value, *group.pick(leaves), slot, group.work)
+    return best, save, Copies(plan, arrays, _beside(leaves))
 
 
 def on_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
@@ -317,6 +342,12 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
     return True
 
 
+def _devices(sharding: jax.sharding.Sharding) -> Any:
+    """Return the devices of a sharding in their order, which counts for a program."""
+    assignment = getattr(sharding, "_device_assignment", None)
+    return frozenset(sharding.device_set) if assignment is None else assignment
+
+
 def _beside(leaves: Sequence[Any]) -> list[Any]:
     return [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
 
@@ -327,7 +358,7 @@ def _is_small(kind: Kind) -> bool:
     shape, dtype, sharding = kind
     return (
         isinstance(sharding, jax.sharding.SingleDeviceSharding)
-        and not _is_key(dtype)
+        and str(dtype) in _PACKED
         and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
     )
 
@@ -344,13 +375,3 @@ def _is_key(dtype: Any) -> bool:
 def _copied(alone: list[jax.Array], packs: list[list[jax.Array]]) -> list[jax.Array]:
     joined = [jnp.concatenate([each.reshape(-1) for each in pack]) for pack in packs]
     return [jnp.copy(array) for array in alone] + joined
-
-
-@functools.cache
-def _work() -> np.ndarray[Any, Any]:
-    """Return something to reckon with, beside the copying.
-
-    JAX on CPU runs what takes fewer than 1000 floating-point operations on the thread
-    that calls it, and copying takes none.
-    """
-    return np.ones(1024, np.float32)

@@ -35,6 +35,7 @@ _INT32_MAX = 2**31 - 1
 _LARGEST = 2**30  # of what is counted: the sum of two is an int32 still
 _HOST_INTS = frozenset((int, np.int32, np.int64))
 _COUNTERS = ("seen", "batches", "last_epoch", "last_batch")
+LEAVES = ("best", *_COUNTERS)
 _SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
 _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
@@ -236,7 +237,7 @@ def tick(
     room = _INT32_MAX - batches
     seen = seen + added
     due = seen >= state.save_freq
-    return _moved(
+    return with_leaves(
         state,
         seen=int32(seen % state.save_freq),
         batches=int32(batches + where(added < room, added, room)),
@@ -270,7 +271,7 @@ def judge(
         with np.errstate(all="ignore"):
             value = _flushed(dtype.type(value), where)
             save = improves(value, best, state.mode, state.min_delta, where)
-    return _moved(state, best=where(save, value, best)), save
+    return with_leaves(state, best=where(save, value, best)), save
 
 
 def check_state(state: Any, own: CheckpointState) -> None:
@@ -290,9 +291,11 @@ def check_state(state: Any, own: CheckpointState) -> None:
             )
 
 
-def with_best(state: CheckpointState, best: Any) -> CheckpointState:
-    """Return the state with another best value."""
-    return _moved(state, best=best)
+def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
+    """Return the state with new leaves: `dataclasses.replace`, five times as fast."""
+    moved = object.__new__(CheckpointState)
+    moved.__dict__.update(state.__dict__, **leaves)
+    return moved
 
 
 def plain_state(state: CheckpointState) -> dict[str, Any]:
@@ -327,7 +330,9 @@ def resumed(
     """
     state = fresh
     if stored is not None:
-        state = _moved(state, **{name: np.int32(stored[name]) for name in _COUNTERS})
+        state = with_leaves(
+            state, **{name: np.int32(stored[name]) for name in _COUNTERS}
+        )
     if not state.save_best_only:
         return state
     as_best = _array(state.best).dtype.type
@@ -344,7 +349,7 @@ def resumed(
     else:
         best = as_best(stored["best"])
         best = worse(best, better(on_disk)) if on_disk else best
-    return _moved(state, best=best)
+    return with_leaves(state, best=best)
 
 
 def improves(value: Any, best: Any, mode: str, min_delta: float, where: Where) -> Any:
@@ -421,13 +426,6 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _moved(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
-    """Return the state with new leaves: `dataclasses.replace`, five times as fast."""
-    moved = object.__new__(CheckpointState)
-    moved.__dict__.update(state.__dict__, **leaves)
-    return moved
-
-
 def _index(name: str, value: Any) -> Any:
     """Check that epoch or batch is a zero-based integer, as far as is known now."""
     if type(value) is int and 0 <= value < _LARGEST:
@@ -443,7 +441,11 @@ def _index(name: str, value: Any) -> Any:
         else:
             if 0 <= value < _LARGEST:
                 return value
-    raise SettingError(
+    raise _not_an_index(name, value)
+
+
+def _not_an_index(name: str, value: Any) -> SettingError:
+    return SettingError(
         name, value, "pass a zero-based integer below 2**30, as a scalar."
     )
 
@@ -454,8 +456,10 @@ def whole(name: str, value: Any) -> int:
     Raises:
         SettingError: If it is no zero-based integer.
     """
-    value = _index(name, np.asarray(value)[()] if hasattr(value, "shape") else value)
-    return operator.index(value)
+    value = np.asarray(value)[()] if hasattr(value, "shape") else value
+    if isinstance(value, bool | np.bool_):
+        raise _not_an_index(name, value)
+    return operator.index(_index(name, value))
 
 
 def _array(leaf: Scalar) -> Any:

@@ -221,8 +221,9 @@ def _write_by_orbax(
 ) -> list[str]:
     """Have Orbax write a tree, and learn from it how."""
     leaves, values = _unpacked(leaves), _unpacked(held)
+    handed_over = _thawed(held)
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
-        found = aside.submit(digests, values)
+        found = aside.submit(digests, handed_over)
         with _SAVING, _context(is_database=is_database, compress=compress):
             ocp.save(written, layout.fill_for_orbax(leaves))
         form = None if compress else recognized(written, layout, values)
@@ -259,6 +260,13 @@ def _unpacked(leaves: list[Any]) -> list[Any]:
     return [
         leaf.placed() if isinstance(leaf, Packed) else leaf for leaf in _thawed(leaves)
     ]
+
+
+def has_form(layout: Layout, leaves: list[Any]) -> bool:
+    """Tell whether a tree with frozen leaves is written without a look at them."""
+    pairs = zip(layout.leaves, leaves, strict=True)
+    held = [value for leaf, value in pairs if leaf.in_orbax]
+    return _form_of(layout, held, is_database=False) is not None
 
 
 def _form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:
@@ -476,7 +484,7 @@ def _load(
             given[position] = _tree.convert(
                 values[sources[index]], have, want, cast=cast
             )
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointMismatchError(
                 str(path),
                 [LeafDifference(have.name, str(have), str(want.leaf))],

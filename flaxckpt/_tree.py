@@ -366,13 +366,15 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     if kind == "key":
         return value if want.sharding is not None else _uncommitted_key(value)
     if kind not in _ARRAYS:
-        if have.kind not in _ARRAYS and have.kind != "complex":
+        if have.kind not in _ARRAYS and have.kind != "complex" and have.kind == kind:
             return value
         number = np.asarray(value).item()
         return _PYTHON[kind](number) if cast else number
     dtype = jnp.dtype(want.leaf.dtype)
     if have.kind not in _ARRAYS:
         exact = np.asarray(value)
+        if jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(exact):
+            raise ValueError(f"{exact.item()!r} does not fit {dtype}")
         value = exact.astype(dtype)
         same = value == exact or (value != value and exact != exact)
         if not (cast or want.is_weak or same):
@@ -605,12 +607,12 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
     elif any(arrays):
         array, scalar = (have, leaf) if arrays[0] else (leaf, have)
         fits = array.shape == () and (
-            _is_of_kind(array.dtype, scalar.kind) or (cast and scalar.kind in _PYTHON)
+            _is_of_kind(array.dtype, scalar.kind) or (cast and _converts(have, leaf))
         )
     elif have.kind == leaf.kind == "key":
         fits = have.shape == leaf.shape and have.dtype == leaf.dtype
     else:
-        fits = have.kind == leaf.kind
+        fits = have.kind == leaf.kind or (cast and _converts(have, leaf))
     if not fits:
         return str(leaf)
     if want.sharding is not None:
@@ -619,6 +621,21 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
         except ValueError:
             return f"{leaf} in shards of {want.sharding}, which do not divide it"
     return None
+
+
+def _converts(have: Leaf, want: Leaf) -> bool:
+    """Tell whether one number can become the other: all can, but complex to real."""
+    kinds = (*_PYTHON, *_ARRAYS)
+    if have.kind not in kinds or want.kind not in kinds:
+        return False
+    return not _is_complex(have) or _is_complex(want)
+
+
+def _is_complex(leaf: Leaf) -> bool:
+    return leaf.kind == "complex" or (
+        leaf.kind in _ARRAYS
+        and bool(jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.complexfloating))
+    )
 
 
 def _is_of_kind(dtype: str, kind: str) -> bool:

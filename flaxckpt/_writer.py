@@ -139,6 +139,11 @@ class Writer:
                 self._changed.wait_for(lambda: not self._is_busy)
                 self._memory.clear()
 
+    def is_idle(self) -> bool:
+        """Tell whether there is no job but the one that the caller has claimed."""
+        with self._changed:
+            return self._count() == 1
+
     def _count(self) -> int:
         return len(self._waiting) + self._claimed + (self._running is not None)
 

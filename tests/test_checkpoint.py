@@ -24,6 +24,7 @@ from flaxckpt import (
     CheckpointPathError,
     CheckpointState,
     CheckpointWriteError,
+    MetricError,
     ModelCheckpoint,
     SettingError,
     TemplateError,
@@ -681,7 +682,7 @@ def test_arguments_in_the_wrong_place_or_form(tmp_path):
             SettingError, match="its monitor is 'val_loss', here 'loss'"
         ):
             ckpt.save(tree, 0, state=other)
-        for epoch in (1.5, -1, "1"):
+        for epoch in (1.5, -1, "1", True):
             with pytest.raises(SettingError, match="zero-based integer"):
                 ckpt.update(state, tree, logs, epoch)
         with pytest.raises(SettingError, match=r"batch=2\.5 cannot work"):
@@ -690,6 +691,14 @@ def test_arguments_in_the_wrong_place_or_form(tmp_path):
             SettingError, match="which='last' cannot work: pass \"latest\""
         ):
             ckpt.restore(which="last")
+        with pytest.raises(
+            SettingError, match=r"logs=0\.5 cannot work: pass a mapping"
+        ):
+            ckpt.save(tree, 0, None, 0.5)
+        gone = jnp.float32(0.5)
+        gone.delete()
+        with pytest.raises(MetricError, match=r"logs\['other'\] was deleted"):
+            ckpt.update(state, tree, {**logs, "other": gone}, 0)
         assert not list(tmp_path.iterdir())
         ckpt.update(state, tree, logs, jnp.int32(3))
         ckpt.wait()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import hypothesis.strategies as st
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, SettingError, _store
+from flaxckpt import ModelCheckpoint, SettingError, _series, _store
 
 
 @pytest.fixture(autouse=True)
@@ -112,13 +113,14 @@ def test_what_is_stored_is_not_copied_again(tmp_path):
     with opened(tmp_path) as ckpt:
         ckpt.save(tree, 0)
         ckpt.wait()
-        leaf = ckpt._saves._frozen.leaf(tree["base"])
+        frozen = ckpt._saves._frozen
+        leaf = frozen.leaf(tree["base"], is_known=True)
         assert leaf.digest
-        assert not ckpt._saves._frozen.leaf(jnp.copy(tree["base"])).digest
+        assert not frozen.leaf(jnp.copy(tree["base"]), is_known=True).digest
         del leaf
         array, tree = tree.pop("base"), None
         del array
-        assert not ckpt._saves._frozen._known
+        assert not frozen._known
 
 
 def test_a_restart_links_to_what_is_there(tmp_path):
@@ -285,3 +287,94 @@ def test_bad_filters(tmp_path):
     ):
         ckpt.save(tree_of(), 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_linked_stays_as_orbax_wrote_it(tmp_path, monkeypatch):
+    """On a restart, on a file system without links: the best is replaced by a whole one."""
+    for epoch in range(2):
+        _store._FORMS.clear()
+        with ModelCheckpoint(tmp_path / "best", "loss", frozen=is_frozen) as ckpt:
+            ckpt.save(tree_of(0, epoch), epoch)
+        assert_holds(tmp_path / "best", 0, epoch)
+
+        def refuse(source, target):
+            raise PermissionError(1, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def test_files_that_others_have_put_there_are_not_linked(tmp_path):
+    """Two objects of one series: what the one knows, the other has replaced."""
+    one, other = opened(tmp_path), opened(tmp_path)
+    with one, other:
+        for i in range(2):
+            one.save(tree_of(1, i), i)
+        one.wait()
+        for i in range(2):
+            other.save(tree_of(2, i), i)
+        other.wait()
+        one.save(tree_of(1, 3), 3)
+    assert_holds(tmp_path / "4", 1, 3)
+
+
+def test_a_path_with_another_dtype_in_between(tmp_path):
+    trees = [
+        {"base": jnp.full(64, 7, dtype), "lora": jnp.zeros(3)}
+        for dtype in (jnp.float32, jnp.int32)
+    ]
+    with ModelCheckpoint(tmp_path / "best", "loss", frozen=is_frozen) as ckpt:
+        for i in (0, 0, 1, 1, 0, 1, 0):
+            ckpt.save({**trees[i], "base": jnp.copy(trees[i]["base"])}, i)
+            ckpt.wait()
+            flaxckpt.verify(tmp_path / "best")
+            found = ocp.load(tmp_path / "best")["base"]
+            assert (found.dtype, found[0]) == (trees[i]["base"].dtype, 7)
+
+
+def test_damage_is_not_passed_on_after_a_restart(tmp_path):
+    with opened(tmp_path) as ckpt:
+        ckpt.save(tree_of(3, 0), 0)
+        path = ckpt.save(tree_of(3, 1), 1)
+    (data,) = data_files(path / "state/base")
+    content = bytearray(data.read_bytes())
+    content[40] ^= 1
+    data.write_bytes(content)
+    _store._FORMS.clear()
+    with opened(tmp_path) as ckpt:
+        for i in (2, 3):
+            ckpt.save(tree_of(3, i), i)
+    assert_holds(tmp_path / "3", 3, 2)
+    assert_holds(tmp_path / "4", 3, 3)
+
+
+def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkeypatch):
+    go = threading.Event()
+    put = _series.Series.put
+
+    def late(*args, **kwargs):
+        go.wait(60)
+        put(*args, **kwargs)
+
+    donate = jax.jit(lambda x: x * 2, donate_argnums=0)
+    x, y = tree_of(1, 0), tree_of(2, 0)
+    with opened(tmp_path, max_in_flight=4) as ckpt:
+        ckpt.save(x, 0)
+        ckpt.save(x, 1)
+        ckpt.wait()
+        monkeypatch.setattr(_series.Series, "put", late)
+        ckpt.save({**y, "base": y["base"]}, 2)  # another value under the same name
+        ckpt.save(x, 3)
+        ckpt.save({**x, "merged": jnp.ones(3)}, 4)  # which Orbax writes
+        donate(x["base"])
+        go.set()
+    assert_holds(tmp_path / "3", 2, 0)
+    assert_holds(tmp_path / "4", 1, 0)
+    assert (flaxckpt.load(tmp_path / "5")["base"] == 1).all()
+
+
+def test_text_may_be_called_frozen(tmp_path):
+    tree = {**tree_of(), "name": "llama"}
+    with opened(tmp_path, frozen=lambda path, leaf: path != ("lora",)) as ckpt:
+        for i in range(3):
+            ckpt.save({**tree, "name": f"llama {i}"}, i)
+    assert flaxckpt.load(tmp_path / "3")["name"] == "llama 2"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 import flaxckpt
@@ -281,6 +282,84 @@ def test_many_small_arrays_of_many_kinds(tmp_path):
             assert found[name].dtype == value.dtype
             np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
         assert found["elsewhere"].sharding == wanted["elsewhere"].sharding
+
+
+def test_64_bits_in_a_context(tmp_path):
+    """Which is this thread's own, and not that of the one that writes."""
+    _store._FORMS.clear()
+    with jax.enable_x64(True), ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        tree = {f"n{i}": jnp.int64(2**40 + i) for i in range(6)}
+        tree |= {f"x{i}": jnp.float64(0.1 + i) for i in range(6)}
+        for epoch in range(3):
+            ckpt.save(tree, epoch)
+            ckpt.wait()
+            found = flaxckpt.load(tmp_path / f"{epoch + 1}", tree)
+            assert found == tree
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e5m2", "float8_e3m4", "float8_e4m3fn", "int2", "int4", "bfloat16"]
+)
+def test_every_bit_of_small_arrays_stays(tmp_path, dtype):
+    """NaNs with all their bits, too, and where XLA cannot join arrays."""
+    dtype = jnp.dtype(dtype)
+    if dtype in (jnp.int2, jnp.int4):
+        half = 2 if dtype == jnp.int2 else 8
+        values = jnp.asarray(np.arange(-half, half), dtype)
+    else:
+        bits = np.arange(2 ** (8 * dtype.itemsize))
+        values = jnp.asarray(bits.astype(f"u{dtype.itemsize}").view(dtype))
+    tree = {f"w{i}": jnp.copy(values) for i in range(5)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree, epoch)
+    for epoch in range(2):
+        found = flaxckpt.load(tmp_path / f"{epoch + 1}")
+        for value in found.values():
+            assert np.asarray(value).tobytes() == np.asarray(values).tobytes()
+
+
+def test_the_state_may_be_donated(tmp_path, late):
+    """To a jitted loop, say, while its save is under way."""
+    renew = jax.jit(
+        lambda state: jax.tree.map(lambda x: x + 0, state), donate_argnums=0
+    )
+    settings = {"save_best_only": True, "save_freq": 2, "verbose": 1}
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", **settings) as ckpt:
+        state = renew(ckpt.init())
+        for epoch, loss in enumerate([0.5, 0.4, 0.6, 0.3]):
+            logs = {"loss": jnp.float32(loss)}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch, 1)
+            state = renew(state)
+        state = renew(ckpt.update(state, tree_of(9), logs, 9, 1, force=True))
+    assert names(ckpt.checkpoints) == ["1", "2", "4", "10"]
+    assert [info.state["best"] for info in ckpt.checkpoints] == [
+        pytest.approx(best) for best in (0.5, 0.4, 0.3, 0.3)
+    ]
+    assert ckpt.checkpoints[-1].state["batches"] == 10
+
+
+def test_meshes_of_the_same_devices_in_another_order(tmp_path):
+    devices = np.array(jax.devices()[:4])
+    tree = {
+        name: jax.device_put(
+            jnp.arange(8.0), NamedSharding(Mesh(order, "x"), PartitionSpec("x"))
+        )
+        for name, order in {"a": devices, "b": devices[::-1]}.items()
+    }
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        path = ckpt.save(tree, 0)
+    found = flaxckpt.load(path, tree)
+    assert (found["b"] == jnp.arange(8.0)).all()
+
+
+def test_no_transfers_that_were_not_asked_for(tmp_path):
+    tree = {"w": jnp.ones(3), **{f"s{i}": jnp.float32(i) for i in range(5)}}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt, jax.transfer_guard("disallow"):
+        ckpt.save(tree, 0)
+        path = ckpt.save(tree, 1)
+        ckpt.wait()
+    assert (flaxckpt.load(path)["w"] == 1).all()
 
 
 def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
