@@ -518,6 +518,7 @@ class Saves:
         if memory is not None and memory.plan is plan:
             return _snapshot.snapshot(leaves, memory, plan)
         if self._is_on_device(leaves):
+            job.memory = memory = None  # before more is taken
             return _snapshot.snapshot(leaves, None, plan)
         # Not into what waits to be written, which would be torn by an error half-way.
         return _snapshot.on_host(leaves, None if job.content else memory)
