@@ -13,6 +13,7 @@ from typing import Any, Never, Self, TypeAlias
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
 
 from flaxckpt import _store
 from flaxckpt._frozen import Filter, Frozen
@@ -34,6 +35,9 @@ from flaxckpt.errors import (
 )
 
 Logs: TypeAlias = Mapping[str, Any]
+
+# What JAX's transformations are when none is running; as Flax NNX asks for it.
+_OUTSIDE = get_opaque_trace_state(convention="nnx")
 
 _ELSEWHERE = {
     "period": "save_freq",
@@ -239,7 +243,9 @@ class ModelCheckpoint:
             )
         if frozen is not None and not callable(frozen):
             raise SettingError(
-                "frozen", frozen, "pass a function of a leaf's path and the leaf."
+                "frozen",
+                frozen,
+                "pass a function of a leaf's path and the leaf, or a type of leaf.",
             )
         if frozen is not None and compress:
             raise SettingError(
@@ -273,6 +279,8 @@ class ModelCheckpoint:
         self.counts = self._saves.counts
         _store.check_root(self._root)
         self.preempted = False
+        self._stale: CheckpointState | None = None  # it has a new best by now
+        self._is_warned = False
         self._watch = Watch() if save_on_preemption else None
 
     # ---- the loop --------------------------------------------------------------------
@@ -326,8 +334,11 @@ class ModelCheckpoint:
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
+        given = state
         if not isinstance(state, CheckpointState):
             check_state(state, self._fresh)
+        if given is self._stale:
+            self._warn_of_stale()
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not preempted:
             return state
@@ -342,6 +353,8 @@ class ModelCheckpoint:
             if preempted:
                 self._finish_preempted(path)
         assert entry.state is not None
+        improved = entry.save is True and given.save_best_only and not force
+        self._stale = given if improved else None
         return entry.state
 
     def save(
@@ -368,13 +381,16 @@ class ModelCheckpoint:
             CheckpointError: As `update`.
         """
         self._saves.check()
+        preempted = self._is_newly_preempted()
         _refuse_traced(False, False, epoch, batch, logs, tree, state)
         if state is not None:
             check_state(state, self._fresh)
         entry = Entry(True, epoch, batch, logs, state)
-        path = self._template.render(entry.epoch, entry.batch, logs)
-        self._saves.start(tree, entry, lasts=False)
-        return Path(path)
+        path = Path(self._template.render(entry.epoch, entry.batch, logs))
+        self._saves.start(tree, entry, lasts=preempted)
+        if preempted:
+            self._finish_preempted(path)
+        return path
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk.
@@ -398,6 +414,12 @@ class ModelCheckpoint:
         self._release()  # but not where an interrupt left a save under way
 
     def _release(self) -> None:
+        if self._is_newly_preempted() and self._watch is not None:
+            warnings.warn(
+                f"{self._watch.signal} came after the last update, and no state was "
+                "saved for it. End the program now.",
+                stacklevel=3,
+            )
         self._series.area.close()
         if self._watch is not None:
             self._watch.close()
@@ -483,6 +505,10 @@ class ModelCheckpoint:
             UserWarning: Naming each damaged checkpoint that was passed over.
         """
         self.wait()
+        _store.check_like(like)
+        if not isinstance(which, str | os.PathLike):
+            advice = 'pass "latest", "best" or the path of a checkpoint.'
+            raise SettingError("which", f"<{type(which).__name__}>", advice)
         if which == "latest":
             candidates = self._series.by_age()[::-1]
         elif which == "best":
@@ -542,6 +568,15 @@ class ModelCheckpoint:
             )
         return path
 
+    def _warn_of_stale(self) -> None:
+        if not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                "update was given the same state as at the call before, and forgets "
+                "what it has decided. Write state = ckpt.update(state, ...).",
+                stacklevel=3,
+            )
+
     def _is_newly_preempted(self) -> bool:
         watch = self._watch
         return watch is not None and watch.signal is not None and not self.preempted
@@ -576,22 +611,28 @@ class ModelCheckpoint:
     def _warn_of_others(self) -> None:
         """Warn if nothing was found for the reason that the filepath was changed."""
         template, others = self._template, self._series.others()
-        if others and not self._series.listed()[0]:
+        foreign = _store.foreign(self._root)
+        if (others or foreign) and not self._series.listed()[0]:
+            there = [f"checkpoints of other filepaths: {', '.join(others)}"] * bool(
+                others
+            ) + [f"checkpoints of plain Orbax: {', '.join(foreign)}"] * bool(foreign)
+            path = os.path.join(template.root, template.name)
             warnings.warn(
-                f"No checkpoint of {template.root!r}/{template.name!r} to restore, but "
-                f"there are checkpoints of other filepaths: {', '.join(others)}. "
-                "Restore one of those by its path, as in restore(which=path).",
+                f"No checkpoint of {path!r} to restore, but there are "
+                f"{' and '.join(there)}. Restore one of those by its path, as in "
+                "restore(which=path).",
                 stacklevel=3,
             )
 
 
 def _refuse_traced(*values: PyTree) -> None:
-    """Raise if any value is that of a running trace."""
+    """Raise within a running trace, or if any value is that of one."""
     kinds = set(map(type, jax.tree.leaves(values)))
-    if any(issubclass(kind, Tracer) for kind in kinds):
+    inside = get_opaque_trace_state(convention="nnx") != _OUTSIDE
+    if inside or any(issubclass(kind, Tracer) for kind in kinds):
         raise CheckpointError(
-            "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
-            "vmap...), where there is nothing to save yet. Decide there with "
+            "ModelCheckpoint was called in a running JAX trace (jit, scan, vmap...), "
+            "where there is nothing to save yet. Decide there with "
             "flaxckpt.step, which returns whether to save, and if so call save on what "
             "the traced function returns."
         )

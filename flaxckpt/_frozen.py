@@ -85,13 +85,14 @@ class Frozen:
         """Tell which leaves of a tree are frozen: once for each structure."""
         structure = jax.tree_util.tree_structure(tree)
         try:
-            if structure not in self._indices:
-                if len(self._indices) >= _STRUCTURES:
-                    self._indices.clear()
-                self._indices[structure] = self._choose(tree)
-            return self._indices[structure]
+            found = self._indices.get(structure)
         except TypeError:  # static data that does not hash
             return self._choose(tree)
+        if found is None:
+            if len(self._indices) >= _STRUCTURES:
+                self._indices.clear()
+            found = self._indices[structure] = self._choose(tree)
+        return found
 
     def _choose(self, tree: PyTree) -> list[int]:
         nnx = sys.modules.get("flax.nnx")
@@ -103,7 +104,16 @@ class Frozen:
         first = 0
         for entries, node in nodes:
             after = first + len(jax.tree_util.tree_leaves(node))
-            if self._chosen(tuple(str(key_of(entry)) for entry in entries), node):
+            path = tuple(str(key_of(entry)) for entry in entries)
+            try:
+                is_frozen = self._chosen(path, node)
+            except TypeError as error:
+                raise SettingError(
+                    "frozen",
+                    self._chosen,
+                    f"called with {path} and the leaf, it raised TypeError: {error}.",
+                ) from error
+            if is_frozen:
                 found += range(first, after)
             first = after
         return found

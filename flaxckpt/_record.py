@@ -54,6 +54,10 @@ class CheckpointInfo:
     series: str
     state: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
+    def __fspath__(self) -> str:
+        """Return the path, so that a record can be passed for one."""
+        return str(self.path)
+
     @property
     def metrics(self) -> Mapping[str, Any]:
         """The logs, under the name by which Orbax's preservation policies ask."""

@@ -205,6 +205,12 @@ def step(
         >>> bool(save), float(state.best)
         (True, 0.5)
     """
+    if not isinstance(state, CheckpointState):
+        raise SettingError(
+            "state",
+            f"<{type(state).__name__}>",
+            "pass a CheckpointState first; step returns one, and whether to save.",
+        )
     state, due = tick(state, epoch, batch)
     return judge(state, logs, due)
 

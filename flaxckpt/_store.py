@@ -51,6 +51,7 @@ from flaxckpt.errors import (
     CheckpointNotFoundError,
     CheckpointPathError,
     LeafDifference,
+    SettingError,
 )
 
 T = TypeVar("T")
@@ -183,6 +184,7 @@ def write(
                 _link(draft, learned, held, found, frozen, earlier)
         else:
             draft = Draft(written, sync=area.sync)
+            _adopt(form, frozen, earlier)
             draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
             found = form.write(draft, written, held, frozen)
         table = _table(layout, weights, found)
@@ -241,14 +243,19 @@ def _link(
     earlier: Path | None,
 ) -> None:
     """Link the frozen leaves of what Orbax has written to an earlier checkpoint's."""
-    if form is None:
+    if form is not None:
+        _adopt(form, frozen, earlier)
+        form.link(draft, held, found, frozen)
+
+
+def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
+    """Find what of an earlier run's last checkpoint can be linked, the first time."""
+    if frozen is None or earlier is None or not frozen.is_new:
         return
-    if frozen.is_new and earlier is not None:
-        try:
-            form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
-        except (CheckpointCorruptError, ValueError, KeyError, TypeError):
-            pass  # of no use
-    form.link(draft, held, found, frozen)
+    try:
+        form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
+    except (CheckpointCorruptError, ValueError, KeyError, TypeError):
+        pass  # of no use
 
 
 def _thawed(leaves: list[Any]) -> list[Any]:
@@ -331,6 +338,7 @@ def restore(
     path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
 ) -> tuple[PyTree, CheckpointInfo | None]:
     """Load a tree as `load` does, and its record; None for plain Orbax's."""
+    check_like(like)
 
     def read(path: Path) -> tuple[PyTree, CheckpointInfo | None]:
         info = read_record(path)
@@ -367,6 +375,7 @@ def load_weights(
         CheckpointError: If the weights were computed when saving, not picked, so that
             a whole checkpoint does not hold them; and as `load`.
     """
+    check_like(like)
 
     def read(path: Path) -> PyTree:
         layout, weights = _read_table(path)
@@ -664,12 +673,43 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     return layout, layout.skeleton if weights == "all" else weights
 
 
+def check_like(like: Any) -> None:
+    """Check that `like` is no path.
+
+    Raises:
+        SettingError: If it is one: the arguments were swapped.
+    """
+    if isinstance(like, os.PathLike) or (
+        isinstance(like, str) and (os.sep in like or like in ("latest", "best"))
+    ):  # other text is a tree of one leaf
+        raise SettingError(
+            "like", like, "it is the wanted tree. Paths go to load, or as which=."
+        )
+
+
+def foreign(directory: Path) -> list[str]:
+    """Name the checkpoints in a directory that plain Orbax wrote."""
+    return [
+        each.name
+        for each in _entries(directory)
+        if each.is_dir()
+        and not each.name.startswith(".")
+        and not is_checkpoint(each)
+        and ocp.is_orbax_checkpoint(each)
+    ]
+
+
 def _found(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise SettingError(
+            "path", f"<{type(path).__name__}>", "pass the path of a checkpoint first."
+        )
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or (found.is_dir() and ocp.is_orbax_checkpoint(found)):
         return found
     beside = found if found.is_dir() else found.parent
     names = [each.name for each in _entries(beside) if is_checkpoint(each)]
+    names += foreign(beside)
     raise CheckpointNotFoundError(str(found), tuple(names))
 
 

@@ -575,6 +575,12 @@ def _impl(key: jax.Array) -> str:
 
 def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
     if isinstance(value, jax.ShapeDtypeStruct):
+        mesh = getattr(value.sharding, "mesh", None)
+        if isinstance(mesh, jax.sharding.AbstractMesh):
+            raise _RefusedError(
+                "a ShapeDtypeStruct whose sharding names no devices (its mesh is an "
+                "AbstractMesh); give it the sharding on a mesh of devices"
+            )
         return Wanted(
             _array_leaf(path, value),
             value.sharding,

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 import flaxckpt
 from flaxckpt import (
     CheckpointError,
+    CheckpointNotFoundError,
     CheckpointPathError,
     CheckpointState,
     CheckpointWriteError,
@@ -165,7 +166,7 @@ def test_update_is_eager_only_for_now(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         jax.jit(lambda s, x: ckpt.update(s, {"w": x}, {}, 0))(ckpt.init(), jnp.ones(2))
     assert str(caught.value) == (
-        "ModelCheckpoint was called on values of a running JAX trace (jit, scan, "
+        "ModelCheckpoint was called in a running JAX trace (jit, scan, "
         "vmap...), where there is nothing to save yet. Decide there with flaxckpt.step, "
         "which returns whether to save, and if so call save on what the traced "
         "function returns."
@@ -369,7 +370,7 @@ def test_another_filepath_is_another_series(tmp_path):
     with pytest.warns(UserWarning, match="other filepaths") as caught:
         assert other.restore() is None
     assert str(caught[0].message) == (
-        f"No checkpoint of {str(tmp_path)!r}/'{{epoch:03d}}' to restore, but there are "
+        f"No checkpoint of '{tmp_path}/{{epoch:03d}}' to restore, but there are "
         "checkpoints of other filepaths: 1. Restore one of those by its path, as in "
         "restore(which=path)."
     )
@@ -703,3 +704,66 @@ def test_arguments_in_the_wrong_place_or_form(tmp_path):
         ckpt.update(state, tree, logs, jnp.int32(3))
         ckpt.wait()
         assert ckpt.latest.epoch == 3
+
+
+def test_a_call_in_jit_with_arrays_from_outside_is_refused(tmp_path):
+    """And leaves nothing behind that later saves would stumble over."""
+    w = {"w": jnp.ones(4)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        state = ckpt.init()
+        for call in (lambda: ckpt.save(w, 0), lambda: ckpt.update(state, w, {}, 0)):
+            with pytest.raises(CheckpointError, match="running JAX trace"):
+                jax.jit(lambda x, call=call: (call(), x)[1])(1.0)
+        assert not list(tmp_path.iterdir())
+        ckpt.save(w, 1)
+    assert names_in(tmp_path) == ["2"]
+
+
+def test_a_forgotten_state_is_told(tmp_path):
+    with ModelCheckpoint(tmp_path / "best", "loss", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        ckpt.update(state, {"w": 1}, {"loss": 0.5}, 0)
+        with pytest.warns(UserWarning, match=r"Write state = ckpt\.update\(state"):
+            ckpt.update(state, {"w": 1}, {"loss": 0.7}, 1)
+        ckpt.update(state, {"w": 1}, {"loss": 0.8}, 2)  # once is enough
+        state = ckpt.init()
+        for epoch in range(3):
+            state = ckpt.update(state, {"w": 1}, {"loss": 0.8}, epoch)
+
+
+def test_paths_and_trees_in_each_other_s_place(tmp_path):
+    tree = {"w": np.zeros(2)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        path = ckpt.save(tree, 0)
+        ckpt.wait()
+        assert flaxckpt.load(ckpt.latest)["w"].shape == (2,)  # a record will do
+        for call in (lambda: ckpt.restore("latest"), lambda: ckpt.restore(path),
+                     lambda: flaxckpt.load(path, path)):  # fmt: skip
+            with pytest.raises(SettingError, match=r"like=.*it is the wanted tree"):
+                call()
+        for call in (
+            lambda: ckpt.restore("latest", tree),
+            lambda: flaxckpt.load(tree, path),
+        ):
+            with pytest.raises(SettingError):
+                call()
+        with pytest.raises(SettingError, match=r"which='<int>' cannot work"):
+            ckpt.restore(which=0)
+    with pytest.raises(SettingError, match="state='<tuple>' cannot work"):
+        flaxckpt.step(flaxckpt.step(ckpt.init(), {}, 0), {}, 0)
+
+
+def test_checkpoints_of_orbax_are_named(tmp_path):
+    """A run of its CheckpointManager, to go on with."""
+    ocp.save(tmp_path / "7", {"w": np.zeros(2)})
+    with (
+        ModelCheckpoint(tmp_path / "{epoch}-{loss}") as ckpt,
+        pytest.warns(UserWarning, match="checkpoints of plain Orbax: 7"),
+    ):
+        assert ckpt.restore() is None
+    with pytest.raises(CheckpointNotFoundError, match="beside it: 7"):
+        flaxckpt.load(tmp_path)
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())

@@ -139,6 +139,15 @@ def test_a_restart_links_to_what_is_there(tmp_path):
     assert_holds(tmp_path / "7", 8, 6)
 
 
+def test_another_object_links_to_what_is_there(tmp_path):
+    """In the same process, where the form is known."""
+    for epoch in range(3):
+        with opened(tmp_path) as ckpt:
+            ckpt.save(tree_of(7, epoch), epoch)
+        assert bool(ckpt.counts.linked_bytes) == bool(epoch)
+        assert_holds(tmp_path / f"{epoch + 1}", 7, epoch)
+
+
 def test_the_best_in_one_place(tmp_path):
     """Its directory is exchanged and written over, and the links stay right."""
     with ModelCheckpoint(tmp_path / "best", "loss", frozen=is_frozen) as ckpt:
@@ -284,6 +293,13 @@ def test_bad_filters(tmp_path):
     with (
         opened(tmp_path, frozen=lambda path, leaf: False) as ckpt,
         pytest.raises(SettingError, match="no leaf of the tree, which has base, emb"),
+    ):
+        ckpt.save(tree_of(), 0)
+    with (
+        opened(tmp_path, frozen=lambda path: True) as ckpt,
+        pytest.raises(
+            SettingError, match=r"called with \('base',\) and the leaf, it raised"
+        ),
     ):
         ckpt.save(tree_of(), 0)
     assert not list(tmp_path.iterdir())

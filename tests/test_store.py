@@ -452,6 +452,15 @@ def test_arrays_are_read_without_orbax_and_as_it_reads_them(
         assert_same(flaxckpt.load(each, tree), tree)  # onto the mesh
 
 
+def test_a_like_that_names_no_devices(tmp_path):
+    path = saved(tmp_path, {"w": jnp.ones(8)})
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = NamedSharding(mesh.abstract_mesh, P("x"))
+    like = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
+    with pytest.raises(UnsupportedLeafError, match="names no devices"):
+        flaxckpt.load(path, like)
+
+
 def refuse(*args, **kwargs):
     raise ValueError("not this way")
 
