@@ -61,6 +61,7 @@ ocp: Any = v1
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
+_ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
 _READ_THREADS = 4
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
@@ -695,6 +696,7 @@ def foreign(directory: Path) -> list[str]:
         if each.is_dir()
         and not each.name.startswith(".")
         and not is_checkpoint(each)
+        and any((each / name).exists() for name in _ORBAX_FILES)
         and ocp.is_orbax_checkpoint(each)
     ]
 
