@@ -1,4 +1,4 @@
-"""Make docs/benchmarks.md and its plot from the results of a run of all benchmarks.
+"""Make docs/benchmarks.md, its plot and its JSON from the results of a run of all benchmarks.
 
 python benchmarks/run.py && python benchmarks/publish.py
 """
@@ -26,6 +26,8 @@ One run of `python benchmarks/run.py`: {versions}, Python {python}, {machine},
 {devices}. Medians, with the least and the greatest beside; all candidates of a table
 took turns. [benchmarks/README.md](../benchmarks/README.md) says what a number means.
 
+The numbers of all rounds are in [benchmarks.json](benchmarks.json).
+
 ![flaxckpt beside others](benchmarks.svg)
 """
 
@@ -49,6 +51,7 @@ def main() -> None:
         if entry["notes"]:
             text += "\n" + "\n".join(f"- {note}" for note in entry["notes"]) + "\n"
     (DOCS / "benchmarks.md").write_text(text)
+    (DOCS / "benchmarks.json").write_text(json.dumps(entries))
     plot({entry["title"]: entry for entry in entries})
 
 
