@@ -1,4 +1,4 @@
-"""Make docs/benchmarks.md, its plot and its JSON from the results of a run of all benchmarks.
+"""Make docs/benchmarks.md, its plot and its JSON from a run of all benchmarks.
 
 python benchmarks/run.py && python benchmarks/publish.py
 """
