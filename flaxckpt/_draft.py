@@ -85,7 +85,7 @@ class Draft:
 
     def stamp(self, name: str) -> Stamp:
         """Return what a file here can be known by again, under any of its names."""
-        return _stamp((self._root / name).lstat())
+        return stamp_of(self._root / name)
 
     def link(self, name: str, source: Path, stamp: Stamp) -> bool:
         """Give a file that is on disk already a name here too, instead of writing it.
@@ -103,12 +103,12 @@ class Draft:
         try:
             self._make(path.parent)
             with contextlib.suppress(FileNotFoundError):
-                if _stamp(path.lstat()) == stamp:
+                if stamp_of(path) == stamp:
                     return True
             with contextlib.suppress(FileNotFoundError):
                 new.unlink()
             os.link(source, new)
-            if _stamp(new.lstat()) != stamp:  # somebody has put another one there
+            if stamp_of(new) != stamp:  # somebody has put another one there
                 new.unlink()
                 return False
             os.replace(new, path)
@@ -134,7 +134,9 @@ class Draft:
         self._made.add(directory)
 
 
-def _stamp(found: os.stat_result) -> Stamp:
+def stamp_of(path: Path) -> Stamp:
+    """Return what a file can be known by again, under any of its names."""
+    found = path.lstat()
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 

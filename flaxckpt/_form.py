@@ -33,7 +33,7 @@ import numpy as np
 import tensorstore
 
 from flaxckpt._digest import Piece, agrees, digest, pieces
-from flaxckpt._draft import Draft
+from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._tree import Layout, Leaf
 
@@ -149,7 +149,7 @@ class Form:
             leaves: Its leaves.
             frozen: What to tell.
         """
-        store, there = _Files(path / STATE), Draft(path, sync=False)
+        store = _Files(path / STATE)
         known = {".".join(leaf.path): leaf for leaf in leaves if leaf.digest}
         for stored in self.arrays:
             leaf = None if isinstance(stored, str) else known.get(stored.name)
@@ -158,13 +158,12 @@ class Form:
             found = _read(store, leaf)
             if found is None or found[0].with_keys(".") != stored:
                 continue
-            names = [f"{STATE}/{key}" for key, _ in found[0].keys()]
+            files = [path / STATE / key for key, _ in found[0].keys()]
             try:
-                stamps = [there.stamp(name) for name in names]
+                stamps = [stamp_of(file) for file in files]
             except OSError:
                 continue
             if agrees(found[1], leaf.digest):
-                files = [path / name for name in names]
                 frozen.adopt(stored, Home(leaf.digest, files, stamps))
 
     @functools.cached_property

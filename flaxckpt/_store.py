@@ -178,11 +178,11 @@ def write(
         written = directory / "new"
         if form is None:
             settings = {"is_database": is_database, "compress": compress}
-            found = _write_by_orbax(written, layout, leaves, held, **settings)
+            found, learned = _write_by_orbax(written, layout, leaves, held, **settings)
             draft = Draft(written, sync=area.sync)
-            if frozen is not None:
-                learned = _form_of(layout, held, is_database=is_database)
-                _link(draft, learned, held, found, frozen, earlier)
+            if frozen is not None and learned is not None:
+                _adopt(learned, frozen, earlier)
+                learned.link(draft, held, found, frozen)
         else:
             draft = Draft(written, sync=area.sync)
             _adopt(form, frozen, earlier)
@@ -221,8 +221,8 @@ def _write_by_orbax(
     *,
     is_database: bool,
     compress: bool,
-) -> list[str]:
-    """Have Orbax write a tree, and learn from it how."""
+) -> tuple[list[str], Form | None]:
+    """Have Orbax write a tree, and learn from it how; return the digests, too."""
     leaves, values = _unpacked(leaves), _unpacked(held)
     handed_over = _thawed(held)
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
@@ -232,21 +232,7 @@ def _write_by_orbax(
         form = None if compress else recognized(written, layout, values)
         if form is not None:
             _FORMS.appendleft((layout, _placements(values), form))
-        return found.result()
-
-
-def _link(
-    draft: Draft,
-    form: Form | None,
-    held: list[Any],
-    found: list[str],
-    frozen: Frozen,
-    earlier: Path | None,
-) -> None:
-    """Link the frozen leaves of what Orbax has written to an earlier checkpoint's."""
-    if form is not None:
-        _adopt(form, frozen, earlier)
-        form.link(draft, held, found, frozen)
+        return found.result(), form
 
 
 def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
