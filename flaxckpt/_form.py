@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+import xxhash
 
 from flaxckpt._digest import Piece, agrees, digest, pieces
 from flaxckpt._draft import Draft, stamp_of
@@ -47,6 +48,7 @@ _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
 _FILE_THREADS = 4
 _HEAD = 64
+_BLOCK_BYTES = 512 * 2**10  # that are hashed and written, or read and hashed, at a time
 _READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that are read here
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 _TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
@@ -100,7 +102,7 @@ class Form:
         directory: Path,
         values: Sequence[Any],
         frozen: Frozen | None = None,
-    ) -> list[str]:
+    ) -> tuple[list[str], list[Sequence[str]]]:
         """Write a checkpoint of this form.
 
         Args:
@@ -111,12 +113,13 @@ class Form:
             frozen: Where frozen leaves are stored.
 
         Returns:
-            The leaves' digests. What is in a database is not on disk yet.
+            The leaves' digests, and the checksums of each leaf's files; none in a
+            database, which is not on disk yet.
         """
         for path, content in self.files.items():
             draft.write(path, [self._current(path, content, values)])
         if self.is_database:
-            return self._write_database(directory / STATE, values)
+            return self._write_database(directory / STATE, values), []
         return self._write_files(draft, values, frozen)
 
     def link(
@@ -124,6 +127,7 @@ class Form:
         draft: Draft,
         values: Sequence[Any],
         digests: Sequence[str],
+        sums: Sequence[Sequence[str]],
         frozen: Frozen,
     ) -> None:
         """Replace what Orbax has written of frozen leaves by links, where it is stored.
@@ -132,13 +136,16 @@ class Form:
             draft: What Orbax has written.
             values: The leaves, those that are frozen as `FrozenLeaf`.
             digests: Of the leaves.
+            sums: Of their files.
             frozen: Where frozen leaves are stored.
         """
-        for stored, value, found in zip(self.arrays, values, digests, strict=True):
+        found = zip(digests, sums, strict=True)
+        for stored, value, marks in zip(self.arrays, values, found, strict=True):
             if isinstance(value, FrozenLeaf) and isinstance(stored, _Stored):
-                value.digest = found
+                value.digest = marks[0]
                 names = [f"{STATE}/{key}" for key, _ in stored.with_keys("/").keys()]
                 is_linked = frozen.link(draft, stored, value, names)
+                value.sums = marks[1]
                 frozen.note(draft, stored, value, names, is_linked=is_linked)
 
     def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
@@ -164,7 +171,18 @@ class Form:
             except OSError:
                 continue
             if agrees(found[1], leaf.digest):
-                frozen.adopt(stored, Home(leaf.digest, files, stamps))
+                frozen.adopt(stored, Home(leaf.digest, files, stamps, found[2]))
+
+    def sums(self, values: Sequence[Any]) -> list[Sequence[str]]:
+        """Compute the checksums of the leaves' files; none of a database."""
+        if self.is_database:
+            return []
+        return [
+            ()
+            if isinstance(stored, str)
+            else [_Summed().after(chunk) for _, chunk in _chunks(stored, value)]
+            for stored, value in zip(self.arrays, values, strict=True)
+        ]
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -213,25 +231,32 @@ class Form:
 
     def _write_files(
         self, draft: Draft, values: Sequence[Any], frozen: Frozen | None
-    ) -> list[str]:
-        def write(stored: _Stored | str, value: Any) -> None:
+    ) -> tuple[list[str], list[Sequence[str]]]:
+        def write(stored: _Stored | str, value: Any) -> Sequence[str]:
             if isinstance(stored, str):
-                return
+                return ()
             if isinstance(value, FrozenLeaf):
                 assert frozen is not None
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
                 value.digest = value.digest or digest(value.value)
                 is_linked = frozen.link(draft, stored, value, names)
                 if not is_linked:
-                    write_chunks(stored, value.value)
+                    value.sums = write_chunks(stored, value.value)
                 frozen.note(draft, stored, value, names, is_linked=is_linked)
+                sums = value.sums
             else:
-                write_chunks(stored, value)
+                sums = write_chunks(stored, value)
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+            return sums
 
-        def write_chunks(stored: _Stored, value: Any) -> None:
+        def write_chunks(stored: _Stored, value: Any) -> Sequence[str]:
+            sums: list[str] = []
             for key, chunk in _chunks(stored, value):
-                draft.write(f"{STATE}/{key}", [chunk, _trailer(chunk.nbytes)])
+                summed = _Summed()
+                parts = itertools.chain(summed.each(chunk), [_trailer(chunk.nbytes)])
+                draft.write(f"{STATE}/{key}", parts)
+                sums.append(summed.text)
+            return sums
 
         with (
             ThreadPoolExecutor(1, "flaxckpt-digest") as aside,  # while others wait
@@ -239,8 +264,44 @@ class Form:
         ):
             thawed = [v for v in values if not isinstance(v, FrozenLeaf)]
             found = aside.map(digest, thawed)
-            list(pool.map(write, self.arrays, values))
-        return [v.digest if isinstance(v, FrozenLeaf) else next(found) for v in values]
+            sums = list(pool.map(write, self.arrays, values))
+        digests = [
+            v.digest if isinstance(v, FrozenLeaf) else next(found) for v in values
+        ]
+        return digests, sums
+
+
+class _Summed:
+    """Checksum of a file's values, taken block by block while they are in the cache.
+
+    XXH3 of 64 bits (https://xxhash.com), which costs a fraction of what a digest does,
+    and depends on how the values are cut into files.
+    """
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def each(self, values: Bytes) -> Iterator[memoryview]:
+        """Yield the blocks of values, each hashed just before."""
+        left = memoryview(values.data)
+        while left:
+            block, left = left[:_BLOCK_BYTES], left[_BLOCK_BYTES:]
+            self._hash.update(block)
+            yield block
+
+    def take(self, block: memoryview) -> None:
+        """Take in what has been read."""
+        self._hash.update(block)
+
+    def after(self, values: Bytes) -> str:
+        """Take in all values, and return the checksum."""
+        self._hash.update(values.data)
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """The checksum, as 16 hexadecimal digits."""
+        return self._hash.hexdigest()
 
 
 def _give_way(turn: float) -> float:
@@ -376,43 +437,55 @@ class Reader:
         is_database = (state / "manifest.ocdbt").exists()
         self._store = _Database(state) if is_database else _Files(state)
 
-    def read(self, leaf: Leaf) -> np.ndarray[Any, Any] | None:
+    def read(
+        self, leaf: Leaf, *, check: bool
+    ) -> tuple[np.ndarray[Any, Any] | None, bool]:
         """Read an array.
 
         Args:
             leaf: The array.
+            check: Whether to compare it with what is recorded of what was saved.
 
         Returns:
             Its values, in memory that JAX on CPU need not copy; None if they are stored
-            in a way that is not known here, or not whole: Orbax can tell.
+            in a way that is not known here, or not whole: Orbax can tell. And whether
+            they are what was saved, as far as that was checked.
         """
-        found = _read(self._store, leaf)
-        return None if found is None else found[1]
+        found = _read(self._store, leaf, check=check)
+        if found is None:
+            return None, True
+        _, values, sums = found
+        if not check:
+            return values, True
+        if leaf.sums and sums:
+            return values, leaf.sums == sums
+        return values, not leaf.digest or agrees(values, leaf.digest)
 
 
 def _read(
-    store: "_Files | _Database", leaf: Leaf
-) -> tuple[_Stored, np.ndarray[Any, Any]] | None:
-    """Read an array, and how it is stored."""
+    store: "_Files | _Database", leaf: Leaf, *, check: bool = True
+) -> tuple[_Stored, np.ndarray[Any, Any], tuple[str, ...]] | None:
+    """Read an array, how it is stored, and the checksums of its files, if asked to."""
     name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
     try:
         stored = _parsed(name, store.read(f"{name}/zarr.json"), leaf.dtype)
         if stored.shape != leaf.shape:
             return None
         values = _aligned(stored.shape, dtype)
+        sums: list[str] = []
         for key, start in stored.keys():
-            if stored.chunk == stored.shape:
-                store.read_into(key, values)
+            is_whole = stored.chunk == stored.shape
+            part = values if is_whole else np.empty(stored.chunk, dtype)
+            sums += store.read_into(key, part, check=check)
+            if is_whole:
                 break
-            part = np.empty(stored.chunk, dtype)
-            store.read_into(key, part)
             where = zip(start, stored.chunk, strict=True)
             values[tuple(slice(at, at + size) for at, size in where)] = part
     except (_OtherwiseError, OSError, KeyError, ValueError, TypeError):
         return None
     except AttributeError:  # where a mapping is expected
         return None
-    return stored, values
+    return stored, values, tuple(sums)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -524,19 +597,26 @@ class _Files:
         except OSError as error:
             raise _OtherwiseError from error
 
-    def read_into(self, key: str, values: np.ndarray[Any, Any]) -> None:
-        """Read a chunk."""
+    def read_into(
+        self, key: str, values: np.ndarray[Any, Any], *, check: bool
+    ) -> list[str]:
+        """Read a chunk; return the checksum, if asked to."""
+        summed = _Summed() if check else None
         trailer, left = _trailer(values.nbytes), memoryview(_bytes(values).data)
         with (self._directory / key).open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != values.nbytes + len(trailer):
                 raise _OtherwiseError
             while left:
-                count = os.readv(file.fileno(), [left])
+                block = left[:_BLOCK_BYTES] if summed else left
+                count = os.readv(file.fileno(), [block])
                 if not count:
                     raise _OtherwiseError
+                if summed:
+                    summed.take(left[:count])
                 left = left[count:]
             if os.read(file.fileno(), len(trailer) + 1) != trailer:
                 raise _OtherwiseError
+        return [summed.text] if summed else []
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         try:
@@ -558,12 +638,16 @@ class _Database:
         spec = {"driver": "ocdbt", "base": base, "context": context}
         self._store = tensorstore.KvStore.open(spec).result()
 
-    def read_into(self, key: str, values: np.ndarray[Any, Any]) -> None:
-        """Read a chunk."""
+    def read_into(
+        self, key: str, values: np.ndarray[Any, Any], *, check: bool
+    ) -> list[str]:
+        """Read a chunk; there are no files of its own."""
+        del check
         found, trailer = self.read(key), _trailer(values.nbytes)
         if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
             raise _OtherwiseError
         _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+        return []
 
     def read(self, key: str) -> bytes:
         found = self._store.read(key).result()

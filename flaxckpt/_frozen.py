@@ -31,11 +31,13 @@ class FrozenLeaf:
         value: Its value; None until there is a copy of it.
         origin: The array of which that is a copy, if it is an array of JAX.
         digest: Its digest, if it is known without a look at the value.
+        sums: Checksums of its files, once they are written or linked.
     """
 
     value: Any
     origin: "weakref.ref[jax.Array] | None"
     digest: str = ""
+    sums: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Home:
         digest: Its digest.
         files: The files of its values, in order.
         stamps: What these are known by.
+        sums: Their checksums, if they are known.
     """
 
     digest: str
     files: Sequence[Path]
     stamps: Sequence[Stamp]
+    sums: Sequence[str] = ()
 
 
 class Frozen:
@@ -170,6 +174,7 @@ class Frozen:
         home = self._homes.get(key)
         if home is None or home.digest != leaf.digest:
             return False
+        leaf.sums = home.sums
         return all(map(draft.link, names, home.files, home.stamps))
 
     def note(
@@ -190,7 +195,7 @@ class Frozen:
         drafted, self._drafted = self._drafted, []
         for key, leaf, names, stamps, is_linked in drafted:
             files = [path / name for name in names]
-            self._homes[key] = Home(leaf.digest, files, stamps)
+            self._homes[key] = Home(leaf.digest, files, stamps, leaf.sums)
             self.linked_bytes += sum(s[-1] for s in stamps) if is_linked else 0
             array = leaf.origin and leaf.origin()
             if array is not None:

@@ -5,6 +5,7 @@ its managers: listing, retention and replacement are ours. Orbax's exceptions do
 leave this room.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from orbax.checkpoint import v1
 
 from flaxckpt import _tree
 from flaxckpt._commit import Area
-from flaxckpt._digest import agree, agrees, digests
+from flaxckpt._digest import agree, digests
 from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
@@ -62,12 +62,12 @@ _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
-_READ_THREADS = 4
+_READ_THREADS = 8
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
 
-@cache
+@functools.cache
 def storable(dtype: str) -> bool:
     """Tell whether arrays of a dtype of this name can be stored."""
     try:
@@ -178,17 +178,19 @@ def write(
         written = directory / "new"
         if form is None:
             settings = {"is_database": is_database, "compress": compress}
-            found, learned = _write_by_orbax(written, layout, leaves, held, **settings)
+            found, sums, learned = _write_by_orbax(
+                written, layout, leaves, held, **settings
+            )
             draft = Draft(written, sync=area.sync)
             if frozen is not None and learned is not None:
                 _adopt(learned, frozen, earlier)
-                learned.link(draft, held, found, frozen)
+                learned.link(draft, held, found, sums, frozen)
         else:
             draft = Draft(written, sync=area.sync)
             _adopt(form, frozen, earlier)
             draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
-            found = form.write(draft, written, held, frozen)
-        table = _table(layout, weights, found)
+            found, sums = form.write(draft, written, held, frozen)
+        table = _table(layout, weights, found, sums)
         draft.write(LEAVES_FILE, [table])
         draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
         draft.finish()
@@ -199,15 +201,21 @@ def write(
         frozen.settle(info.path)
 
 
-def _table(layout: Layout, weights: Skeleton, found: list[str]) -> bytes:
-    """Return the table of leaves as JSON, of which only the digests are ever new."""
+def _table(
+    layout: Layout,
+    weights: Skeleton,
+    found: list[str],
+    sums: Sequence[Sequence[str]],
+) -> bytes:
+    """Return the table of leaves as JSON; only digests and checksums are ever new."""
     texts = [text for k, w, text in tuple(_TABLES) if k == layout and w == weights]
     if not texts:
         fields = {"format": FORMAT, **layout.to_json()}
         fields["weights"] = "all" if weights == layout.skeleton else weights
         texts.append(json.dumps(fields))
         _TABLES.appendleft((layout, weights, texts[0]))
-    return f'{texts[0][:-1]}, "digests": {json.dumps(found)}}}'.encode()
+    new = json.dumps({"digests": found, "sums": sums} if sums else {"digests": found})
+    return f"{texts[0][:-1]}, {new[1:]}".encode()
 
 
 _TABLES: deque[tuple[Layout, Skeleton, str]] = deque(maxlen=8)
@@ -221,8 +229,8 @@ def _write_by_orbax(
     *,
     is_database: bool,
     compress: bool,
-) -> tuple[list[str], Form | None]:
-    """Have Orbax write a tree, and learn from it how; return the digests, too."""
+) -> tuple[list[str], Sequence[Sequence[str]], Form | None]:
+    """Have Orbax write a tree, and learn from it how; return digests and checksums."""
     leaves, values = _unpacked(leaves), _unpacked(held)
     handed_over = _thawed(held)
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
@@ -232,7 +240,8 @@ def _write_by_orbax(
         form = None if compress else recognized(written, layout, values)
         if form is not None:
             _FORMS.appendleft((layout, _placements(values), form))
-        return found.result(), form
+        sums = [] if form is None else form.sums(values)
+        return found.result(), sums, form
 
 
 def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
@@ -444,7 +453,7 @@ def _stamp(path: Path) -> bytes:
         return b""
 
 
-@cache
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that write a checkpoint."""
     packages = ("flaxckpt", "jax", "orbax-checkpoint")
@@ -533,14 +542,10 @@ def _read_files(
     except (OSError, ValueError):  # Orbax can tell what is wrong
         return {}, []
 
-    def read(leaf: Leaf) -> tuple[Any, bool]:
-        values = reader.read(leaf)
-        if values is None or not check or not leaf.digest:
-            return values, True
-        return values, agrees(values, leaf.digest)  # while it is in the cache
-
-    threads = min(_READ_THREADS, os.cpu_count() or 1)
+    # More than cores: one that waits for the interpreter leaves its core to others.
+    threads = min(_READ_THREADS, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads, "flaxckpt-read") as pool:
+        read = functools.partial(reader.read, check=check)
         found = dict(zip(whole, pool.map(read, whole.values()), strict=True))
     damaged = [whole[index] for index, (_, same) in found.items() if not same]
     return {i: value for i, (value, _) in found.items() if value is not None}, damaged

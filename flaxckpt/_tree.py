@@ -52,6 +52,7 @@ class Leaf:
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.
         digest: Fingerprint of the value that was saved; see `_digest`.
+        sums: Checksums of its files, in order; none where they are not known.
     """
 
     path: tuple[str, ...]
@@ -60,6 +61,7 @@ class Leaf:
     shape: tuple[int, ...] = ()
     impl: str = ""
     digest: str = ""
+    sums: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -153,14 +155,14 @@ class Layout:
         return Layout(visit(skeleton, ()), tuple(leaves)), sources
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON values, less the digests."""
+        """Return the layout as JSON values, less digests and checksums."""
         return {
             "tree": self.skeleton,
             "leaves": [
                 {
                     key: value
                     for key, value in vars(leaf).items()
-                    if key in _LEAF_FIELDS - {"digest"}
+                    if key in _LEAF_FIELDS - {"digest", "sums"}
                     and value != ""
                     and (key != "shape" or leaf.dtype)
                 }
@@ -177,9 +179,10 @@ class Layout:
     def from_json(cls, table: Mapping[str, Any]) -> "Layout":
         """Return the layout of which `to_json` returned the fields.
 
-        With `digests` beside them: those of the leaves that Orbax holds, in order.
+        With `digests` and `sums` beside them: those of the leaves that Orbax holds, in
+        order.
         """
-        digests = iter(table.get("digests", ()))
+        digests, sums = iter(table.get("digests", ())), iter(table.get("sums", ()))
         leaves = [
             Leaf(
                 path=tuple(each["path"]),
@@ -193,7 +196,9 @@ class Layout:
         ]
         if "digests" in table:  # in format 1, each leaf has its own
             leaves = [
-                replace(leaf, digest=next(digests, "")) if leaf.in_orbax else leaf
+                replace(leaf, digest=next(digests, ""), sums=tuple(next(sums, ())))
+                if leaf.in_orbax
+                else leaf
                 for leaf in leaves
             ]
         return cls(table["tree"], tuple(leaves))

@@ -10,7 +10,8 @@ from typing import Any
 
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
-_IDLE_SECS = 2.0
+# A new thread makes its starter wait for it, for milliseconds where all cores are busy.
+_IDLE_SECS = 600.0
 
 
 def _nothing() -> None:
