@@ -113,21 +113,24 @@ def no_digests():
     """Save without digests and checksums, also where Orbax writes."""
     with (
         mock.patch.object(_store, "digests", lambda values: [""] * len(values)),
-        mock.patch.object(_form, "digest", return_value=""),
-        mock.patch.object(_form, "_Summed", Unsummed),
+        mock.patch.object(_form, "Digest", mock.MagicMock(return_value=NoMarks())),
+        mock.patch.object(_form, "xxhash", mock.Mock(xxh3_64=NoMarks)),
     ):
         yield
 
 
-class Unsummed:
-    """A checksum that is not taken."""
+class NoMarks:
+    """Digest and checksum that are not taken."""
 
     text = ""
 
-    def each(self, values):
-        yield values
+    def blocks(self, piece, starts):
+        yield piece
 
-    def after(self, values):
+    def update(self, block):
+        pass
+
+    def hexdigest(self):
         return ""
 
 

@@ -21,7 +21,8 @@ still be computed.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -66,6 +67,30 @@ def digest(value: Any) -> str:
     return f"{_MARK}{combined(pieces(value)):016x}"
 
 
+class Digest:
+    """The digest of an array whose pieces come one by one."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._sum = 0
+
+    def blocks(
+        self, piece: np.ndarray[Any, Any], starts: Sequence[int]
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Take in a piece, and yield each block of its memory, in the cache by then.
+
+        Args:
+            piece: The piece, contiguous.
+            starts: Where in the array it begins.
+        """
+        self._sum += yield from _blockwise(piece, starts)
+
+    @property
+    def text(self) -> str:
+        """A mark of the formula, and 16 hexadecimal digits."""
+        return f"{_MARK}{self._sum % 2**64:016x}"
+
+
 def agrees(value: Any, found: str) -> bool:
     """Tell whether a leaf has the digest that was recorded for it."""
     if found.startswith(_MARK):
@@ -98,6 +123,29 @@ def pieces(value: Any) -> list[Piece]:
 
 def _by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
     """Digest a piece, of which `starts` tells where in the array it begins."""
+    blocks = _blockwise(piece, starts)
+    while True:
+        try:
+            next(blocks)
+        except StopIteration as end:
+            return end.value
+
+
+def _blockwise(
+    piece: np.ndarray[Any, Any], starts: Sequence[int]
+) -> Generator[np.ndarray[Any, Any], None, int]:
+    """Digest a piece, and yield each block of its memory when that is in the cache.
+
+    Args:
+        piece: The piece, contiguous.
+        starts: Where in the array it begins.
+
+    Yields:
+        Blocks, contiguous, which together are the piece, in order.
+
+    Returns:
+        The digest.
+    """
     if not piece.ndim:
         piece, starts = piece.reshape(1), [0]
     words = _words(piece, starts[-1])
@@ -105,22 +153,41 @@ def _by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
     # Where a word is one element, no other piece has a part of it.
     folding = np.add if piece.dtype.itemsize < 8 else np.bitwise_xor
     if words.size <= _SMALL and not any(starts):
+        yield piece
         folded = folding(words, words >> _HALF).reshape(-1)
         return int(np.vdot(folded, _all_coefficients(words.shape)))
     axes = list(range(words.ndim))
     if words.ndim > 1 and words.shape[-1] < _SHORT:
+        yield piece
         return _contracted(folding(words, words >> _HALF), axes, starts)
+    is_padded = words.nbytes != piece.nbytes
+    if is_padded:
+        yield piece
     rows = words.reshape(-1, words.shape[-1])
     sums = np.zeros(len(rows), np.uint64)
-    for position, low, high in _coefficients(axes[-1], starts[-1], words.shape[-1]):
-        step = max(_BLOCK // len(low), 1)
-        memory = np.empty((min(step, len(rows)), len(low)), np.uint64)
-        for row in range(0, len(rows), step):
+    coefficients = list(_coefficients(axes[-1], starts[-1], words.shape[-1]))
+    step = max(_BLOCK // words.shape[-1], 1)
+    for row in range(0, len(rows), step):
+        for position, low, high in coefficients:
             block = rows[row : row + step, position : position + len(low)]
-            folded = np.right_shift(block, _HALF, out=memory[: len(block)])
+            folded = np.right_shift(block, _HALF, out=_memory(block))
             folding(folded, block, out=folded)
             sums[row : row + step] += np.einsum("ij,j->i", folded, low) * high
+            if not is_padded and (step == 1 or len(coefficients) == 1):
+                yield block
+        if not is_padded and step > 1 and len(coefficients) > 1:
+            yield rows[row : row + step]
     return _contracted(sums.reshape(words.shape[:-1]), axes[:-1], starts[:-1])
+
+
+def _memory(block: Words) -> Words:
+    """Return memory of this thread for up to `_BLOCK` words, in the block's shape."""
+    if not hasattr(_THREAD, "memory"):
+        _THREAD.memory = np.empty(_BLOCK, np.uint64)
+    return _THREAD.memory[: block.size].reshape(block.shape)
+
+
+_THREAD = threading.local()
 
 
 def _by_elements(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:

@@ -9,11 +9,15 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Container, Iterable
+import threading
+from collections.abc import Callable, Container, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 Stamp: TypeAlias = tuple[int, int, int, int]
+
+_SYNCS = 4  # at a time
 
 
 def sync_tree(directory: Path) -> None:
@@ -42,7 +46,17 @@ class Draft:
         self._root, self._sync = directory, sync
         self._changed: set[Path] = set()
         self._made: set[Path] = set()
+        self._disk = ThreadPoolExecutor(_SYNCS, "flaxckpt-sync")
+        self._syncs: list[Future[None]] = []
+        self._open = threading.BoundedSemaphore(2 * _SYNCS)
         self._make(directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait until nothing is done to the files any more."""
+        self._disk.shutdown()
 
     def keep_only(self, names: Container[str]) -> None:
         """Remove all files of other names, and directories without any files."""
@@ -64,24 +78,55 @@ class Draft:
             name: Its path in the directory.
             parts: Its bytes, in order.
         """
+        with self.writing(name) as write:
+            for part in parts:
+                write(part)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Generator[Callable[[Any], None]]:
+        """Write a file, part by part.
+
+        The disk takes it while others are written: `finish` waits for that.
+
+        Args:
+            name: Its path in the directory.
+
+        Yields:
+            What writes the next of its bytes.
+        """
         path = self._root / name
         self._make(path.parent)
         descriptor, is_new = _open_over(path)
-        if is_new:
-            self._changed.add(path.parent)
         try:
+            if is_new:
+                self._changed.add(path.parent)
             size = 0
-            for part in parts:
+
+            def write(part: Any) -> None:
+                nonlocal size
                 left = memoryview(part)
                 size += len(left)
                 while left:
                     left = left[os.write(descriptor, left) :]
+
+            yield write
             if os.fstat(descriptor).st_size > size:
                 os.ftruncate(descriptor, size)
             if self._sync:
-                os.fdatasync(descriptor)
+                self._sync_later(os.dup(descriptor))
         finally:
             os.close(descriptor)
+
+    def _sync_later(self, descriptor: int) -> None:
+        def sync() -> None:
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+                self._open.release()
+
+        self._open.acquire()  # so that not all files there are get opened
+        self._syncs.append(self._disk.submit(sync))
 
     def stamp(self, name: str) -> Stamp:
         """Return what a file here can be known by again, under any of its names."""
@@ -118,7 +163,13 @@ class Draft:
         return True
 
     def finish(self) -> None:
-        """Have the disk take the names as well."""
+        """Have the disk take all files, and then their names.
+
+        Raises:
+            OSError: If it does not take one.
+        """
+        for each in self._syncs:
+            each.result()
         if self._sync:
             for directory in sorted(self._changed, reverse=True):
                 sync_path(directory)

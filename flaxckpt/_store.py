@@ -176,24 +176,25 @@ def write(
         frozen.begin()
     with area.staging(reuse=form is not None and not is_database) as directory:
         written = directory / "new"
+        by_orbax = None
         if form is None:
             settings = {"is_database": is_database, "compress": compress}
-            found, sums, learned = _write_by_orbax(
-                written, layout, leaves, held, **settings
-            )
-            draft = Draft(written, sync=area.sync)
-            if frozen is not None and learned is not None:
-                _adopt(learned, frozen, earlier)
-                learned.link(draft, held, found, sums, frozen)
-        else:
-            draft = Draft(written, sync=area.sync)
-            _adopt(form, frozen, earlier)
-            draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
-            found, sums = form.write(draft, written, held, frozen)
-        table = _table(layout, weights, found, sums)
-        draft.write(LEAVES_FILE, [table])
-        draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
-        draft.finish()
+            by_orbax = _write_by_orbax(written, layout, leaves, held, **settings)
+        with Draft(written, sync=area.sync) as draft:
+            if by_orbax is not None:
+                found, sums, learned = by_orbax
+                if frozen is not None and learned is not None:
+                    _adopt(learned, frozen, earlier)
+                    learned.link(draft, held, found, sums, frozen)
+            else:
+                assert form is not None
+                _adopt(form, frozen, earlier)
+                draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
+                found, sums = form.write(draft, written, held, frozen)
+            table = _table(layout, weights, found, sums)
+            draft.write(LEAVES_FILE, [table])
+            draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+            draft.finish()
         if area.sync and (form is None or form.is_database):  # not written by the draft
             sync_tree(written)
         area.put(written, info.path)

@@ -1,6 +1,7 @@
 """Digests: the same for any sharding, another for any change."""
 
 import itertools
+import math
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt import _digest
-from flaxckpt._digest import combined, digest
+from flaxckpt._digest import Digest, combined, digest
 
 DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]
 arrays = hnp.arrays(
@@ -126,3 +127,33 @@ def test_keys_and_scalars():
     assert _digest.digests([3, "a"]) == [digest(3), digest("a")]
     recorded = [digest(3), digest("b")]
     assert _digest.agree([3, "a"], recorded) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((), "float32"),
+        ((5,), "int8"),
+        ((300_001,), "float32"),  # cut in the middle of a word
+        ((1_000_000,), "int16"),
+        ((700, 1024), "float32"),
+        ((3, 200_000), "float64"),  # rows longer than a block
+        ((400, 2, 1000), "bfloat16"),
+        ((50_000, 3), "float32"),  # rows that are short
+    ],
+)
+@pytest.mark.parametrize("start", [0, 8, 65_537, 65_536 * 8 - 16])
+def test_blocks_are_the_memory_in_order(shape, dtype, start):
+    """What is digested block by block may be written as it comes."""
+    random = np.random.default_rng(0)
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    values = np.frombuffer(random.bytes(size), jnp.dtype(dtype)).reshape(shape)
+    starts = [0] * len(shape)
+    if starts:
+        starts[-1] = start
+    digested = Digest()
+    blocks = [block.tobytes() for block in digested.blocks(values, starts)]
+    assert b"".join(blocks) == values.tobytes()
+    assert digested.text == f"2:{combined([(tuple(starts), values)]):016x}"
+    if start == 0:
+        assert digested.text == digest(values)

@@ -1,11 +1,13 @@
 """What is written over, or linked, is nobody else's."""
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
+import pytest
 
 from flaxckpt._draft import Draft
 
@@ -14,30 +16,36 @@ def draft(directory):
     return Draft(directory, sync=True)
 
 
+def write(directory, name, parts):
+    with draft(directory) as one:
+        one.write(name, parts)
+        one.finish()
+
+
 def test_a_file_is_written_over_where_it_is(tmp_path):
-    draft(tmp_path).write("a/b", [b"old, and longer"])
+    write(tmp_path, "a/b", [b"old, and longer"])
     before = (tmp_path / "a/b").stat().st_ino
-    draft(tmp_path).write("a/b", [b"ne", b"w"])
+    write(tmp_path, "a/b", [b"ne", b"w"])
     assert (tmp_path / "a/b").read_bytes() == b"new"
     assert (tmp_path / "a/b").stat().st_ino == before
 
 
 def test_a_file_with_another_name_is_left_alone(tmp_path):
     """As when somebody keeps a checkpoint with `cp -al`."""
-    draft(tmp_path).write("a", [b"old"])
+    write(tmp_path, "a", [b"old"])
     os.link(tmp_path / "a", tmp_path / "kept")
-    draft(tmp_path).write("a", [b"new"])
+    write(tmp_path, "a", [b"new"])
     assert (tmp_path / "kept").read_bytes() == b"old"
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_a_file_that_is_open_is_left_alone(tmp_path):
-    draft(tmp_path).write("a", [b"old"])
+    write(tmp_path, "a", [b"old"])
     with (tmp_path / "a").open("rb") as reader:
-        draft(tmp_path).write("a", [b"new"])
+        write(tmp_path, "a", [b"new"])
         assert reader.read() == b"old"
     mapped = np.memmap(tmp_path / "a", np.uint8, "r")
-    draft(tmp_path).write("a", [b"yet"])
+    write(tmp_path, "a", [b"yet"])
     assert bytes(mapped) == b"new"
     assert (tmp_path / "a").read_bytes() == b"yet"
 
@@ -46,7 +54,7 @@ def test_a_link_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").write_bytes(b"precious")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a").symlink_to(tmp_path / "elsewhere")
-    draft(tmp_path / "in").write("a", [b"new"])
+    write(tmp_path / "in", "a", [b"new"])
     assert (tmp_path / "elsewhere").read_bytes() == b"precious"
     assert not (tmp_path / "in/a").is_symlink()
 
@@ -80,7 +88,7 @@ OPENER = """
 
 def test_who_opens_a_file_at_that_moment_does_no_harm(tmp_path):
     path = tmp_path / "a"
-    draft(tmp_path).write("a", [b"0"])
+    write(tmp_path, "a", [b"0"])
     opener = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OPENER), path])
     try:
         for number in range(20_000):  # without care, the kernel ends us in 10 ms
@@ -113,7 +121,7 @@ def test_what_cannot_be_linked_leaves_what_is_there(tmp_path, monkeypatch):
     source = draft(tmp_path / "one")
     source.write("x", [b"values"])
     stamp = source.stamp("x")
-    draft(tmp_path / "other").write("a/b", [b"mine"])
+    write(tmp_path / "other", "a/b", [b"mine"])
     done, _ = linked(tmp_path / "other", tmp_path / "gone", stamp)
     assert not done
     os.utime(tmp_path / "one/x")  # somebody has written to it
@@ -126,3 +134,19 @@ def test_what_cannot_be_linked_leaves_what_is_there(tmp_path, monkeypatch):
     assert not done
     assert (tmp_path / "other/a/b").read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path / "other/a")) == ["b"]
+
+
+def test_what_the_disk_does_not_take_is_an_error(tmp_path, monkeypatch):
+    """The disk takes a file while others are written: its error comes at the end."""
+
+    def refuse(descriptor):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with draft(tmp_path) as one:
+        for number in range(40):
+            one.write(f"{number}", [b"x"])
+        with pytest.raises(OSError, match="no"):
+            one.finish()
+    assert len(os.listdir("/proc/self/fd")) == before
