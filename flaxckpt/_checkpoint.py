@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
+from jax.sharding import NamedSharding
 
-from flaxckpt import _store
+from flaxckpt import _store, _traced
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._preemption import Watch
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
-from flaxckpt._state import CheckpointState, check_state, resumed, tick
+from flaxckpt._state import CheckpointState, check_state, judge, resumed, tick
 from flaxckpt._template import Template
 from flaxckpt._tree import PyTree
 from flaxckpt._weights import Weights, default_weights
@@ -120,6 +122,7 @@ class ModelCheckpoint:
         max_in_flight: int | None = None,
         compress: bool = False,
         frozen: Filter | type | None = None,
+        stop_on_error: bool = False,
         **unknown: Never,
     ) -> None:
         """Check the settings; write nothing.
@@ -170,6 +173,9 @@ class ModelCheckpoint:
                 NNX's filters work: `nnx.Not(nnx.LoRAParam)`. Such leaves are stored
                 once, and linked from each checkpoint. One that changes all the same is
                 written again.
+            stop_on_error: Where `update` is called in jit, end the program if a save
+                has failed, at the next one. False: the error is raised by `wait` or
+                `close`, or the next call outside of jit.
             **unknown: None; there to name what was meant.
 
         Raises:
@@ -191,7 +197,7 @@ class ModelCheckpoint:
             "initial_value_threshold": initial_value_threshold,
             "min_delta": min_delta,
         }
-        self._fresh = self.init()
+        self._fresh = CheckpointState.create(**self._settings)
         self._monitor, self._mode = monitor, self._fresh.mode
         if verbose not in (0, 1):
             raise SettingError("verbose", verbose, "pass 0 or 1.")
@@ -219,6 +225,7 @@ class ModelCheckpoint:
             "save_weights_only": save_weights_only,
             "sync": sync,
             "compress": compress,
+            "stop_on_error": stop_on_error,
         }
         for name, value in switches.items():
             if not isinstance(value, bool | np.bool_):
@@ -279,14 +286,26 @@ class ModelCheckpoint:
         self.counts = self._saves.counts
         _store.check_root(self._root)
         self.preempted = False
+        self._streams: weakref.WeakSet[_traced.Stream] = weakref.WeakSet()
+        self._has_streamed = False
+        self._shardings: dict[Any, list[Any]] = {}
+        self._stop_on_error = bool(stop_on_error)
         self._stale: CheckpointState | None = None  # it has a new best by now
         self._is_warned = False
         self._watch = Watch() if save_on_preemption else None
 
     # ---- the loop --------------------------------------------------------------------
 
-    def init(self) -> CheckpointState:
-        """Return the decision state of a run that has seen nothing yet."""
+    def init(self, like: PyTree = None) -> CheckpointState:
+        """Return the decision state of a run that has seen nothing yet.
+
+        Args:
+            like: What will be saved, if `update` is called within jit on a tree that
+                is sharded: there its shardings cannot be seen, and without them all is
+                gathered on one device before it is saved. `restore` notes those of its
+                `like`, too.
+        """
+        self._note_shardings(like)
         return CheckpointState.create(**self._settings)
 
     def update(
@@ -307,6 +326,10 @@ class ModelCheckpoint:
         that a device still computes, the device decides and copies, and nothing waits;
         `best` in the state returned is then still to come, too. What makes a call wait
         is more saves than `max_in_flight`, see `counts`, or another `snapshot`.
+
+        Within `jit`, `scan`, `while_loop` and `cond` the program decides, and where it
+        saves hands the tree over to the host, shard by shard, and goes on. Errors are
+        raised by `wait` and `close`; see `stop_on_error`.
 
         Args:
             state: From `init`, `restore` or the call before.
@@ -329,8 +352,8 @@ class ModelCheckpoint:
                 no zero-based integers.
             CheckpointLockedError: If another process writes these checkpoints.
             Preempted: If the process was told to end, after saving.
-            CheckpointError: If called under a JAX trace, where there are no values
-                yet to save.
+            CheckpointError: Within `vmap`, where each member decides for itself, and
+                within `shard_map`.
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
@@ -342,8 +365,11 @@ class ModelCheckpoint:
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not preempted:
             return state
-        _refuse_traced(due, force, epoch, batch, logs, tree, state)
         check_state(state, self._fresh)
+        if _is_traced(due, force, epoch, batch, logs, tree, state):
+            return self._update_traced(
+                given, state, due, tree, logs, epoch, batch, force
+            )
         entry = Entry(bool(force), epoch, batch, logs, state)
         if due:
             self._saves.decide(entry, now=preempted)
@@ -382,7 +408,11 @@ class ModelCheckpoint:
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
-        _refuse_traced(False, False, epoch, batch, logs, tree, state)
+        if _is_traced(epoch, batch, logs, tree, state):
+            raise CheckpointError(
+                "save was called in a running JAX trace (jit, scan...). Call "
+                "update(..., force=True) there, which saves when the program runs."
+            )
         if state is not None:
             check_state(state, self._fresh)
         entry = Entry(True, epoch, batch, logs, state)
@@ -398,6 +428,7 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If a save failed.
         """
+        self._finish_streams()
         self._saves.wait()
 
     def close(self) -> None:
@@ -407,6 +438,7 @@ class ModelCheckpoint:
             CheckpointWriteError: If a save failed.
         """
         try:
+            self._finish_streams()
             self._saves.close()
         except CheckpointError:
             self._release()
@@ -506,6 +538,7 @@ class ModelCheckpoint:
         """
         self.wait()
         _store.check_like(like)
+        self._note_shardings(like)
         if not isinstance(which, str | os.PathLike):
             advice = 'pass "latest", "best" or the path of a checkpoint.'
             raise SettingError("which", f"<{type(which).__name__}>", advice)
@@ -541,6 +574,56 @@ class ModelCheckpoint:
         return None
 
     # ---- how -------------------------------------------------------------------------
+
+    def _update_traced(
+        self,
+        before: CheckpointState,
+        state: CheckpointState,
+        due: Any,
+        tree: PyTree,
+        logs: Logs | None,
+        epoch: Any,
+        batch: Any,
+        force: Any,
+    ) -> CheckpointState:
+        """Update within a program that is being traced, after `tick`."""
+        state, save = judge(state, logs, due)
+        state, stream = _traced.stream(
+            self._saves,
+            tree,
+            logs,
+            epoch,
+            batch,
+            before=before,
+            state=state,
+            due=due,
+            save=save | force,
+            lasts=due if self._save_last else np.False_,
+            places=self._places(tree),
+            stops=self._stop_on_error,
+        )
+        self._streams.add(stream)
+        self._has_streamed = True
+        return state
+
+    def _places(self, tree: PyTree) -> list[_traced.Place | None]:
+        """Tell how a tree of traced values is sharded, as far as that is known."""
+        leaves, structure = jax.tree.flatten(tree)
+        known = self._shardings.get(structure, [None] * len(leaves))
+        return list(map(_traced.place_of, leaves, known))
+
+    def _note_shardings(self, like: PyTree) -> None:
+        leaves = jax.tree.leaves(like)
+        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        if any(isinstance(each, NamedSharding) for each in shardings):
+            self._shardings = {jax.tree.structure(like): shardings}
+
+    def _finish_streams(self) -> None:
+        """Wait for what running programs have still to hand over."""
+        if self._has_streamed:
+            jax.effects_barrier()
+            for stream in self._streams:
+                stream.reset()
 
     def _need_mode(self) -> None:
         if self._mode == "auto":
@@ -625,17 +708,12 @@ class ModelCheckpoint:
             )
 
 
-def _refuse_traced(*values: PyTree) -> None:
-    """Raise within a running trace, or if any value is that of one."""
+def _is_traced(*values: PyTree) -> bool:
+    """Tell whether a trace is running, or any value is that of one."""
+    if get_opaque_trace_state(convention="nnx") != _OUTSIDE:
+        return True
     kinds = set(map(type, jax.tree.leaves(values)))
-    inside = get_opaque_trace_state(convention="nnx") != _OUTSIDE
-    if inside or any(issubclass(kind, Tracer) for kind in kinds):
-        raise CheckpointError(
-            "ModelCheckpoint was called in a running JAX trace (jit, scan, vmap...), "
-            "where there is nothing to save yet. Decide there with "
-            "flaxckpt.step, which returns whether to save, and if so call save on what "
-            "the traced function returns."
-        )
+    return any(issubclass(kind, Tracer) for kind in kinds)
 
 
 def _print(message: str) -> None:

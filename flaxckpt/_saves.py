@@ -10,11 +10,12 @@ import datetime
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _snapshot, _store
@@ -217,6 +218,76 @@ class _Save:
         return leaves + [scalars[name] for name in self.scalars]
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A leaf that a program hands over.
+
+    Attributes:
+        index: Which of those it hands over.
+    """
+
+    index: int
+
+
+class Parts:
+    """What a traced call may save.
+
+    Attributes:
+        sent: The values that the program hands over, each once.
+        kinds: Their shapes and dtypes, as the host gets them.
+    """
+
+    def __init__(self, part: _Part, whole: _Part | None) -> None:
+        """Gather the leaves.
+
+        Args:
+            part: What goes into the series.
+            whole: What goes into the slot; None if nothing does.
+        """
+        found: dict[int, tuple[int, jax.Array]] = {}
+        for each in (part, whole):
+            for leaf in () if each is None else each.leaves:
+                if isinstance(leaf, jax.Array):
+                    found.setdefault(id(leaf), (len(found), leaf))
+        self.sent = [leaf for _, leaf in found.values()]
+        self.kinds = [_kind_on_host(leaf) for leaf in self.sent]
+        for each in (part, whole):
+            if each is not None:
+                each.leaves = [
+                    Sent(found[id(leaf)][0]) if isinstance(leaf, jax.Array) else leaf
+                    for leaf in each.leaves
+                ]
+        self._part, self._whole = part, whole
+
+    def copies(self) -> tuple[_Part, _Part | None]:
+        """Return the parts, for one save."""
+        part = replace(self._part, leaves=list(self._part.leaves))
+        if self._whole is None:
+            return part, None
+        if self._whole is self._part:
+            return part, part
+        return part, replace(self._whole, leaves=list(self._whole.leaves))
+
+
+@dataclass
+class Incoming:
+    """A save whose leaves a program is handing over.
+
+    Attributes:
+        job: What writes it.
+        save: What it writes.
+        entry: The call.
+        where: Where it goes.
+        memory: Where the leaves are copied to.
+    """
+
+    job: Job
+    save: _Save
+    entry: Entry
+    where: Path | None
+    memory: list[np.ndarray[Any, Any]]
+
+
 class Saves:
     """The saves of one series.
 
@@ -269,7 +340,7 @@ class Saves:
             entry.save = None
         else:
             entry.judge()
-            self._tell_decided(entry)
+            self.tell_decided(entry)
 
     def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
         """Check all that can be checked, copy, and have it written in the background.
@@ -285,39 +356,15 @@ class Saves:
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
         """
-        if jax.process_count() > 1:
-            raise CheckpointError(
-                f"This is one of {jax.process_count()} processes, and flaxckpt saves "
-                "from one only as yet. Save with Orbax here, or decide with "
-                "flaxckpt.step and save from a program of one process."
-            )
-        path = None if entry.save is False else self._path(entry)
-        slot = self._series.slot() if lasts else None
-        if (
-            path is not None
-            and path in self._series.slots
-            and (path == (slot or self._series.slot()))
-        ):
-            raise CheckpointPathError(
-                str(path),
-                "is where the last state is kept. Pass another filepath, or another "
-                "name as save_last.",
-            )
-        for target in (path, slot):
-            if target is not None:
-                _store.check_target(target, self._series.root)
+        _refuse_processes()
+        path, slot = self._targets(entry, lasts=lasts)
         save = self._described(tree, entry, lasts=lasts, path=path)
-        where = slot if entry.save is False else path
-        try:
-            self._series.area.open()
-        except OSError as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise CheckpointWriteError(str(where), cause) from error
+        self._open(slot if entry.save is False else path)
         if entry.save is None and self._start_later(save, entry):
             return path
         if entry.save is None:  # it would wait for the disk, or not fit one program
             entry.judge()
-            self._tell_decided(entry)
+            self.tell_decided(entry)
             if not (entry.save or lasts):
                 return None
             save = self._described(tree, entry, lasts=lasts, path=path)
@@ -338,7 +385,142 @@ class Saves:
             self._writer.wait()
         return where
 
+    # ---- from within a running program -----------------------------------------------
+
+    def plan(
+        self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
+    ) -> "Parts":
+        """Check a traced call, and describe what it may save.
+
+        Args:
+            tree: What to save, of values of the trace.
+            logs: The metrics, likewise.
+            batch: Zero-based batch; None at the end of an epoch.
+            lasts: Whether the slot may be saved in.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does.
+        """
+        _refuse_processes()
+        if logs is not None and not isinstance(logs, Mapping):
+            raise SettingError(
+                "logs", logs, "pass a mapping of names to metrics, or None."
+            )
+        sample = {
+            name: np.zeros(value.shape, value.dtype)[()]
+            if isinstance(value, jax.Array)
+            else value
+            for name, value in (logs or {}).items()
+        }
+        in_batch = None if batch is None else 0
+        self._template.render(0, in_batch, sample)  # raises if it never can be
+        whole = None
+        if lasts or not self._weights_only:
+            whole = self._part(
+                tree,
+                lambda tree: weights_skeleton(tree, self._weights),
+                is_traced=True,
+            )
+        part = whole
+        if self._weights_only or part is None:
+            part = self._part(self._weights(tree), None, is_traced=True)
+        if self._frozen is not None and not (part.frozen or (whole and whole.frozen)):
+            raise self._frozen.refuse_all(tree)
+        return Parts(part, whole if lasts else None)
+
+    def expect(
+        self, parts: "Parts", entry: Entry, *, lasts: bool, at_once: bool
+    ) -> "Incoming":
+        """Get memory for what a program hands over; calls no JAX.
+
+        May wait for earlier saves. `arrived` or `give_up` has to follow.
+
+        Args:
+            parts: What it hands over.
+            entry: The call.
+            lasts: Whether to save in the slot, if nothing else holds it.
+            at_once: Whether all comes, once anything does.
+        """
+        path, slot = self._targets(entry, lasts=lasts)
+        where = path if entry.save else slot
+        self._open(where)
+        part, whole = parts.copies()
+        if entry.save:
+            save = _Save(part, whole if lasts else None, path)
+        else:
+            assert whole is not None
+            save = _Save(whole, whole, None)
+        if where is not None:
+            self.tell_decided(entry)
+            self._tell_saving(entry, where)
+        job, waited = self._claim(save, entry)
+        try:
+            if waited:
+                self._say(entry, f"waited {waited:.2f} s for the saves before")
+            self._take_up_frozen(save, entry)
+            # Not into what waits to be written, if it could be torn half-way.
+            reuse = job.memory if at_once or not job.content else None
+            memory = _snapshot.memory_of_host(parts.kinds, reuse)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        return Incoming(job, save, entry, where, memory)
+
+    def arrived(self, incoming: "Incoming") -> None:
+        """Have what was expected written: its memory is filled."""
+        save, memory = incoming.save, incoming.memory
+        leaves = [
+            memory[leaf.index] if isinstance(leaf, Sent) else leaf
+            for part in save.parts
+            for leaf in part.leaves
+        ]
+        incoming.entry.copies = Copies(None, [], leaves)
+        if incoming.job.content is not None:
+            for entry in incoming.job.content.entries:
+                entry.copies = None  # superseded
+        reuse = Copies(None, [], memory)
+        self._submit(incoming.job, save, incoming.entry, incoming.where, reuse)
+
+    def give_up(self, incoming: "Incoming") -> None:
+        """Forget what was expected, and has not come."""
+        self._writer.give_back(incoming.job)
+
+    def fail(self, error: BaseException) -> None:
+        """Have an error raised by the next call."""
+        self._writer.fail(error, str(self._series.root))
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is said what is decided."""
+        return self._tell is not None
+
     # ---- on the loop's thread --------------------------------------------------------
+
+    def _targets(self, entry: Entry, *, lasts: bool) -> tuple[Path | None, Path | None]:
+        """Check and return where an entry may go: in the series, and in the slot."""
+        path = None if entry.save is False else self._path(entry)
+        slot = self._series.slot() if lasts else None
+        if (
+            path is not None
+            and path in self._series.slots
+            and (path == (slot or self._series.slot()))
+        ):
+            raise CheckpointPathError(
+                str(path),
+                "is where the last state is kept. Pass another filepath, or another "
+                "name as save_last.",
+            )
+        for target in (path, slot):
+            if target is not None:
+                _store.check_target(target, self._series.root)
+        return path, slot
+
+    def _open(self, where: Path | None) -> None:
+        try:
+            self._series.area.open()
+        except OSError as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise CheckpointWriteError(str(where), cause) from error
 
     def _path(self, entry: Entry) -> Path | None:
         """Fill the template in, unless it shows a value that is still computed.
@@ -371,9 +553,13 @@ class Saves:
         return save
 
     def _part(
-        self, tree: PyTree, weights: Callable[[PyTree], Skeleton] | None
+        self,
+        tree: PyTree,
+        weights: Callable[[PyTree], Skeleton] | None,
+        *,
+        is_traced: bool = False,
     ) -> _Part:
-        layout, leaves = describe(tree, _store.storable)
+        layout, leaves = describe(tree, _store.storable, is_traced=is_traced)
         skeleton = layout.skeleton if weights is None else weights(tree)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
@@ -475,7 +661,14 @@ class Saves:
         assert job is not None
         return job, waited
 
-    def _submit(self, job: Job, save: _Save, entry: Entry, where: Path | None) -> None:
+    def _submit(
+        self,
+        job: Job,
+        save: _Save,
+        entry: Entry,
+        where: Path | None,
+        memory: Copies | None = None,
+    ) -> None:
         job.key = self._key(save, entry)
         for part in (save.part, save.whole):
             if part is not None:
@@ -483,8 +676,8 @@ class Saves:
         if job.content is None:
             job.content = save
         job.content.entries.append(entry)
-        job.memory = None
-        if entry.copies is not None and self._snapshot != "none":
+        job.memory = memory
+        if memory is None and entry.copies is not None and self._snapshot != "none":
             job.memory = entry.copies.memory()
         job.path = str(where or self._series.root)
         job.run = functools.partial(self._write, job.content)
@@ -595,7 +788,7 @@ class Saves:
         for entry in save.entries:
             if isinstance(entry.save, jax.Array):
                 entry.save = bool(entry.save)
-                self._tell_decided(entry)
+                self.tell_decided(entry)
                 if entry.save and save.path is not None:
                     self._tell_saving(entry, save.path)
         wanted = [entry for entry in save.entries if entry.save]
@@ -615,7 +808,7 @@ class Saves:
     def _tell_saving(self, entry: Entry, path: Path) -> None:
         self._say(entry, f"{entry.news}saving model to {path}")
 
-    def _tell_decided(self, entry: Entry) -> None:
+    def tell_decided(self, entry: Entry) -> None:
         """Say how a decision went, as Keras does, or prepare to."""
         state = entry.kept
         if self._tell is None or state is None or not state.save_best_only:
@@ -627,6 +820,21 @@ class Saves:
             entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
         elif not entry.save and entry.logs.get(state.monitor) is not None:
             self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def _refuse_processes() -> None:
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"This is one of {jax.process_count()} processes, and flaxckpt saves "
+            "from one only as yet. Save with Orbax here, or decide with "
+            "flaxckpt.step and save from a program of one process."
+        )
+
+
+def _kind_on_host(leaf: jax.Array) -> tuple[tuple[int, ...], Any]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return leaf.shape, np.dtype(leaf.dtype)
 
 
 def _is_unknown(value: Any) -> TypeGuard[jax.Array]:

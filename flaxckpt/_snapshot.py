@@ -321,6 +321,20 @@ def on_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
     return Copies(None, [], copies)
 
 
+def memory_of_host(
+    kinds: Sequence[tuple[tuple[int, ...], Any]], reuse: Copies | None
+) -> list[np.ndarray[Any, Any]]:
+    """Return memory for values of these shapes and dtypes, of earlier copies' if so.
+
+    Args:
+        kinds: Shapes and dtypes.
+        reuse: Copies that nobody needs any more; None for none.
+    """
+    old = [] if reuse is None else [a for a in reuse.beside if a is not None]
+    fits = [(array.shape, array.dtype) for array in old] == list(kinds)
+    return old if fits else [np.empty(shape, dtype) for shape, dtype in kinds]
+
+
 def fits_on_device(leaves: Sequence[Any]) -> bool:
     """Tell whether each device has room for a copy, where it says how much it has."""
     needed: dict[Any, int] = {}

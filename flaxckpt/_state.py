@@ -229,7 +229,7 @@ def tick(
         return state, np.bool_(batch is None)
     if batch is None:
         return state, np.False_
-    epoch, batch = _index("epoch", epoch), _index("batch", batch)
+    epoch, batch = index("epoch", epoch), index("batch", batch)
     counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
     on_host = _HOST_INTS.issuperset(map(type, (epoch, batch, *counters)))
     where: Where = _pick if on_host else jnp.where
@@ -432,7 +432,7 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _index(name: str, value: Any) -> Any:
+def index(name: str, value: Any) -> Any:
     """Check that epoch or batch is a zero-based integer, as far as is known now."""
     if type(value) is int and 0 <= value < _LARGEST:
         return value
@@ -465,7 +465,7 @@ def whole(name: str, value: Any) -> int:
     value = np.asarray(value)[()] if hasattr(value, "shape") else value
     if isinstance(value, bool | np.bool_):
         raise _not_an_index(name, value)
-    return operator.index(_index(name, value))
+    return operator.index(index(name, value))
 
 
 def _array(leaf: Scalar) -> Any:

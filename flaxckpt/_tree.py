@@ -204,7 +204,9 @@ class Layout:
         return cls(table["tree"], tuple(leaves))
 
 
-def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, list[Any]]:
+def describe(
+    tree: PyTree, storable: Callable[[str], bool], *, is_traced: bool = False
+) -> tuple[Layout, list[Any]]:
     """Describe a tree and bring its leaves into forms that Orbax stores.
 
     Touches no device. Arrays in host memory are copied, since their owner may change
@@ -213,6 +215,7 @@ def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, lis
     Args:
         tree: Any pytree.
         storable: Tells whether a dtype of this name can be stored.
+        is_traced: Whether leaves may be values of a running trace.
 
     Returns:
         The layout, and the leaves in its order.
@@ -241,7 +244,7 @@ def describe(tree: PyTree, storable: Callable[[str], bool]) -> tuple[Layout, lis
             stored.append(None)
             continue
         try:
-            leaf, value = _normal(path, value, storable)
+            leaf, value = _normal(path, value, storable, is_traced=is_traced)
         except _RefusedError as refusal:
             refused.append((Leaf(path, "").name, str(refusal)))
             continue
@@ -522,12 +525,16 @@ class _RefusedError(Exception):
 
 
 def _normal(
-    path: tuple[str, ...], value: Any, storable: Callable[[str], bool]
+    path: tuple[str, ...],
+    value: Any,
+    storable: Callable[[str], bool],
+    *,
+    is_traced: bool = False,
 ) -> tuple[Leaf, Any]:
-    if isinstance(value, Tracer):
+    if isinstance(value, Tracer) and not is_traced:
         raise _RefusedError("a value of a running trace, not known yet")
     if isinstance(value, jax.Array):
-        if value.is_deleted():
+        if not isinstance(value, Tracer) and value.is_deleted():
             raise _RefusedError("an array that was deleted (donated to a jitted call)")
         leaf = _array_leaf(path, value)
     elif isinstance(value, np.ma.MaskedArray):
@@ -554,7 +561,7 @@ def _normal(
         raise _RefusedError(f"an object of type {type(value).__qualname__}")
     if leaf.kind != "key" and not storable(leaf.dtype):
         raise _RefusedError(f"an array of dtype {leaf.dtype}")
-    if leaf.kind == "jax":
+    if leaf.kind == "jax" and not isinstance(value, Tracer):
         if len(_ARRAY_LEAVES) >= 2**16:
             _ARRAY_LEAVES.clear()
         leaf = _ARRAY_LEAVES.setdefault((path, value.dtype, value.shape), leaf)

@@ -127,6 +127,17 @@ class Writer:
             first.add_note(f"And: {other}")
         raise first
 
+    def fail(self, error: BaseException, path: str) -> None:
+        """Have an error raised as that of a job that failed.
+
+        Args:
+            error: What went wrong before there was a job.
+            path: Where it was to write.
+        """
+        with self._changed:
+            self._errors.append(_translated(error, path))
+            _UNHEARD.add(self)
+
     def close(self) -> None:
         """Wait for all jobs and what is done after them, and forget the memory.
 
@@ -175,23 +186,36 @@ def _error_of(job: Job) -> CheckpointError | None:
     """Run a job, and return its error."""
     try:
         job.run()
-    except CheckpointError as error:
-        return error
     except BaseException as error:
-        failure = CheckpointWriteError(job.path, f"{type(error).__name__}: {error}")
-        failure.__cause__ = error
-        return failure
+        return _translated(error, job.path)
     finally:
         job.run, job.content = _nothing, None  # they hold on to trees
     return None
 
 
+def _translated(error: BaseException, path: str) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    failure = CheckpointWriteError(path, f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def before_end(function: Callable[[], None]) -> None:
+    """Have a function called where the program ends, before what waits is written."""
+    if function not in _BEFORE_END:
+        _BEFORE_END.append(function)
+
+
+_BEFORE_END: list[Callable[[], None]] = []
 _UNHEARD: set[Writer] = set()
 os.register_at_fork(after_in_child=_UNHEARD.clear)  # the threads are the parent's
 
 
 def _finish() -> None:
     """End well where the program ends without `wait` or `close`."""
+    for function in _BEFORE_END:
+        function()
     for writer in list(_UNHEARD):
         try:
             writer.close()

@@ -1,0 +1,417 @@
+"""From inside a running program to the host: what `update` does under a trace.
+
+The program decides, and only if there is something to save hands its leaves to the
+host, which copies them and lets it go on. Where the leaves are sharded, each device
+hands over its own shards. The host calls no JAX meanwhile, which could deadlock.
+"""
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from flaxckpt._saves import Entry, Incoming, Parts, Saves
+from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
+from flaxckpt._tree import PyTree
+from flaxckpt._writer import before_end
+from flaxckpt.errors import CheckpointError
+
+Logs: TypeAlias = Mapping[str, Any]
+Mesh: TypeAlias = jax.sharding.Mesh | AbstractMesh
+Cut: TypeAlias = tuple[slice, ...] | None
+
+_TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a leaf is sharded."""
+
+    mesh: Mesh
+    spec: PartitionSpec
+
+
+def place_of(leaf: Any, sharding: Any) -> Place | None:
+    """Tell how a value of a trace is sharded, if it tells, or else by what it was.
+
+    Args:
+        leaf: The value.
+        sharding: That of the array which it stands for, as far as that is known.
+    """
+    if isinstance(leaf, jax.Array):
+        own = jax.typeof(leaf).sharding
+        if not own.mesh.empty and any(axes is not None for axes in own.spec):
+            return Place(own.mesh, own.spec)
+    if isinstance(sharding, NamedSharding):
+        return Place(sharding.mesh, sharding.spec)
+    return None
+
+
+def stream(
+    saves: Saves,
+    tree: PyTree,
+    logs: Logs | None,
+    epoch: Any,
+    batch: Any,
+    *,
+    before: CheckpointState,
+    state: CheckpointState,
+    due: Any,
+    save: Any,
+    lasts: Any,
+    places: Sequence[Place | None],
+    stops: bool,
+) -> tuple[CheckpointState, "Stream"]:
+    """Save from within the program that is being traced, where it decides to.
+
+    Args:
+        saves: Where to.
+        tree: What to save.
+        logs: The metrics.
+        epoch: Zero-based epoch.
+        batch: Zero-based batch; None at the end of an epoch.
+        before: The state before the decision.
+        state: The state after.
+        due: Whether a check is due, bool[].
+        save: Whether to save in the series, bool[].
+        lasts: Whether to save in the slot else, bool[].
+        places: How each leaf of `tree` is sharded, as far as that is known.
+        stops: Whether an error ends the program.
+
+    Returns:
+        The state to go on with. It depends on the host's having taken the leaves, so
+        that what is saved after it comes after it. And the stream.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise CheckpointError(
+            "update was called within shard_map, where each device sees its own shards "
+            "only. Call it in the jitted function around it; flaxckpt.step may be "
+            "called here."
+        )
+    before_end(jax.effects_barrier)
+    index("epoch", epoch)
+    if batch is not None:
+        index("batch", batch)
+    can_last = lasts is not np.False_
+    parts = saves.plan(tree, logs, batch, lasts=can_last)
+    logs = dict(logs or {})
+    sent = {
+        "flags": {"save": save, "lasts": lasts, "due": due},
+        "at": {"epoch": epoch} if batch is None else {"epoch": epoch, "batch": batch},
+        "logs": {
+            name: value
+            for name, value in logs.items()
+            if isinstance(value, jax.Array) and not value.shape
+        },
+        "state": {name: getattr(state, name) for name in LEAVES},
+        "before": {"best": before.best},
+    }
+    scalars = jax.tree.map(jnp.asarray, sent)
+    kept = {n: value for n, value in logs.items() if not isinstance(value, jax.Array)}
+    by_id = {
+        id(leaf): place
+        for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
+    }
+    leaf_places = [by_id.get(id(leaf)) for leaf in parts.sent]
+    taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
+    leaves = [_without_keys(leaf) for leaf in parts.sent]
+    save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
+    token = jax.lax.cond(
+        save, taking.hand_over, lambda *_: jnp.int32(0), scalars, leaves
+    )
+    if saves.tells and before.save_best_only:
+        token += jax.lax.cond(
+            jnp.asarray(save), lambda _: jnp.int32(0), taking.tell, scalars
+        )
+    return with_leaves(state, seen=state.seen + token), taking
+
+
+@jax.custom_batching.custom_vmap
+def _not_batched(save: jax.Array, values: PyTree) -> jax.Array:
+    """Return `save`; raise where it is batched, or what is to be saved."""
+    del values
+    return save
+
+
+@_not_batched.def_vmap
+def _refuse_batches(*_: Any) -> Any:
+    raise CheckpointError(
+        "update was called within vmap, where each member decides for itself. Carry a "
+        "flaxckpt.Snapshot, which each member fills with its best, and save it "
+        "afterwards with ckpt.save_snapshot(snapshot, member=i)."
+    )
+
+
+def _without_keys(leaf: Any) -> Any:
+    """Return a leaf as the host gets it: typed PRNG keys as their data."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
+@dataclass
+class _Event:
+    """A save that some of the devices have handed their shards over for.
+
+    Attributes:
+        mark: What all devices say of it.
+        is_ready: Set when there is memory to copy to, or an error.
+        incoming: The memory.
+        error: What went wrong.
+        arrived: How many devices have come.
+    """
+
+    mark: bytes
+    is_ready: threading.Event = field(default_factory=threading.Event)
+    incoming: Incoming | None = None
+    error: BaseException | None = None
+    arrived: int = 0
+
+
+class Stream:
+    """One traced call of `update`: what it hands over, and who takes it."""
+
+    def __init__(
+        self,
+        saves: Saves,
+        parts: Parts,
+        logs: Logs,
+        state: CheckpointState,
+        places: Sequence[Place | None],
+        *,
+        stops: bool,
+    ) -> None:
+        """Note what all saves of the call have in common."""
+        self._saves, self._parts, self._logs = saves, parts, logs
+        self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
+        self._mesh = _common([place.mesh for place in places if place is not None])
+        self._specs = [PartitionSpec() if p is None else p.spec for p in places]
+        self._guard = threading.Lock()
+        self._events: dict[int, _Event] = {}
+        self._calls: Counter[int] = Counter()
+        self._is_broken = False
+
+    # ---- in the program --------------------------------------------------------------
+
+    def hand_over(self, scalars: PyTree, leaves: list[jax.Array]) -> jax.Array:
+        """Hand leaves over to the host.
+
+        Returns:
+            Zero, i32[], once the host has taken them.
+        """
+        if self._mesh is None:
+            return io_callback(self._take, _TOKEN, scalars, leaves)
+        axes = self._mesh.axis_names
+        number = jnp.arange(self._mesh.size, dtype=jnp.int32)
+        shapes = [leaf.shape for leaf in leaves]
+
+        def hand_shards_over(number: Any, scalars: PyTree, shards: Any) -> jax.Array:
+            take = functools.partial(self._take_shards, self._cuts(shapes))
+            return io_callback(take, _TOKEN, number, scalars, shards)
+
+        return jax.shard_map(
+            hand_shards_over,
+            mesh=self._mesh,
+            in_specs=(PartitionSpec(axes), PartitionSpec(), self._specs),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(number, scalars, leaves)
+
+    def tell(self, scalars: PyTree) -> jax.Array:
+        """Have the host say that a due check has saved nothing."""
+        return io_callback(self._tell, _TOKEN, scalars)
+
+    def _cuts(self, shapes: Sequence[tuple[int, ...]]) -> list[list[Cut]]:
+        """Return, for each device, what part of each leaf is its to hand over."""
+        assert self._mesh is not None
+        sizes = dict(zip(self._mesh.axis_names, self._mesh.axis_sizes, strict=True))
+        return [
+            [
+                _cut(shape, spec, sizes, dict(zip(sizes, at, strict=True)))
+                for shape, spec in zip(shapes, self._specs, strict=True)
+            ]
+            for at in np.ndindex(*self._mesh.axis_sizes)
+        ]
+
+    # ---- on the host -----------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget what a program that has ended did not hand over to its end."""
+        with self._guard:
+            self._forget()
+            self._is_broken = False
+
+    def _take(self, scalars: PyTree, leaves: Sequence[Any]) -> np.int32:
+        incoming = None
+        try:
+            incoming = self._begin(scalars)
+            for target, leaf in zip(incoming.memory, leaves, strict=True):
+                np.copyto(target, np.asarray(leaf))
+            self._saves.arrived(incoming)
+        except BaseException as error:
+            self._fail(error, incoming)
+        return np.int32(0)
+
+    def _take_shards(
+        self,
+        cuts: list[list[Cut]],
+        number: Any,
+        scalars: PyTree,
+        shards: Sequence[Any],
+    ) -> np.int32:
+        number = int(np.asarray(number)[0])
+        if self._is_broken:
+            return np.int32(0)  # and somebody has heard of it
+        try:
+            at, event, is_first = self._event(number, scalars)
+        except CheckpointError as error:
+            self._fail(error, None)
+            return np.int32(0)
+        if is_first:
+            try:
+                event.incoming = self._begin(scalars)
+            except BaseException as error:
+                event.error = error
+            event.is_ready.set()
+        event.is_ready.wait()
+        if event.incoming is not None:
+            parts = zip(event.incoming.memory, cuts[number], shards, strict=True)
+            try:
+                for target, cut, shard in parts:
+                    if cut is not None:
+                        np.copyto(target[*cut, ...], np.asarray(shard))
+            except BaseException as error:
+                event.error = error
+        with self._guard:
+            event.arrived += 1
+            if event.arrived < len(cuts):
+                return np.int32(0)
+            self._events.pop(at, None)
+        if event.error is None and event.incoming is not None:
+            try:
+                self._saves.arrived(event.incoming)
+            except BaseException as error:
+                event.error = error
+        if event.error is not None:
+            self._fail(event.error, event.incoming)
+        return np.int32(0)
+
+    def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
+        """Find the save that a device comes for: its first, its second..."""
+        mark = b"".join(np.asarray(each).tobytes() for each in jax.tree.leaves(scalars))
+        with self._guard:
+            at = self._calls[number]
+            event = self._events.get(at)
+            is_first = event is None
+            if event is None:
+                event = _Event(mark)
+            if event.mark != mark or (
+                is_first and at < max(self._calls.values(), default=0)
+            ):
+                self._forget()
+                self._is_broken = True
+                raise CheckpointError(
+                    "A program that saves was ended before all devices had handed "
+                    "over what they had begun to, and was run again. Call ckpt.wait() "
+                    "in between; nothing is saved until then."
+                )
+            self._events[at] = event
+            self._calls[number] = at + 1
+            return at, event, is_first
+
+    def _forget(self) -> None:
+        for event in self._events.values():
+            if event.incoming is not None:
+                self._saves.give_up(event.incoming)
+        self._events.clear()
+        self._calls.clear()
+
+    def _begin(self, scalars: PyTree) -> Incoming:
+        """Take down the call, and get memory to copy its leaves to.
+
+        Raises:
+            CheckpointError: If it cannot be saved; or if an earlier one could not, and
+                that is to end the program.
+        """
+        if self._stops:
+            self._saves.check()
+        flags, entry = self._entry(scalars)
+        lasts = bool(flags["lasts"])
+        at_once = self._mesh is None
+        return self._saves.expect(self._parts, entry, lasts=lasts, at_once=at_once)
+
+    def _entry(self, scalars: PyTree) -> tuple[Mapping[str, Any], Entry]:
+        values = jax.tree.map(lambda value: np.asarray(value)[()], scalars)
+        flags, at = values["flags"], values["at"]
+        state = with_leaves(self._state, **values["state"])
+        entry = Entry(
+            bool(flags["save"]),
+            at["epoch"],
+            at.get("batch"),
+            {**self._logs, **values["logs"]},
+            state,
+        )
+        entry.before = with_leaves(state, **values["before"])
+        return flags, entry
+
+    def _tell(self, scalars: PyTree) -> np.int32:
+        flags, entry = self._entry(scalars)
+        if flags["due"]:
+            self._saves.tell_decided(entry)
+        return np.int32(0)
+
+    def _fail(self, error: BaseException, incoming: Incoming | None) -> None:
+        if incoming is not None:
+            self._saves.give_up(incoming)
+        if self._stops:
+            self._is_broken = True  # this program ends, on one device after the other
+            raise error
+        self._saves.fail(error)
+
+
+def _common(meshes: Sequence[Mesh]) -> Mesh | None:
+    """Return the mesh of several devices that all are, if they are the same."""
+    found: dict[Any, Mesh] = {}
+    for mesh in meshes:
+        abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+        if abstract not in found or abstract is not mesh:
+            found[abstract] = mesh  # one that has devices, if there is one
+    if len(found) != 1:
+        return None
+    (mesh,) = found.values()
+    return mesh if mesh.size > 1 else None
+
+
+def _cut(
+    shape: tuple[int, ...],
+    spec: PartitionSpec,
+    sizes: Mapping[str, int],
+    at: Mapping[str, int],
+) -> Cut:
+    """Return what part of an array a device holds, None if another one holds it too.
+
+    Args:
+        shape: The array's.
+        spec: How it is sharded.
+        sizes: The mesh's, by its axes.
+        at: Where in the mesh the device is.
+    """
+    parts: list[slice] = []
+    others = set(sizes)
+    for position, size in enumerate(shape):
+        axes = spec[position] if position < len(spec) else None
+        axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        block, blocks = 0, 1
+        for axis in axes:
+            block, blocks = block * sizes[axis] + at[axis], blocks * sizes[axis]
+            others.discard(axis)
+        parts.append(slice(size // blocks * block, size // blocks * (block + 1)))
+    return None if any(at[axis] for axis in others) else tuple(parts)
