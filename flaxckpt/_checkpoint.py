@@ -22,7 +22,7 @@ from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._preemption import Watch
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
-from flaxckpt._saves import Entry, Saves
+from flaxckpt._saves import Entry, Saves, check_logs
 from flaxckpt._series import Series
 from flaxckpt._state import CheckpointState, check_state, judge, resumed, tick
 from flaxckpt._template import Template
@@ -587,6 +587,7 @@ class ModelCheckpoint:
         force: Any,
     ) -> CheckpointState:
         """Update within a program that is being traced, after `tick`."""
+        check_logs(logs)
         state, save = judge(state, logs, due)
         state, stream = _traced.stream(
             self._saves,

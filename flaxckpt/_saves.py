@@ -98,10 +98,7 @@ class Entry:
         self.save: Any = save
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
-        if logs is not None and not isinstance(logs, Mapping):
-            raise SettingError(
-                "logs", logs, "pass a mapping of names to metrics, or None."
-            )
+        check_logs(logs)
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
@@ -402,10 +399,6 @@ class Saves:
             CheckpointError: As `ModelCheckpoint.update` does.
         """
         _refuse_processes()
-        if logs is not None and not isinstance(logs, Mapping):
-            raise SettingError(
-                "logs", logs, "pass a mapping of names to metrics, or None."
-            )
         sample = {
             name: np.zeros(value.shape, value.dtype)[()]
             if isinstance(value, jax.Array)
@@ -820,6 +813,16 @@ class Saves:
             entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
         elif not entry.save and entry.logs.get(state.monitor) is not None:
             self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def check_logs(logs: Any) -> None:
+    """Check that metrics are a mapping, or None.
+
+    Raises:
+        SettingError: If they are anything else.
+    """
+    if logs is not None and not isinstance(logs, Mapping):
+        raise SettingError("logs", logs, "pass a mapping of names to metrics, or None.")
 
 
 def _refuse_processes() -> None:

@@ -237,12 +237,21 @@ def _write_by_orbax(
     with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
         found = aside.submit(digests, handed_over)
         with _SAVING, _context(is_database=is_database, compress=compress):
-            ocp.save(written, layout.fill_for_orbax(leaves))
+            keyed = list(map(_with_key, layout.leaves, leaves))
+            ocp.save(written, layout.fill_for_orbax(keyed))
         form = None if compress else recognized(written, layout, values)
         if form is not None:
             _FORMS.appendleft((layout, _placements(values), form))
         sums = [] if form is None else form.sums(values)
         return found.result(), sums, form
+
+
+def _with_key(leaf: Leaf, value: Any) -> Any:
+    """Return typed PRNG keys of which only the data is here, on the host."""
+    if leaf.kind != "key" or not isinstance(value, np.ndarray):
+        return value
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)
 
 
 def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:

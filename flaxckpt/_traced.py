@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
@@ -48,7 +48,7 @@ def place_of(leaf: Any, sharding: Any) -> Place | None:
     """
     if isinstance(leaf, jax.Array):
         own = jax.typeof(leaf).sharding
-        if not own.mesh.empty and any(axes is not None for axes in own.spec):
+        if AxisType.Explicit in own.mesh.axis_types:
             return Place(own.mesh, own.spec)
     if isinstance(sharding, NamedSharding):
         return Place(sharding.mesh, sharding.spec)
@@ -115,7 +115,11 @@ def stream(
         "before": {"best": before.best},
     }
     scalars = jax.tree.map(jnp.asarray, sent)
-    kept = {n: value for n, value in logs.items() if not isinstance(value, jax.Array)}
+    kept = {  # in their order
+        name: None if name in sent["logs"] else value
+        for name, value in logs.items()
+        if name in sent["logs"] or not isinstance(value, jax.Array)
+    }
     by_id = {
         id(leaf): place
         for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
@@ -210,20 +214,20 @@ class Stream:
         if self._mesh is None:
             return io_callback(self._take, _TOKEN, scalars, leaves)
         axes = self._mesh.axis_names
-        number = jnp.arange(self._mesh.size, dtype=jnp.int32)
-        shapes = [leaf.shape for leaf in leaves]
+        take = functools.partial(
+            self._take_shards, self._cuts([leaf.shape for leaf in leaves])
+        )
 
-        def hand_shards_over(number: Any, scalars: PyTree, shards: Any) -> jax.Array:
-            take = functools.partial(self._take_shards, self._cuts(shapes))
-            return io_callback(take, _TOKEN, number, scalars, shards)
+        def hand_shards_over(scalars: PyTree, shards: Any) -> jax.Array:
+            return io_callback(take, _TOKEN, jax.lax.axis_index(axes), scalars, shards)
 
         return jax.shard_map(
             hand_shards_over,
             mesh=self._mesh,
-            in_specs=(PartitionSpec(axes), PartitionSpec(), self._specs),
+            in_specs=(PartitionSpec(), self._specs),
             out_specs=PartitionSpec(),
             check_vma=False,
-        )(number, scalars, leaves)
+        )(scalars, leaves)
 
     def tell(self, scalars: PyTree) -> jax.Array:
         """Have the host say that a due check has saved nothing."""
@@ -267,7 +271,7 @@ class Stream:
         scalars: PyTree,
         shards: Sequence[Any],
     ) -> np.int32:
-        number = int(np.asarray(number)[0])
+        number = int(np.asarray(number))
         if self._is_broken:
             return np.int32(0)  # and somebody has heard of it
         try:

@@ -43,6 +43,7 @@ LAYERS = [
     "_series",
     "_writer",
     "_saves",
+    "_traced",
     "_preemption",
     "_checkpoint",
     "__init__",
