@@ -8,7 +8,7 @@ hands over its own shards. The host calls no JAX meanwhile, which could deadlock
 import functools
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
 from flaxckpt._tree import PyTree
@@ -212,14 +213,14 @@ class Stream:
             Zero, i32[], once the host has taken them.
         """
         if self._mesh is None:
-            return io_callback(self._take, _TOKEN, scalars, leaves)
+            return self._call(self._take, scalars, leaves)
         axes = self._mesh.axis_names
         take = functools.partial(
             self._take_shards, self._cuts([leaf.shape for leaf in leaves])
         )
 
-        def hand_shards_over(scalars: PyTree, shards: Any) -> jax.Array:
-            return io_callback(take, _TOKEN, jax.lax.axis_index(axes), scalars, shards)
+        def hand_shards_over(scalars: PyTree, shards: list[jax.Array]) -> jax.Array:
+            return self._call(take, (jax.lax.axis_index(axes), scalars), shards)
 
         return jax.shard_map(
             hand_shards_over,
@@ -229,9 +230,25 @@ class Stream:
             check_vma=False,
         )(scalars, leaves)
 
+    def _call(
+        self,
+        take: Callable[[PyTree, list[np.ndarray[Any, Any]]], np.int32],
+        scalars: PyTree,
+        leaves: list[jax.Array],
+    ) -> jax.Array:
+        flat, structure = jax.tree.flatten(scalars)
+        packing = Packing([*flat, *leaves])
+
+        def unpacked(*arrays: Any) -> np.int32:
+            values = packing.unpack(arrays)
+            scalars = structure.unflatten([value[()] for value in values[: len(flat)]])
+            return take(scalars, values[len(flat) :])
+
+        return io_callback(unpacked, _TOKEN, *packing.pack([*flat, *leaves]))
+
     def tell(self, scalars: PyTree) -> jax.Array:
         """Have the host say that a due check has saved nothing."""
-        return io_callback(self._tell, _TOKEN, scalars)
+        return self._call(lambda scalars, _: self._tell(scalars), scalars, [])
 
     def _cuts(self, shapes: Sequence[tuple[int, ...]]) -> list[list[Cut]]:
         """Return, for each device, what part of each leaf is its to hand over."""
@@ -253,12 +270,14 @@ class Stream:
             self._forget()
             self._is_broken = False
 
-    def _take(self, scalars: PyTree, leaves: Sequence[Any]) -> np.int32:
+    def _take(
+        self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
+    ) -> np.int32:
         incoming = None
         try:
             incoming = self._begin(scalars)
             for target, leaf in zip(incoming.memory, leaves, strict=True):
-                np.copyto(target, np.asarray(leaf))
+                np.copyto(target, leaf)
             self._saves.arrived(incoming)
         except BaseException as error:
             self._fail(error, incoming)
@@ -267,11 +286,10 @@ class Stream:
     def _take_shards(
         self,
         cuts: list[list[Cut]],
-        number: Any,
-        scalars: PyTree,
-        shards: Sequence[Any],
+        device: tuple[Any, PyTree],
+        shards: Sequence[np.ndarray[Any, Any]],
     ) -> np.int32:
-        number = int(np.asarray(number))
+        number, scalars = int(device[0]), device[1]
         if self._is_broken:
             return np.int32(0)  # and somebody has heard of it
         try:
@@ -291,7 +309,7 @@ class Stream:
             try:
                 for target, cut, shard in parts:
                     if cut is not None:
-                        np.copyto(target[*cut, ...], np.asarray(shard))
+                        np.copyto(target[*cut, ...], shard)
             except BaseException as error:
                 event.error = error
         with self._guard:
@@ -310,7 +328,7 @@ class Stream:
 
     def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
         """Find the save that a device comes for: its first, its second..."""
-        mark = b"".join(np.asarray(each).tobytes() for each in jax.tree.leaves(scalars))
+        mark = b"".join(each.tobytes() for each in jax.tree.leaves(scalars))
         with self._guard:
             at = self._calls[number]
             event = self._events.get(at)
@@ -353,17 +371,16 @@ class Stream:
         return self._saves.expect(self._parts, entry, lasts=lasts, at_once=at_once)
 
     def _entry(self, scalars: PyTree) -> tuple[Mapping[str, Any], Entry]:
-        values = jax.tree.map(lambda value: np.asarray(value)[()], scalars)
-        flags, at = values["flags"], values["at"]
-        state = with_leaves(self._state, **values["state"])
+        flags, at = scalars["flags"], scalars["at"]
+        state = with_leaves(self._state, **scalars["state"])
         entry = Entry(
             bool(flags["save"]),
             at["epoch"],
             at.get("batch"),
-            {**self._logs, **values["logs"]},
+            {**self._logs, **scalars["logs"]},
             state,
         )
-        entry.before = with_leaves(state, **values["before"])
+        entry.before = with_leaves(state, **scalars["before"])
         return flags, entry
 
     def _tell(self, scalars: PyTree) -> np.int32:

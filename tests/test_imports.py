@@ -33,6 +33,7 @@ LAYERS = [
     "_tree",
     "_weights",
     "_snapshot",
+    "_packing",
     "_lock",
     "_draft",
     "_commit",

@@ -472,14 +472,14 @@ def test_a_program_that_was_ended_half_way_is_heard_of(tmp_path):
 
     def come(device, epoch, values):
         scalars = {
-            "flags": {"save": True, "lasts": False, "due": True},
+            "flags": {"save": np.True_, "lasts": np.False_, "due": np.True_},
             "at": {"epoch": np.int32(epoch)},
             "logs": {},
             "state": {name: np.int32(0) for name in ("seen", "batches")},
             "before": {"best": np.float32(0)},
         }
         cuts = stream._cuts([(4,)])
-        stream._take_shards(cuts, np.array(device), scalars, [np.array(values)])
+        stream._take_shards(cuts, (device, scalars), [np.array(values)])
 
     come(0, 1, [1.0, 1.0])  # and the other device never
     come(0, 2, [2.0, 2.0])

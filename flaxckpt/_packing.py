@@ -1,0 +1,70 @@
+"""Many small values as a few arrays, bit for bit: a callback pays for each array."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SMALL_BYTES = 64 * 2**10
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Of others, the compiler may change the bits.
+_PACKED = frozenset(
+    [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+    + ["bool", "bfloat16", "float16", "float32", "float64"]
+)
+
+
+class Packing:
+    """How values of these shapes and dtypes are packed.
+
+    Small ones of one size of element are joined into one array of words.
+    """
+
+    def __init__(self, values: Sequence[jax.Array]) -> None:
+        """Group the values.
+
+        Args:
+            values: Arrays, or values of a trace, or their descriptions.
+        """
+        self._kinds = [(value.shape, np.dtype(value.dtype)) for value in values]
+        self._alone: list[int] = []
+        self._groups: dict[int, list[int]] = {}
+        for index, (shape, dtype) in enumerate(self._kinds):
+            small = math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
+            if small and dtype.name in _PACKED:
+                self._groups.setdefault(dtype.itemsize, []).append(index)
+            else:
+                self._alone.append(index)
+
+    def pack(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+        """Join the values, within a program."""
+        packs = [
+            jnp.concatenate([_words(values[index]) for index in indices])
+            for indices in self._groups.values()
+        ]
+        return packs + [values[index] for index in self._alone]
+
+    def unpack(self, arrays: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+        """Return the values, as views of the arrays on the host."""
+        found: dict[int, np.ndarray[Any, Any]] = {}
+        taken = iter(arrays)
+        for indices in self._groups.values():
+            words, at = np.asarray(next(taken)), 0
+            for index in indices:
+                shape, dtype = self._kinds[index]
+                size = math.prod(shape)
+                found[index] = words[at : at + size].view(dtype).reshape(shape)
+                at += size
+        for index in self._alone:
+            found[index] = np.asarray(next(taken))
+        return [found[index] for index in range(len(self._kinds))]
+
+
+def _words(value: jax.Array) -> jax.Array:
+    flat = jnp.asarray(value).reshape(-1)
+    if flat.dtype == jnp.bool_:
+        return flat.astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(flat, _WORDS[flat.dtype.itemsize])
