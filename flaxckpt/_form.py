@@ -20,7 +20,6 @@ import json
 import math
 import os
 import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,7 +250,7 @@ class Form:
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
             return marks
 
-        with ThreadPoolExecutor(_threads(), "flaxckpt-write", _stand_back) as pool:
+        with ThreadPoolExecutor(_threads(), "flaxckpt-write") as pool:
             found = list(pool.map(write, self.arrays, values))
         return [digest for digest, _ in found], [sums for _, sums in found]
 
@@ -289,16 +288,6 @@ def _give_way(turn: float) -> float:
         return turn
     time.sleep(_PAUSE_SECS)
     return time.perf_counter()
-
-
-def _stand_back() -> None:
-    """Leave most of a busy core to the training loop, of which this thread has a part.
-
-    Linux gives a thread 5 steps nicer a third of the weight of another. With less, a
-    save would not be done when the next one comes.
-    """
-    if sys.platform == "linux":  # elsewhere it is for the whole process
-        os.nice(5)
 
 
 @functools.cache
