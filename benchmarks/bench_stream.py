@@ -1,9 +1,11 @@
 """What does a scan pay that saves while it runs?
 
-1000 steps of some 1 ms in one jitted scan, of which every 100th improves, on a state of
-10 MB in 25 arrays: `update` in the scan, against the same scan without. Beside it what
-people do today: a Python loop that looks at the metric after every step, and has Orbax
-save where it improves.
+1000 steps of some 1 ms in one jitted scan, of which every 100th improves: `update` in
+the scan, against the same scan without. Beside it what people do today: a Python loop
+that looks at the metric after every step, and has Orbax save where it improves. Once
+with a small state and a step that one core computes, as those of small networks are,
+and once with a larger one and a step that keeps all cores busy, which then have the
+writing to do, too.
 """
 
 import shutil
@@ -23,46 +25,46 @@ import flaxckpt
 
 absl.logging.set_verbosity(absl.logging.ERROR)
 EVERY = 100
+ORBAX = ["Orbax v0 CheckpointManager", "Orbax v1 Checkpointer"]
+CASES = {  # name: megabytes of state, rows and width of the products
+    "1 MB, steps on one core": (1, (8, 64)),
+    "10 MB, steps on all cores": (10, (128, 512)),
+}
 
 
 def main() -> None:
     options = harness.arguments(__doc__)
-    steps = 200 if options.quick else 1000
-    tree = harness.tree_of(10)
-    x = jax.random.normal(jax.random.key(1), (128, 512))
-    w = jax.random.normal(jax.random.key(2), (512, 512)) / 23
-    indices = jnp.arange(steps)
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
+    for title, (megabytes, shape) in CASES.items():
+        if options.only in title:
+            measure(title, harness.tree_of(megabytes), shape, root, options)
+    shutil.rmtree(root)
+
+
+def measure(title, tree, shape, root, options) -> None:
+    steps = 200 if options.quick else 1000
+    multiply = multiplier(shape)
+    number = jnp.int32(products(multiply))
+    indices = jnp.arange(steps)
 
     def step(tree, index):
         """Some 1 ms of arithmetic, and a small change to one array."""
-        y = x + tree["w00"][0, 0]  # or the compiler does it once for all steps
-        for _ in range(work):
-            y = jnp.tanh(y @ w)
-        tree = {**tree, "w00": tree["w00"] + 1e-6 * y.mean()}
+        y = multiply(tree["w00"][0, 0], number)
+        tree = {**tree, "w00": tree["w00"] + 1e-6 * y}
         return tree, jnp.where(index % EVERY == 0, -index.astype(float), 1.0)
 
-    work = work_for(lambda number: calibrated(x, w, number))
-
-    def body(carry, index):
-        carry, loss = step(carry, index)
-        return carry, loss
-
-    alone = jax.jit(lambda tree: jax.lax.scan(body, tree, indices))
+    alone = jax.jit(lambda tree: jax.lax.scan(step, tree, indices))
     ckpt = flaxckpt.ModelCheckpoint(root / "best", "loss", save_best_only=True)
 
-    def body_with_update(carry, index):
+    def body(carry, index):
         tree, state = carry
         tree, loss = step(tree, index)
         return (tree, ckpt.update(state, tree, {"loss": loss}, index)), loss
 
-    with_update = jax.jit(
-        lambda tree, state: jax.lax.scan(body_with_update, (tree, state), indices)
-    )
-    one = jax.jit(step)
+    def scan(tree, state):
+        return jax.lax.scan(body, (tree, state), indices)
 
-    def run_alone():
-        return timed(lambda: jax.block_until_ready(alone(tree)))
+    with_update, one = jax.jit(scan), jax.jit(step)
 
     def run_with_update():
         took = timed(lambda: jax.block_until_ready(with_update(tree, ckpt.init())))
@@ -91,41 +93,32 @@ def main() -> None:
 
         return measure
 
-    names = ["Orbax v0 CheckpointManager", "Orbax v1 Checkpointer"]
-    ways = peers.make_all(root, names)
-    candidates = {"scan alone": run_alone, "scan with update": run_with_update}
-    candidates["Python loop alone"] = run_loop(None)
+    ways = peers.make_all(root, ORBAX)
+    candidates = {
+        "scan alone": lambda: timed(lambda: jax.block_until_ready(alone(tree))),
+        "scan with update": run_with_update,
+        "Python loop alone": run_loop(None),
+    }
     for name, way in ways.items():
         candidates[f"Python loop, {name}"] = run_loop(way)
-    for candidate in 2 * list(candidates.values()):
+    for candidate in candidates.values():
         candidate()
     results = harness.rounds(candidates, options.rounds)
-    harness.report(
-        f"{steps} steps in one jit, {steps // EVERY} save", "s", results, options.json
-    )
-    median = {name: statistics.median(values) for name, values in results.items()}
-    copying = copies(tree, steps // EVERY)
-    harness.note(
-        f"A step takes {median['scan alone'] / steps * 1e3:.2f} ms.", options.json
-    )
-    harness.note(f"The copies by themselves take {copying * 1e3:.1f} ms.", options.json)
-    added = harness.median_ratio(results["scan with update"], results["scan alone"]) - 1
-    harness.note(f"Saving from within the scan adds {added:+.1%}", options.json)
-    less = statistics.median(
-        (a - copying) / b - 1
-        for a, b in zip(results["scan with update"], results["scan alone"], strict=True)
-    )
-    harness.note(f"but for the copies {less:+.1%}", options.json)
-    for name in names:
-        ratio = median["scan with update"] / median[f"Python loop, {name}"]
-        harness.note(
-            f"scan with update: {ratio:.2f} times the Python loop with {name}",
-            options.json,
-        )
+    out = options.json
+    saves = steps // EVERY
+    harness.report(f"{title}: {steps} in one jit, {saves} save", "s", results, out)
+    new, old = results["scan with update"], results["scan alone"]
+    copying = copies(tree, saves)
+    harness.note(f"A step takes {statistics.median(old) / steps * 1e3:.2f} ms.", out)
+    added = harness.median_ratio(new, old) - 1
+    less = harness.median_ratio([each - copying for each in new], old) - 1
+    harness.note(f"update adds {added:+.1%}, but for the copies {less:+.1%}", out)
+    for name in ORBAX:
+        ratio = harness.median_ratio(new, results[f"Python loop, {name}"])
+        harness.note(f"scan with update: {ratio:.2f} times the loop with {name}", out)
     for way in ways.values():
         way.close()
     ckpt.close()
-    shutil.rmtree(root)
 
 
 def timed(function):
@@ -135,22 +128,23 @@ def timed(function):
     return time.perf_counter() - start
 
 
-def calibrated(x, w, number):
-    """Time a step of so many products."""
+def multiplier(shape):
+    """Make a function that computes products, as many as it is told."""
+    x = jax.random.normal(jax.random.key(1), shape)
+    w = jax.random.normal(jax.random.key(2), (shape[1], shape[1])) / shape[1] ** 0.5
 
-    def body(y, _):
-        for _ in range(number):
-            y = jnp.tanh(y @ w)
-        return y, None
+    def multiply(start, number):
+        body = lambda _, y: jnp.tanh(y @ w)  # noqa: E731
+        return jax.lax.fori_loop(0, number, body, x + start).mean()
 
-    run = jax.jit(lambda y: jax.lax.scan(body, y, None, length=50)[0])
-    jax.block_until_ready(run(x))
-    return min(timed(lambda: jax.block_until_ready(run(x))) for _ in range(5)) / 50
+    return jax.jit(multiply)
 
 
-def work_for(cost, goal=1e-3):
-    """Return how many products make a step of a millisecond."""
-    return max(round(goal / (cost(4) / 4)), 1)
+def products(multiply, goal=1e-3):
+    """Return how many products take a millisecond."""
+    run = lambda: jax.block_until_ready(multiply(0.0, 2000))  # noqa: E731
+    run()
+    return max(round(goal / (min(timed(run) for _ in range(5)) / 2000)), 1)
 
 
 def copies(tree, number):

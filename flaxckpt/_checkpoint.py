@@ -440,7 +440,7 @@ class ModelCheckpoint:
         try:
             self._finish_streams()
             self._saves.close()
-        except CheckpointError:
+        except Exception:
             self._release()
             raise
         self._release()  # but not where an interrupt left a save under way

@@ -127,7 +127,9 @@ def stream(
     }
     leaf_places = [by_id.get(id(leaf)) for leaf in parts.sent]
     taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
-    leaves = [_without_keys(leaf) for leaf in parts.sent]
+    # A function that is differentiated may save, too.
+    leaves = [jax.lax.stop_gradient(_without_keys(leaf)) for leaf in parts.sent]
+    scalars = jax.lax.stop_gradient(scalars)
     save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
     token = jax.lax.cond(
         save, taking.hand_over, lambda *_: jnp.int32(0), scalars, leaves

@@ -574,3 +574,23 @@ def test_an_end_by_an_error_loses_nothing(tmp_path, ending):
     assert result.returncode in (1, 3)
     found = flaxckpt.list_checkpoints(tmp_path)
     assert [info.epoch for info in found] == [37, 38, 39]
+
+
+def test_a_function_that_is_differentiated_may_save(tmp_path):
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+
+        def total(w, state):
+            def body(carry, epoch):
+                w, state = carry
+                loss = (w**2).sum()
+                return (w * 0.5, ckpt.update(state, {"w": w}, {"l": loss}, epoch)), loss
+
+            (_, state), losses = jax.lax.scan(body, (w, state), jnp.arange(3))
+            return losses.sum(), state
+
+        fresh = jax.tree.map(jnp.asarray, ckpt.init())
+        grad, _ = jax.jit(jax.grad(total, has_aux=True))(jnp.ones(2), fresh)
+        np.testing.assert_allclose(grad, 2 * (1 + 1 / 4 + 1 / 16))
+        ckpt.wait()
+        found = [flaxckpt.load(info.path)["w"].tolist() for info in ckpt.checkpoints]
+        assert found == [[1, 1], [0.5, 0.5], [0.25, 0.25]]
