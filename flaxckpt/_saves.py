@@ -230,7 +230,7 @@ class Parts:
     """What a traced call may save.
 
     Attributes:
-        sent: The values that the program hands over, each once.
+        sent: The values of the trace that the program hands over, each once.
         kinds: Their shapes and dtypes, as the host gets them.
     """
 

@@ -125,10 +125,11 @@ def stream(
         id(leaf): place
         for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
     }
-    leaf_places = [by_id.get(id(leaf)) for leaf in parts.sent]
+    handed, parts.sent = parts.sent, []  # of this trace only
+    leaf_places = [by_id.get(id(leaf)) for leaf in handed]
     taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
     # A function that is differentiated may save, too.
-    leaves = [jax.lax.stop_gradient(_without_keys(leaf)) for leaf in parts.sent]
+    leaves = [jax.lax.stop_gradient(_without_keys(leaf)) for leaf in handed]
     scalars = jax.lax.stop_gradient(scalars)
     save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
     token = jax.lax.cond(
@@ -239,12 +240,12 @@ class Stream:
         leaves: list[jax.Array],
     ) -> jax.Array:
         flat, structure = jax.tree.flatten(scalars)
-        packing = Packing([*flat, *leaves])
+        packing, number = Packing([*flat, *leaves]), len(flat)
 
         def unpacked(*arrays: Any) -> np.int32:
             values = packing.unpack(arrays)
-            scalars = structure.unflatten([value[()] for value in values[: len(flat)]])
-            return take(scalars, values[len(flat) :])
+            scalars = structure.unflatten([value[()] for value in values[:number]])
+            return take(scalars, values[number:])
 
         return io_callback(unpacked, _TOKEN, *packing.pack([*flat, *leaves]))
 

@@ -594,3 +594,12 @@ def test_a_function_that_is_differentiated_may_save(tmp_path):
         ckpt.wait()
         found = [flaxckpt.load(info.path)["w"].tolist() for info in ckpt.checkpoints]
         assert found == [[1, 1], [0.5, 0.5], [0.25, 0.25]]
+
+
+def test_no_value_of_a_trace_is_kept(tmp_path):
+    with (
+        jax.checking_leaks(),
+        flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt,
+    ):
+        run = jax.jit(lambda w, s: ckpt.update(s, {"w": w}, {"l": w.sum()}, 0))
+        run(jnp.ones(3), jax.tree.map(jnp.asarray, ckpt.init()))
