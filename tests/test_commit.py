@@ -43,6 +43,9 @@ def test_the_files_of_old_checkpoints_are_used_for_new_ones(tmp_path, files, set
             assert (flaxckpt.load(path)["w"] == epoch).all()
         assert len(set(places[3:])) == len(set(places[-3:])) <= 3
         # One directory beside the checkpoints, and none in the end.
+        writer = ckpt._saves._writer
+        with writer._changed:  # what is deleted after `wait` has returned
+            writer._changed.wait_for(lambda: not writer._is_busy)
         assert len([n for n in os.listdir(tmp_path) if n.startswith(".")]) == 2
     assert not [n for n in os.listdir(tmp_path) if n.startswith(".")]
 
