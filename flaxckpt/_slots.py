@@ -121,8 +121,8 @@ class Snapshot:
             raise SettingError("monitor", monitor, f"pass {_one_of(logs)}.")
         if mode not in ("auto", "min", "max"):
             raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
-        mode = mode if mode != "auto" else direction(monitor)
-        if mode is None:
+        known = direction(monitor) if mode == "auto" else mode
+        if known is None:
             raise SettingError(
                 "monitor",
                 monitor,
@@ -148,7 +148,7 @@ class Snapshot:
             order=none.copy(),
             logs={name: np.zeros(keep, _form(logs[name])[1]) for name in logs},
             monitor=monitor,
-            mode=mode,
+            mode=known,
         )
 
     def take(
@@ -204,7 +204,7 @@ class Snapshot:
             told = jax.lax.cond(take, _noted, lambda old, _: old, old, new)
         else:
             told = _noted(old, new, np)
-        values, epochs, batches, order, logs = told
+        values, epochs, batches, order, told_logs = told
         return Snapshot(
             trees=tuple(
                 put(take & at_slot[slot], tree, old)
@@ -214,7 +214,7 @@ class Snapshot:
             epochs=epochs,
             batches=batches,
             order=order,
-            logs=logs,
+            logs=told_logs,
             monitor=self.monitor,
             mode=self.mode,
         )
@@ -273,7 +273,7 @@ class Snapshot:
                 "member", shown, "the snapshot is not one of an ensemble. Leave it out."
             )
         try:
-            number = operator.index(member)
+            number = -1 if member is None else operator.index(member)
         except TypeError:
             number = -1
         if not 0 <= number < batched[0]:
@@ -326,8 +326,8 @@ class _Shown(str):
 def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
     """Tell whether a value is among the best, and in which slot its tree goes then.
 
-    The value comes first, as it is compared. The slot is an empty one if there is one, else that of the worst, and of several such
-    the one that came last.
+    The value comes first, as it is compared. The slot is an empty one if there is one,
+    else that of the worst, and of several such the one that came last.
     """
     values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
     empty = order < 0
@@ -392,9 +392,14 @@ def _zeros(leaf: Any) -> Any:
 
 
 def _zero_keys(leaf: Any) -> Any:
-    impl = jax.random.key_impl(leaf)
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    keys = jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=impl)
+    impls = []
+
+    def data_of(keys: Any) -> Any:
+        impls.append(jax.random.key_impl(keys))  # a struct does not tell it
+        return jax.random.key_data(keys)
+
+    data = jax.eval_shape(data_of, leaf)
+    keys = jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=impls[0])
     sharding = None if isinstance(leaf, Tracer) else _sharding(leaf)
     return keys if sharding is None else jax.device_put(keys, sharding)
 
