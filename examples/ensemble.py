@@ -59,10 +59,9 @@ def train(key, rate):
         return (params, snapshot.take(True, params, logs, epoch)), logs["val_accuracy"]
 
     params = fresh(key)
-    snapshot = flaxckpt.Snapshot.like(params, {"val_accuracy": 0.0})
-    epochs = jnp.arange(EPOCHS)
-    (_, snapshot), history = jax.lax.scan(train_epoch, (params, snapshot), epochs)
-    return snapshot, history
+    carry = (params, flaxckpt.Snapshot.like(params, {"val_accuracy": 0.0}))
+    (_, best), history = jax.lax.scan(train_epoch, carry, jnp.arange(EPOCHS))
+    return best, history
 
 
 def main(directory):
