@@ -91,6 +91,9 @@ def scanned(snapshot, table):
 
 @hypothesis.given(rows, st.sampled_from([1, 2, 3]), st.sampled_from(["min", "max"]))
 @hypothesis.settings(max_examples=40)
+@hypothesis.example(
+    [(True, value, 0, 0) for value in (1.0, 1.0, 0.5, 7, 7, 7, 7, 7)], 2, "min"
+)  # of two equals, the later one goes
 def test_it_keeps_the_best(rows, keep, mode):
     # Batches are zero-based integers; none at all is what -1 stands for.
     table = columns(rows)
@@ -377,3 +380,11 @@ def test_the_guide_says_so(tmp_path, monkeypatch):
     assert [path.name for path in names["paths"]] == ["02-1.00", "03-0.00"]
     found = {info.path.name: info for info in flaxckpt.list_checkpoints("runs")}
     assert [found[f"member-0{i}"].epoch for i in range(3)] == [2, 1, 0]
+
+
+def test_under_x64_it_compares_in_float64():
+    with jax.enable_x64(True):
+        snapshot = Snapshot.like({"w": 1.0}, {"loss": 0.0})
+        for loss in (1.0, 1 - 1e-12):
+            snapshot = jitted_take(snapshot, True, {"w": loss}, {"loss": loss}, 0)
+        assert snapshot.entries()[0].logs["loss"] == 1 - 1e-12
