@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flaxckpt import errors as errors
 from flaxckpt._record import CheckpointInfo, list_checkpoints
+from flaxckpt._slots import Snapshot
 from flaxckpt._state import CheckpointState, step
 from flaxckpt.errors import (
     CheckpointCorruptError,
@@ -50,6 +51,7 @@ __all__ = [
     "Restored",
     "SaveCounts",
     "SettingError",
+    "Snapshot",
     "TemplateError",
     "UnsupportedLeafError",
     "default_weights",

@@ -24,6 +24,7 @@ from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves, check_logs
 from flaxckpt._series import Series
+from flaxckpt._slots import Kept, Snapshot
 from flaxckpt._state import CheckpointState, check_state, judge, resumed, tick
 from flaxckpt._template import Template
 from flaxckpt._tree import PyTree
@@ -421,6 +422,34 @@ class ModelCheckpoint:
         if preempted:
             self._finish_preempted(path)
         return path
+
+    def save_snapshot(
+        self, snapshot: Snapshot, member: int | None = None
+    ) -> tuple[Path, ...]:
+        """Save what a snapshot holds, the earliest first, as `save` does.
+
+        Args:
+            snapshot: What a program has kept.
+            member: Whose, if it is that of an ensemble under `vmap`. The index is put
+                in the logs, so that `{member}` in the filepath names the checkpoint.
+
+        Returns:
+            Where the checkpoints will be; none where nothing was kept.
+
+        Raises:
+            SettingError: A `ValueError`, if `member` is not one of the snapshot's.
+            CheckpointError: As `save`.
+        """
+
+        def time(kept: Kept) -> tuple[float, float]:
+            return kept.epoch, np.inf if kept.batch is None else kept.batch
+
+        extra = {} if member is None else {"member": int(member)}
+        entries = sorted(snapshot.entries(member), key=time)
+        return tuple(
+            self.save(kept.tree, kept.epoch, kept.batch, {**kept.logs, **extra})
+            for kept in entries
+        )
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk.

@@ -30,6 +30,7 @@ LAYERS = [
     "_record",
     "_retention",
     "_state",
+    "_slots",
     "_tree",
     "_weights",
     "_snapshot",
@@ -89,7 +90,8 @@ def test_only_the_store_knows_orbax():
     ("module", "allowed"),
     [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
      ("_retention", set()), ("_draft", set()), ("_commit", set()), ("_writer", set()),
-     ("_state", {"jax", "numpy"}), ("_snapshot", {"jax", "numpy"})],
+     ("_state", {"jax", "numpy"}), ("_slots", {"jax", "numpy"}),
+     ("_snapshot", {"jax", "numpy"})],
 )  # fmt: skip
 def test_pure_rooms_need_little(module, allowed):
     found = {name.partition(".")[0] for name in imports_of(module)}

@@ -40,7 +40,9 @@ def test_every_public_name_is_described(name):
 
 @pytest.mark.parametrize("name", ["ModelCheckpoint.update", "ModelCheckpoint.restore",
                                   "step", "load", "load_weights", "list_checkpoints",
-                                  "CheckpointState.create"])  # fmt: skip
+                                  "CheckpointState.create", "Snapshot.like",
+                                  "Snapshot.take", "Snapshot.entries",
+                                  "ModelCheckpoint.save_snapshot"])  # fmt: skip
 def test_every_argument_and_error_is_described(name):
     thing = flaxckpt
     for part in name.split("."):
@@ -53,7 +55,15 @@ def test_every_argument_and_error_is_described(name):
     assert "Raises:\n" in text
 
 
-MODULES = ["_checkpoint", "_direction", "_record", "_state", "_store", "_weights"]
+MODULES = [
+    "_checkpoint",
+    "_direction",
+    "_record",
+    "_slots",
+    "_state",
+    "_store",
+    "_weights",
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
