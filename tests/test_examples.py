@@ -1,6 +1,7 @@
 """The examples run, and run again where they left off."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def run(example, *arguments):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_resumes(tmp_path, example):
     first = run(example, tmp_path)
-    assert "epoch 1: val_accuracy 0." in first
+    assert re.search(r"^epoch 1: (val_accuracy|episodic_return) \d", first, re.M)
     assert "resumed" not in first
     again = run(example, tmp_path)
     assert "resumed" in again
@@ -34,6 +35,6 @@ def test_an_example_runs_and_resumes(tmp_path, example):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+    assert len(EXAMPLES) >= 3
     for example in EXAMPLES:
-        assert len(example.read_text().splitlines()) <= 110, example.name
+        assert len(example.read_text().splitlines()) <= 130, example.name
