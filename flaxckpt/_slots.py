@@ -334,9 +334,8 @@ def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
     bad = xp.where(empty, -xp.inf, values if snapshot.mode == "min" else -values)
     worst = xp.max(bad)
     is_room = xp.any(empty)
-    at = xp.where(
-        is_room, xp.argmax(empty), xp.argmax(xp.where(bad == worst, order, -1))
-    )
+    last = xp.where(bad == worst, order, -1)
+    at = xp.where(is_room, xp.argmax(empty), xp.argmax(last)).astype(np.int32)
     best = worst if snapshot.mode == "min" else -worst
     best = xp.where(is_room, xp.asarray(xp.nan, values.dtype), best)
     with np.errstate(all="ignore"):
