@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from flaxckpt import errors as errors
+from flaxckpt._chunks import Chunk, scan_in_chunks
 from flaxckpt._record import CheckpointInfo, list_checkpoints
 from flaxckpt._slots import Snapshot
 from flaxckpt._state import CheckpointState, step
@@ -45,6 +46,7 @@ __all__ = [
     "CheckpointPathError",
     "CheckpointState",
     "CheckpointWriteError",
+    "Chunk",
     "MetricError",
     "ModelCheckpoint",
     "Preempted",
@@ -59,6 +61,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "load_weights",
+    "scan_in_chunks",
     "step",
     "verify",
 ]

@@ -30,6 +30,7 @@ LAYERS = [
     "_record",
     "_retention",
     "_state",
+    "_chunks",
     "_slots",
     "_tree",
     "_weights",
