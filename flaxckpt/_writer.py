@@ -11,8 +11,7 @@ from typing import Any
 
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
-# A new thread makes its starter wait for it, for milliseconds where all cores are busy.
-_IDLE_SECS = 600.0
+_IDLE_SECS = 2.0
 
 
 def _nothing() -> None:
