@@ -651,7 +651,7 @@ class ModelCheckpoint:
     def _finish_streams(self) -> None:
         """Wait for what running programs have still to hand over."""
         if self._has_streamed:
-            jax.effects_barrier()
+            _traced.finish_programs()
             for stream in self._streams:
                 stream.reset()
 

@@ -809,7 +809,7 @@ class Saves:
         before = np.asarray(entry.before.best) if entry.before is not None else np.nan
         old = "None" if np.isnan(before) else f"{before:.5f}"
         new = np.asarray(state.best)
-        if entry.save and new != before:
+        if entry.save and new != before and not np.isnan(new):
             entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
         elif not entry.save and entry.logs.get(state.monitor) is not None:
             self._say(entry, f"{state.monitor} did not improve from {old}")

@@ -5,6 +5,7 @@ host, which copies them and lets it go on. Where the leaves are sharded, each de
 hands over its own shards. The host calls no JAX meanwhile, which could deadlock.
 """
 
+import contextlib
 import functools
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
+from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from flaxckpt._packing import Packing
@@ -52,8 +54,19 @@ def place_of(leaf: Any, sharding: Any) -> Place | None:
         if AxisType.Explicit in own.mesh.axis_types:
             return Place(own.mesh, own.spec)
     if isinstance(sharding, NamedSharding):
+        try:
+            sharding.shard_shape(leaf.shape)
+        except (ValueError, AttributeError):  # it is another array by now
+            return None
         return Place(sharding.mesh, sharding.spec)
     return None
+
+
+def finish_programs() -> None:
+    """Wait for all that running programs have to hand over."""
+    # Who asks for the results of a program that has failed hears of it.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.effects_barrier()
 
 
 def stream(
@@ -97,7 +110,7 @@ def stream(
             "only. Call it in the jitted function around it; flaxckpt.step may be "
             "called here."
         )
-    before_end(jax.effects_barrier)
+    before_end(finish_programs)
     index("epoch", epoch)
     if batch is not None:
         index("batch", batch)
@@ -247,7 +260,18 @@ class Stream:
             scalars = structure.unflatten([value[()] for value in values[:number]])
             return take(scalars, values[number:])
 
-        return io_callback(unpacked, _TOKEN, *packing.pack([*flat, *leaves]))
+        def from_buffers(context: Any, token: Any, *buffers: Any) -> None:
+            del context
+            np.asarray(token)[...] = unpacked(*map(np.asarray, buffers))
+
+        packed = packing.pack([*flat, *leaves])
+        # On CPU, `io_callback` has JAX copy its operands first, by threads of which all
+        # may be waiting for that here. The other kind has to know where it runs.
+        is_placed = self._mesh is not None or jax.device_count() == 1
+        if jax.default_backend() == "cpu" and is_placed:
+            call = buffer_callback(from_buffers, _TOKEN, has_side_effect=True)
+            return call(*packed)
+        return io_callback(unpacked, _TOKEN, *packed)
 
     def tell(self, scalars: PyTree) -> jax.Array:
         """Have the host say that a due check has saved nothing."""
@@ -282,8 +306,12 @@ class Stream:
             for target, leaf in zip(incoming.memory, leaves, strict=True):
                 np.copyto(target, leaf)
             self._saves.arrived(incoming)
-        except BaseException as error:
+        except Exception as error:
             self._fail(error, incoming)
+        except BaseException:  # an interrupt
+            if incoming is not None:
+                self._saves.give_up(incoming)
+            raise
         return np.int32(0)
 
     def _take_shards(

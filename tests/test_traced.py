@@ -603,3 +603,46 @@ def test_no_value_of_a_trace_is_kept(tmp_path):
     ):
         run = jax.jit(lambda w, s: ckpt.update(s, {"w": w}, {"l": w.sum()}, 0))
         run(jnp.ones(3), jax.tree.map(jnp.asarray, ckpt.init()))
+
+
+@pytest.mark.parametrize("in_flight", [1, 8])
+def test_large_shards_do_not_hang(tmp_path, in_flight):
+    """Where as many threads hand over as there are devices."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    tree = {
+        "w": jax.device_put(jnp.zeros((1200, 1200)), NamedSharding(mesh, P("a", "b")))
+    }
+    with flaxckpt.ModelCheckpoint(tmp_path / "x", max_in_flight=in_flight) as ckpt:
+
+        def body(carry, epoch):
+            tree, state = carry
+            tree = {"w": tree["w"] + 1}
+            return (tree, ckpt.update(state, tree, None, epoch)), None
+
+        steps = jnp.arange(6)
+        run = jax.jit(lambda c: jax.lax.scan(body, c, steps)[0])
+        run((tree, ckpt.init(tree)))
+        found = ckpt.restore(tree)
+        assert found.epoch == 5
+        assert (np.asarray(found.tree["w"]) == 6).all()
+
+
+def test_what_was_stopped_on_a_mesh_saves_again(tmp_path):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.device_put(jnp.zeros((8, 8)), NamedSharding(mesh, P("a", "b")))
+    (tmp_path / "5").write_text("in the way")
+    ckpt = flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", stop_on_error=True)
+
+    def body(carry, epoch):
+        x, state = carry
+        return (x + 1, ckpt.update(state, {"x": x}, None, epoch)), None
+
+    steps = jnp.arange(10)
+    run = jax.jit(lambda c: jax.lax.scan(body, c, steps)[0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="is a file"):
+        jax.block_until_ready(run((x, ckpt.init({"x": x}))))
+    (tmp_path / "5").unlink()
+    ckpt.wait()
+    run((x, ckpt.init()))
+    ckpt.close()
+    assert [info.epoch for info in ckpt.checkpoints] == list(range(10))
