@@ -34,7 +34,7 @@ Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
 
 _CHUNK = 1 << 16  # words of the longest axis that are digested at a time
-_BLOCK = 1 << 16  # words that are folded at a time: what stays in the cache
+_BLOCK = 1 << 15  # words that are folded at a time: what stays in the cache
 _SHORT = 64  # a last axis shorter than this is not worth a pass of its own
 _SMALL = 1 << 14  # words of an array whose coefficients are all kept
 _THREADS = 2
@@ -286,7 +286,7 @@ def _coefficients(
     position = 0
     while position < size:
         chunk, offset = divmod(start + position, _CHUNK)
-        count = min(size - position, _CHUNK - offset)
+        count = min(size - position, _CHUNK - offset, _BLOCK)
         yield position, _low(axis)[offset : offset + count], _high(axis, chunk)
         position += count
 

@@ -22,7 +22,6 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,6 +32,7 @@ import numpy as np
 import tensorstore
 import xxhash
 
+from flaxckpt._background import give_way, writing_pool, writing_threads
 from flaxckpt._digest import Digest, Piece, agrees, digest, pieces
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
@@ -47,12 +47,10 @@ _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
-_FILE_THREADS = 4
 _HEAD = 64
 _BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the cache
 _READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that are read here
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
-_TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ class Form:
         into = database.with_transaction(transaction)
         turn = time.perf_counter()
         for stored, value in zip(self.arrays, values, strict=True):
-            turn = _give_way(turn)
+            turn = give_way(turn)
             found.append(digest(value))
             if isinstance(stored, str):
                 continue
@@ -250,7 +248,7 @@ class Form:
             draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
             return marks
 
-        with ThreadPoolExecutor(_threads(), "flaxckpt-write") as pool:
+        with writing_pool() as pool:
             found = list(pool.map(write, self.arrays, values))
         return [digest for digest, _ in found], [sums for _, sums in found]
 
@@ -271,29 +269,6 @@ def _write_array(draft: Draft, stored: _Stored, value: Any) -> tuple[str, list[s
             write(_trailer(chunk.nbytes))
         sums.append(summed.hexdigest())
     return digested.text, sums
-
-
-def _give_way(turn: float) -> float:
-    """Let the training loop have the interpreter's lock, after a while of work.
-
-    Python itself would take it away after 5 ms only, and a step asks several times.
-
-    Args:
-        turn: When the work began, in the seconds of `time.perf_counter`.
-
-    Returns:
-        When it goes on.
-    """
-    if time.perf_counter() - turn < _TURN_SECS:
-        return turn
-    time.sleep(_PAUSE_SECS)
-    return time.perf_counter()
-
-
-@functools.cache
-def _threads() -> int:
-    """Return how many threads write: training needs the others."""
-    return max(1, min(_FILE_THREADS, (os.cpu_count() or 1) // 2))
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -560,7 +535,7 @@ def _crc32c(data: bytes) -> int:
 
 def _database(directory: Path) -> dict[str, Any]:
     base = {"driver": "file", "path": f"{directory}/"}
-    threads = {"limit": _threads()}
+    threads = {"limit": writing_threads()}
     context = {"file_io_concurrency": threads, "data_copy_concurrency": threads}
     return {"driver": "ocdbt", "base": base, "config": _DATABASE, "context": context}
 

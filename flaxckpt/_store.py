@@ -180,7 +180,9 @@ def write(
         if form is None:
             settings = {"is_database": is_database, "compress": compress}
             by_orbax = _write_by_orbax(written, layout, leaves, held, **settings)
-        with Draft(written, sync=area.sync) as draft:
+        # What the draft has not written itself is synced with all the rest, behind it.
+        is_ours = form is not None and not form.is_database
+        with Draft(written, sync=area.sync and is_ours) as draft:
             if by_orbax is not None:
                 found, sums, learned = by_orbax
                 if frozen is not None and learned is not None:
@@ -195,7 +197,7 @@ def write(
             draft.write(LEAVES_FILE, [table])
             draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
             draft.finish()
-        if area.sync and (form is None or form.is_database):  # not written by the draft
+        if area.sync and not is_ours:
             sync_tree(written)
         area.put(written, info.path)
     if frozen is not None:

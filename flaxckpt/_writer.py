@@ -1,7 +1,6 @@
 """Saves in the background: one after the other, none lost, no error unheard."""
 
 import os
-import sys
 import threading
 import warnings
 from collections import deque
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from flaxckpt._background import stand_back
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
@@ -160,7 +160,7 @@ class Writer:
         return len(self._waiting) + self._claimed + (self._running is not None)
 
     def _work(self) -> None:
-        _stand_back()
+        stand_back()
         while True:
             with self._changed:
                 if not self._changed.wait_for(lambda: self._waiting, _IDLE_SECS):
@@ -181,16 +181,6 @@ class Writer:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
-
-
-def _stand_back() -> None:
-    """Leave most of a busy core to the training loop.
-
-    Linux gives a thread that is 5 steps nicer, and those that it starts, a third of the
-    weight of another. With less, a save would not be done when the next one comes.
-    """
-    if sys.platform == "linux":  # elsewhere it is for the whole process
-        os.nice(5)
 
 
 def _error_of(job: Job) -> CheckpointError | None:

@@ -37,6 +37,7 @@ LAYERS = [
     "_snapshot",
     "_packing",
     "_lock",
+    "_background",
     "_draft",
     "_commit",
     "_digest",
