@@ -25,7 +25,7 @@ TREES = {  # name: leaves, shape
     "25 leaves of 16 MB": (25, (4096, 1024)),
     "1000 leaves of 4 KB": (1000, (32, 32)),
 }
-ONCE = ("Orbax v1, best settings", "raw write + fsync")  # in one table will do
+ONCE = ("Flax msgpack", "Keras OrbaxCheckpoint", "raw write + fsync")  # the slowest
 QUICK = {"25 leaves of 4 KB": (25, (32, 32))}
 
 

@@ -59,7 +59,7 @@ def main(directory):
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
 
     with flaxckpt.ModelCheckpoint(
-        f"{directory}/best", monitor="val_accuracy", save_best_only=True
+        f"{directory}/best", "val_accuracy", save_best_only=True, save_last=True
     ) as ckpt:
         found = ckpt.restore(like=states(model, optimizer))
         if found is None:

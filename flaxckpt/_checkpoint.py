@@ -35,6 +35,7 @@ from flaxckpt.errors import (
     CheckpointNotFoundError,
     Preempted,
     SettingError,
+    TemplateError,
 )
 
 Logs: TypeAlias = Mapping[str, Any]
@@ -47,7 +48,7 @@ _ELSEWHERE = {
     "every_n_train_steps": "save_freq",
     "every_n_epochs": "save_freq",
     "save_interval_steps": "save_freq",
-    "save_top_k": "max_to_keep",
+    "save_top_k": "preserve",
     "keep": "max_to_keep",
     "keep_period": "preserve",
     "preservation_policy": "preserve",
@@ -262,6 +263,7 @@ class ModelCheckpoint:
                 "compressed files are not linked. Pass one of the two.",
             )
         stored_once = None if frozen is None else Frozen(frozen)
+        self._has_policy, self._max_to_keep = preserve is not None, max_to_keep
         self._save_last = bool(save_last)
         self._raise_preempted = save_on_preemption is True
         self._series = Series(
@@ -292,7 +294,9 @@ class ModelCheckpoint:
         self._shardings: dict[Any, list[Any]] = {}
         self._stop_on_error = bool(stop_on_error)
         self._stale: CheckpointState | None = None  # it has a new best by now
-        self._is_warned = False
+        self._is_warned = self._is_warned_of_best = False
+        self._by_epoch = save_freq == "epoch"
+        self._never_due: bool | None = None  # whether the calls so far never will be
         self._watch = Watch() if save_on_preemption else None
 
     # ---- the loop --------------------------------------------------------------------
@@ -365,8 +369,13 @@ class ModelCheckpoint:
             self._warn_of_stale()
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not preempted:
+            if self._never_due is None:
+                self._never_due = self._by_epoch or batch is None
             return state
+        self._never_due = False
         check_state(state, self._fresh)
+        if self._has_policy:
+            self._check_policy(logs)
         if _is_traced(due, force, epoch, batch, logs, tree, state):
             return self._update_traced(
                 given, state, due, tree, logs, epoch, batch, force
@@ -437,18 +446,38 @@ class ModelCheckpoint:
             Where the checkpoints will be; none where nothing was kept.
 
         Raises:
-            SettingError: A `ValueError`, if `member` is not one of the snapshot's.
+            SettingError: A `ValueError`, if `member` is not one of the snapshot's, or
+                checkpoints of an ensemble would be deleted to keep fewer.
+            TemplateError: If two of the checkpoints would be at one path, or there is
+                no `{member}` in the filepath of an ensemble's. Nothing is saved then.
             CheckpointError: As `save`.
         """
 
         def time(kept: Kept) -> tuple[float, float]:
             return kept.epoch, np.inf if kept.batch is None else kept.batch
 
+        if not isinstance(snapshot, Snapshot):
+            advice = "pass the flaxckpt.Snapshot first."
+            raise SettingError("snapshot", f"<{type(snapshot).__name__}>", advice)
         extra = {} if member is None else {"member": int(member)}
-        entries = sorted(snapshot.entries(member), key=time)
+        if extra:
+            self._check_for_members()
+        entries = [
+            (kept, {**kept.logs, **extra})
+            for kept in sorted(snapshot.entries(member), key=time)
+        ]
+        paths = [
+            self._template.render(kept.epoch, kept.batch, logs)
+            for kept, logs in entries
+        ]
+        if len(set(paths)) < len(paths):
+            raise TemplateError(
+                self._template.text,
+                f"the snapshot holds {len(paths)} trees, and one would replace "
+                "another. Put {epoch} into it, or what else tells them apart.",
+            )
         return tuple(
-            self.save(kept.tree, kept.epoch, kept.batch, {**kept.logs, **extra})
-            for kept in entries
+            self.save(kept.tree, kept.epoch, kept.batch, logs) for kept, logs in entries
         )
 
     def wait(self) -> None:
@@ -472,13 +501,20 @@ class ModelCheckpoint:
         except Exception:
             self._release()
             raise
+        if self._never_due:
+            how = "without `batch`" if self._by_epoch else "with `batch`"
+            warnings.warn(
+                "No check was ever due: with save_freq="
+                f"{self._fresh.save_freq!r} only calls of update {how} count.",
+                stacklevel=2,
+            )
         self._release()  # but not where an interrupt left a save under way
 
     def _release(self) -> None:
         if self._is_newly_preempted() and self._watch is not None:
             warnings.warn(
-                f"{self._watch.signal} came after the last update, and no state was "
-                "saved for it. End the program now.",
+                f"{self._watch.signal} came after the last update outside of jit, and "
+                "no state was saved for it. End the program now.",
                 stacklevel=3,
             )
         self._series.area.close()
@@ -655,6 +691,22 @@ class ModelCheckpoint:
             for stream in self._streams:
                 stream.reset()
 
+    def _check_for_members(self) -> None:
+        """Check that members of an ensemble do not replace or displace each other."""
+        if "member" not in self._template.fields:
+            raise TemplateError(
+                self._template.text,
+                "the members of an ensemble would replace each other. Put {member} "
+                "into it.",
+            )
+        if self._has_policy:
+            raise SettingError(
+                "max_to_keep or preserve",
+                self._max_to_keep,
+                "the members of an ensemble count as one series, of which it would "
+                "keep so many in all. A snapshot's `keep` holds that many of each.",
+            )
+
     def _need_mode(self) -> None:
         if self._mode == "auto":
             raise SettingError(
@@ -689,6 +741,24 @@ class ModelCheckpoint:
                 "what it has decided. Write state = ckpt.update(state, ...).",
                 stacklevel=3,
             )
+
+    def _check_policy(self, logs: Logs | None) -> None:
+        """Warn if the best, which retention spares, cannot be known."""
+        if self._is_warned_of_best or not logs:
+            return
+        name = self._monitor
+        if name not in logs:
+            problem = f"logs has no {name!r}, only {', '.join(map(repr, logs))}"
+        elif self._mode == "auto":
+            problem = f"whether {name!r} is better low or high is not known: pass mode"
+        else:
+            return
+        self._is_warned_of_best = True
+        warnings.warn(
+            f"{problem}. So it is not known which checkpoint is the best, and it is "
+            "not kept beside those that max_to_keep or preserve keep.",
+            stacklevel=4,
+        )
 
     def _is_newly_preempted(self) -> bool:
         watch = self._watch
@@ -747,7 +817,7 @@ def _is_traced(*values: PyTree) -> bool:
 
 
 def _print(message: str) -> None:
-    print(message, flush=True)
+    print(f"{message}\n", end="", flush=True)  # in one piece, for others write too
 
 
 def _unknown_argument(*names: str) -> str:

@@ -111,7 +111,11 @@ def _run(
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
         return carry, jax.tree.map(lambda all, one: put(all, one, index=index), ys, y)
 
-    _, y = jax.eval_shape(lambda carry: body(carry, x_of(first)), carry)
+    given = jax.eval_shape(lambda carry: body(carry, x_of(first)), carry)
+    if not (isinstance(given, tuple) and len(given) == 2):
+        advice = "it has to return a pair, of carry and y."
+        raise SettingError("body", getattr(body, "__name__", "a function"), advice)
+    _, y = given
     ys = jax.tree.map(lambda y: jnp.zeros((chunk, *y.shape), y.dtype), y)
     return jax.lax.fori_loop(0, count, step, (carry, ys))
 

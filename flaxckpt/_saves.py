@@ -62,6 +62,8 @@ class SaveCounts:
         delayed: Calls that waited for earlier saves, since there were as many under
             way as `max_in_flight` allows.
         delayed_secs: How long they waited, in all.
+        failed: Those that could not be written. `wait`, `close` or a later call raises
+            the error of the first; those of others are notes on it.
         linked_bytes: How much of frozen leaves did not have to be written again.
     """
 
@@ -69,6 +71,7 @@ class SaveCounts:
     superseded: int = 0
     delayed: int = 0
     delayed_secs: float = 0.0
+    failed: int = 0
     linked_bytes: int = 0
 
 
@@ -322,6 +325,7 @@ class Saves:
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
         self._writer = Writer()
+        self._is_first = True
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close = self._writer.close
 
@@ -480,6 +484,7 @@ class Saves:
 
     def fail(self, error: BaseException) -> None:
         """Have an error raised by the next call."""
+        self.counts.failed += 1
         self._writer.fail(error, str(self._series.root))
 
     @property
@@ -673,7 +678,7 @@ class Saves:
         if memory is None and entry.copies is not None and self._snapshot != "none":
             job.memory = entry.copies.memory()
         job.path = str(where or self._series.root)
-        job.run = functools.partial(self._write, job.content)
+        job.run = functools.partial(self._run, job.content)
         job.after = self._series.area.sweep
         self._writer.submit(job)
 
@@ -716,6 +721,13 @@ class Saves:
 
     # ---- in the background -----------------------------------------------------------
 
+    def _run(self, save: _Save) -> None:
+        try:
+            self._write(save)
+        except BaseException:
+            self.counts.failed += 1
+            raise
+
     def _write(self, save: _Save) -> None:
         """Write the last entry that saves, and delete what is no longer to be kept.
 
@@ -755,6 +767,9 @@ class Saves:
             pages.append(Page(slot, True, part.layout, own, part.weights))
         del leaves, save
         state = entry.kept
+        if self._is_first and entry.save:
+            self._is_first = False
+            self._compare_with_earlier(state)
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
@@ -775,6 +790,22 @@ class Saves:
         self.counts.saved += 1
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
+
+    def _compare_with_earlier(self, state: CheckpointState | None) -> None:
+        """Warn if a run that saves only the best does not know of a better one."""
+        if state is None or not state.save_best_only:
+            return
+        best, new = self._series.best_value(), float(np.asarray(state.best))
+        is_better = best is not None and (
+            best < new if state.mode == "min" else best > new
+        )
+        if is_better:
+            self._writer.warn(
+                f"{str(self._series.root)!r} has a checkpoint of an earlier run with "
+                f"{state.monitor} {best:.5g}, which this run does not know of: its own "
+                f"best is {new:.5g}. To go on from there, and not save what is worse, "
+                "begin with ckpt.restore(like=tree)."
+            )
 
     def _chosen(self, save: _Save) -> Entry | None:
         """Return the entry to write, learning what a device has decided."""

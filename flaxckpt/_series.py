@@ -271,6 +271,11 @@ class Series:
             else:
                 known.best = self.best_of((known.best, info))
 
+    def best_value(self) -> float | None:
+        """Return the best monitored value on disk. The area is open."""
+        best = self._best(self._ledger())
+        return None if best is None else monitored_value(best.logs, self._monitor)
+
     def _best(self, known: "_Known") -> CheckpointInfo | None:
         """Return the best that is on disk, whatever somebody has deleted by hand."""
         if self._mode == "auto":

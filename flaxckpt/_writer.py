@@ -57,6 +57,7 @@ class Writer:
         self._is_busy = False
         self._memory: list[Any] = []
         self._errors: list[CheckpointError] = []
+        self._warnings: list[str] = []
         self._thread: threading.Thread | None = None
 
     def claim(self, key: Any, limit: int, *, wait: bool = True) -> Job | None:
@@ -118,6 +119,8 @@ class Writer:
 
     def check(self) -> None:
         """Raise the errors of jobs that have failed by now, without waiting."""
+        while self._warnings:
+            warnings.warn(self._warnings.pop(0), stacklevel=4)
         if not self._errors:
             return
         with self._changed:
@@ -126,6 +129,10 @@ class Writer:
         for other in others:
             first.add_note(f"And: {other}")
         raise first
+
+    def warn(self, message: str) -> None:
+        """Have a warning given by the next call of `wait`, `check` or `close`."""
+        self._warnings.append(message)
 
     def fail(self, error: BaseException, path: str) -> None:
         """Have an error raised as that of a job that failed.

@@ -249,11 +249,50 @@ def test_max_to_keep_counts_the_newest_and_spares_the_best(tmp_path):
         run(ckpt, [0.1, 0.5, 0.4, 0.3])
         assert names(ckpt.checkpoints) == ["1", "3", "4"]
     with ModelCheckpoint(tmp_path / "x{epoch}", monitor="beta", max_to_keep=2) as ckpt:
-        run(ckpt, [0.1, 0.5, 0.4, 0.3], metric="beta")
+        with pytest.warns(UserWarning, match="'beta' is better low or high"):
+            run(ckpt, [0.1, 0.5, 0.4, 0.3], metric="beta")
         assert names(ckpt.checkpoints) == ["x3", "x4"]
         with pytest.raises(SettingError, match=r"'beta' .* Pass mode="):
             ckpt.best  # noqa: B018
     assert names(flaxckpt.list_checkpoints(tmp_path)) == ["1", "3", "4", "x3", "x4"]
+
+
+def test_that_the_best_cannot_be_spared_is_said_once(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+        with pytest.warns(UserWarning, match=r"no 'val_loss', only 'loss'") as given:
+            run(ckpt, [0.1, 0.5, 0.7], metric="loss")
+        assert len(given) == 1
+        assert names(ckpt.checkpoints) == ["3"]
+
+
+@pytest.mark.parametrize(("save_freq", "batch"), [("epoch", 7), (10, None)])
+def test_a_loop_in_which_nothing_is_ever_due_is_told(tmp_path, save_freq, batch):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=save_freq)
+    state = ckpt.init()
+    for _ in range(3):
+        state = ckpt.update(state, {"w": np.ones(2)}, None, 0, batch)
+    with pytest.warns(UserWarning, match="No check was ever due"):
+        ckpt.close()
+    assert ckpt.checkpoints == ()
+
+
+def test_a_run_that_has_not_reached_its_first_check_is_not_warned(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}", save_freq=10) as ckpt:
+        ckpt.update(ckpt.init(), {"w": np.ones(2)}, None, 0, 0)
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        state = ckpt.update(ckpt.init(), {"w": np.ones(2)}, None, 0, 0)
+        ckpt.update(state, {"w": np.ones(2)}, None, 0)
+
+
+def test_a_better_best_of_an_earlier_run_is_not_replaced_without_a_word(tmp_path):
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt:
+        run(ckpt, [0.3, 0.2])
+    again = ModelCheckpoint(tmp_path / "best", save_best_only=True)
+    with pytest.warns(UserWarning, match=r"val_loss 0\.2, .* begin with ckpt\.restore"):
+        run(again, [0.9])
+        again.close()
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt:
+        run(ckpt, [0.1], ckpt.restore().state)
 
 
 def test_preserve_takes_policies_of_orbax(tmp_path):
@@ -430,7 +469,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("save_top_k", "Did you mean 'max_to_keep'?"),
+        ("save_top_k", "Did you mean 'preserve'?"),
         ("period", "Did you mean 'save_freq'?"),
         ("monitr", "Did you mean 'monitor'?"),
         ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, max_to_keep, preserve, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress, frozen, stop_on_error."),

@@ -102,7 +102,7 @@ def test_saved_between_chunks_it_is_resumed(tmp_path):
     body, carry, xs = case("adam", 20)
     expected, _ = jax.lax.scan(body, carry, xs)
     filepath = tmp_path / "{batch}"
-    with flaxckpt.ModelCheckpoint(filepath, save_freq=6, max_to_keep=2) as ckpt:
+    with flaxckpt.ModelCheckpoint(filepath, "loss", save_freq=6, max_to_keep=2) as ckpt:
         state = ckpt.init()
         for part in scan_in_chunks(body, carry, xs, chunk=3):
             logs = {"loss": part.ys["loss"][-1]}
@@ -135,3 +135,8 @@ def test_bad_numbers_are_refused_at_once(arguments, name):
     given = {"xs": jnp.ones(8), **arguments}
     with pytest.raises(SettingError, match=name):
         scan_in_chunks(chaotic, jnp.ones(3), **given)
+
+
+def test_a_body_that_returns_no_pair_is_named():
+    with pytest.raises(SettingError, match=r"body=.*a pair, of carry and y"):
+        next(scan_in_chunks(lambda carry, x: carry, 0, jnp.arange(3), chunk=2))

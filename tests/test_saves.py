@@ -494,6 +494,7 @@ def test_those_that_fail_among_several_are_told_and_the_others_written(
     assert re.match(f"And: Saving '{tmp_path}/3' failed", *e.value.__notes__)
     ckpt.close()
     assert names(ckpt.checkpoints) == ["1", "4"]
+    assert (ckpt.counts.saved, ckpt.counts.failed) == (2, 2)
 
 
 @pytest.mark.parametrize(

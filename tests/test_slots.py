@@ -378,8 +378,13 @@ def test_the_guide_says_so(tmp_path, monkeypatch):
         exec(compile(block, "guide.md", "exec"), names)
     names["ckpt"].close()
     assert [path.name for path in names["paths"]] == ["02-1.00", "03-0.00"]
-    found = {info.path.name: info for info in flaxckpt.list_checkpoints("runs")}
-    assert [found[f"member-0{i}"].epoch for i in range(3)] == [2, 1, 0]
+    for member in range(3):
+        infos = flaxckpt.list_checkpoints("runs")
+        infos = [info for info in infos if info.path.name[:3] == f"0{member}-"]
+        infos = [info for info in infos if info.logs.get("member") == member]
+        assert len(infos) == 2
+        best = min(infos, key=lambda info: info.logs["val_loss"])
+        assert best.epoch == 2 - member
 
 
 def test_under_x64_it_compares_in_float64():
@@ -388,3 +393,24 @@ def test_under_x64_it_compares_in_float64():
         for loss in (1.0, 1 - 1e-12):
             snapshot = jitted_take(snapshot, True, {"w": loss}, {"loss": loss}, 0)
         assert snapshot.entries()[0].logs["loss"] == 1 - 1e-12
+
+
+def test_no_slot_replaces_another_when_saved(tmp_path):
+    snapshot = like(keep=2)
+    for index, score in enumerate([0.1, 0.5]):
+        logs = {"score": score, "i": index}
+        snapshot = snapshot.take(True, tree_at(index), logs, index)
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), snapshot)
+    with flaxckpt.ModelCheckpoint(tmp_path / "best") as ckpt:
+        with pytest.raises(flaxckpt.TemplateError, match=r"holds 2 trees.*\{epoch\}"):
+            ckpt.save_snapshot(snapshot)
+        assert ckpt.checkpoints == ()
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        assert len(ckpt.save_snapshot(snapshot)) == 2
+        with pytest.raises(flaxckpt.TemplateError, match=r"Put \{member\}"):
+            ckpt.save_snapshot(members, 0)
+    with flaxckpt.ModelCheckpoint(tmp_path / "{member}-{epoch}", max_to_keep=1) as ckpt:
+        with pytest.raises(SettingError, match=r"max_to_keep.*one series"):
+            ckpt.save_snapshot(members, 0)
+        with pytest.raises(SettingError, match=r"pass the flaxckpt\.Snapshot first"):
+            ckpt.save_snapshot(tree_at(0))

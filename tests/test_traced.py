@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,7 @@ def test_what_is_said_is_what_a_loop_says(tmp_path, capfd):
         ) as ckpt:
             run(ckpt, make_tree(), ckpt.init(), False)
             ckpt.wait()
+        shutil.rmtree(tmp_path / "same")
         lines = capfd.readouterr().out.splitlines()
         said.append(
             (
