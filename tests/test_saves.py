@@ -409,7 +409,7 @@ def test_a_newer_save_to_the_same_path_supersedes_one_that_waits(
     ):
         state = ckpt.init()
         for epoch in range(6):
-            logs = {"val_loss": jnp.float32(-epoch)}
+            logs = {"val_loss": jnp.float32(-epoch).block_until_ready()}
             state = ckpt.update(state, tree_of(epoch), logs, epoch)
             assert arrived.wait(60)
         go.set()
