@@ -1,6 +1,7 @@
 """`ModelCheckpoint`: a thin facade over template, state, store and retention."""
 
 import difflib
+import functools
 import inspect
 import os
 import warnings
@@ -17,9 +18,10 @@ from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 
-from flaxckpt import _store, _traced
+from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
-from flaxckpt._preemption import Watch
+from flaxckpt._pod_saves import PodSaves
+from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves, check_logs
@@ -125,6 +127,7 @@ class ModelCheckpoint:
         compress: bool = False,
         frozen: Filter | type | None = None,
         stop_on_error: bool = False,
+        timeout_secs: float = _processes.TIMEOUT_SECS,
         **unknown: Never,
     ) -> None:
         """Check the settings; write nothing.
@@ -178,6 +181,8 @@ class ModelCheckpoint:
             stop_on_error: Where `update` is called in jit, end the program if a save
                 has failed, at the next one. False: the error is raised by `wait` or
                 `close`, or the next call outside of jit.
+            timeout_secs: In several processes, how long to wait for one that does not
+                come, before an error is raised in the others.
             **unknown: None; there to name what was meant.
 
         Raises:
@@ -276,7 +281,13 @@ class ModelCheckpoint:
             compress=bool(compress),
             frozen=stored_once,
         )
-        self._saves = Saves(
+        make = Saves
+        if _processes.are_several():
+            make = functools.partial(PodSaves, timeout=float(timeout_secs))
+            if compress:
+                advice = "several processes store what is not compressed. Pass False."
+                raise SettingError("compress", compress, advice)
+        self._saves = make(
             self._template,
             self._series,
             weights=weights or default_weights,
@@ -297,7 +308,9 @@ class ModelCheckpoint:
         self._is_warned = self._is_warned_of_best = False
         self._by_epoch = save_freq == "epoch"
         self._never_due: bool | None = None  # whether the calls so far never will be
-        self._watch = Watch() if save_on_preemption else None
+        self._watch: Watch | AgreedWatch | None = None
+        if save_on_preemption:
+            self._watch = AgreedWatch() if _processes.are_several() else Watch()
 
     # ---- the loop --------------------------------------------------------------------
 
@@ -384,10 +397,9 @@ class ModelCheckpoint:
         if due:
             self._saves.decide(entry, now=preempted)
         lasts = (bool(due) and self._save_last) or preempted
-        if entry.save is not False or lasts:
-            path = self._saves.start(tree, entry, lasts=lasts)
-            if preempted:
-                self._finish_preempted(path)
+        path = self._saves.start(tree, entry, lasts=lasts)
+        if preempted:
+            self._finish_preempted(path)
         assert entry.state is not None
         improved = entry.save is True and given.save_best_only and not force
         self._stale = given if improved else None
@@ -607,32 +619,26 @@ class ModelCheckpoint:
         if not isinstance(which, str | os.PathLike):
             advice = 'pass "latest", "best" or the path of a checkpoint.'
             raise SettingError("which", f"<{type(which).__name__}>", advice)
-        if which == "latest":
-            candidates = self._series.by_age()[::-1]
-        elif which == "best":
-            self._need_mode()
-            candidates = ranked(self._series.listed()[0], self._monitor, self._mode)
-        else:
+        if which not in ("latest", "best"):
             path = Path(os.path.abspath(os.path.expanduser(which)))
             if isinstance(which, str) and os.sep not in which and not path.exists():
                 raise SettingError(
                     "which", which, 'pass "latest", "best" or the path of a checkpoint.'
                 )
-            tree, info = _store.restore(path, like, cast=cast, verify=verify)
-            return self._restored(tree, path, info)
+            return self._loaded(path, like, cast=cast, verify=verify)
+        if which == "best":
+            self._need_mode()
+        # All processes of a run go by what one of them sees.
+        names = _processes.from_leader("restore", lambda: self._candidates(which))
         errors: list[CheckpointError] = []
-        for info in candidates:
+        for name in names:
             try:
-                path = info.path
-                tree, info = _store.restore(path, like, cast=cast, verify=verify)
+                return self._loaded(Path(name), like, cast=cast, verify=verify)
             except (CheckpointCorruptError, CheckpointNotFoundError) as error:
                 errors.append(error)
                 warnings.warn(
                     f"PASSED OVER, and the next one tried: {error}", stacklevel=2
                 )
-                continue
-            return self._restored(tree, path, info)
-        errors += self._series.listed()[1]
         if errors:
             raise errors[0]
         self._warn_of_others()
@@ -762,7 +768,7 @@ class ModelCheckpoint:
 
     def _is_newly_preempted(self) -> bool:
         watch = self._watch
-        return watch is not None and watch.signal is not None and not self.preempted
+        return watch is not None and not self.preempted and watch.look() is not None
 
     def _finish_preempted(self, path: Path | None) -> None:
         """Make sure that what was saved is on disk, and tell the loop."""
@@ -774,14 +780,40 @@ class ModelCheckpoint:
                 path = latest.path
             raise Preempted(str(self._watch.signal), str(path))
 
-    def _restored(
-        self, tree: PyTree, path: Path, info: CheckpointInfo | None
+    def _candidates(self, which: Any) -> list[str]:
+        """Return the paths to try to restore from, in order.
+
+        Raises:
+            CheckpointCorruptError: If there are none, and some are damaged.
+        """
+        infos, damaged = self._series.listed()
+        if which == "latest":
+            infos = self._series.by_age()[::-1]
+        else:
+            infos = ranked(infos, self._monitor, self._mode)
+        if not infos and damaged:
+            raise damaged[0]
+        return [str(info.path) for info in infos]
+
+    def _loaded(
+        self, path: Path, like: PyTree, *, cast: bool, verify: bool
     ) -> Restored:
+        """Load a checkpoint, in all processes or in none."""
+        found, problem = None, None
+        try:
+            found = _store.restore(path, like, cast=cast, verify=verify)
+        except CheckpointError as error:
+            problem = error
+        _processes.gathered("restored", problem)  # raises what any of them met
+        assert found is not None
+        tree, info = found
         if info is None:  # plain Orbax's
             return Restored(
                 tree=tree, state=self.init(), epoch=None, batch=None, logs={}, path=path
             )
-        durable = self._series.durable_best(info)
+        durable = _processes.from_leader(
+            "best", lambda: self._series.durable_best(info)
+        )
         return Restored(
             tree=tree,
             state=resumed(self.init(), info.state, durable),

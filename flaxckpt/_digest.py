@@ -85,10 +85,19 @@ class Digest:
         """
         self._sum += yield from _blockwise(piece, starts)
 
+    def add(self, total: int) -> None:
+        """Take in pieces that were digested elsewhere."""
+        self._sum += total
+
+    @property
+    def total(self) -> int:
+        """The sum over the pieces that have come so far, modulo 2**64."""
+        return self._sum % 2**64
+
     @property
     def text(self) -> str:
         """A mark of the formula, and 16 hexadecimal digits."""
-        return f"{_MARK}{self._sum % 2**64:016x}"
+        return f"{_MARK}{self.total:016x}"
 
 
 def agrees(value: Any, found: str) -> bool:
@@ -96,6 +105,22 @@ def agrees(value: Any, found: str) -> bool:
     if found.startswith(_MARK):
         return digest(value) == found
     return f"{combined(pieces(value), by=_by_elements):016x}" == found
+
+
+def part_of(value: Any, found: str) -> int:
+    """Digest what of an array this process has, as a number.
+
+    Args:
+        value: The array.
+        found: What was recorded, which tells the formula.
+    """
+    by = _by_words if found.startswith(_MARK) else _by_elements
+    return combined(pieces(value), by=by)
+
+
+def is_sum(total: int, found: str) -> bool:
+    """Tell whether the parts of all processes add up to what was recorded."""
+    return f"{total % 2**64:016x}" == found.removeprefix(_MARK)
 
 
 def pieces(value: Any) -> list[Piece]:

@@ -41,6 +41,9 @@ from flaxckpt._tree import Layout, Leaf
 Array: TypeAlias = np.ndarray[Any, Any]
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
+# Of a leaf, its digest as a number, and checksums of files by their positions.
+Share: TypeAlias = tuple[int, dict[str, str]]
+
 STATE = "state"  # the directory in a checkpoint that holds the tree
 _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
@@ -49,7 +52,9 @@ _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
 _HEAD = 64
 _BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the cache
-_READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that are read here
+_READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
+_ARRAYS = (*_READ, "bytes")
+_NUMBERS = ("bool", "int", "float")
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 
 
@@ -62,6 +67,11 @@ class _Stored:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        """The dtype of the values."""
+        return jnp.dtype(json.loads(self.description)["data_type"])
 
     def with_keys(self, separator: str) -> "_Stored":
         """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
@@ -115,11 +125,83 @@ class Form:
             The leaves' digests, and the checksums of each leaf's files; none in a
             database, which is not on disk yet.
         """
-        for path, content in self.files.items():
-            draft.write(path, [self._current(path, content, values)])
+        self._write_around(draft, values)
         if self.is_database:
             return self._write_database(directory / STATE, values), []
         return self._write_files(draft, values, frozen)
+
+    def begin(self, draft: Draft, values: Sequence[Any]) -> None:
+        """Write all but the arrays' values, which several processes write.
+
+        Args:
+            draft: Where to.
+            values: The leaves that Orbax holds.
+        """
+        self._write_around(draft, values)
+        for stored in self.arrays:
+            if isinstance(stored, _Stored):
+                draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+
+    def write_share(
+        self, draft: Draft, values: Sequence[Any], *, leads: bool
+    ) -> list[Share]:
+        """Write what is this process's of a checkpoint that several write.
+
+        That is, of each shard the first replica, and, in one of the processes, what is
+        in each of them.
+
+        Args:
+            draft: Where to.
+            values: The leaves that Orbax holds.
+            leads: Whether this is that process.
+
+        Returns:
+            For each leaf the digest of what was written, as a number, and the checksum
+            of each file, by the file's position among the leaf's.
+        """
+
+        def write(stored: _Stored | str, value: Any) -> Share:
+            digested, sums = Digest(), dict[str, str]()
+            if isinstance(stored, str):
+                return (int(digest(value)[-16:], 16) if leads else 0), sums
+            for position, (key, start, chunk) in enumerate(
+                _own_chunks(stored, value, leads=leads)
+            ):
+                if chunk is not None:
+                    found = _write_file(draft, key, start, chunk, digested)
+                    sums[str(position)] = found
+            return digested.total, sums
+
+        with writing_pool() as pool:
+            return list(pool.map(write, self.arrays, values))
+
+    def joined(
+        self, shares: Sequence[Sequence[Share]]
+    ) -> tuple[list[str], list[Sequence[str]]]:
+        """Join what the processes have written.
+
+        Args:
+            shares: Of each process, what `write_share` returned.
+
+        Returns:
+            The leaves' digests, and the checksums of each leaf's files.
+
+        Raises:
+            ValueError: If there is a part that none of them has written, or several.
+        """
+        digests, sums = list[str](), list[Sequence[str]]()
+        for stored, parts in zip(self.arrays, zip(*shares, strict=True), strict=True):
+            digested, files = Digest(), dict[int, str]()
+            for total, found in parts:
+                digested.add(total)
+                files.update({int(position): text for position, text in found.items()})
+            number = 0 if isinstance(stored, str) else sum(1 for _ in stored.keys())
+            written = sum(len(found) for _, found in parts)
+            if not len(files) == written == number:
+                raise ValueError(f"of {stored}, {number} files, {written} were written")
+            digests.append(digested.text)
+            sums.append([files[position] for position in range(number)])
+        return digests, sums
 
     def link(
         self,
@@ -193,6 +275,10 @@ class Form:
                 names.update(f"{STATE}/{key}" for key, _ in stored.keys())
         return frozenset(names)
 
+    def _write_around(self, draft: Draft, values: Sequence[Any]) -> None:
+        for path, content in self.files.items():
+            draft.write(path, [self._current(path, content, values)])
+
     def _current(self, path: str, content: bytes, values: Sequence[Any]) -> bytes:
         if path == _STRINGS:
             pairs = zip(self.arrays, values, strict=True)
@@ -258,17 +344,26 @@ def _write_array(draft: Draft, stored: _Stored, value: Any) -> tuple[str, list[s
 
     Block by block, so that all three find a block in the cache.
     """
-    digested, sums = Digest(), list[str]()
-    for key, start, chunk in _chunks(stored, value):
-        summed = xxhash.xxh3_64()
-        with draft.writing(f"{STATE}/{key}") as write:
-            for block in digested.blocks(chunk, start):
-                found = _bytes(block).data
-                summed.update(found)
-                write(found)
-            write(_trailer(chunk.nbytes))
-        sums.append(summed.hexdigest())
+    digested = Digest()
+    sums = [
+        _write_file(draft, key, start, chunk, digested)
+        for key, start, chunk in _chunks(stored, value)
+    ]
     return digested.text, sums
+
+
+def _write_file(
+    draft: Draft, key: str, start: tuple[int, ...], chunk: Array, digested: Digest
+) -> str:
+    """Write a chunk's file, take it into the digest, and return its checksum."""
+    summed = xxhash.xxh3_64()
+    with draft.writing(f"{STATE}/{key}") as write:
+        for block in digested.blocks(chunk, start):
+            found = _bytes(block).data
+            summed.update(found)
+            write(found)
+        write(_trailer(chunk.nbytes))
+    return summed.hexdigest()
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -295,8 +390,9 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
                 arrays.append(name)
                 continue
             stored = _stored(name, leaf, value, store)
-            for key, _, chunk in _chunks(stored, value):
-                _compare(store.ends(key), _bytes(chunk))
+            for key, _, chunk in _own_chunks(stored, value, leads=True):
+                if chunk is not None:
+                    _compare(store.ends(key), _bytes(chunk))
             arrays.append(stored if is_database else stored.with_keys("."))
             names.add(name)
         for path in sorted(directory.rglob("*")):
@@ -317,18 +413,35 @@ class _OtherwiseError(Exception):
     """Orbax wrote it otherwise than it would be written here."""
 
 
+_UNREADABLE = (
+    _OtherwiseError,
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,  # where a mapping is expected
+)
+
+
 def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _Stored:
     """Read how Orbax has stored an array; raise if not in the way known here."""
     # A leaf's own dtype, where it has one: Orbax may have been given another.
-    dtype = leaf.dtype if leaf.kind in _READ else str(pieces(value)[0][1].dtype)
+    dtype = leaf.dtype if leaf.kind in _READ else _dtype(value)
     stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
     if stored.separator != "/":
         raise _OtherwiseError
     return stored
 
 
-def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
-    """Parse a `zarr.json`.
+def _dtype(value: Any) -> str:
+    """Return the dtype by which a leaf is stored, of which not all needs to be here."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return str(value.dtype)
+    return str(pieces(value)[0][1].dtype)
+
+
+def _parsed(name: str, description: bytes, dtype: str | None) -> _Stored:
+    """Parse a `zarr.json`, for values of a dtype, or of any.
 
     Raises:
         _OtherwiseError: If it is in another way than the one known here.
@@ -359,14 +472,14 @@ def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
         or keys["name"] != "default"
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] != dtype
+        or (dtype is not None and fields["data_type"] != dtype)
     ):
         raise _OtherwiseError
     return _Stored(name, description, shape, chunk, separator)
 
 
 class Reader:
-    """Reads arrays of a checkpoint, as fast as their bytes can be read.
+    """Reads leaves of a checkpoint, as fast as their bytes can be read.
 
     For use by several threads.
     """
@@ -378,54 +491,171 @@ class Reader:
             directory: The checkpoint.
         """
         state = directory / STATE
+        self._strings = directory / _STRINGS
         is_database = (state / "manifest.ocdbt").exists()
         self._store = _Database(state) if is_database else _Files(state)
 
-    def read(self, leaf: Leaf, *, check: bool) -> tuple[Array | None, bool]:
-        """Read an array.
+    def knows(self, leaf: Leaf) -> bool:
+        """Tell whether a leaf is stored in a way that is known here."""
+        try:
+            return leaf.kind == "str" or _stored_of(self._store, leaf) is not None
+        except _UNREADABLE:
+            return False
+
+    def read(self, leaf: Leaf, *, check: bool) -> tuple[Any, bool]:
+        """Read a leaf to the host.
 
         Args:
-            leaf: The array.
+            leaf: The leaf.
             check: Whether to compare it with what is recorded of what was saved.
 
         Returns:
-            Its values, in memory that JAX on CPU need not copy; None if they are stored
-            in a way that is not known here, or not whole: Orbax can tell. And whether
-            they are what was saved, as far as that was checked.
+            Its values, in memory that JAX on CPU need not copy; of keys, their data.
+            None if they are stored in a way that is not known here, or not whole: Orbax
+            can tell. And whether they are what was saved, as far as that was checked.
         """
+        if leaf.kind == "str":
+            return self._read_text(leaf, check=check)
         found = _read(self._store, leaf, check=check)
         if found is None:
             return None, True
         _, values, sums = found
-        if not check:
-            return values, True
-        if leaf.sums and sums:
-            return values, leaf.sums == sums
-        return values, not leaf.digest or agrees(values, leaf.digest)
+        is_same = True
+        if check and leaf.sums and sums:
+            is_same = leaf.sums == sums
+        elif check and leaf.digest:
+            is_same = agrees(values, leaf.digest)
+        return (values.item() if leaf.kind in _NUMBERS else values), is_same
+
+    def read_onto(
+        self, leaf: Leaf, sharding: jax.sharding.Sharding, *, check: bool
+    ) -> tuple[jax.Array | None, bool | None]:
+        """Read an array onto the devices of this process; no other one has to come.
+
+        Args:
+            leaf: The array.
+            sharding: How it is to lie on all devices.
+            check: Whether to compare it with what is recorded of what was saved.
+
+        Returns:
+            As `read`; None for a check that needs more than the files that were read.
+        """
+        try:
+            stored = _stored_of(self._store, leaf)
+            if stored is None:
+                return None, True
+            shards = _Shards(self._store, stored, leaf, check=check and bool(leaf.sums))
+            indices = sharding.addressable_devices_indices_map(stored.shape)
+            places = {
+                device: tuple(
+                    part.indices(size)[:2]
+                    for part, size in zip(index or (), stored.shape, strict=True)
+                )
+                for device, index in indices.items()
+            }
+            parts = {where: shards.read(where) for where in places.values()}
+            array = jax.make_array_from_single_device_arrays(
+                stored.shape,
+                sharding,
+                [jax.device_put(parts[at], device) for device, at in places.items()],
+                dtype=stored.dtype,
+            )
+        except _UNREADABLE:
+            return None, True
+        return array, shards.is_same if leaf.sums else None
+
+    def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
+        try:
+            text = json.loads(self._strings.read_bytes())[".".join(leaf.path)]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, True
+        if not isinstance(text, str):
+            return None, True
+        return text, not (check and leaf.digest) or agrees(text, leaf.digest)
+
+
+class _Shards:
+    """Parts of one array, each file of which is read once.
+
+    Attributes:
+        is_same: Whether all files that were read are what was saved.
+    """
+
+    def __init__(
+        self, store: "_Files | _Database", stored: _Stored, leaf: Leaf, *, check: bool
+    ) -> None:
+        self._store, self._stored, self._sums = store, stored, leaf.sums
+        self._check, self.is_same = check, True
+        self._chunks: dict[str, Array] = {}
+
+    def read(self, where: tuple[tuple[int, int], ...]) -> Array:
+        """Read what is within some bounds, one pair for each axis."""
+        stored, shape = self._stored, tuple(stop - start for start, stop in where)
+        begins = tuple(start for start, _ in where)
+        values = _aligned(shape, stored.dtype)
+        for position, (key, start) in enumerate(stored.keys()):
+            low = [max(pair) for pair in zip(begins, start, strict=True)]
+            high = [
+                min(stop, at + size)
+                for (_, stop), at, size in zip(where, start, stored.chunk, strict=True)
+            ]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            if begins == start and shape == stored.chunk:
+                return self._read(position, key, values)
+            chunk = self._chunks.get(key)
+            if chunk is None:
+                memory = np.empty(stored.chunk, stored.dtype)
+                chunk = self._chunks[key] = self._read(position, key, memory)
+            values[_moved(low, high, begins)] = chunk[_moved(low, high, start)]
+        return values
+
+    def _read(self, position: int, key: str, values: Array) -> Array:
+        sums = self._store.read_into(key, values, check=self._check)
+        if sums and self._sums and sums != [self._sums[position]]:
+            self.is_same = False
+        return values
+
+
+def _moved(
+    low: Sequence[int], high: Sequence[int], by: Sequence[int]
+) -> tuple[slice, ...]:
+    ends = zip(low, high, by, strict=True)
+    return tuple(slice(start - at, stop - at) for start, stop, at in ends)
+
+
+def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
+    """Look up how a leaf is stored; None if otherwise than its table says.
+
+    Raises:
+        _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
+    """
+    name = ".".join(leaf.path)
+    dtype = leaf.dtype if leaf.kind in _ARRAYS else None
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
+    ends = len(leaf.shape) if leaf.kind == "key" else None  # a key has several numbers
+    return stored if stored.shape[:ends] == leaf.shape else None
 
 
 def _read(
     store: "_Files | _Database", leaf: Leaf, *, check: bool = True
 ) -> tuple[_Stored, Array, tuple[str, ...]] | None:
     """Read an array, how it is stored, and the checksums of its files, if asked to."""
-    name, dtype = ".".join(leaf.path), jnp.dtype(leaf.dtype)
     try:
-        stored = _parsed(name, store.read(f"{name}/zarr.json"), leaf.dtype)
-        if stored.shape != leaf.shape:
+        stored = _stored_of(store, leaf)
+        if stored is None:
             return None
-        values = _aligned(stored.shape, dtype)
+        values = _aligned(stored.shape, stored.dtype)
         sums: list[str] = []
         for key, start in stored.keys():
             is_whole = stored.chunk == stored.shape
-            part = values if is_whole else np.empty(stored.chunk, dtype)
+            part = values if is_whole else np.empty(stored.chunk, stored.dtype)
             sums += store.read_into(key, part, check=check)
             if is_whole:
                 break
             where = zip(start, stored.chunk, strict=True)
             values[tuple(slice(at, at + size) for at, size in where)] = part
-    except (_OtherwiseError, OSError, KeyError, ValueError, TypeError):
-        return None
-    except AttributeError:  # where a mapping is expected
+    except _UNREADABLE:
         return None
     return stored, values, tuple(sums)
 
@@ -478,12 +708,37 @@ def _chunks(
         yield key, start, np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
 
 
+def _own_chunks(
+    stored: _Stored, value: Any, *, leads: bool
+) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
+    """Yield of each chunk what `_chunks` does; no values of what others have."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+        for key, start, chunk in _chunks(stored, value):
+            yield key, start, chunk if leads else None
+        return
+    parts = pieces(value)
+    for key, start in stored.keys():
+        chunk = _within(parts, start, stored.chunk)
+        yield key, start, None if chunk is None else np.asarray(chunk, order="C")
+
+
 def _cut(
     parts: list[Piece],
     value: Any,
     start: tuple[int, ...],
     chunk: tuple[int, ...],
 ) -> Array:
+    found = _within(parts, start, chunk)
+    if found is not None:
+        return found
+    parts[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
+    return _cut(parts, value, start, chunk)
+
+
+def _within(
+    parts: list[Piece], start: tuple[int, ...], chunk: tuple[int, ...]
+) -> Array | None:
+    """Return a chunk, if one of the pieces has it all."""
     for begin, piece in parts:
         low = [at - base for at, base in zip(start, begin, strict=True)]
         high = [at + size for at, size in zip(low, chunk, strict=True)]
@@ -491,8 +746,7 @@ def _cut(
             at <= size for at, size in zip(high, piece.shape, strict=True)
         ):
             return piece[tuple(map(slice, low, high))]
-    parts[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
-    return _cut(parts, value, start, chunk)
+    return None
 
 
 def _bytes(array: Array) -> Bytes:

@@ -6,6 +6,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
 from flaxckpt.errors import SettingError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,6 +42,10 @@ class Watch:
                 _earlier[number] = signal.getsignal(number)
                 signal.signal(number, _remember)
 
+    def look(self) -> str | None:
+        """Return `signal`."""
+        return self.signal
+
     def close(self) -> None:
         """Give the signals back, unless somebody else has taken them since."""
         if self not in _watches:
@@ -47,6 +53,32 @@ class Watch:
         if len(_watches) == 1:
             _give_back()
         _watches.remove(self)
+
+
+class AgreedWatch:
+    """Tells all processes of a run at the same call that one of them is to end.
+
+    JAX's coordination service has them agree: it takes SIGTERM of each
+    (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
+
+    Attributes:
+        signal: `SIGTERM`, once it has come to one of them; None for none yet.
+    """
+
+    def __init__(self) -> None:
+        """Take nothing over."""
+        self.signal: str | None = None
+        self._calls = 0
+
+    def look(self) -> str | None:
+        """Return `signal`; every process must call this equally often."""
+        self._calls += 1
+        if self.signal is None and reached_preemption_sync_point(self._calls):
+            self.signal = signal.SIGTERM.name
+        return self.signal
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to give back."""
 
 
 _watches: list[Watch] = []

@@ -21,7 +21,7 @@ import numpy as np
 from flaxckpt import _snapshot, _store
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
-from flaxckpt._series import Page, Series
+from flaxckpt._series import Page, Series, Together
 from flaxckpt._snapshot import Copies
 from flaxckpt._state import (
     LEAVES,
@@ -180,7 +180,7 @@ class _Part:
 
 
 @dataclass
-class _Save:
+class Save:
     """What a job writes: the last of its entries that saves.
 
     Attributes:
@@ -282,7 +282,7 @@ class Incoming:
     """
 
     job: Job
-    save: _Save
+    save: Save
     entry: Entry
     where: Path | None
     memory: list[np.ndarray[Any, Any]]
@@ -352,11 +352,13 @@ class Saves:
             lasts: Whether to save the whole tree in the slot, if nothing else holds it.
 
         Returns:
-            Where it will be, if that is known.
+            Where it will be, if that is known; None too if there is nothing to save.
 
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
         """
+        if entry.save is False and not lasts:
+            return None
         _refuse_processes()
         path, slot = self._targets(entry, lasts=lasts)
         save = self._described(tree, entry, lasts=lasts, path=path)
@@ -443,10 +445,10 @@ class Saves:
         self._open(where)
         part, whole = parts.copies()
         if entry.save:
-            save = _Save(part, whole if lasts else None, path)
+            save = Save(part, whole if lasts else None, path)
         else:
             assert whole is not None
-            save = _Save(whole, whole, None)
+            save = Save(whole, whole, None)
         if where is not None:
             self.tell_decided(entry)
             self._tell_saving(entry, where)
@@ -536,7 +538,7 @@ class Saves:
 
     def _described(
         self, tree: PyTree, entry: Entry, *, lasts: bool, path: Path | None
-    ) -> _Save:
+    ) -> Save:
         whole = None
         if lasts or not self._weights_only:
             whole = self._part(tree, lambda tree: weights_skeleton(tree, self._weights))
@@ -544,7 +546,7 @@ class Saves:
         if self._weights_only and (entry.save is not False or whole is None):
             part = self._part(self._weights(tree), None)
         assert part is not None
-        save = _Save(part, whole if lasts else None, path)
+        save = Save(part, whole if lasts else None, path)
         if self._frozen is not None and not any(part.frozen for part in save.parts):
             raise self._frozen.refuse_all(tree)
         self._take_up_scalars(save, entry)
@@ -562,7 +564,7 @@ class Saves:
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
 
-    def _take_up_frozen(self, save: _Save, entry: Entry) -> None:
+    def _take_up_frozen(self, save: Save, entry: Entry) -> None:
         """Note which leaves are frozen, once a job is claimed.
 
         What is stored already need not be copied again, if no save is under way that
@@ -583,7 +585,7 @@ class Saves:
                     )
             first += len(part.leaves)
 
-    def _take_up_scalars(self, save: _Save, entry: Entry) -> None:
+    def _take_up_scalars(self, save: Save, entry: Entry) -> None:
         """Have scalars on devices copied with the tree: they may be donated.
 
         But for those that are there, and on other devices: these are looked at.
@@ -598,7 +600,7 @@ class Saves:
             else:
                 entry.keep(name, _fetched(value))
 
-    def _start_later(self, save: _Save, entry: Entry) -> bool:
+    def _start_later(self, save: Save, entry: Entry) -> bool:
         """Let the device decide, if there is memory to copy to without waiting."""
         state, value = entry.state, entry.unknown
         if state is None or value is None:  # it is there by now
@@ -617,7 +619,7 @@ class Saves:
 
     def _decide_later(
         self,
-        save: _Save,
+        save: Save,
         entry: Entry,
         job: Job,
         state: CheckpointState,
@@ -646,7 +648,7 @@ class Saves:
         self._submit(job, save, entry, save.path)
         return True
 
-    def _claim(self, save: _Save, entry: Entry) -> tuple[Job, float]:
+    def _claim(self, save: Save, entry: Entry) -> tuple[Job, float]:
         """Claim a job; return it and for how many seconds that had to wait."""
         key, limit = self._key(save, entry), self._limit(save)
         job, waited = self._writer.claim(key, limit, wait=False), 0.0
@@ -662,7 +664,7 @@ class Saves:
     def _submit(
         self,
         job: Job,
-        save: _Save,
+        save: Save,
         entry: Entry,
         where: Path | None,
         memory: Copies | None = None,
@@ -682,7 +684,7 @@ class Saves:
         job.after = self._series.area.sweep
         self._writer.submit(job)
 
-    def _key(self, save: _Save, entry: Entry) -> Any:
+    def _key(self, save: Save, entry: Entry) -> Any:
         """Return what a job writes: jobs of equal keys supersede each other."""
         on_device = isinstance(entry.save, jax.Array) or entry.save is None
         if on_device and save.whole is not None:
@@ -693,7 +695,7 @@ class Saves:
         parts = [p for p in (save.part, save.whole) if p is not None]
         return where, save.scalars, [(part.layout, part.weights) for part in parts]
 
-    def _limit(self, save: _Save) -> int:
+    def _limit(self, save: Save) -> int:
         if self._max_in_flight is not None:
             return self._max_in_flight
         size = save.part.layout.nbytes
@@ -721,25 +723,31 @@ class Saves:
 
     # ---- in the background -----------------------------------------------------------
 
-    def _run(self, save: _Save) -> None:
+    def _run(self, save: Save) -> None:
         try:
             self._write(save)
         except BaseException:
             self.counts.failed += 1
             raise
 
-    def _write(self, save: _Save) -> None:
+    def _write(self, save: Save) -> None:
         """Write the last entry that saves, and delete what is no longer to be kept.
 
         Nothing is deleted before what is new is in its place.
         """
+        settled = self._settled(save)
+        if settled is not None:
+            self._put(*settled)
+
+    def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:
+        """Wait for the copies, and return the entry to write and what of it, if any."""
         newest = save.entries[-1].copies
         assert newest is not None
         # Without the interpreter's lock, which the loop needs to go on.
         jax.block_until_ready((newest.arrays, newest.beside))
         entry = self._chosen(save)
         if entry is None:
-            return
+            return None
         assert entry.copies is not None
         leaves = entry.copies.refilled(newest).leaves()
         for position, leaf in entry.frozen.items():
@@ -754,9 +762,8 @@ class Saves:
         if entry.save:
             path = save.path
             if path is None:
-                rendered = self._template.render(entry.epoch, entry.batch, entry.logs)
-                path = Path(rendered)
-                _store.check_target(path, self._series.root)
+                path = Path(self._template.render(entry.epoch, entry.batch, entry.logs))
+                self._check(path)
                 self._tell_saving(entry, path)
             part, number = save.part, len(save.part.layout.leaves)
             pages.append(Page(path, False, part.layout, leaves[:number], part.weights))
@@ -765,7 +772,18 @@ class Saves:
             own = leaves[len(leaves) - number :]
             slot = self._series.slot()
             pages.append(Page(slot, True, part.layout, own, part.weights))
-        del leaves, save
+        return entry, pages
+
+    def _put(
+        self, entry: Entry, pages: list[Page], together: Together | None = None
+    ) -> None:
+        """Write an entry, and delete what is no longer to be kept.
+
+        Args:
+            entry: The entry.
+            pages: What of it; not changed.
+            together: How several processes write each page; None where only one does.
+        """
         state = entry.kept
         if self._is_first and entry.save:
             self._is_first = False
@@ -783,6 +801,7 @@ class Saves:
                 step=step,
                 time=entry.time,
                 weights_only=self._weights_only and not page.in_slot,
+                together=together,
             )
             self._say(entry, f"finished saving model to {page.path}")
         if entry.save:
@@ -807,7 +826,10 @@ class Saves:
                 "begin with ckpt.restore(like=tree)."
             )
 
-    def _chosen(self, save: _Save) -> Entry | None:
+    def _check(self, path: Path) -> None:
+        _store.check_target(path, self._series.root)
+
+    def _chosen(self, save: Save) -> Entry | None:
         """Return the entry to write, learning what a device has decided."""
         for entry in save.entries:
             if isinstance(entry.save, jax.Array):
@@ -859,9 +881,8 @@ def check_logs(logs: Any) -> None:
 def _refuse_processes() -> None:
     if jax.process_count() > 1:
         raise CheckpointError(
-            f"This is one of {jax.process_count()} processes, and flaxckpt saves "
-            "from one only as yet. Save with Orbax here, or decide with "
-            "flaxckpt.step and save from a program of one process."
+            f"This is one of {jax.process_count()} processes, which was not known when "
+            "the ModelCheckpoint was made. Make it after jax.distributed.initialize()."
         )
 
 

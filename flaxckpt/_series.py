@@ -8,10 +8,10 @@ checkpoints, reading all records anew takes a second.
 
 import datetime
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from flaxckpt import _store
 from flaxckpt._commit import Area
@@ -27,6 +27,10 @@ from flaxckpt._template import Template
 from flaxckpt._tree import Layout, Skeleton
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError
 
+# What has several processes write a checkpoint, and returns what each has written.
+Together: TypeAlias = Callable[
+    [Path, Callable[[], list[_store.Share]]], list[list[_store.Share]]
+]
 # What the slot's own series is called, behind the name of the checkpoints'.
 _SLOT_SERIES = " (last)"
 _TICK = datetime.timedelta(microseconds=1)
@@ -56,6 +60,7 @@ class Series:
 
     Attributes:
         root: The directory below which all of it is.
+        name: Its name.
         area: Where all of it is written.
         slots: Where the slot may be.
     """
@@ -85,14 +90,14 @@ class Series:
             frozen: Which leaves are frozen; None if none are.
         """
         self.root = Path(template.root)
-        self._template, self._name = template, template.name
-        tag = hashlib.sha256(self._name.encode()).hexdigest()[:8]
+        self._template, self.name = template, template.name
+        tag = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         self.slots = slot, slot.with_name(f"{slot.name}-{tag}")
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._compress, self._frozen = compress, frozen
         self.area = Area(
             self.root,
-            (self._name, self._name + _SLOT_SERIES),
+            (self.name, self.name + _SLOT_SERIES),
             template.depth,
             sync=sync,
         )
@@ -105,7 +110,7 @@ class Series:
         template = self._template
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
-        return tuple(info for info in infos if info.series == self._name), damaged
+        return tuple(info for info in infos if info.series == self.name), damaged
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
@@ -127,7 +132,7 @@ class Series:
             return None
 
     def _is_slot(self, info: CheckpointInfo) -> bool:
-        return info.series == self._name + _SLOT_SERIES
+        return info.series == self.name + _SLOT_SERIES
 
     def by_age(self) -> Infos:
         """Return what can be resumed from, oldest first: the slot's beside the rest."""
@@ -144,7 +149,7 @@ class Series:
     def others(self) -> list[str]:
         """Name the checkpoints of other series in the same place."""
         infos, _ = list_below(self._template.root, self._template.depth)
-        return [info.path.name for info in infos if info.series != self._name]
+        return [info.path.name for info in infos if info.series != self.name]
 
     # ---- writing ---------------------------------------------------------------------
 
@@ -159,6 +164,7 @@ class Series:
         step: int,
         time: datetime.datetime,
         weights_only: bool,
+        together: Together | None = None,
     ) -> None:
         """Write a checkpoint and put it in its place. The area is open.
 
@@ -171,6 +177,8 @@ class Series:
             step: The count that retention goes by.
             time: When it was asked for.
             weights_only: Whether it holds the weights alone.
+            together: What has other processes write their shares, and returns all; see
+                `_store.write_together`. None where this one writes all.
         """
         known = self._ledger()
         info = CheckpointInfo(
@@ -182,21 +190,21 @@ class Series:
             # So the order of saves survives a clock that was set back.
             time=time if known.newest is None else max(time, known.newest + _TICK),
             weights_only=weights_only,
-            series=self._name + _SLOT_SERIES if page.in_slot else self._name,
+            series=self.name + _SLOT_SERIES if page.in_slot else self.name,
             state=state,
         )
         self._known = None  # until it is known that nothing failed half-way
-        earlier = list(known.infos.values())[-1:]
-        _store.write(
-            info,
-            self.area,
-            page.layout,
-            page.leaves,
-            page.weights,
-            compress=self._compress,
-            frozen=self._frozen,
-            earlier=earlier[0].path if earlier else None,
-        )
+        what = info, self.area, page.layout, page.leaves, page.weights
+        if together is None:
+            earlier = list(known.infos.values())[-1:]
+            _store.write(
+                *what,
+                compress=self._compress,
+                frozen=self._frozen,
+                earlier=earlier[0].path if earlier else None,
+            )
+        else:
+            _store.write_together(*what, together)
         self._known = known
         known.newest = info.time
         if page.in_slot:

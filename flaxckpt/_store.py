@@ -26,10 +26,11 @@ from orbax.checkpoint import v1
 
 from flaxckpt import _tree
 from flaxckpt._commit import Area
-from flaxckpt._digest import agree, digests
+from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
-from flaxckpt._form import Form, Reader, recognized
+from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
+from flaxckpt._processes import are_several, gathered
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -204,6 +205,110 @@ def write(
         frozen.settle(info.path)
 
 
+def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
+    """Have Orbax write a tree of several processes, only to see how it does.
+
+    Every process must call this, on its main thread: Orbax has them wait for each
+    other.
+
+    Args:
+        directory: Where to, a directory in which nothing is.
+        layout: The tree's layout.
+        leaves: Its leaves; of keys, their data.
+
+    Raises:
+        CheckpointError: If it writes in a way that is not known here.
+    """
+    # What is in each process by itself Orbax takes from the host only.
+    values = [
+        np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and not _is_shared(leaf)
+        else leaf
+        for leaf in leaves
+    ]
+    keyed = list(map(_with_key, layout.leaves, values))
+    pairs = zip(layout.leaves, leaves, strict=True)
+    held = [value for leaf, value in pairs if leaf.in_orbax]
+    with _SAVING, _context(is_database=False):
+        ocp.save(directory, layout.fill_for_orbax(keyed))
+    form = recognized(directory, layout, held)
+    if form is None:
+        raise CheckpointError(
+            "Orbax stores this tree in a way that several processes of flaxckpt do not "
+            "know: with shards of unequal sizes, or as an unknown version of it. Save "
+            "with Orbax here."
+        )
+    _FORMS.appendleft((layout, _placements(held), form))
+
+
+def write_share(
+    directory: Path, layout: Layout, leaves: list[Any], *, sync: bool
+) -> list[Share]:
+    """Write what is this process's of a checkpoint that another one begins and ends.
+
+    Args:
+        directory: Where that one has begun it.
+        layout: The tree's layout, the form of which is learnt.
+        leaves: Its leaves.
+        sync: Whether to wait for the disk.
+
+    Returns:
+        For the other one, what was written.
+    """
+    form, held = _known_form(layout, leaves)
+    with Draft(directory, sync=sync) as draft:
+        share = form.write_share(draft, held, leads=False)
+        draft.finish()
+    return share
+
+
+def write_together(
+    info: CheckpointInfo,
+    area: Area,
+    layout: Layout,
+    leaves: list[Any],
+    weights: Skeleton,
+    meet: Callable[[Path, Callable[[], list[Share]]], list[list[Share]]],
+) -> None:
+    """Write a checkpoint as `write` does, but that other processes write parts of it.
+
+    Args:
+        info: Its record.
+        area: Where its series is written; open.
+        layout: The tree's layout, the form of which is learnt.
+        leaves: Its leaves.
+        weights: Where in `layout` the weights are.
+        meet: Tells the others where, calls what writes this one's share, and returns
+            all shares.
+    """
+    form, held = _known_form(layout, leaves)
+    with area.staging(reuse=True) as directory:
+        written = directory / "new"
+        with Draft(written, sync=area.sync) as draft:
+            draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
+            form.begin(draft, held)
+            share = functools.partial(form.write_share, draft, held, leads=True)
+            found, sums = form.joined(meet(written, share))
+            table = _table(layout, weights, found, sums)
+            draft.write(LEAVES_FILE, [table])
+            draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+            draft.finish()
+        area.put(written, info.path)
+
+
+def _known_form(layout: Layout, leaves: list[Any]) -> tuple[Form, list[Any]]:
+    pairs = zip(layout.leaves, leaves, strict=True)
+    held = [value for leaf, value in pairs if leaf.in_orbax]
+    form = _form_of(layout, held, is_database=False)
+    assert form is not None
+    return form, held
+
+
+def _is_shared(value: Any) -> bool:
+    """Tell whether an array is one of several processes."""
+    return isinstance(value, jax.Array) and not value.is_fully_addressable
+
+
 def _table(
     layout: Layout,
     weights: Skeleton,
@@ -249,9 +354,12 @@ def _write_by_orbax(
 
 
 def _with_key(leaf: Leaf, value: Any) -> Any:
-    """Return typed PRNG keys of which only the data is here, on the host."""
-    if leaf.kind != "key" or not isinstance(value, np.ndarray):
+    """Return typed PRNG keys of which only the data is here."""
+    if leaf.kind != "key":
         return value
+    if isinstance(value, jax.Array):
+        is_data = not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        return jax.random.wrap_key_data(value, impl=leaf.impl) if is_data else value
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)
 
@@ -517,13 +625,14 @@ def _read(
 ) -> list[Any]:
     """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
-    values, damaged = _read_files(path, read, wanted, check=check)
+    values, damaged, unchecked = _read_files(path, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}
     if others:
         by_orbax = _read_by_orbax(path, layout, {i: wanted[i] for i in others})
         values |= {index: by_orbax[index] for index in others}
-        if check:
-            damaged += _differing(others, by_orbax)
+    if check:
+        unchecked |= others
+        damaged += _differing(unchecked, values)
     if damaged:
         names = ", ".join(leaf.name for leaf in damaged)
         files = ", ".join(_data_files(located(path), damaged))
@@ -535,32 +644,53 @@ def _read(
 
 def _read_files(
     path: Path, leaves: Mapping[int, Leaf], wanted: Mapping[int, Wanted], *, check: bool
-) -> tuple[dict[int, Any], list[Leaf]]:
-    """Read arrays that are wanted in one piece, if they are stored in a known way.
+) -> tuple[dict[int, Any], list[Leaf], dict[int, Leaf]]:
+    """Read what is stored in a known way; no other process has to come.
 
     Returns:
-        The values of those that could be read so, and which of them differ from what
-        was saved.
+        The values of those that could be read so, which of them differ from what was
+        saved, and which of them are still to be checked.
     """
-    whole = {
-        index: leaf
-        for index, leaf in leaves.items()
-        if leaf.kind in ("jax", "numpy") and wanted[index].is_in_one_piece
-    }
-    if not whole:
-        return {}, []
     try:
         reader = Reader(located(path))
     except (OSError, ValueError):  # Orbax can tell what is wrong
-        return {}, []
+        return {}, [], {}
+    known = {index: leaf for index, leaf in leaves.items() if reader.knows(leaf)}
+
+    def read(index: int) -> tuple[Any, bool | None]:
+        leaf, want = known[index], wanted[index]
+        place = want.sharding
+        if place is None or want.is_in_one_piece or leaf.kind not in _PLACED:
+            return reader.read(leaf, check=check)
+        if leaf.kind != "key" and leaf.dtype != want.leaf.dtype:  # to be converted
+            return reader.read(leaf, check=check)
+        return reader.read_onto(leaf, place, check=check)
 
     # More than cores: one that waits for the interpreter leaves its core to others.
     threads = min(_READ_THREADS, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads, "flaxckpt-read") as pool:
-        read = functools.partial(reader.read, check=check)
-        found = dict(zip(whole, pool.map(read, whole.values()), strict=True))
-    damaged = [whole[index] for index, (_, same) in found.items() if not same]
-    return {i: value for i, (value, _) in found.items() if value is not None}, damaged
+        found = dict(zip(known, pool.map(read, known), strict=True))
+    damaged = [known[index] for index, (_, same) in found.items() if same is False]
+    values = {index: value for index, (value, _) in found.items() if value is not None}
+    if are_several():  # Orbax would wait for processes that could read them
+        damaged += [leaf for index, leaf in known.items() if index not in values]
+        values = dict.fromkeys(known) | values
+    unchecked = {i: known[i] for i, (_, same) in found.items() if same is None}
+    for index in values:
+        if known[index].kind == "key" and values[index] is not None:
+            values[index] = _as_key(known[index], values[index], wanted[index])
+    return values, damaged, unchecked
+
+
+_PLACED = ("jax", "numpy", "key")
+
+
+def _as_key(leaf: Leaf, data: Any, want: Wanted) -> Any:
+    """Return typed PRNG keys with these data, where they are wanted."""
+    if not isinstance(data, jax.Array):
+        place = want.sharding or jax.local_devices()[0]
+        data = jax.device_put(data, place)
+    return jax.random.wrap_key_data(data, impl=leaf.impl)
 
 
 def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
@@ -578,15 +708,21 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         raise CheckpointCorruptError(str(path), _cause(error)) from error
 
 
-def _differing(leaves: Mapping[int, Leaf], values: Sequence[Any]) -> list[Leaf]:
+def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
     """Return the leaves whose values are not what was saved; Orbax checks little."""
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
-    same = agree(
-        [values[index] for index in recorded],
-        [leaf.digest for leaf in recorded.values()],
-    )
-    pairs = zip(recorded.values(), same, strict=True)
-    return [leaf for leaf, is_same in pairs if not is_same]
+    there = {i: leaf for i, leaf in recorded.items() if not _is_shared(values[i])}
+    same = agree([values[i] for i in there], [leaf.digest for leaf in there.values()])
+    damaged = [
+        leaf for leaf, is_same in zip(there.values(), same, strict=True) if not is_same
+    ]
+    shared = {i: leaf for i, leaf in recorded.items() if i not in there}
+    if shared:  # each process has a part of them
+        parts = [part_of(values[i], leaf.digest) for i, leaf in shared.items()]
+        totals = map(sum, zip(*gathered("digests", parts), strict=True))
+        pairs = zip(shared.values(), totals, strict=True)
+        damaged += [leaf for leaf, total in pairs if not is_sum(total, leaf.digest)]
+    return damaged
 
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:

@@ -163,6 +163,11 @@ class Writer:
         with self._changed:
             return self._count() == 1
 
+    def is_done(self) -> bool:
+        """Tell whether there is no job."""
+        with self._changed:
+            return not self._count()
+
     def _count(self) -> int:
         return len(self._waiting) + self._claimed + (self._running is not None)
 

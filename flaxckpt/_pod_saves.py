@@ -1,0 +1,339 @@
+"""Saves of several processes: each writes its shards, one of them the rest.
+
+All processes make the same calls. At a due check each takes its copy, on the devices,
+and goes on; threads in the background tell each other what they have decided, and if
+that is the same, write: process 0 makes the directory, each process the files of its
+shards, and process 0, when all are on disk, the record, and gives the checkpoint its
+name. No step and no thread in the background enters a collective, so none can wait for
+one that another process does not enter, and each message has a time-out.
+
+What goes wrong in any of them is raised in all of them, at the same call: the next due
+check, `save`, `wait` or `close`.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt import _processes, _snapshot, _store
+from flaxckpt._processes import Channel, Round
+from flaxckpt._saves import Entry, Parts, Save, Saves
+from flaxckpt._series import Page
+from flaxckpt._snapshot import Copies
+from flaxckpt._state import monitored, with_leaves
+from flaxckpt._store import Share
+from flaxckpt._tree import PyTree
+from flaxckpt.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    MetricError,
+    SettingError,
+)
+
+
+class PodSaves(Saves):
+    """The saves of one series by several processes."""
+
+    def __init__(self, *args: Any, timeout: float, **settings: Any) -> None:
+        """Start nothing yet.
+
+        Args:
+            *args: As for `Saves`.
+            timeout: How long to wait for another process, in seconds.
+            **settings: As for `Saves`.
+
+        Raises:
+            SettingError: If one of them works in one process only.
+        """
+        for name, allowed in _ALLOWED.items():
+            if settings[name] not in allowed:
+                raise SettingError(
+                    name, settings[name], f"{_SEVERAL} pass one of {allowed}."
+                )
+        if not _processes.is_leader():
+            settings["tell"] = None
+        super().__init__(*args, **settings)
+        self._channel = Channel(self._series.name, timeout)
+        self._round: Round | None = None
+        self.check = _nothing  # an error is raised by all processes at the same call
+
+    def decide(self, entry: Entry, *, now: bool) -> None:
+        """Decide a due check; have the device decide, if its metric is on one."""
+        state = entry.state
+        assert state is not None
+        value = None
+        if state.save_best_only:
+            value = monitored(state.monitor, entry.logs.get(state.monitor, 0))
+        # Not by whether it is there yet, which is not the same in all processes.
+        can_wait = self._snapshot != "none" and not (now or entry.save)
+        if isinstance(value, jax.Array) and can_wait:
+            entry.save = None
+        else:
+            entry.judge()
+            self.tell_decided(entry)
+
+    def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
+        """Copy what may be saved, and have it agreed on and written in the background.
+
+        Waits until the save before is on disk, in all processes.
+
+        Args:
+            tree: What to save.
+            entry: The call.
+            lasts: Whether to save the whole tree in the slot, if nothing else holds it.
+
+        Returns:
+            Where it will be, if that is known.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does; also what another process
+                met at the save before.
+        """
+        path = None if entry.save is False else self._path(entry)
+        save = self._described(tree, entry, lasts=lasts, path=None)
+        for part in save.parts:
+            part.leaves = list(map(_plain, part.leaves))
+        self._finish_earlier()
+        for part in save.parts:
+            if not _store.has_form(part.layout, part.leaves):
+                self._learn(part.layout, part.leaves)
+        job = self._writer.claim(None, 1)
+        assert job is not None
+        try:
+            self._copy(save, entry, job.memory, lasts=lasts)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        self._submit(job, save, entry, path)
+        if self._snapshot == "none":
+            self._writer.wait()
+        return path
+
+    def plan(self, *_: Any, **__: Any) -> Parts:
+        """Refuse a traced call."""
+        raise CheckpointError(
+            "update was called in a running JAX trace (jit, scan...), in one of "
+            f"{_processes.number()} processes: there, programs do not hand over what "
+            "they save. Carry a flaxckpt.Snapshot through the program and save it "
+            "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
+        )
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def _finish_earlier(self) -> None:
+        start = time.perf_counter()
+        if not self._writer.is_done():
+            self.counts.delayed += 1
+            self.wait()
+            self.counts.delayed_secs += time.perf_counter() - start
+        self.wait()
+
+    def _take_up_scalars(self, save: Save, entry: Entry) -> None:
+        arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
+        for name, value in entry.scalars().items():
+            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
+                save.scalars.append(name)
+            else:  # it is waited for, in whichever process it is not there yet
+                entry.keep(name, np.asarray(value)[()])
+
+    def _check(self, path: Path) -> None:
+        """Leave that to process 0."""
+
+    def _learn(self, layout: Any, leaves: list[Any]) -> None:
+        """Have Orbax write a tree once, to see how it does."""
+        exchange = self._channel.round()
+        with contextlib.ExitStack() as stack:
+            if _processes.is_leader():
+                try:
+                    self._open(None)
+                    staging = self._series.area.staging()
+                    directory = str(stack.enter_context(staging) / "learnt")
+                except (OSError, CheckpointError) as error:
+                    exchange.tell("where", _translated(error, self._series.root))
+                else:
+                    exchange.tell("where", directory)
+            directory = exchange.hear("where")
+            _store.learn(Path(directory), layout, leaves)
+            exchange.tell("learnt", None)
+            exchange.hear_all("learnt")  # before it is deleted
+        if _processes.is_leader():
+            self._series.area.sweep()
+
+    def _copy(
+        self, save: Save, entry: Entry, memory: Copies | None, *, lasts: bool
+    ) -> None:
+        name = None if entry.state is None else entry.state.monitor
+        if entry.save is None and name is not None:  # others may donate it
+            entry.logs[name] = jnp.copy(entry.logs[name])
+        if entry.save is False and not lasts:
+            entry.copies = memory or Copies(None, [], [])
+            return
+        leaves = save.leaves(entry)
+        if self._snapshot == "none":
+            entry.copies = Copies(None, [], leaves)
+            return
+        plan = _snapshot.planned(leaves)
+        if memory is not None and memory.plan is not plan:
+            memory = None
+        state = entry.state
+        if entry.save is None and state is not None:
+            value = entry.logs[state.monitor]
+            if plan.is_on_one_mesh(value, state.best):
+                always = save.whole is not None
+                (best, kept, before), entry.save, entry.copies = (
+                    _snapshot.snapshot_if_better(
+                        state, value, leaves, memory, plan, always=always
+                    )
+                )
+                entry.before = with_leaves(state, best=before)
+                entry.state = with_leaves(state, best=best)
+                entry.kept = with_leaves(state, best=kept)
+                return
+            entry.judge()  # each process has a value of its own, and waits for it
+            self.tell_decided(entry)
+        entry.copies = _snapshot.snapshot(leaves, memory, plan)
+
+    # ---- in the background -----------------------------------------------------------
+
+    def _write(self, save: Save) -> None:
+        """Agree with the other processes, and write this one's part."""
+        exchange, earlier = self._channel.round(), self._round
+        self._round = exchange
+        settled: tuple[Entry, list[Page]] | None = None
+        try:
+            settled = self._settled(save)
+            exchange.tell("check", _summary(save.entries[-1], settled))
+        except BaseException as error:
+            exchange.tell("check", _translated(error, self._series.root))
+        pages = [] if settled is None else settled[1]
+        if _processes.is_leader():
+            self._lead(exchange, earlier, settled)
+        else:
+            self._follow(exchange, pages)
+
+    def _lead(
+        self,
+        exchange: Round,
+        earlier: Round | None,
+        settled: tuple[Entry, list[Page]] | None,
+    ) -> None:
+        index = 0
+
+        def together(
+            written: Path, write: Callable[[], list[Share]]
+        ) -> list[list[Share]]:
+            nonlocal index
+            exchange.tell(f"where {index}", str(written))
+            exchange.tell(f"share {index}", write())
+            shares = exchange.hear_all(f"share {index}")
+            index += 1
+            return shares
+
+        try:
+            _agree(exchange.hear_all("check"))
+            if earlier is not None:
+                earlier.forget()
+            if settled is not None:
+                entry, pages = settled
+                self._open(pages[0].path)
+                self._targets(entry, lasts=any(page.in_slot for page in pages))
+                self._put(entry, pages, together)
+        except BaseException as error:
+            failure = _translated(error, self._series.root)
+            for subject in (f"where {index}", f"where {index + 1}", "done"):
+                exchange.tell(subject, failure, again=True)
+            raise failure from error
+        exchange.tell("done", None)
+
+    def _follow(self, exchange: Round, pages: Sequence[Page]) -> None:
+        for index, page in enumerate(pages):
+            directory = Path(exchange.hear(f"where {index}"))
+            try:
+                share = _store.write_share(
+                    directory, page.layout, page.leaves, sync=self._series.area.sync
+                )
+                exchange.tell(f"share {index}", share)
+            except BaseException as error:
+                exchange.tell(f"share {index}", _translated(error, directory))
+        exchange.hear("done")
+        if pages:
+            self.counts.saved += 1
+
+
+_SEVERAL = "in several processes there is one way only:"
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "snapshot": ("auto", "device", "none"),
+    "max_in_flight": (None, 1),
+    "frozen": (None,),
+}
+
+
+def _nothing() -> None:
+    return
+
+
+def _plain(leaf: Any) -> Any:
+    """Return the data of keys: in the background no program may run to look at them."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
+def _summary(entry: Entry, settled: tuple[Entry, list[Page]] | None) -> dict[str, Any]:
+    """Return what has to be the same in all processes."""
+    state, values = entry.kept, dict[str, Any]()
+    if state is not None and state.monitor in entry.logs:
+        values[state.monitor] = float(np.asarray(entry.logs[state.monitor]))
+    pages = [] if settled is None else settled[1]
+    paths = ["the last" if page.in_slot else str(page.path) for page in pages]
+    return {
+        "epoch": entry.epoch,
+        "batch": entry.batch,
+        "values": values,
+        "paths": paths,
+    }
+
+
+def _agree(summaries: Sequence[dict[str, Any]]) -> None:
+    """Check that all processes have come to the same.
+
+    Raises:
+        MetricError: If a metric differs.
+        CheckpointError: If something else does.
+    """
+    first = summaries[0]
+    for name in first["values"]:
+        values = [each["values"].get(name, math.nan) for each in summaries]
+        if len({repr(value) for value in values}) > 1:
+            raise MetricError(
+                name,
+                f"differs between processes: {_listed(values)}. The decision has to be "
+                "the same in all of them. Pass a value of all of them: one that a "
+                "jitted function has computed from sharded arrays, or "
+                "jax.experimental.multihost_utils.process_allgather(value).mean().",
+            )
+    for name in ("epoch", "batch", "paths"):
+        values = [each[name] for each in summaries]
+        if any(value != values[0] for value in values):
+            raise CheckpointError(
+                f"update or save was called otherwise in one of the processes: {name} "
+                f"is {_listed(values)}. Make the same calls in all of them."
+            )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value} in process {i}" for i, value in enumerate(values))
+
+
+def _translated(error: BaseException, where: Path) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    cause = f"{type(error).__name__}: {error} (in process {_processes.own()})"
+    return CheckpointWriteError(str(where), cause)

@@ -1,0 +1,132 @@
+"""Runs a worker in several processes at once, and ends them all in time."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DEADLINE_SECS = 120
+
+
+@dataclass
+class Pod:
+    """Processes that run one worker; see `workers.py`.
+
+    Attributes:
+        processes: The processes, by their index.
+        logs: What each prints.
+    """
+
+    processes: list[subprocess.Popen]
+    logs: list[Path]
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, *, check=True):
+        """Wait for all, and return what each has said; kill those that take too long.
+
+        Args:
+            check: Whether all have to end well.
+        """
+        try:
+            for process in self.processes:
+                left = DEADLINE_SECS - (time.monotonic() - self.started)
+                process.wait(max(left, 0))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"a process hangs\n{self.told()}") from None
+        finally:
+            self.kill()
+        if check:
+            assert self.codes == [0] * len(self.codes), self.told()
+        return self.said()
+
+    def kill(self):
+        """End what is left; under jax.distributed, SIGTERM would not."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    @property
+    def codes(self):
+        return [process.returncode for process in self.processes]
+
+    def said(self):
+        """Return the JSON lines that each process has printed, in order."""
+        return [
+            [json.loads(line[4:]) for line in text.splitlines() if line[:4] == "SAY "]
+            for text in map(Path.read_text, self.logs)
+        ]
+
+    def wait_until(self, index, what, *, beginning=False):
+        """Wait until a process has said something, or something that begins so."""
+        until = time.monotonic() + DEADLINE_SECS
+
+        def is_said():
+            said = self.said()[index]
+            if beginning:
+                return any(line[: len(what)] == what for line in said)
+            return what in said
+
+        while not is_said():
+            if self.processes[index].poll() is not None or time.monotonic() > until:
+                self.kill()
+                raise AssertionError(f"{what} was never said\n{self.told()}")
+            time.sleep(0.02)
+
+    def told(self):
+        """Return all that they have printed, for a failure's message."""
+        texts = [
+            f"---- process {index}, exit code {process.returncode} ----\n{log.read_text()}"
+            for index, (process, log) in enumerate(
+                zip(self.processes, self.logs, strict=True)
+            )
+        ]
+        return "\n".join(texts)
+
+
+def start(directory, worker, count, *arguments, devices=2, faults=None):
+    """Start a worker in several processes.
+
+    Args:
+        directory: For their logs.
+        worker: Name of a function in `workers.py`.
+        count: How many.
+        *arguments: For it.
+        devices: How many devices each process has.
+        faults: Environment variables of some processes, by index.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes, logs = [], []
+    for index in range(count):
+        log = Path(directory) / f"{worker}-{port}-{index}.log"
+        command = [sys.executable, str(HERE / "workers.py"), worker]
+        command += [str(index), str(count), str(port), str(devices)]
+        environment = {**os.environ, **(faults or {}).get(index, {})}
+        environment.pop("XLA_FLAGS", None)
+        with log.open("w") as out:
+            processes.append(
+                subprocess.Popen(
+                    [*command, *map(str, arguments)],
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+            )
+        logs.append(log)
+    return Pod(processes, logs)
+
+
+def run(directory, worker, count, *arguments, **settings):
+    """Run a worker in several processes, and return what each has said."""
+    return start(directory, worker, count, *arguments, **settings).wait()
+
+
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}

@@ -1,0 +1,313 @@
+"""What the processes of a pod run; see `pod.py`.
+
+python workers.py WORKER INDEX COUNT PORT DEVICES ARGUMENT...
+"""
+
+import faulthandler
+import json
+import os
+import resource
+import sys
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+import flaxckpt
+
+P = PartitionSpec
+
+
+def say(*what):
+    print("SAY", json.dumps(what[0] if len(what) == 1 else what), flush=True)
+
+
+def mesh_of(*shape):
+    return jax.make_mesh(shape, ("data", "model")[: len(shape)])
+
+
+def place(value, mesh, *spec):
+    value = np.asarray(value)
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
+
+
+def values():
+    """What is saved, as numpy arrays and Python numbers."""
+    random = np.random.default_rng(0)
+    return {
+        "float32": random.normal(size=(16, 8)).astype(np.float32),
+        "bfloat16": random.normal(size=(8, 16)).astype(jnp.bfloat16),
+        "int8": random.integers(-128, 127, (8,), np.int8),
+        "bool": random.integers(0, 2, (8, 8)).astype(bool),
+        "replicated": random.normal(size=(5, 3)).astype(np.float32),
+        "scalar": np.float32(2.5),
+        "host": np.arange(5, dtype=np.int32),
+        "number": 3,
+        "text": "some",
+    }
+
+
+SPECS = {
+    "4x2": {"float32": ("data", "model"), "bfloat16": (None, "data"),
+            "int8": ("model",), "bool": ("data",), "replicated": (), "scalar": ()},
+    "rows": {"float32": ("data",), "bfloat16": ("data", None), "int8": ("data",),
+             "bool": (), "replicated": (), "scalar": ()},
+    "columns": {"float32": (None, "data"), "bfloat16": (), "int8": (),
+                "bool": (None, "data"), "replicated": (), "scalar": ()},
+}  # fmt: skip
+
+
+def tree_of(mesh, specs):
+    plain = values()
+    placed = {name: place(plain[name], mesh, *spec) for name, spec in specs.items()}
+    make_key = jax.jit(
+        lambda: jax.random.key(7), out_shardings=NamedSharding(mesh, P())
+    )
+    return {**plain, **placed, "key": make_key()}
+
+
+def save_tree(directory):
+    """Save a tree that is sharded over all devices, twice."""
+    tree = tree_of(mesh_of(jax.device_count() // 2, 2), SPECS["4x2"])
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(2):  # the first one is learnt from Orbax
+            ckpt.save(tree, epoch, logs={"loss": 1.0})
+        ckpt.wait()
+        say([info.path.name for info in ckpt.checkpoints])
+
+
+def restore_tree(directory, specs):
+    """Restore it, however it is to be sharded here, and compare all values."""
+    like = tree_of(mesh_of(jax.device_count()), SPECS[specs])
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        tree = ckpt.restore(like).tree
+    for name, value in values().items():
+        found = tree[name]
+        if isinstance(found, jax.Array):
+            assert found.sharding == like[name].sharding, name
+            for shard in found.addressable_shards:
+                same = np.asarray(shard.data) == value[shard.index]
+                assert same.all(), name
+        else:
+            assert np.array_equal(found, value), name
+        assert getattr(found, "dtype", None) == getattr(value, "dtype", None), name
+    data = jax.random.key_data(tree["key"]).addressable_data(0)
+    assert (np.asarray(data) == jax.random.key_data(jax.random.key(7))).all()
+    say("same")
+
+
+def make_step(mesh):
+    """Make a training step: all devices have a part in the loss."""
+
+    @jax.jit
+    def step(tree):
+        w = tree["w"] * jnp.float32(0.9) + tree["v"]
+        return {"w": w, "v": tree["v"]}, jnp.sum(w * w)
+
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    return step, {
+        "w": place(w, mesh, "data", "model"),
+        "v": place(np.zeros(64, np.float32), mesh, "model"),
+    }
+
+
+def train(directory, epochs, pause="0", **settings):
+    """Train, saving the best, from wherever an earlier run has got to."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch:03d}}",
+        "loss",
+        save_best_only=True,
+        mode="min",
+        max_to_keep=2,
+        **{"timeout_secs": 20, **settings},
+    ) as ckpt:
+        found = ckpt.restore(tree)
+        state, first = ckpt.init(), 0
+        if found:
+            tree, state, first = found.tree, found.state, found.epoch + 1
+        say("starts at", first)
+        for epoch in range(first, int(epochs)):
+            tree, loss = step(tree)
+            state = ckpt.update(state, tree, {"loss": loss}, epoch)
+            time.sleep(float(pause))
+            if epoch % 4 == 3:
+                ckpt.wait()
+                say("on disk", epoch)
+        ckpt.wait()
+        say("best", float(state.best), ckpt.best.path.name)
+        shards = [
+            np.asarray(shard.data).tobytes() for shard in tree["w"].addressable_shards
+        ]
+        say("ends", float(loss), _sum(shards))
+
+
+def _sum(shards):
+    return int(np.frombuffer(b"".join(shards), np.uint32).astype(np.uint64).sum())
+
+
+def train_until_told(directory):
+    """Train until one of the processes is told to end."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", "loss", mode="min", save_freq=1000,
+        save_on_preemption=True, timeout_secs=20,
+    ) as ckpt:  # fmt: skip
+        state = ckpt.init()
+        for batch in range(100_000):
+            tree, loss = step(tree)
+            try:
+                state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+            except flaxckpt.Preempted as told:
+                say("preempted", batch, os.path.basename(told.path))
+                return
+            loss.block_until_ready()
+            if batch == 20:
+                say("runs")
+
+
+def differ(directory, kind):
+    """Pass metrics that are not the same in all processes."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    index, values = jax.process_index(), [1.0, 0.5, 0.25, 0.125]
+    ckpt = flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", "loss", save_best_only=True, timeout_secs=20
+    )
+    state = ckpt.init()
+    for epoch in range(4):
+        tree, _ = step(tree)
+        loss = values[epoch]
+        if epoch == 2:
+            if kind == "host":
+                loss = loss + index  # one improves, the others do not
+            elif kind == "device":
+                loss = jnp.float32(loss) * (1 + index)  # all improve
+            elif kind == "nan":
+                loss = float("nan") if index else loss
+        try:
+            state = ckpt.update(state, tree, {"loss": loss}, epoch)
+        except flaxckpt.CheckpointError as error:
+            say(type(error).__name__, epoch, str(error))
+            break
+    ckpt.close()
+    say([info.path.name for info in ckpt.checkpoints])
+
+
+def stay_away(directory):
+    """Leave one process out of a call."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=3)
+    for epoch in range(2):
+        tree, _ = step(tree)
+        if epoch == 0 or jax.process_index() == 0:
+            ckpt.save(tree, epoch)
+        if epoch == 0:
+            ckpt.wait()
+    if jax.process_index() == 0:
+        start = time.monotonic()
+        try:
+            ckpt.wait()
+        except flaxckpt.CheckpointError as error:
+            say(str(error), time.monotonic() - start < 10)
+    multihost_utils.sync_global_devices("all are here")
+    say([info.path.name for info in ckpt.checkpoints])
+
+
+def run_out_of_room(directory):
+    """Have the system refuse to write large files in one of the processes, once."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    rows = 1024 * mesh.shape["data"]
+    tree = {"w": place(np.ones((rows, 512), np.float32), mesh, "data", "model")}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20) as ckpt:
+        for epoch in range(4):
+            limit = (
+                2**16
+                if (epoch, jax.process_index()) == (1, 1)
+                else resource.RLIM_INFINITY
+            )
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                ckpt.save(tree, epoch)
+                ckpt.wait()
+            except flaxckpt.CheckpointWriteError as error:
+                say("failed", epoch, error.cause)
+        say([info.path.name for info in ckpt.checkpoints])
+
+
+def count_messages(directory):
+    """Say how many messages are sent where nothing is due, and where something is."""
+    from jax._src import distributed
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    sent = []
+
+    class Counted:
+        """The client, of which every call is noted."""
+
+        def __init__(self, client):
+            self._client = client
+
+        def __getattr__(self, name):
+            sent.append(name)
+            return getattr(self._client, name)
+
+    distributed.global_state.client = Counted(distributed.global_state.client)
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", save_freq=10) as ckpt:
+        state = ckpt.init()
+        for batch in range(19):
+            tree, loss = step(tree)
+            state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+            if batch == 8:
+                say(len(sent))
+            if batch == 9:
+                ckpt.wait()
+                before = len(sent)
+        say(len(sent) - before, before > 0)
+
+
+def trace(directory):
+    """Call update within jit, where several processes cannot."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/best", "loss", save_best_only=True)
+
+    def body(carry, epoch):
+        tree, state = carry
+        tree, loss = step(tree)
+        return (tree, ckpt.update(state, tree, {"loss": loss}, epoch)), loss
+
+    try:
+        jax.lax.scan(body, (tree, ckpt.init()), jnp.arange(3))
+    except flaxckpt.CheckpointError as error:
+        say(str(error))
+
+
+def main():
+    worker, index, count, port, devices, *arguments = sys.argv[1:]
+    faulthandler.dump_traceback_later(110, exit=True)  # tells where it hangs
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if int(count) > 1:
+        jax.distributed.initialize(
+            f"localhost:{port}",
+            int(count),
+            int(index),
+            heartbeat_timeout_seconds=10,
+            shutdown_timeout_seconds=20,
+        )
+    globals()[worker](*arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Several processes of one run: what they write together, and what they agree on."""
+
+import os
+import random
+import shutil
+import time
+
+import numpy as np
+import pytest
+from multiprocess import pod
+from orbax.checkpoint import v1
+
+import flaxckpt
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint that four processes with two devices each have written."""
+    directory = tmp_path_factory.mktemp("saved")
+    said = pod.run(directory, "save_tree", 4, directory / "run")
+    assert said == [[["1", "2"]]] * 4
+    return directory / "run"
+
+
+@pytest.mark.parametrize("specs", ["rows", "columns"])
+@pytest.mark.parametrize(
+    ("processes", "devices"), [(1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (4, 2)]
+)
+def test_what_four_have_saved_is_restored_on_others(
+    saved, tmp_path, processes, devices, specs
+):
+    said = pod.run(tmp_path, "restore_tree", processes, saved, specs, devices=devices)
+    assert said == [["same"]] * processes
+
+
+def test_what_four_have_saved_is_whole(saved):
+    for info in flaxckpt.list_checkpoints(saved):
+        flaxckpt.verify(info.path)
+        described = v1.metadata(info.path).metadata
+        wanted = {
+            name: np.zeros(each.shape, each.dtype)
+            for name, each in described.items()
+            if name in ("float32", "host")
+        }
+        others = dict.fromkeys(set(described) - set(wanted), v1.PLACEHOLDER)
+        tree = v1.load(info.path, wanted | others)
+        assert tree["float32"].shape == (16, 8)
+        assert (np.asarray(tree["host"]) == np.arange(5)).all()
+    assert len(list((saved / "2/state/float32").glob("c.*"))) == 8  # one for each shard
+
+
+def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    file = tmp_path / "run/2/state/int8/c.1"
+    content = bytearray(file.read_bytes())
+    content[1] ^= 4
+    file.write_bytes(content)
+    running = pod.start(tmp_path, "restore_tree", 2, tmp_path / "run", "rows")
+    assert running.wait() == [["same"]] * 2  # of the one before
+    for log in running.logs:
+        assert "PASSED OVER" in log.read_text()
+        assert "int8" in log.read_text()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_run_goes_on_where_it_was(tmp_path, processes):
+    whole = pod.run(tmp_path, "train", processes, tmp_path / "a", 12)
+    pod.run(tmp_path, "train", processes, tmp_path / "b", 7)
+    resumed = pod.run(tmp_path, "train", processes, tmp_path / "b", 12)
+    for index in range(processes):
+        assert resumed[index][0] == ["starts at", 7]
+        assert resumed[index][-2:] == whole[index][-2:]
+    assert whole[0][-2][2] == "012"
+
+
+@pytest.mark.parametrize("kind", ["host", "device", "nan"])
+def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind):
+    said = pod.run(tmp_path, "differ", 2, tmp_path / "run", kind)
+    for (name, epoch, text), names in said:
+        assert (name, epoch) == ("MetricError", 3)
+        assert "'loss'" in text
+        assert "in process 0" in text
+        assert "in process 1" in text
+        assert names == ["1", "2"]
+
+
+def test_one_that_does_not_come_is_named_in_time(tmp_path):
+    said = pod.run(tmp_path, "stay_away", 2, tmp_path / "run")
+    text, in_time = said[0][0]
+    assert "Process 1 of 2 gave no sign within 3 s" in text
+    assert in_time
+    assert said[0][1] == said[1][0] == ["1"]
+
+
+def test_a_failure_of_one_is_raised_in_all_and_they_go_on(tmp_path):
+    said = pod.run(tmp_path, "run_out_of_room", 2, tmp_path / "run")
+    for failed, names in said:
+        assert failed[:2] == ["failed", 1]
+        assert "File too large" in failed[2]
+        assert "in process 1" in failed[2]
+        assert names == ["1", "3", "4"]
+
+
+def test_told_to_end_all_save_at_the_same_step(tmp_path):
+    running = pod.start(tmp_path, "train_until_told", 2, tmp_path / "run")
+    running.wait_until(1, "runs")
+    running.processes[1].send_signal(pod.SIGNALS["terminate"])
+    said = running.wait()
+    assert said[0][1][0] == "preempted"
+    assert said[0] == said[1]
+    assert flaxckpt.verify(tmp_path / "run" / said[0][1][2]) is None
+
+
+def test_where_nothing_is_due_no_message_is_sent(tmp_path):
+    said = pod.run(tmp_path, "count_messages", 2, tmp_path / "run")
+    assert said == [[0, [0, True]]] * 2
+
+
+def test_within_jit_the_alternatives_are_named(tmp_path):
+    for (text,) in pod.run(tmp_path, "trace", 2, tmp_path / "run"):
+        assert "Snapshot" in text
+        assert "scan_in_chunks" in text
+
+
+KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
+SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
+
+
+def test_killed_at_any_time_it_goes_on_from_what_was_on_disk(tmp_path):
+    """Kill one of four at random, again and again; the others have to end, too."""
+    chance = random.Random(SEED)
+    victims = [0, 1] + [chance.randrange(4) for _ in range(KILLS - 2)]
+    for number, victim in enumerate(victims):
+        if number % 4 == 0:  # before there is nothing left to improve
+            directory, on_disk = tmp_path / f"run-{number}", -1
+        running = pod.start(tmp_path, "train", 4, directory, 1000, 0.01)
+        running.wait_until(0, ["starts at"], beginning=True)
+        time.sleep(chance.uniform(0, 1.5))
+        running.processes[victim].kill()
+        said = running.wait(check=False)  # which tells of a hang
+        told = f"seed {SEED}, kill {number}\n{running.told()}"
+        assert all(code != 0 for code in running.codes), told
+        assert {first for _, first in (lines[0] for lines in said)} == {said[0][0][1]}
+        assert said[0][0][1] > on_disk, told
+        listed = [info.epoch for info in flaxckpt.list_checkpoints(directory)]
+        found = [line[1] for lines in said for line in lines if line[0] == "on disk"]
+        on_disk = max([on_disk, *found])
+        assert not found or max(listed) >= on_disk, told
+    for info in flaxckpt.list_checkpoints(directory):
+        flaxckpt.verify(info.path)
