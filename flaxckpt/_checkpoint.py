@@ -393,6 +393,7 @@ class ModelCheckpoint:
             return self._update_traced(
                 given, state, due, tree, logs, epoch, batch, force
             )
+        self._finish_programs()
         entry = Entry(bool(force), epoch, batch, logs, state)
         if due:
             self._saves.decide(entry, now=preempted)
@@ -437,6 +438,7 @@ class ModelCheckpoint:
             )
         if state is not None:
             check_state(state, self._fresh)
+        self._finish_programs()
         entry = Entry(True, epoch, batch, logs, state)
         path = Path(self._template.render(entry.epoch, entry.batch, logs))
         self._saves.start(tree, entry, lasts=preempted)
@@ -494,6 +496,9 @@ class ModelCheckpoint:
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk.
+
+        Of jitted programs that save, those that this thread has called are waited for;
+        another thread's must have ended.
 
         Raises:
             CheckpointWriteError: If a save failed.
@@ -681,6 +686,13 @@ class ModelCheckpoint:
     def _places(self, tree: PyTree) -> list[_traced.Place | None]:
         """Tell how a tree of traced values is sharded, as far as that is known."""
         leaves, structure = jax.tree.flatten(tree)
+        if self._shardings and structure not in self._shardings:
+            warnings.warn(
+                "update saves a tree of another structure than `like` of init or "
+                "restore has, so it is not known how it is sharded, and all of it is "
+                "gathered before it is saved. Pass init(like=...) what is saved.",
+                stacklevel=4,
+            )
         known = self._shardings.get(structure, [None] * len(leaves))
         return list(map(_traced.place_of, leaves, known))
 
@@ -689,6 +701,15 @@ class ModelCheckpoint:
         shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
         if any(isinstance(each, NamedSharding) for each in shardings):
             self._shardings = {jax.tree.structure(like): shardings}
+
+    def _finish_programs(self) -> None:
+        """Let what programs save come before what is saved outside of them.
+
+        A copy is made when the program that computes its values has ended, and that may
+        wait for the very memory.
+        """
+        if self._has_streamed:
+            _traced.finish_programs()
 
     def _finish_streams(self) -> None:
         """Wait for what running programs have still to hand over."""

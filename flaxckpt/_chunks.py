@@ -81,6 +81,8 @@ def scan_in_chunks(
 def _chunks(
     body: Body, carry: PyTree, xs: PyTree, total: int, chunk: int, start: int
 ) -> Iterator[Chunk]:
+    if start < total:
+        carry = _promoted(body, carry, xs)
     carry = _copied(carry)  # so that it can be donated
     for first in range(start, total, chunk):
         count = min(chunk, total - first)
@@ -88,6 +90,20 @@ def _chunks(
         if count < chunk:
             ys = jax.tree.map(lambda y: y[:count], ys)  # noqa: B023  # called at once
         yield Chunk(carry, ys, first, first + count)
+
+
+def _promoted(body: Body, carry: PyTree, xs: PyTree) -> PyTree:
+    """Bring Python numbers to the dtypes that `body` makes of them, as a scan does.
+
+    And raise what a scan raises, if `body` is none that it takes.
+    """
+
+    def one(carry: PyTree) -> PyTree:
+        first = jax.tree.map(lambda x: x[:1], xs)
+        return jax.lax.scan(body, carry, first, length=1)[0]
+
+    wanted = jax.eval_shape(one, carry)
+    return jax.tree.map(lambda x, want: jnp.asarray(x, want.dtype), carry, wanted)
 
 
 @jax.jit
@@ -111,11 +127,7 @@ def _run(
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
         return carry, jax.tree.map(lambda all, one: put(all, one, index=index), ys, y)
 
-    given = jax.eval_shape(lambda carry: body(carry, x_of(first)), carry)
-    if not (isinstance(given, tuple) and len(given) == 2):
-        advice = "it has to return a pair, of carry and y."
-        raise SettingError("body", getattr(body, "__name__", "a function"), advice)
-    _, y = given
+    _, y = jax.eval_shape(lambda carry: body(carry, x_of(first)), carry)
     ys = jax.tree.map(lambda y: jnp.zeros((chunk, *y.shape), y.dtype), y)
     return jax.lax.fori_loop(0, count, step, (carry, ys))
 

@@ -33,6 +33,9 @@ class Packing:
         self._alone: list[int] = []
         self._groups: dict[int, list[int]] = {}
         for index, (shape, dtype) in enumerate(self._kinds):
+            if _is_part_of_byte(dtype):
+                self._alone.append(index)
+                continue
             small = math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
             if small and dtype.name in _PACKED:
                 self._groups.setdefault(dtype.itemsize, []).append(index)
@@ -45,7 +48,7 @@ class Packing:
             jnp.concatenate([_words(values[index]) for index in indices])
             for indices in self._groups.values()
         ]
-        return packs + [values[index] for index in self._alone]
+        return packs + [_in_bytes(values[index]) for index in self._alone]
 
     def unpack(self, arrays: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
         """Return the values, as views of the arrays on the host."""
@@ -60,7 +63,28 @@ class Packing:
                 at += size
         for index in self._alone:
             found[index] = np.asarray(next(taken))
+            dtype = self._kinds[index][1]
+            if _is_part_of_byte(dtype):
+                found[index] = found[index].astype(dtype)
         return [found[index] for index in range(len(self._kinds))]
+
+
+def _is_part_of_byte(dtype: Any) -> bool:
+    """Tell whether elements have less than a byte: programs pack several into one."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits < 8
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8
+
+
+def _in_bytes(value: jax.Array) -> jax.Array:
+    """Return values as the host can read them; exactly the same ones."""
+    dtype = value.dtype
+    if not _is_part_of_byte(dtype):
+        return value
+    if jnp.issubdtype(dtype, jnp.floating):
+        return value.astype(jnp.bfloat16)
+    is_signed = jnp.issubdtype(dtype, jnp.signedinteger)
+    return value.astype(jnp.int8 if is_signed else jnp.uint8)
 
 
 def _words(value: jax.Array) -> jax.Array:

@@ -246,6 +246,8 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
     for key, value in (logs or {}).items():
         if getattr(value, "shape", None) == ():
             value = value.item()
+            if isinstance(value, complex):
+                continue
             value = value if isinstance(value, int | float | bool) else float(value)
         if isinstance(value, bool | int | float | str):
             kept[str(key)] = value

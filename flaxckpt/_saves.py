@@ -408,6 +408,7 @@ class Saves:
         sample = {
             name: np.zeros(value.shape, value.dtype)[()]
             if isinstance(value, jax.Array)
+            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
             else value
             for name, value in (logs or {}).items()
         }

@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
-from jax.experimental.buffer_callback import buffer_callback
+from jax._src.dispatch import runtime_tokens
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from flaxckpt._callback import call_host
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
@@ -30,8 +30,6 @@ from flaxckpt.errors import CheckpointError
 Logs: TypeAlias = Mapping[str, Any]
 Mesh: TypeAlias = jax.sharding.Mesh | AbstractMesh
 Cut: TypeAlias = tuple[slice, ...] | None
-
-_TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,17 @@ def place_of(leaf: Any, sharding: Any) -> Place | None:
 def finish_programs() -> None:
     """Wait for all that running programs have to hand over."""
     # Who asks for the results of a program that has failed hears of it.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
+    try:
         jax.effects_barrier()
+    except jax.errors.JaxRuntimeError:  # JAX does not look at those behind it, ever
+        tokens = runtime_tokens
+        for token in (
+            *tokens.current_tokens.values(),
+            *tokens.output_runtime_tokens.values(),
+        ):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                token.block_until_ready()
+        tokens.clear()
 
 
 def stream(
@@ -123,7 +130,9 @@ def stream(
         "logs": {
             name: value
             for name, value in logs.items()
-            if isinstance(value, jax.Array) and not value.shape
+            if isinstance(value, jax.Array)
+            and not value.shape
+            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         },
         "state": {name: getattr(state, name) for name in LEAVES},
         "before": {"best": before.best},
@@ -132,7 +141,8 @@ def stream(
     kept = {  # in their order
         name: None if name in sent["logs"] else value
         for name, value in logs.items()
-        if name in sent["logs"] or not isinstance(value, jax.Array)
+        if name in sent["logs"]
+        or not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     }
     by_id = {
         id(leaf): place
@@ -218,7 +228,7 @@ class Stream:
         self._guard = threading.Lock()
         self._events: dict[int, _Event] = {}
         self._calls: Counter[int] = Counter()
-        self._is_broken = False
+        self._broken: CheckpointError | None = None
 
     # ---- in the program --------------------------------------------------------------
 
@@ -255,23 +265,13 @@ class Stream:
         flat, structure = jax.tree.flatten(scalars)
         packing, number = Packing([*flat, *leaves]), len(flat)
 
-        def unpacked(*arrays: Any) -> np.int32:
+        def unpacked(arrays: Sequence[Any]) -> np.int32:
             values = packing.unpack(arrays)
             scalars = structure.unflatten([value[()] for value in values[:number]])
             return take(scalars, values[number:])
 
-        def from_buffers(context: Any, token: Any, *buffers: Any) -> None:
-            del context
-            np.asarray(token)[...] = unpacked(*map(np.asarray, buffers))
-
-        packed = packing.pack([*flat, *leaves])
-        # On CPU, `io_callback` has JAX copy its operands first, by threads of which all
-        # may be waiting for that here. The other kind has to know where it runs.
         is_placed = self._mesh is not None or jax.device_count() == 1
-        if jax.default_backend() == "cpu" and is_placed:
-            call = buffer_callback(from_buffers, _TOKEN, has_side_effect=True)
-            return call(*packed)
-        return io_callback(unpacked, _TOKEN, *packed)
+        return call_host(unpacked, packing.pack([*flat, *leaves]), is_placed=is_placed)
 
     def tell(self, scalars: PyTree) -> jax.Array:
         """Have the host say that a due check has saved nothing."""
@@ -295,7 +295,7 @@ class Stream:
         """Forget what a program that has ended did not hand over to its end."""
         with self._guard:
             self._forget()
-            self._is_broken = False
+            self._broken = None
 
     def _take(
         self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
@@ -321,13 +321,12 @@ class Stream:
         shards: Sequence[np.ndarray[Any, Any]],
     ) -> np.int32:
         number, scalars = int(device[0]), device[1]
-        if self._is_broken:
-            return np.int32(0)  # and somebody has heard of it
         try:
             at, event, is_first = self._event(number, scalars)
-        except CheckpointError as error:
-            self._fail(error, None)
-            return np.int32(0)
+        except CheckpointError:
+            if self._stops:
+                raise
+            return np.int32(0)  # and somebody hears of it
         if is_first:
             try:
                 event.incoming = self._begin(scalars)
@@ -335,6 +334,14 @@ class Stream:
                 event.error = error
             event.is_ready.set()
         event.is_ready.wait()
+        if event.incoming is None and self._stops:
+            # On all devices: one that went on would wait for the others for ever.
+            with self._guard:
+                event.arrived += 1
+                if event.arrived == len(cuts):
+                    self._forget()
+            assert event.error is not None
+            raise event.error
         if event.incoming is not None:
             parts = zip(event.incoming.memory, cuts[number], shards, strict=True)
             try:
@@ -354,13 +361,18 @@ class Stream:
             except BaseException as error:
                 event.error = error
         if event.error is not None:
-            self._fail(event.error, event.incoming)
+            # The others have gone on. If it is to end the program, the next call does.
+            if event.incoming is not None:
+                self._saves.give_up(event.incoming)
+            self._saves.fail(event.error.with_traceback(None))
         return np.int32(0)
 
     def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
         """Find the save that a device comes for: its first, its second..."""
         mark = b"".join(each.tobytes() for each in jax.tree.leaves(scalars))
         with self._guard:
+            if self._broken is not None:
+                raise self._broken
             at = self._calls[number]
             event = self._events.get(at)
             is_first = event is None
@@ -370,12 +382,13 @@ class Stream:
                 is_first and at < max(self._calls.values(), default=0)
             ):
                 self._forget()
-                self._is_broken = True
-                raise CheckpointError(
+                self._broken = CheckpointError(
                     "A program that saves was ended before all devices had handed "
                     "over what they had begun to, and was run again. Call ckpt.wait() "
                     "in between; nothing is saved until then."
                 )
+                self._saves.fail(self._broken)
+                raise self._broken
             self._events[at] = event
             self._calls[number] = at + 1
             return at, event, is_first
@@ -424,9 +437,9 @@ class Stream:
         if incoming is not None:
             self._saves.give_up(incoming)
         if self._stops:
-            self._is_broken = True  # this program ends, on one device after the other
             raise error
-        self._saves.fail(error)
+        # Its frames, which still run, hold views of the program's memory.
+        self._saves.fail(error.with_traceback(None))
 
 
 def _common(meshes: Sequence[Mesh]) -> Mesh | None:

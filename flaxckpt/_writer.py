@@ -1,7 +1,9 @@
 """Saves in the background: one after the other, none lost, no error unheard."""
 
+import concurrent.futures.thread
 import os
 import threading
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from flaxckpt._background import stand_back
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
+_MOST_ERRORS = 20
 
 
 def _nothing() -> None:
@@ -57,6 +60,7 @@ class Writer:
         self._is_busy = False
         self._memory: list[Any] = []
         self._errors: list[CheckpointError] = []
+        self._more_errors = 0
         self._warnings: list[str] = []
         self._thread: threading.Thread | None = None
 
@@ -124,10 +128,13 @@ class Writer:
         if not self._errors:
             return
         with self._changed:
-            first, *others = self._errors
+            (first, *others), more = self._errors, self._more_errors
             self._errors.clear()
+            self._more_errors = 0
         for other in others:
             first.add_note(f"And: {other}")
+        if more:
+            first.add_note(f"And {more} more.")
         raise first
 
     def warn(self, message: str) -> None:
@@ -142,8 +149,19 @@ class Writer:
             path: Where it was to write.
         """
         with self._changed:
-            self._errors.append(_translated(error, path))
+            self._note(_translated(error, path))
             _UNHEARD.add(self)
+
+    def _note(self, error: CheckpointError) -> None:
+        """Remember an error, but nothing that was saved: its frames hold on to that."""
+        each: BaseException | None = error
+        while each is not None:
+            traceback.clear_frames(each.__traceback__)
+            each = each.__cause__ or each.__context__
+        if len(self._errors) < _MOST_ERRORS:
+            self._errors.append(error)
+        else:
+            self._more_errors += 1
 
     def close(self) -> None:
         """Wait for all jobs and what is done after them, and forget the memory.
@@ -183,7 +201,7 @@ class Writer:
             error = _error_of(job)
             with self._changed:
                 if error is not None:
-                    self._errors.append(error)
+                    self._note(error)
                 if error is None and job.memory is not None:  # of use
                     self._memory.append(job.memory)
                 self._running = None
@@ -227,6 +245,7 @@ os.register_at_fork(after_in_child=_UNHEARD.clear)  # the threads are the parent
 
 def _finish() -> None:
     """End well where the program ends without `wait` or `close`."""
+    _join_others()
     for function in _BEFORE_END:
         function()
     for writer in list(_UNHEARD):
@@ -234,6 +253,15 @@ def _finish() -> None:
             writer.close()
         except CheckpointError as error:
             warnings.warn(f"At the program's end: {error}", stacklevel=1)
+
+
+def _join_others() -> None:
+    """Wait for other threads, which may be training, as Python does soon after."""
+    for thread in threading.enumerate():
+        is_pooled = thread in concurrent.futures.thread._threads_queues  # pyright: ignore
+        is_own = thread in (threading.current_thread(), threading.main_thread())
+        if not (is_own or is_pooled or thread.daemon):
+            thread.join()
 
 
 # `atexit` runs too late: no thread pool takes work by then, and Orbax has some.

@@ -138,5 +138,18 @@ def test_bad_numbers_are_refused_at_once(arguments, name):
 
 
 def test_a_body_that_returns_no_pair_is_named():
-    with pytest.raises(SettingError, match=r"body=.*a pair, of carry and y"):
+    with pytest.raises(TypeError, match="must be a pair"):
         next(scan_in_chunks(lambda carry, x: carry, 0, jnp.arange(3), chunk=2))
+
+
+@pytest.mark.parametrize(("carry", "dtype"), [(0, jnp.float32), (0.0, jnp.bfloat16)])
+def test_numbers_become_what_a_scan_makes_of_them(carry, dtype):
+    xs = jnp.arange(5).astype(dtype)
+
+    def body(total, x):
+        return total + x, total
+
+    expected = jax.lax.scan(body, carry, xs)
+    parts = list(scan_in_chunks(body, carry, xs, chunk=2))
+    assert_equal(parts[-1].carry, expected[0])
+    assert_equal(jnp.concatenate([part.ys for part in parts]), expected[1])

@@ -36,6 +36,7 @@ LAYERS = [
     "_weights",
     "_snapshot",
     "_packing",
+    "_callback",
     "_lock",
     "_background",
     "_processes",

@@ -1,8 +1,10 @@
 """The loop does not wait, and what is written is what was there when it was saved."""
 
 import contextlib
+import errno
 import re
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from flaxckpt import (
     _saves,
     _store,
 )
+from flaxckpt._writer import Writer
 
 
 def names(infos):
@@ -739,3 +742,24 @@ def test_two_objects_of_one_series_see_each_other_s_saves(tmp_path):
     one.close()
     two.close()
     assert names(one.checkpoints) == ["5", "6"]
+
+
+def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
+    """A program that cannot be told of a full disk may go on for long."""
+    writer, held, kept = Writer(), [], type("Tree", (), {})
+
+    def run():
+        tree = kept()
+        held.append(weakref.ref(tree))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for number in range(50):
+        job = writer.claim(None, 60)
+        job.run, job.path = run, f"/p/{number}"
+        writer.submit(job)
+    with pytest.raises(CheckpointWriteError, match="'/p/0' failed: OSError") as caught:
+        writer.wait()
+    assert len(caught.value.__notes__) == 20
+    assert caught.value.__notes__[-1] == "And 30 more."
+    assert not [tree for each in held if (tree := each()) is not None]
+    writer.close()

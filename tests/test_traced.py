@@ -648,3 +648,189 @@ def test_what_was_stopped_on_a_mesh_saves_again(tmp_path):
     run((x, ckpt.init()))
     ckpt.close()
     assert [info.epoch for info in ckpt.checkpoints] == list(range(10))
+
+
+def auto_mesh():
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int2", "float4_e2m1fn"])
+@pytest.mark.parametrize("meshed", [False, True])
+def test_elements_of_less_than_a_byte(tmp_path, dtype, meshed):
+    values = (jnp.arange(32) % 4 - int(dtype[0] != "u")).reshape(8, 4).astype(dtype)
+    if meshed:
+        values = jax.device_put(values, NamedSharding(auto_mesh(), P("a", "b")))
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        run = jax.jit(lambda x, s: ckpt.update(s, {"x": x}, None, 0))
+        run(values, ckpt.init({"x": values}))
+        ckpt.wait()
+        found = flaxckpt.load(ckpt.latest.path, {"x": values})["x"]
+    assert found.dtype == values.dtype
+    expected = np.asarray(values).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(found).astype(np.float32), expected)
+
+
+def test_without_known_shardings_it_does_not_hang(tmp_path):
+    w = jax.device_put(jnp.ones((1024, 1024)), NamedSharding(auto_mesh(), P("a", "b")))
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+
+        def body(carry, epoch):
+            w, state = carry
+            w = w + 1
+            return (w, ckpt.update(state, {"w": w}, None, epoch)), None
+
+        steps = jnp.arange(8)
+        jax.jit(lambda c: jax.lax.scan(body, c, steps)[0])((w, ckpt.init()))
+        found = ckpt.restore({"w": w})
+    assert found.epoch == 7
+    assert (np.asarray(found.tree["w"]) == 9).all()
+
+
+def test_shardings_of_another_tree_are_warned_of(tmp_path):
+    w = jax.device_put(jnp.ones((8, 8)), NamedSharding(auto_mesh(), P("a", "b")))
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        state = ckpt.init(w)
+        with pytest.warns(UserWarning, match="another structure"):
+            jax.jit(lambda w: ckpt.update(state, {"w": w}, None, 0))(w)
+
+
+def test_an_error_ends_all_devices_that_wait_for_each_other(tmp_path):
+    """And the next run saves at once, with no `wait` between them."""
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(auto_mesh(), P("a", "b")))
+    (tmp_path / "5").write_text("in the way")
+    ckpt = flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", stop_on_error=True)
+    state = ckpt.init({"x": x})
+
+    def body(carry, epoch):
+        x, state = carry
+        x = x + x.sum() / 64  # which every device waits for
+        return (x, ckpt.update(state, {"x": x}, None, epoch)), None
+
+    run = jax.jit(lambda carry, epochs: jax.lax.scan(body, carry, epochs)[0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="is a file"):
+        jax.block_until_ready(run((x, state), jnp.arange(20)))
+    (tmp_path / "5").unlink()
+    jax.block_until_ready(run((x, state), jnp.arange(20, 30)))
+    ckpt.close()
+    expected = [0, 1, 2, 3, *range(20, 30)]
+    assert [info.epoch for info in ckpt.checkpoints] == expected
+
+
+@pytest.mark.parametrize("how", ["update", "save"])
+def test_a_call_behind_a_program_that_saves_does_not_hang(tmp_path, how):
+    """Where there is memory for one save, which the program is to have first."""
+    x = jax.device_put(jnp.ones((512, 512)), NamedSharding(auto_mesh(), P("a", "b")))
+    ckpt = flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", max_in_flight=1)
+    state = ckpt.init({"x": x})
+
+    def body(carry, epoch):
+        x, state = carry
+        return (x + 1, ckpt.update(state, {"x": x}, None, epoch)), None
+
+    run = jax.jit(lambda carry, epochs: jax.lax.scan(body, carry, epochs)[0])
+    for first in (0, 5, 10):
+        x, state = run((x, state), first + jnp.arange(4))
+        if how == "update":
+            state = ckpt.update(state, {"x": x}, None, first + 4)
+        else:
+            ckpt.save({"x": x}, first + 4, state=state)
+    ckpt.close()
+    assert [info.epoch for info in ckpt.checkpoints] == list(range(15))
+
+
+FAILED_BEFORE = """
+    import sys
+    import jax, jax.numpy as jnp
+    from jax.experimental import io_callback
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    import flaxckpt
+
+    mesh = jax.make_mesh((4,), ("a",), devices=jax.devices()[4:])
+    y = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("a")))
+
+    def fail(_):
+        raise ValueError("of somebody else")
+
+    def call(y):
+        return io_callback(fail, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+    over = dict(mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+    try:
+        jax.block_until_ready(jax.jit(jax.shard_map(call, **over))(y))
+    except jax.errors.JaxRuntimeError:
+        print("failed", flush=True)
+
+    ours = jax.make_mesh((4,), ("a",), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jnp.eye(512) * 0.5, NamedSharding(ours, P("a")))
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}")
+
+    def body(carry, epoch):
+        x, state = carry
+        x = jax.lax.fori_loop(0, 20, lambda i, y: jnp.tanh(y @ y), x)
+        return (x, ckpt.update(state, {"x": x}, None, epoch)), None
+
+    run = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(6))[0])
+    result = run((x, ckpt.init({"x": x})))
+    ckpt.wait()
+    print([info.epoch for info in ckpt.checkpoints], flush=True)
+"""
+
+
+def test_wait_waits_though_another_program_has_failed(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FAILED_BEFORE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
+    assert result.stdout.splitlines() == ["failed", "[0, 1, 2, 3, 4, 5]"], result.stderr
+
+
+IN_A_THREAD = """
+    import sys, threading, time
+    import jax, jax.numpy as jnp
+    import flaxckpt
+
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}")
+    run = jax.jit(lambda s, e: ckpt.update(s, {"w": jnp.ones(9)}, None, e))
+
+    def train():
+        state = ckpt.init()
+        for epoch in range(4):
+            time.sleep(0.2)
+            state = run(state, epoch)
+
+    threading.Thread(target=train).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_loses_nothing(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(IN_A_THREAD), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    found = [info.epoch for info in flaxckpt.list_checkpoints(tmp_path)]
+    assert found == [0, 1, 2, 3], result.stderr
+
+
+def test_logs_that_no_record_can_keep(tmp_path):
+    with (
+        jax.checking_leaks(),
+        flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt,
+    ):
+
+        def step(w, state):
+            logs = {"l": w.sum(), "m": {"a": w.sum()}, "k": jax.random.key(0)}
+            return ckpt.update(
+                state, {"w": w}, {**logs, "z": w.sum().astype(jnp.complex64)}, 0
+            )
+
+        jax.jit(step)(jnp.ones(3), jax.tree.map(jnp.asarray, ckpt.init()))
+        ckpt.wait()
+        assert ckpt.latest.logs == {"l": 3}

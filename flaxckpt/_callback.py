@@ -1,0 +1,87 @@
+"""Calls from a running program into Python, for which JAX copies nothing.
+
+`jax.experimental.io_callback` has JAX copy its operands to a CPU device first. On CPU
+that is work for threads of which all may be waiting for the very call, in a collective,
+and the program never ends. Where it is known on which devices the program runs,
+`buffer_callback` does without; elsewhere what `io_callback` is made of does, which has
+no public name.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import callback as private
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.core import ShapedArray
+from jax.experimental import io_callback
+from jax.experimental.buffer_callback import buffer_callback
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+_TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def call_host(
+    take: Callable[[Sequence[Any]], np.int32],
+    operands: Sequence[jax.Array],
+    *,
+    is_placed: bool,
+) -> jax.Array:
+    """Call a function on the host, from the program that is being traced.
+
+    Args:
+        take: Is given the operands, as views that are valid during the call.
+        operands: Values of the trace.
+        is_placed: Whether each device makes the call, with what it has, rather than one
+            of them, with all of it.
+
+    Returns:
+        What it returns, i32[].
+    """
+
+    def from_buffers(context: Any, token: Any, *buffers: Any) -> None:
+        del context
+        np.asarray(token)[...] = take([np.asarray(buffer) for buffer in buffers])
+
+    if jax.default_backend() != "cpu":
+        return io_callback(lambda *arrays: take(arrays), _TOKEN, *operands)
+    if is_placed:
+        call = buffer_callback(from_buffers, _TOKEN, has_side_effect=True)
+        return call(*operands)
+    return _call_p.bind(*operands, take=take)[0]
+
+
+_call_p = Primitive("call_host")
+_call_p.multiple_results = True
+_call_p.def_impl(functools.partial(private.dispatch.apply_primitive, _call_p))
+prim_requires_devices_during_lowering.add(_call_p)
+
+
+@_call_p.def_effectful_abstract_eval
+def _describe(*_: Any, take: Any) -> Any:
+    del take
+    return [ShapedArray((), jnp.int32)], {private._IOEffect}
+
+
+def _lower(context: Any, *operands: Any, take: Any) -> Any:
+    result, _, _ = mlir.emit_python_callback(
+        context,
+        lambda *arrays: (take(arrays),),
+        None,
+        list(operands),
+        context.avals_in,
+        context.avals_out,
+        has_side_effect=True,
+        returns_token=False,
+        sharding=private._callback_op_sharding(
+            context.module_context.axis_context, None, context.avals_out
+        ),
+    )
+    return result
+
+
+mlir.register_lowering(_call_p, _lower, cacheable=False)
