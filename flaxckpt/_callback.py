@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import callback as private
-from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax._src.dispatch import apply_primitive, prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.experimental import io_callback
 from jax.experimental.buffer_callback import buffer_callback
@@ -57,7 +57,7 @@ def call_host(
 
 _call_p = Primitive("call_host")
 _call_p.multiple_results = True
-_call_p.def_impl(functools.partial(private.dispatch.apply_primitive, _call_p))
+_call_p.def_impl(functools.partial(apply_primitive, _call_p))
 prim_requires_devices_during_lowering.add(_call_p)
 
 
