@@ -15,7 +15,6 @@ import harness
 
 NAMES = [
     "flaxckpt",
-    "Orbax v0 CheckpointManager",
     "Orbax v1 Checkpointer",
     "Orbax v1, best settings",
 ]

@@ -29,7 +29,7 @@ def main() -> None:
     tree = {f"w{i:02}": jax.random.normal(keys[i], (32, 32)) for i in range(25)}
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
     names = ["flaxckpt", "Orbax v0 CheckpointManager", "Orbax v1 Checkpointer"]
-    names += ["Keras OrbaxCheckpoint", "Flax msgpack", "safetensors"]
+    names += ["Flax msgpack", "safetensors"]
     ways = peers.make_all(root, names)
     step = 0
 

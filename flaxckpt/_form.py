@@ -612,7 +612,7 @@ class _Shards:
 
     def _read(self, position: int, key: str, values: Array) -> Array:
         sums = self._store.read_into(key, values, check=self._check)
-        if sums and self._sums and sums != [self._sums[position]]:
+        if sums and tuple(sums) != self._sums[position : position + 1]:
             self.is_same = False
         return values
 
