@@ -249,6 +249,8 @@ class PodSaves(Saves):
             failure = _translated(error, self._series.root)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
                 exchange.tell(subject, failure, again=True)
+            if failure is error:
+                raise
             raise failure from error
         exchange.tell("done", None)
 

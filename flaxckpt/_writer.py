@@ -155,7 +155,9 @@ class Writer:
     def _note(self, error: CheckpointError) -> None:
         """Remember an error, but nothing that was saved: its frames hold on to that."""
         each: BaseException | None = error
-        while each is not None:
+        seen: list[BaseException] = []
+        while each is not None and each not in seen:
+            seen.append(each)
             traceback.clear_frames(each.__traceback__)
             each = each.__cause__ or each.__context__
         if len(self._errors) < _MOST_ERRORS:
