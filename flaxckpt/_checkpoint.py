@@ -713,10 +713,9 @@ class ModelCheckpoint:
 
     def _finish_streams(self) -> None:
         """Wait for what running programs have still to hand over."""
-        if self._has_streamed:
-            _traced.finish_programs()
-            for stream in self._streams:
-                stream.reset()
+        self._finish_programs()
+        for stream in self._streams:
+            stream.reset()
 
     def _check_for_members(self) -> None:
         """Check that members of an ensemble do not replace or displace each other."""

@@ -21,7 +21,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,16 +33,17 @@ import tensorstore
 import xxhash
 
 from flaxckpt._background import give_way, writing_pool, writing_threads
-from flaxckpt._digest import Digest, Piece, agrees, digest, pieces
+from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
-from flaxckpt._tree import Layout, Leaf
+from flaxckpt._tree import Layout, Leaf, without_keys
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Bounds: TypeAlias = tuple[tuple[int, int], ...]  # first and behind the last, by axis
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-# Of a leaf, its digest as a number, and checksums of files by their positions.
-Share: TypeAlias = tuple[int, dict[str, str]]
+# Of a leaf, its digest as a number, and its files' positions and checksums.
+Share: TypeAlias = tuple[int, list[tuple[int, str]]]
 
 STATE = "state"  # the directory in a checkpoint that holds the tree
 _TIMES = "_CHECKPOINT_METADATA"
@@ -60,18 +61,14 @@ _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 
 @dataclass(frozen=True)
 class _Stored:
-    """How an array is stored: its name, `zarr.json`, and the grid of its chunks."""
+    """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks."""
 
     name: str
     description: bytes
+    dtype: Any
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
-
-    @functools.cached_property
-    def dtype(self) -> Any:
-        """The dtype of the values."""
-        return jnp.dtype(json.loads(self.description)["data_type"])
 
     def with_keys(self, separator: str) -> "_Stored":
         """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
@@ -157,19 +154,20 @@ class Form:
 
         Returns:
             For each leaf the digest of what was written, as a number, and the checksum
-            of each file, by the file's position among the leaf's.
+            of each file, with the file's position among the leaf's.
         """
 
         def write(stored: _Stored | str, value: Any) -> Share:
-            digested, sums = Digest(), dict[str, str]()
             if isinstance(stored, str):
-                return (int(digest(value)[-16:], 16) if leads else 0), sums
-            for position, (key, start, chunk) in enumerate(
-                _own_chunks(stored, value, leads=leads)
-            ):
-                if chunk is not None:
-                    found = _write_file(draft, key, start, chunk, digested)
-                    sums[str(position)] = found
+                return (combined(pieces(value)) if leads else 0), []
+            digested = Digest()
+            sums = [
+                (position, _write_file(draft, key, start, chunk, digested))
+                for position, (key, start, chunk) in enumerate(
+                    _own_chunks(stored, value, leads=leads)
+                )
+                if chunk is not None
+            ]
             return digested.total, sums
 
         with writing_pool() as pool:
@@ -191,14 +189,16 @@ class Form:
         """
         digests, sums = list[str](), list[Sequence[str]]()
         for stored, parts in zip(self.arrays, zip(*shares, strict=True), strict=True):
-            digested, files = Digest(), dict[int, str]()
-            for total, found in parts:
+            digested = Digest()
+            for total, _ in parts:
                 digested.add(total)
-                files.update({int(position): text for position, text in found.items()})
+            written = [file for _, found in parts for file in found]
+            files = dict(map(tuple, written))
             number = 0 if isinstance(stored, str) else sum(1 for _ in stored.keys())
-            written = sum(len(found) for _, found in parts)
-            if not len(files) == written == number:
-                raise ValueError(f"of {stored}, {number} files, {written} were written")
+            if not len(files) == len(written) == number:
+                raise ValueError(
+                    f"of {stored}, {number} files, {len(written)} were written"
+                )
             digests.append(digested.text)
             sums.append([files[position] for position in range(number)])
         return digests, sums
@@ -475,7 +475,8 @@ def _parsed(name: str, description: bytes, dtype: str | None) -> _Stored:
         or (dtype is not None and fields["data_type"] != dtype)
     ):
         raise _OtherwiseError
-    return _Stored(name, description, shape, chunk, separator)
+    kind = jnp.dtype(fields["data_type"])
+    return _Stored(name, description, kind, shape, chunk, separator)
 
 
 class Reader:
@@ -544,7 +545,6 @@ class Reader:
             stored = _stored_of(self._store, leaf)
             if stored is None:
                 return None, True
-            shards = _Shards(self._store, stored, leaf, check=check and bool(leaf.sums))
             indices = sharding.addressable_devices_indices_map(stored.shape)
             places = {
                 device: tuple(
@@ -553,7 +553,8 @@ class Reader:
                 )
                 for device, index in indices.items()
             }
-            parts = {where: shards.read(where) for where in places.values()}
+            check = check and bool(leaf.sums)
+            parts, sums = _read_parts(self._store, stored, places.values(), check=check)
             array = jax.make_array_from_single_device_arrays(
                 stored.shape,
                 sharding,
@@ -562,7 +563,12 @@ class Reader:
             )
         except _UNREADABLE:
             return None, True
-        return array, shards.is_same if leaf.sums else None
+        if not leaf.sums:
+            return array, None
+        return array, all(
+            leaf.sums[position : position + 1] == (found,)
+            for position, found in sums.items()
+        )
 
     def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
         try:
@@ -574,54 +580,58 @@ class Reader:
         return text, not (check and leaf.digest) or agrees(text, leaf.digest)
 
 
-class _Shards:
-    """Parts of one array, each file of which is read once.
+def _read_parts(
+    store: "_Files | _Database",
+    stored: _Stored,
+    bounds: Iterable[Bounds],
+    *,
+    check: bool,
+) -> tuple[dict[Bounds, Array], dict[int, str]]:
+    """Read parts of an array, each of its files once.
 
-    Attributes:
-        is_same: Whether all files that were read are what was saved.
+    Args:
+        store: Where it is.
+        stored: How it is stored.
+        bounds: Of the parts.
+        check: Whether to compute checksums.
+
+    Returns:
+        The parts, in memory that JAX on CPU need not copy, and the checksums of the
+        files that were read, by their positions.
     """
-
-    def __init__(
-        self, store: "_Files | _Database", stored: _Stored, leaf: Leaf, *, check: bool
-    ) -> None:
-        self._store, self._stored, self._sums = store, stored, leaf.sums
-        self._check, self.is_same = check, True
-        self._chunks: dict[str, Array] = {}
-
-    def read(self, where: tuple[tuple[int, int], ...]) -> Array:
-        """Read what is within some bounds, one pair for each axis."""
-        stored, shape = self._stored, tuple(stop - start for start, stop in where)
-        begins = tuple(start for start, _ in where)
-        values = _aligned(shape, stored.dtype)
-        for position, (key, start) in enumerate(stored.keys()):
-            low = [max(pair) for pair in zip(begins, start, strict=True)]
-            high = [
-                min(stop, at + size)
-                for (_, stop), at, size in zip(where, start, stored.chunk, strict=True)
-            ]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            if begins == start and shape == stored.chunk:
-                return self._read(position, key, values)
-            chunk = self._chunks.get(key)
-            if chunk is None:
-                memory = np.empty(stored.chunk, stored.dtype)
-                chunk = self._chunks[key] = self._read(position, key, memory)
-            values[_moved(low, high, begins)] = chunk[_moved(low, high, start)]
-        return values
-
-    def _read(self, position: int, key: str, values: Array) -> Array:
-        sums = self._store.read_into(key, values, check=self._check)
-        if sums and tuple(sums) != self._sums[position : position + 1]:
-            self.is_same = False
-        return values
+    parts = {
+        where: _aligned(tuple(stop - start for start, stop in where), stored.dtype)
+        for where in bounds
+    }
+    sums: dict[int, str] = {}
+    for position, (key, start) in enumerate(stored.keys()):
+        sizes = zip(start, stored.chunk, strict=True)
+        own = tuple((at, at + size) for at, size in sizes)
+        overlaps = {where: _overlap(where, own) for where in parts}
+        overlaps = {
+            where: both
+            for where, both in overlaps.items()
+            if all(low < high for low, high in both)
+        }
+        if not overlaps:
+            continue
+        chunk = parts[own] if own in parts else np.empty(stored.chunk, stored.dtype)
+        for found in store.read_into(key, chunk, check=check):
+            sums[position] = found
+        for where, both in overlaps.items():
+            if where != own:
+                parts[where][_within_part(both, where)] = chunk[_within_part(both, own)]
+    return parts, sums
 
 
-def _moved(
-    low: Sequence[int], high: Sequence[int], by: Sequence[int]
-) -> tuple[slice, ...]:
-    ends = zip(low, high, by, strict=True)
-    return tuple(slice(start - at, stop - at) for start, stop, at in ends)
+def _overlap(one: Bounds, other: Bounds) -> Bounds:
+    pairs = zip(one, other, strict=True)
+    return tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in pairs)
+
+
+def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
+    pairs = zip(bounds, part, strict=True)
+    return tuple(slice(low - at, high - at) for (low, high), (at, _) in pairs)
 
 
 def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
@@ -645,19 +655,11 @@ def _read(
         stored = _stored_of(store, leaf)
         if stored is None:
             return None
-        values = _aligned(stored.shape, stored.dtype)
-        sums: list[str] = []
-        for key, start in stored.keys():
-            is_whole = stored.chunk == stored.shape
-            part = values if is_whole else np.empty(stored.chunk, stored.dtype)
-            sums += store.read_into(key, part, check=check)
-            if is_whole:
-                break
-            where = zip(start, stored.chunk, strict=True)
-            values[tuple(slice(at, at + size) for at, size in where)] = part
+        whole = tuple((0, size) for size in stored.shape)
+        parts, sums = _read_parts(store, stored, [whole], check=check)
     except _UNREADABLE:
         return None
-    return stored, values, tuple(sums)
+    return stored, parts[whole], tuple(sums.values())
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -763,11 +765,7 @@ def _checksum(chunk: Array) -> str:
 
 
 def _on_host(value: Any) -> Array:
-    if isinstance(value, jax.Array) and jnp.issubdtype(
-        value.dtype, jax.dtypes.prng_key
-    ):
-        value = jax.random.key_data(value)
-    return np.asarray(value)
+    return np.asarray(without_keys(value))
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,6 @@ check, `save`, `wait` or `close`.
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from flaxckpt._processes import Channel, Round
 from flaxckpt._saves import Entry, Parts, Save, Saves
 from flaxckpt._series import Page
 from flaxckpt._snapshot import Copies
-from flaxckpt._state import monitored, with_leaves
+from flaxckpt._state import monitored
 from flaxckpt._store import Share
-from flaxckpt._tree import PyTree
+from flaxckpt._tree import PyTree, without_keys
+from flaxckpt._writer import translated
 from flaxckpt.errors import (
     CheckpointError,
-    CheckpointWriteError,
     MetricError,
     SettingError,
 )
@@ -99,14 +98,14 @@ class PodSaves(Saves):
         path = None if entry.save is False else self._path(entry)
         save = self._described(tree, entry, lasts=lasts, path=None)
         for part in save.parts:
-            part.leaves = list(map(_plain, part.leaves))
-        self._finish_earlier()
-        for part in save.parts:
-            if not _store.has_form(part.layout, part.leaves):
-                self._learn(part.layout, part.leaves)
-        job = self._writer.claim(None, 1)
-        assert job is not None
+            # In the background no program may run to look at keys.
+            part.leaves = list(map(without_keys, part.leaves))
+        job, _ = self._claim(save, entry)  # the save before is over in all processes
         try:
+            self._writer.check()  # what any of them met there
+            for part in save.parts:
+                if not _store.has_form(part.layout, part.leaves):
+                    self._learn(part.layout, part.leaves)
             self._copy(save, entry, job.memory, lasts=lasts)
         except BaseException:
             self._writer.give_back(job)
@@ -127,13 +126,11 @@ class PodSaves(Saves):
 
     # ---- on the loop's thread --------------------------------------------------------
 
-    def _finish_earlier(self) -> None:
-        start = time.perf_counter()
-        if not self._writer.is_done():
-            self.counts.delayed += 1
-            self.wait()
-            self.counts.delayed_secs += time.perf_counter() - start
-        self.wait()
+    def _key(self, save: Save, entry: Entry) -> Any:
+        """Return None: what would supersede what differs from process to process."""
+
+    def _limit(self, save: Save) -> int:
+        return 1
 
     def _take_up_scalars(self, save: Save, entry: Entry) -> None:
         arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
@@ -187,14 +184,9 @@ class PodSaves(Saves):
             value = entry.logs[state.monitor]
             if plan.is_on_one_mesh(value, state.best):
                 always = save.whole is not None
-                (best, kept, before), entry.save, entry.copies = (
-                    _snapshot.snapshot_if_better(
-                        state, value, leaves, memory, plan, always=always
-                    )
+                entry.decide_on_device(
+                    state, value, leaves, memory, plan, always=always
                 )
-                entry.before = with_leaves(state, best=before)
-                entry.state = with_leaves(state, best=best)
-                entry.kept = with_leaves(state, best=kept)
                 return
             entry.judge()  # each process has a value of its own, and waits for it
             self.tell_decided(entry)
@@ -249,9 +241,7 @@ class PodSaves(Saves):
             failure = _translated(error, self._series.root)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
                 exchange.tell(subject, failure, again=True)
-            if failure is error:
-                raise
-            raise failure from error
+            raise failure from failure.__cause__
         exchange.tell("done", None)
 
     def _follow(self, exchange: Round, pages: Sequence[Page]) -> None:
@@ -279,13 +269,6 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 def _nothing() -> None:
     return
-
-
-def _plain(leaf: Any) -> Any:
-    """Return the data of keys: in the background no program may run to look at them."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
 
 
 def _summary(entry: Entry, settled: tuple[Entry, list[Page]] | None) -> dict[str, Any]:
@@ -335,7 +318,4 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def _translated(error: BaseException, where: Path) -> CheckpointError:
-    if isinstance(error, CheckpointError):
-        return error
-    cause = f"{type(error).__name__}: {error} (in process {_processes.own()})"
-    return CheckpointWriteError(str(where), cause)
+    return translated(error, str(where), f" (in process {_processes.own()})")

@@ -161,6 +161,33 @@ class Entry:
         self.kept = self.state
         self.save = bool(save or forced)
 
+    def decide_on_device(
+        self,
+        state: CheckpointState,
+        value: jax.Array,
+        leaves: list[Any],
+        into: Copies | None,
+        plan: _snapshot.Plan,
+        *,
+        always: bool,
+    ) -> None:
+        """Have the device decide a due check, and copy if there is something to save.
+
+        Args:
+            state: The decision state after `tick`.
+            value: The monitored value.
+            leaves: What to copy.
+            into: As for `snapshot_if_better`.
+            plan: Likewise.
+            always: Likewise.
+        """
+        (best, kept, before), self.save, self.copies = _snapshot.snapshot_if_better(
+            state, value, leaves, into, plan, always=always
+        )
+        self.before = with_leaves(state, best=before)
+        self.state = with_leaves(state, best=best)
+        self.kept = with_leaves(state, best=kept)
+
 
 @dataclass
 class _Part:
@@ -635,17 +662,8 @@ class Saves:
         fits = memory is not None and memory.plan is plan
         if not fits and (job.content is not None or not self._is_on_device(leaves)):
             return False
-        (best, kept, before), entry.save, entry.copies = _snapshot.snapshot_if_better(
-            state,
-            value,
-            leaves,
-            memory if fits else None,
-            plan,
-            always=save.whole is not None,
-        )
-        entry.before = with_leaves(state, best=before)
-        entry.state = with_leaves(state, best=best)
-        entry.kept = with_leaves(state, best=kept)
+        into, always = memory if fits else None, save.whole is not None
+        entry.decide_on_device(state, value, leaves, into, plan, always=always)
         self._submit(job, save, entry, save.path)
         return True
 

@@ -164,11 +164,7 @@ def write(
         frozen: Where frozen leaves are stored.
         earlier: A checkpoint of the series that may hold them, if it is not known.
     """
-    held = [
-        value
-        for leaf, value in zip(layout.leaves, leaves, strict=True)
-        if leaf.in_orbax
-    ]
+    held = _held(layout, leaves)
     is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
     if any(isinstance(value, FrozenLeaf) for value in held):
         is_database = False  # what is linked is a file
@@ -194,10 +190,7 @@ def write(
                 _adopt(form, frozen, earlier)
                 draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
                 found, sums = form.write(draft, written, held, frozen)
-            table = _table(layout, weights, found, sums)
-            draft.write(LEAVES_FILE, [table])
-            draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
-            draft.finish()
+            _finish(draft, info, _table(layout, weights, found, sums))
         if area.sync and not is_ours:
             sync_tree(written)
         area.put(written, info.path)
@@ -227,8 +220,7 @@ def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
         for leaf in leaves
     ]
     keyed = list(map(_with_key, layout.leaves, values))
-    pairs = zip(layout.leaves, leaves, strict=True)
-    held = [value for leaf, value in pairs if leaf.in_orbax]
+    held = _held(layout, leaves)
     with _SAVING, _context(is_database=False):
         ocp.save(directory, layout.fill_for_orbax(keyed))
     form = recognized(directory, layout, held)
@@ -289,16 +281,25 @@ def write_together(
             form.begin(draft, held)
             share = functools.partial(form.write_share, draft, held, leads=True)
             found, sums = form.joined(meet(written, share))
-            table = _table(layout, weights, found, sums)
-            draft.write(LEAVES_FILE, [table])
-            draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
-            draft.finish()
+            _finish(draft, info, _table(layout, weights, found, sums))
         area.put(written, info.path)
 
 
-def _known_form(layout: Layout, leaves: list[Any]) -> tuple[Form, list[Any]]:
+def _finish(draft: Draft, info: CheckpointInfo, table: bytes) -> None:
+    """Add the table of leaves and the record, and have all of it on disk."""
+    draft.write(LEAVES_FILE, [table])
+    draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+    draft.finish()
+
+
+def _held(layout: Layout, leaves: list[Any]) -> list[Any]:
+    """Return those of a tree's leaves that Orbax holds."""
     pairs = zip(layout.leaves, leaves, strict=True)
-    held = [value for leaf, value in pairs if leaf.in_orbax]
+    return [value for leaf, value in pairs if leaf.in_orbax]
+
+
+def _known_form(layout: Layout, leaves: list[Any]) -> tuple[Form, list[Any]]:
+    held = _held(layout, leaves)
     form = _form_of(layout, held, is_database=False)
     assert form is not None
     return form, held
@@ -387,9 +388,7 @@ def _unpacked(leaves: list[Any]) -> list[Any]:
 
 def has_form(layout: Layout, leaves: list[Any]) -> bool:
     """Tell whether a tree with frozen leaves is written without a look at them."""
-    pairs = zip(layout.leaves, leaves, strict=True)
-    held = [value for leaf, value in pairs if leaf.in_orbax]
-    return _form_of(layout, held, is_database=False) is not None
+    return _form_of(layout, _held(layout, leaves), is_database=False) is not None
 
 
 def _form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:
@@ -655,14 +654,17 @@ def _read_files(
         reader = Reader(located(path))
     except (OSError, ValueError):  # Orbax can tell what is wrong
         return {}, [], {}
-    known = {index: leaf for index, leaf in leaves.items() if reader.knows(leaf)}
+    known = dict(leaves)
+    if are_several():  # what one can't read is damaged, unless none of them knows it
+        known = {index: leaf for index, leaf in leaves.items() if reader.knows(leaf)}
 
     def read(index: int) -> tuple[Any, bool | None]:
         leaf, want = known[index], wanted[index]
         place = want.sharding
-        if place is None or want.is_in_one_piece or leaf.kind not in _PLACED:
-            return reader.read(leaf, check=check)
-        if leaf.kind != "key" and leaf.dtype != want.leaf.dtype:  # to be converted
+        is_placed = leaf.kind == "key" or (
+            leaf.kind in ("jax", "numpy") and leaf.dtype == want.leaf.dtype
+        )
+        if place is None or want.is_in_one_piece or not is_placed:
             return reader.read(leaf, check=check)
         return reader.read_onto(leaf, place, check=check)
 
@@ -682,15 +684,11 @@ def _read_files(
     return values, damaged, unchecked
 
 
-_PLACED = ("jax", "numpy", "key")
-
-
 def _as_key(leaf: Leaf, data: Any, want: Wanted) -> Any:
     """Return typed PRNG keys with these data, where they are wanted."""
     if not isinstance(data, jax.Array):
-        place = want.sharding or jax.local_devices()[0]
-        data = jax.device_put(data, place)
-    return jax.random.wrap_key_data(data, impl=leaf.impl)
+        data = jax.device_put(data, want.sharding or jax.local_devices()[0])
+    return _with_key(leaf, data)
 
 
 def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:

@@ -23,7 +23,7 @@ from flaxckpt._callback import call_host
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
-from flaxckpt._tree import PyTree
+from flaxckpt._tree import PyTree, without_keys
 from flaxckpt._writer import before_end
 from flaxckpt.errors import CheckpointError
 
@@ -152,7 +152,7 @@ def stream(
     leaf_places = [by_id.get(id(leaf)) for leaf in handed]
     taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
     # A function that is differentiated may save, too.
-    leaves = [jax.lax.stop_gradient(_without_keys(leaf)) for leaf in handed]
+    leaves = [jax.lax.stop_gradient(without_keys(leaf)) for leaf in handed]
     scalars = jax.lax.stop_gradient(scalars)
     save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
     token = jax.lax.cond(
@@ -179,13 +179,6 @@ def _refuse_batches(*_: Any) -> Any:
         "flaxckpt.Snapshot, which each member fills with its best, and save it "
         "afterwards with ckpt.save_snapshot(snapshot, member=i)."
     )
-
-
-def _without_keys(leaf: Any) -> Any:
-    """Return a leaf as the host gets it: typed PRNG keys as their data."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
 
 
 @dataclass

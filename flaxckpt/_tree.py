@@ -688,6 +688,13 @@ def _empty(leaf: Leaf) -> Any:
     return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
 
 
+def without_keys(leaf: Any) -> Any:
+    """Return a leaf, of typed PRNG keys the data."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
 @functools.lru_cache(maxsize=16)
 def key_dtype(impl: str) -> Any:
     """Return the dtype of typed PRNG keys of an implementation."""

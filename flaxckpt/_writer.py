@@ -149,7 +149,7 @@ class Writer:
             path: Where it was to write.
         """
         with self._changed:
-            self._note(_translated(error, path))
+            self._note(translated(error, path))
             _UNHEARD.add(self)
 
     def _note(self, error: CheckpointError) -> None:
@@ -183,11 +183,6 @@ class Writer:
         with self._changed:
             return self._count() == 1
 
-    def is_done(self) -> bool:
-        """Tell whether there is no job."""
-        with self._changed:
-            return not self._count()
-
     def _count(self) -> int:
         return len(self._waiting) + self._claimed + (self._running is not None)
 
@@ -220,16 +215,23 @@ def _error_of(job: Job) -> CheckpointError | None:
     try:
         job.run()
     except BaseException as error:
-        return _translated(error, job.path)
+        return translated(error, job.path)
     finally:
         job.run, job.content = _nothing, None  # they hold on to trees
     return None
 
 
-def _translated(error: BaseException, path: str) -> CheckpointError:
+def translated(error: BaseException, path: str, where: str = "") -> CheckpointError:
+    """Return an error as one of ours.
+
+    Args:
+        error: What went wrong.
+        path: The checkpoint that was to be written.
+        where: To say behind what went wrong.
+    """
     if isinstance(error, CheckpointError):
         return error
-    failure = CheckpointWriteError(path, f"{type(error).__name__}: {error}")
+    failure = CheckpointWriteError(path, f"{type(error).__name__}: {error}{where}")
     failure.__cause__ = error
     return failure
 

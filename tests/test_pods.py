@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_a_failure_of_one_is_raised_in_all_and_they_go_on(tmp_path):
 def test_told_to_end_all_save_at_the_same_step(tmp_path):
     running = pod.start(tmp_path, "train_until_told", 2, tmp_path / "run")
     running.wait_until(1, "runs")
-    running.processes[1].send_signal(pod.SIGNALS["terminate"])
+    running.processes[1].send_signal(signal.SIGTERM)
     said = running.wait()
     assert said[0][1][0] == "preempted"
     assert said[0] == said[1]

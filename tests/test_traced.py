@@ -537,15 +537,19 @@ PROGRAM = """
 """
 
 
-def start(directory, kill_at=-1, ending=""):
-    program = textwrap.dedent(PROGRAM) + ending
+def run_program(program, *arguments, flags=""):
+    """Run a program in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", program, str(directory), str(kill_at)],
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": flags},
     )
+
+
+def start(directory, kill_at=-1, ending=""):
+    return run_program(textwrap.dedent(PROGRAM) + ending, directory, kill_at)
 
 
 def test_killed_in_a_scan_it_goes_on_bit_for_bit(tmp_path):
@@ -778,13 +782,8 @@ FAILED_BEFORE = """
 
 
 def test_wait_waits_though_another_program_has_failed(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FAILED_BEFORE), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-    )
+    flags = "--xla_force_host_platform_device_count=8"
+    result = run_program(FAILED_BEFORE, tmp_path, flags=flags)
     assert result.stdout.splitlines() == ["failed", "[0, 1, 2, 3, 4, 5]"], result.stderr
 
 
@@ -807,13 +806,7 @@ IN_A_THREAD = """
 
 
 def test_a_thread_that_outlives_the_main_one_loses_nothing(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(IN_A_THREAD), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )
+    result = run_program(IN_A_THREAD, tmp_path)
     assert result.returncode == 0, result.stderr
     found = [info.epoch for info in flaxckpt.list_checkpoints(tmp_path)]
     assert found == [0, 1, 2, 3], result.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +126,3 @@ def start(directory, worker, count, *arguments, devices=2, faults=None):
 def run(directory, worker, count, *arguments, **settings):
     """Run a worker in several processes, and return what each has said."""
     return start(directory, worker, count, *arguments, **settings).wait()
-
-
-SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
