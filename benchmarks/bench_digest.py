@@ -75,7 +75,7 @@ def main() -> None:
 
     def restore(verify):
         def measure():
-            harness.settle()
+            harness.settle(2 * megabytes)
             start = time.perf_counter()
             path = root / "with digests"
             jax.block_until_ready(flaxckpt.load(path, like, verify=verify))
@@ -84,7 +84,7 @@ def main() -> None:
         return measure
 
     def restore_orbax():
-        harness.settle()
+        harness.settle(2 * megabytes)
         start = time.perf_counter()
         jax.block_until_ready(v1.load(root / "orbax", like))
         return time.perf_counter() - start

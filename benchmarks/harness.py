@@ -7,6 +7,7 @@ their spread, as ratios to one of them where a ratio is what counts.
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -141,6 +143,14 @@ def like(tree: Any) -> Any:
     )
 
 
-def settle() -> None:
-    """Let the disk come to rest, so that nobody pays for the one before."""
+def settle(megabytes: int = 0) -> None:
+    """Let the machine come to rest, so that nobody pays for the one before.
+
+    Args:
+        megabytes: How much free memory to touch. A virtual machine may have given it
+            back to its host within seconds, and to get it again takes longer than to
+            read as much from a file.
+    """
     os.sync()
+    memory = np.empty(megabytes << 20, np.uint8)
+    memory[:: mmap.PAGESIZE] = 1

@@ -668,8 +668,8 @@ def _read_files(
             return reader.read(leaf, check=check)
         return reader.read_onto(leaf, place, check=check)
 
-    # More than cores: one that waits for the interpreter leaves its core to others.
-    threads = min(_READ_THREADS, 2 * (os.cpu_count() or 1))
+    # More than the cores take each other's cache, and are no faster.
+    threads = min(_READ_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "flaxckpt-read") as pool:
         found = dict(zip(known, pool.map(read, known), strict=True))
     damaged = [known[index] for index, (_, same) in found.items() if same is False]
