@@ -13,11 +13,7 @@ from pathlib import Path
 
 import harness
 
-NAMES = [
-    "flaxckpt",
-    "Orbax v1 Checkpointer",
-    "Orbax v1, best settings",
-]
+NAMES = ["flaxckpt", "Orbax v1, best settings"]
 CHILD = "child"
 
 

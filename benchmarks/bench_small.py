@@ -28,8 +28,7 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(0), 25)
     tree = {f"w{i:02}": jax.random.normal(keys[i], (32, 32)) for i in range(25)}
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
-    names = ["flaxckpt", "Orbax v0 CheckpointManager", "Orbax v1 Checkpointer"]
-    names += ["Flax msgpack", "safetensors"]
+    names = ["flaxckpt", "Orbax v1 Checkpointer", "Flax msgpack", "safetensors"]
     ways = peers.make_all(root, names)
     step = 0
 

@@ -6,6 +6,7 @@ their spread, as ratios to one of them where a ratio is what counts.
 """
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
@@ -20,6 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+_LIBC = ctypes.CDLL(None)
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -147,10 +150,14 @@ def settle(megabytes: int = 0) -> None:
     """Let the machine come to rest, so that nobody pays for the one before.
 
     Args:
-        megabytes: How much free memory to touch. A virtual machine may have given it
+        megabytes: How much memory the next one needs. All that is free is returned to
+            the system, so that it is new to everybody, as it is to a process that has
+            just begun. And so much is touched: a virtual machine may have given it
             back to its host within seconds, and to get it again takes longer than to
             read as much from a file.
     """
     os.sync()
+    if megabytes and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
     memory = np.empty(megabytes << 20, np.uint8)
     memory[:: mmap.PAGESIZE] = 1

@@ -22,9 +22,10 @@ PLOTTED = [
 ]
 HEAD = """# Benchmarks
 
-One run of `python benchmarks/run.py`: {versions}, Python {python}, {machine},
-{devices}. Medians, with the least and the greatest beside; all candidates of a table
-took turns. [benchmarks/README.md](../benchmarks/README.md) says what a number means.
+One run of `python benchmarks/run.py` at commit {commit}: {versions}, Python {python},
+{machine}, {devices}. Medians, with the least and the greatest beside; the candidates of
+a table took turns, in as many rounds as it says.
+[benchmarks/README.md](../benchmarks/README.md) says what a number means.
 
 The numbers of all rounds are in [benchmarks.json](benchmarks.json).
 
@@ -40,10 +41,12 @@ def main() -> None:
         python=entries[0]["python"],
         machine=entries[0]["machine"],
         devices=entries[0]["devices"],
+        commit=entries[0]["commit"],
     )
     for entry in entries:
-        rounds = max(map(len, entry["results"].values()))
-        text += f"\n## {entry['title']}\n\n{entry['unit']}, {rounds} rounds\n\n"
+        numbers = sorted({len(values) for values in entry["results"].values()})
+        rounds = " or ".join(map(str, numbers))
+        text += f"\n## {entry['title']}\n\n{entry['unit']}; rounds: {rounds}\n\n"
         text += "| | median | |\n|---|--:|---|\n"
         for name, values in entry["results"].items():
             low, middle, high = min(values), statistics.median(values), max(values)

@@ -513,7 +513,11 @@ class ModelCheckpoint:
             CheckpointWriteError: If a save failed.
         """
         try:
-            self._finish_streams()
+            try:
+                self._finish_streams()
+            except Exception:
+                self._saves.close()  # before the lock is given back
+                raise
             self._saves.close()
         except Exception:
             self._release()

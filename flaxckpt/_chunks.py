@@ -1,6 +1,7 @@
 """Scans that come back now and then, for those who want neither callback nor slots."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax._src.lax.lax import _convert_element_type as convert
 
 from flaxckpt.errors import SettingError
 
@@ -83,10 +85,15 @@ def _chunks(
 ) -> Iterator[Chunk]:
     if start < total:
         carry = _promoted(body, carry, xs)
+    weak = tuple(map(_is_weak, jax.tree.leaves(carry)))
     carry = _copied(carry)  # so that it can be donated
+    xs = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), xs)
+    if inspect.ismethod(body):  # equal to that of before, whatever its object is now
+        body = functools.partial(body)
+    chunk = min(chunk, max(total, 1))
     for first in range(start, total, chunk):
         count = min(chunk, total - first)
-        carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk)
+        carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk, weak=weak)
         if count < chunk:
             ys = jax.tree.map(lambda y: y[:count], ys)  # noqa: B023  # called at once
         yield Chunk(carry, ys, first, first + count)
@@ -102,8 +109,15 @@ def _promoted(body: Body, carry: PyTree, xs: PyTree) -> PyTree:
         first = jax.tree.map(lambda x: x[:1], xs)
         return jax.lax.scan(body, carry, first, length=1)[0]
 
-    wanted = jax.eval_shape(one, carry)
-    return jax.tree.map(lambda x, want: jnp.asarray(x, want.dtype), carry, wanted)
+    def promoted(x: Any, want: Any) -> Any:
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        return x if x.dtype == want.dtype else jnp.asarray(x, want.dtype)
+
+    return jax.tree.map(promoted, carry, jax.eval_shape(one, carry))
+
+
+def _is_weak(x: Any) -> bool:
+    return getattr(x, "weak_type", False)
 
 
 @jax.jit
@@ -111,11 +125,28 @@ def _copied(carry: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, carry)
 
 
-@functools.partial(jax.jit, static_argnames=("body", "chunk"), donate_argnames="carry")
+@functools.partial(
+    jax.jit, static_argnames=("body", "chunk", "weak"), donate_argnames="carry"
+)
 def _run(
-    carry: PyTree, xs: PyTree, first: Any, count: Any, *, body: Body, chunk: int
+    carry: PyTree,
+    xs: PyTree,
+    first: Any,
+    count: Any,
+    *,
+    body: Body,
+    chunk: int,
+    weak: tuple[bool, ...],
 ) -> tuple[PyTree, PyTree]:
-    """Run up to `chunk` steps, as many as `count` says."""
+    """Run up to `chunk` steps, as many as `count` says.
+
+    A scan gives `body` weakly typed numbers in every step if it does so in the first.
+    """
+    leaves, structure = jax.tree.flatten(carry)
+    carry = structure.unflatten(
+        convert(leaf, leaf.dtype, weak_type=True) if is_weak else leaf
+        for leaf, is_weak in zip(leaves, weak, strict=True)
+    )
 
     def x_of(index: Any) -> PyTree:
         pick = jax.lax.dynamic_index_in_dim

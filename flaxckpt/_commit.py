@@ -59,6 +59,7 @@ class Area:
         self._trash: list[Path] = []
         self._doubtful: list[Path] = []
         self._reuses = False
+        self._sweeping = threading.Lock()
         weakref.finalize(self, _discard, self._trash, os.getpid())
         self.committing = threading.Lock()
 
@@ -78,13 +79,20 @@ class Area:
         self._make(self._root)
         with _OPENING:  # so that nobody writes what is cleared up here
             if _lock.acquire(self._lock):
-                _CHANGES[self._lock] += 1  # others may have
-                self._finish_replacements()
-                for entry in list(os.scandir(self._root)):
-                    if entry.name.startswith(self._staging):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                self._trash.clear()
+                try:
+                    self._clear_up()
+                except BaseException:
+                    _lock.release(self._lock)
+                    raise
         self._owner = os.getpid()
+
+    def _clear_up(self) -> None:
+        _CHANGES[self._lock] += 1  # others may have
+        self._finish_replacements()
+        for entry in list(os.scandir(self._root)):
+            if entry.name.startswith(self._staging):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        self._trash.clear()
 
     def close(self) -> None:
         """Give the lock back."""
@@ -127,9 +135,10 @@ class Area:
             spare: Whether to keep one to write over, if the last save could have.
         """
         kept = int(spare and self._reuses)
-        while len(self._trash) > kept:
-            shutil.rmtree(self._trash[0], ignore_errors=True)
-            del self._trash[0]
+        with self._sweeping:
+            while len(self._trash) > kept:
+                shutil.rmtree(self._trash[0], ignore_errors=True)
+                del self._trash[0]
 
     def put(self, written: Path, target: Path) -> None:
         """Move a finished directory to its place, or exchange it with the one there.

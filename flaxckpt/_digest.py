@@ -316,7 +316,7 @@ def _coefficients(
 
 def _as_array(value: Any) -> np.ndarray[Any, Any]:
     if isinstance(value, str):
-        value = value.encode("utf-8")
+        value = value.encode("utf-8", "surrogatepass")
     if isinstance(value, bytes):
         return np.frombuffer(value, np.uint8)
     return np.asarray(value)

@@ -4,7 +4,8 @@ import re
 
 _LOWER = frozenset(
     """
-    loss error err cost energy nll log_loss logloss crossentropy cross_entropy xent
+    loss error err cost energy nll negative_log_likelihood neg_log_likelihood
+    negative_elbo neg_elbo log_loss logloss crossentropy cross_entropy xent
     perplexity ppl bpb bpc bpd bits_per_byte bits_per_char bits_per_dim
     binary_crossentropy bce categorical_crossentropy sparse_categorical_crossentropy
     mean_squared_error mse root_mean_squared_error rmse nrmse mean_absolute_error mae
@@ -37,6 +38,7 @@ _HIGHER = frozenset(
 )
 _SPLITS = re.compile(r"^(?:val|valid|validation|test|eval|dev|train|training)[_\-.:/ ]")
 _COUNTER = re.compile(r"_\d+$")
+_NEGATIONS = frozenset("neg negative negated minus inverse inv non not".split())
 
 
 def direction(metric: str) -> str | None:
@@ -59,11 +61,18 @@ def direction(metric: str) -> str | None:
     name = metric.rsplit("/", 1)[-1].lower().replace("-", "_").replace(" ", "_")
     name = _SPLITS.sub("", name)
     parts = _COUNTER.sub("", name).split("_")
+    return _of_ending(parts) or ("max" if name in _HIGHER else None)
+
+
+def _of_ending(parts: list[str]) -> str | None:
     # The longest known ending decides: brier_score is lower, another score higher.
     for start in range(len(parts)):
         ending = "_".join(parts[start:])
-        if ending in _LOWER:
-            return "min"
-        if ending in _HIGHER:
-            return "max"
-    return "max" if name in _HIGHER else None
+        if ending not in _LOWER and ending not in _HIGHER:
+            continue
+        if _NEGATIONS & set(parts[:start]):
+            return None  # turned round, or of the negative samples: who knows
+        if ending == "score" and start:
+            return _of_ending(parts[:start]) or "max"
+        return "min" if ending in _LOWER else "max"
+    return None

@@ -18,6 +18,7 @@ from typing import Any, Self, TypeAlias
 Stamp: TypeAlias = tuple[int, int, int, int]
 
 _SYNCS = 4  # at a time
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has one only
 
 
 def sync_tree(directory: Path) -> None:
@@ -120,7 +121,7 @@ class Draft:
     def _sync_later(self, descriptor: int) -> None:
         def sync() -> None:
             try:
-                os.fdatasync(descriptor)
+                _sync_data(descriptor)
             finally:
                 os.close(descriptor)
                 self._open.release()

@@ -21,7 +21,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,7 +36,7 @@ from flaxckpt._background import give_way, writing_pool, writing_threads
 from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
-from flaxckpt._tree import Layout, Leaf, without_keys
+from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Bounds: TypeAlias = tuple[tuple[int, int], ...]  # first and behind the last, by axis
@@ -56,6 +56,13 @@ _BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the c
 _READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
 _ARRAYS = (*_READ, "bytes")
 _NUMBERS = ("bool", "int", "float")
+_DTYPES = {  # by which Orbax stores what has no dtype of its own
+    "bool": ("bool",),
+    "int": ("int64",),
+    "float": ("float64",),
+    "complex": ("complex128",),
+    "key": ("uint32",),
+}
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 
 
@@ -427,7 +434,7 @@ def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _
     """Read how Orbax has stored an array; raise if not in the way known here."""
     # A leaf's own dtype, where it has one: Orbax may have been given another.
     dtype = leaf.dtype if leaf.kind in _READ else _dtype(value)
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), (dtype,))
     if stored.separator != "/":
         raise _OtherwiseError
     return stored
@@ -440,8 +447,8 @@ def _dtype(value: Any) -> str:
     return str(pieces(value)[0][1].dtype)
 
 
-def _parsed(name: str, description: bytes, dtype: str | None) -> _Stored:
-    """Parse a `zarr.json`, for values of a dtype, or of any.
+def _parsed(name: str, description: bytes, dtypes: Container[str]) -> _Stored:
+    """Parse a `zarr.json`, for values of one of some dtypes.
 
     Raises:
         _OtherwiseError: If it is in another way than the one known here.
@@ -472,7 +479,7 @@ def _parsed(name: str, description: bytes, dtype: str | None) -> _Stored:
         or keys["name"] != "default"
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or (dtype is not None and fields["data_type"] != dtype)
+        or fields["data_type"] not in dtypes
     ):
         raise _OtherwiseError
     kind = jnp.dtype(fields["data_type"])
@@ -641,10 +648,10 @@ def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
         _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
     """
     name = ".".join(leaf.path)
-    dtype = leaf.dtype if leaf.kind in _ARRAYS else None
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
-    ends = len(leaf.shape) if leaf.kind == "key" else None  # a key has several numbers
-    return stored if stored.shape[:ends] == leaf.shape else None
+    dtypes = _DTYPES.get(leaf.kind, (leaf.dtype,))
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtypes)
+    numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
+    return stored if stored.shape == leaf.shape + numbers else None
 
 
 def _read(

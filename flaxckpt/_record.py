@@ -161,6 +161,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads((located(path) / RECORD_FILE).read_bytes())
         version, checksum = fields["format"], fields.pop("sha256")
+        found = _checksum(fields)
     except OSError as error:
         raise CheckpointCorruptError(
             str(path), f"its record cannot be read ({error})"
@@ -173,7 +174,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
             f"its format is {version}, and this flaxckpt reads up to {FORMAT} "
             "(a newer flaxckpt wrote it: upgrade)",
         )
-    if checksum != _checksum(fields):
+    if checksum != found:
         raise CheckpointCorruptError(str(path), "its record is not what was written")
     return fields
 

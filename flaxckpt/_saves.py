@@ -354,7 +354,7 @@ class Saves:
         self._writer = Writer()
         self._is_first = True
         self.check, self.wait = self._writer.check, self._writer.wait
-        self.close = self._writer.close
+        self.close, self.end_program = self._writer.close, self._writer.end_program
 
     def decide(self, entry: Entry, *, now: bool) -> None:
         """Decide a due check, unless its metric is not there yet and it can wait.
@@ -455,9 +455,7 @@ class Saves:
             raise self._frozen.refuse_all(tree)
         return Parts(part, whole if lasts else None)
 
-    def expect(
-        self, parts: "Parts", entry: Entry, *, lasts: bool, at_once: bool
-    ) -> "Incoming":
+    def expect(self, parts: "Parts", entry: Entry, *, lasts: bool) -> "Incoming":
         """Get memory for what a program hands over; calls no JAX.
 
         May wait for earlier saves. `arrived` or `give_up` has to follow.
@@ -466,7 +464,6 @@ class Saves:
             parts: What it hands over.
             entry: The call.
             lasts: Whether to save in the slot, if nothing else holds it.
-            at_once: Whether all comes, once anything does.
         """
         path, slot = self._targets(entry, lasts=lasts)
         where = path if entry.save else slot
@@ -485,8 +482,8 @@ class Saves:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
             self._take_up_frozen(save, entry)
-            # Not into what waits to be written, if it could be torn half-way.
-            reuse = job.memory if at_once or not job.content else None
+            # Not into what waits to be written, which an error half-way would tear.
+            reuse = None if job.content else job.memory
             memory = _snapshot.memory_of_host(parts.kinds, reuse)
         except BaseException:
             self._writer.give_back(job)
@@ -502,9 +499,6 @@ class Saves:
             for leaf in part.leaves
         ]
         incoming.entry.copies = Copies(None, [], leaves)
-        if incoming.job.content is not None:
-            for entry in incoming.job.content.entries:
-                entry.copies = None  # superseded
         reuse = Copies(None, [], memory)
         self._submit(incoming.job, save, incoming.entry, incoming.where, reuse)
 
@@ -512,10 +506,10 @@ class Saves:
         """Forget what was expected, and has not come."""
         self._writer.give_back(incoming.job)
 
-    def fail(self, error: BaseException) -> None:
-        """Have an error raised by the next call."""
+    def fail(self, error: BaseException, *, ends: bool = False) -> None:
+        """Have an error raised by the next call; `ends` if it ends a program, too."""
         self.counts.failed += 1
-        self._writer.fail(error, str(self._series.root))
+        self._writer.fail(error, str(self._series.root), ends=ends)
 
     @property
     def tells(self) -> bool:
@@ -694,6 +688,9 @@ class Saves:
                 part.leaves = []  # from now on, the copies count
         if job.content is None:
             job.content = save
+        if entry.save is True or (entry.save is False and save.whole is not None):
+            for earlier in job.content.entries:
+                earlier.copies = None  # superseded
         job.content.entries.append(entry)
         job.memory = memory
         if memory is None and entry.copies is not None and self._snapshot != "none":

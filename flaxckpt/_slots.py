@@ -307,7 +307,7 @@ class Snapshot:
         _check_logs(logs)
         for name, old in self.logs.items():
             kept, given = np.dtype(old.dtype), np.dtype(_form(logs[name])[1])
-            if _rank(given) > _rank(kept):
+            if not _holds(kept, given, is_weak=_is_weak(logs[name])):
                 raise MetricError(
                     name,
                     f"is {given}, and the snapshot was made for {kept}. Give "
@@ -474,6 +474,17 @@ def _described(leaf: Any) -> str:
         return f"a {type(leaf).__name__}"
     shape, dtype = _form(leaf)
     return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _holds(kept: Any, given: Any, *, is_weak: bool) -> bool:
+    """Tell whether metrics of one dtype may be kept as another."""
+    if _rank(given) != _rank(kept) or is_weak:
+        return _rank(given) <= _rank(kept)
+    return np.can_cast(given, kept)
+
+
+def _is_weak(value: Any) -> bool:
+    return getattr(value, "weak_type", not hasattr(value, "dtype"))
 
 
 def _rank(dtype: Any) -> int:

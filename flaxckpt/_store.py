@@ -94,7 +94,7 @@ def check_target(path: Path, root: Path) -> None:
             "another filepath.",
         )
     if there == path:
-        if not is_checkpoint(path) and any(path.iterdir()):
+        if not is_checkpoint(path) and _holds_anything(path):
             raise CheckpointPathError(
                 str(path),
                 "is there and is no checkpoint: it would be replaced. Give the "
@@ -106,6 +106,13 @@ def check_target(path: Path, root: Path) -> None:
             str(there),
             "cannot be written to. Make it writable, or choose another filepath.",
         )
+
+
+def _holds_anything(path: Path) -> bool:
+    try:
+        return any(path.iterdir())
+    except FileNotFoundError:  # the thread that writes has deleted it by now
+        return False
 
 
 def check_root(root: Path) -> None:
@@ -728,6 +735,8 @@ def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     own = [path / "state" / ".".join(leaf.path) for leaf in leaves]
     found = [file for each in own for file in each.rglob("*") if file.is_file()]
     found = [file for file in found if file.name != "zarr.json"]
+    if any(leaf.kind == "str" for leaf in leaves):
+        found += path.glob("state/_strings.json")
     found = found or list(path.glob("state/**/d/*"))  # a database has them all
     return [str(file.relative_to(path)) for file in sorted(found)]
 

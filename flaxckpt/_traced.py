@@ -24,7 +24,7 @@ from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
 from flaxckpt._tree import PyTree, without_keys
-from flaxckpt._writer import before_end
+from flaxckpt._writer import before_end, ending
 from flaxckpt.errors import CheckpointError
 
 Logs: TypeAlias = Mapping[str, Any]
@@ -65,7 +65,8 @@ def finish_programs() -> None:
     # Who asks for the results of a program that has failed hears of it.
     try:
         jax.effects_barrier()
-    except jax.errors.JaxRuntimeError:  # JAX does not look at those behind it, ever
+    except (jax.errors.JaxRuntimeError, ExceptionGroup):
+        # JAX does not look at those behind a failed one, ever.
         tokens = runtime_tokens
         for token in (
             *tokens.current_tokens.values(),
@@ -159,9 +160,7 @@ def stream(
         save, taking.hand_over, lambda *_: jnp.int32(0), scalars, leaves
     )
     if saves.tells and before.save_best_only:
-        token += jax.lax.cond(
-            jnp.asarray(save), lambda _: jnp.int32(0), taking.tell, scalars
-        )
+        token += jax.lax.cond(save, lambda _: jnp.int32(0), taking.tell, scalars)
     return with_leaves(state, seen=state.seen + token), taking
 
 
@@ -232,14 +231,16 @@ class Stream:
             Zero, i32[], once the host has taken them.
         """
         if self._mesh is None:
-            return self._call(self._take, scalars, leaves)
+            is_placed = jax.device_count() == 1
+            return self._call(self._take, scalars, leaves, is_placed=is_placed)
         axes = self._mesh.axis_names
         take = functools.partial(
             self._take_shards, self._cuts([leaf.shape for leaf in leaves])
         )
 
         def hand_shards_over(scalars: PyTree, shards: list[jax.Array]) -> jax.Array:
-            return self._call(take, (jax.lax.axis_index(axes), scalars), shards)
+            at = jax.lax.axis_index(axes)
+            return self._call(take, (at, scalars), shards, is_placed=True)
 
         return jax.shard_map(
             hand_shards_over,
@@ -254,6 +255,8 @@ class Stream:
         take: Callable[[PyTree, list[np.ndarray[Any, Any]]], np.int32],
         scalars: PyTree,
         leaves: list[jax.Array],
+        *,
+        is_placed: bool,
     ) -> jax.Array:
         flat, structure = jax.tree.flatten(scalars)
         packing, number = Packing([*flat, *leaves]), len(flat)
@@ -263,12 +266,14 @@ class Stream:
             scalars = structure.unflatten([value[()] for value in values[:number]])
             return take(scalars, values[number:])
 
-        is_placed = self._mesh is not None or jax.device_count() == 1
         return call_host(unpacked, packing.pack([*flat, *leaves]), is_placed=is_placed)
 
     def tell(self, scalars: PyTree) -> jax.Array:
         """Have the host say that a due check has saved nothing."""
-        return self._call(lambda scalars, _: self._tell(scalars), scalars, [])
+        # Not by each device of a mesh, which would say it as often.
+        is_placed = jax.device_count() == 1
+        take: Any = lambda scalars, _: self._tell(scalars)  # noqa: E731
+        return self._call(take, scalars, [], is_placed=is_placed)
 
     def _cuts(self, shapes: Sequence[tuple[int, ...]]) -> list[list[Cut]]:
         """Return, for each device, what part of each leaf is its to hand over."""
@@ -293,17 +298,18 @@ class Stream:
     def _take(
         self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
     ) -> np.int32:
-        incoming = None
+        incoming = self._begin(scalars)
+        if incoming is None:
+            return np.int32(0)
         try:
-            incoming = self._begin(scalars)
             for target, leaf in zip(incoming.memory, leaves, strict=True):
                 np.copyto(target, leaf)
             self._saves.arrived(incoming)
         except Exception as error:
-            self._fail(error, incoming)
+            self._saves.give_up(incoming)
+            self._fail(error)
         except BaseException:  # an interrupt
-            if incoming is not None:
-                self._saves.give_up(incoming)
+            self._saves.give_up(incoming)
             raise
         return np.int32(0)
 
@@ -316,9 +322,10 @@ class Stream:
         number, scalars = int(device[0]), device[1]
         try:
             at, event, is_first = self._event(number, scalars)
-        except CheckpointError:
+        except CheckpointError as error:
+            error.__traceback__ = None
             if self._stops:
-                raise
+                raise ending(error) from None
             return np.int32(0)  # and somebody hears of it
         if is_first:
             try:
@@ -327,14 +334,13 @@ class Stream:
                 event.error = error
             event.is_ready.set()
         event.is_ready.wait()
-        if event.incoming is None and self._stops:
+        if event.incoming is None and event.error is not None:
             # On all devices: one that went on would wait for the others for ever.
             with self._guard:
                 event.arrived += 1
                 if event.arrived == len(cuts):
                     self._forget()
-            assert event.error is not None
-            raise event.error
+            raise ending(event.error)
         if event.incoming is not None:
             parts = zip(event.incoming.memory, cuts[number], shards, strict=True)
             try:
@@ -380,7 +386,7 @@ class Stream:
                     "over what they had begun to, and was run again. Call ckpt.wait() "
                     "in between; nothing is saved until then."
                 )
-                self._saves.fail(self._broken)
+                self._saves.fail(self._broken, ends=self._stops)
                 raise self._broken
             self._events[at] = event
             self._calls[number] = at + 1
@@ -393,19 +399,24 @@ class Stream:
         self._events.clear()
         self._calls.clear()
 
-    def _begin(self, scalars: PyTree) -> Incoming:
+    def _begin(self, scalars: PyTree) -> Incoming | None:
         """Take down the call, and get memory to copy its leaves to.
 
+        Returns:
+            None if it cannot be saved, of which `wait` tells.
+
         Raises:
-            CheckpointError: If it cannot be saved; or if an earlier one could not, and
-                that is to end the program.
+            CheckpointError: If that, or an earlier failure, is to end the program.
         """
         if self._stops:
-            self._saves.check()
-        flags, entry = self._entry(scalars)
-        lasts = bool(flags["lasts"])
-        at_once = self._mesh is None
-        return self._saves.expect(self._parts, entry, lasts=lasts, at_once=at_once)
+            self._saves.end_program()
+        try:
+            flags, entry = self._entry(scalars)
+            lasts = bool(flags["lasts"])
+            return self._saves.expect(self._parts, entry, lasts=lasts)
+        except Exception as error:
+            self._fail(error)
+            return None
 
     def _entry(self, scalars: PyTree) -> tuple[Mapping[str, Any], Entry]:
         flags, at = scalars["flags"], scalars["at"]
@@ -426,13 +437,11 @@ class Stream:
             self._saves.tell_decided(entry)
         return np.int32(0)
 
-    def _fail(self, error: BaseException, incoming: Incoming | None) -> None:
-        if incoming is not None:
-            self._saves.give_up(incoming)
-        if self._stops:
-            raise error
+    def _fail(self, error: BaseException) -> None:
         # Its frames, which still run, hold views of the program's memory.
-        self._saves.fail(error.with_traceback(None))
+        self._saves.fail(error.with_traceback(None), ends=self._stops)
+        if self._stops:
+            raise ending(error) from None
 
 
 def _common(meshes: Sequence[Mesh]) -> Mesh | None:

@@ -60,7 +60,7 @@ class Writer:
         self._is_busy = False
         self._memory: list[Any] = []
         self._errors: list[CheckpointError] = []
-        self._more_errors = 0
+        self._more_errors = self._ended = 0
         self._warnings: list[str] = []
         self._thread: threading.Thread | None = None
 
@@ -130,34 +130,44 @@ class Writer:
         with self._changed:
             (first, *others), more = self._errors, self._more_errors
             self._errors.clear()
-            self._more_errors = 0
+            self._more_errors = self._ended = 0
         for other in others:
             first.add_note(f"And: {other}")
         if more:
             first.add_note(f"And {more} more.")
         raise first
 
+    def end_program(self) -> None:
+        """Raise an error that has ended no program yet; `wait` raises it, too."""
+        with self._changed:
+            first, self._ended = self._ended, len(self._errors)
+            if first < self._ended:
+                raise ending(self._errors[first])
+
     def warn(self, message: str) -> None:
         """Have a warning given by the next call of `wait`, `check` or `close`."""
         self._warnings.append(message)
 
-    def fail(self, error: BaseException, path: str) -> None:
+    def fail(self, error: BaseException, path: str, *, ends: bool = False) -> None:
         """Have an error raised as that of a job that failed.
 
         Args:
             error: What went wrong before there was a job.
             path: Where it was to write.
+            ends: Whether it ends a program, too.
         """
         with self._changed:
             self._note(translated(error, path))
             _UNHEARD.add(self)
+            if ends:
+                self._ended = len(self._errors)
 
     def _note(self, error: CheckpointError) -> None:
         """Remember an error, but nothing that was saved: its frames hold on to that."""
         each: BaseException | None = error
-        seen: list[BaseException] = []
-        while each is not None and each not in seen:
-            seen.append(each)
+        seen: set[int] = set()
+        while each is not None and id(each) not in seen:
+            seen.add(id(each))
             traceback.clear_frames(each.__traceback__)
             each = each.__cause__ or each.__context__
         if len(self._errors) < _MOST_ERRORS:
@@ -203,11 +213,19 @@ class Writer:
                     self._memory.append(job.memory)
                 self._running = None
                 self._changed.notify_all()
-            job.after()
+            self._do_after(job)
             del job
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
+
+    def _do_after(self, job: Job) -> None:
+        try:
+            job.after()
+        except BaseException as error:
+            with self._changed:
+                self._note(translated(error, job.path))
+                _UNHEARD.add(self)
 
 
 def _error_of(job: Job) -> CheckpointError | None:
@@ -236,6 +254,11 @@ def translated(error: BaseException, path: str, where: str = "") -> CheckpointEr
     return failure
 
 
+def ending(error: BaseException) -> CheckpointError:
+    """Return an error to end a program with, for another one that is kept."""
+    return CheckpointError(f"{type(error).__name__}: {error}")
+
+
 def before_end(function: Callable[[], None]) -> None:
     """Have a function called where the program ends, before what waits is written."""
     if function not in _BEFORE_END:
@@ -251,7 +274,10 @@ def _finish() -> None:
     """End well where the program ends without `wait` or `close`."""
     _join_others()
     for function in _BEFORE_END:
-        function()
+        try:
+            function()
+        except Exception as error:
+            warnings.warn(f"At the program's end: {error}", stacklevel=1)
     for writer in list(_UNHEARD):
         try:
             writer.close()

@@ -153,3 +153,50 @@ def test_numbers_become_what_a_scan_makes_of_them(carry, dtype):
     parts = list(scan_in_chunks(body, carry, xs, chunk=2))
     assert_equal(parts[-1].carry, expected[0])
     assert_equal(jnp.concatenate([part.ys for part in parts]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("carry", "body"),
+    [
+        # A weak number that stays one, beside arrays that it must not promote.
+        (
+            (0.5, jnp.ones(3, jnp.bfloat16)),
+            lambda c, x: ((c[0] * 0.9, c[1] - c[0] * x.astype(jnp.bfloat16)), c[1]),
+        ),
+        (3, lambda n, x: (n + 1, x.astype(jnp.uint8) + 250 + n)),
+        # One that the body makes strong, of the same dtype: a scan still gives it weak.
+        (0.5, lambda c, x: (c * jnp.float32(0.9), x.astype(jnp.bfloat16) * c)),
+    ],
+)
+def test_weak_numbers_stay_weak_in_all_chunks(carry, body):
+    xs = jnp.arange(7.0)
+    expected = jax.lax.scan(body, carry, xs)
+    parts = list(scan_in_chunks(body, carry, xs, chunk=2))
+    assert_equal(parts[-1].carry, expected[0])
+    assert_equal(jnp.concatenate([part.ys for part in parts]), expected[1])
+
+
+def test_a_method_is_what_its_object_is_now():
+    class Trainer:
+        rate = 1.0
+
+        def step(self, carry, x):
+            return carry + self.rate * x, None
+
+        def __eq__(self, other):
+            return isinstance(other, Trainer)
+
+        def __hash__(self):
+            return 0
+
+    trainer, found = Trainer(), []
+    for trainer.rate in (1.0, 2.0):
+        for part in scan_in_chunks(trainer.step, 0.0, jnp.ones(4), chunk=2):
+            last = part.carry
+        found.append(float(last))
+    assert found == [4.0, 8.0]
+
+
+def test_a_chunk_longer_than_the_run_takes_no_more_memory():
+    (part,) = scan_in_chunks(lambda n, x: (n, x), 0, np.arange(3.0), chunk=10**13)
+    assert part.ys.tolist() == [0, 1, 2]

@@ -224,3 +224,17 @@ def test_a_forked_process_has_no_part_in_it(tmp_path):
         env={**os.environ, "XLA_FLAGS": ""},
     )
     assert done.stdout == "7 ['1', '3']\n", done.stderr
+
+
+def test_an_opening_that_fails_leaves_no_lock(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "x").mkdir()
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_commit.Area, "_finish_replacements", interrupted)
+        ckpt.save(tree_of(0), 0)
+    assert not list(tmp_path.glob(".flaxckpt-*.lock"))
+    ckpt.save(tree_of(0), 0)
+    ckpt.close()

@@ -67,9 +67,11 @@ def zero_page(path, randomly):
 
 
 def swap(path, randomly):
-    other = randomly.choice(
-        [p for p in files_of(path.parents[0]) if p != path] or [path]
-    )
+    above = [path.parent]
+    while not (above[-1] / "flaxckpt.json").exists():
+        above.append(above[-1].parent)
+    others = [p for p in files_of(randomly.choice(above)) if p != path]
+    other = randomly.choice(others or [path])
     ours, theirs = path.read_bytes(), other.read_bytes()
     path.write_bytes(theirs)
     other.write_bytes(ours)
@@ -89,7 +91,8 @@ def bits(tree):
             leaf.dtype, jax.dtypes.prng_key
         ):
             leaf = jax.random.key_data(leaf)
-        return np.asarray(leaf).tobytes()
+        array = np.asarray(leaf)
+        return type(leaf), array.dtype, array.shape, array.tobytes()
 
     return jax.tree.map(of, tree)
 
@@ -277,3 +280,40 @@ def test_a_checkpoint_without_its_record_is_damaged_and_not_plain_orbax_s(tmp_pa
         flaxckpt.verify(tmp_path / "2")
     with pytest.warns(UserWarning, match="its record cannot be read"):
         assert len(flaxckpt.list_checkpoints(tmp_path)) == 1
+
+
+def test_a_number_is_not_taken_for_one_of_another_kind(tmp_path):
+    tree = {"step": 12345, "rate": 0.001, "w": jnp.zeros(2**20)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree, 0)
+        path = ckpt.save(tree, 1)
+    step, rate = (path / "state" / name / "zarr.json" for name in ("step", "rate"))
+    texts = step.read_bytes(), rate.read_bytes()
+    step.write_bytes(texts[1])
+    for like in (None, tree):
+        with pytest.raises(CheckpointCorruptError, match="step"):
+            flaxckpt.load(path, like)
+    rate.write_bytes(texts[0])
+    with pytest.raises(CheckpointCorruptError):
+        flaxckpt.verify(path)
+
+
+def test_keys_of_another_shape_and_strange_texts_are_damage(tmp_path):
+    tree = {"key": jax.random.key(1), "text": "\U0001f600", "w": jnp.zeros(2**20)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(4):
+            ckpt.save(tree, epoch)
+    key = tmp_path / "4" / "state" / "key" / "zarr.json"
+    key.write_bytes(key.read_bytes().replace(b'"shape":[2]', b'"shape":[0]'))
+    texts = tmp_path / "3" / "state" / "_strings.json"
+    texts.write_bytes(texts.read_bytes().replace(b"\\ud83d", b"\\ue83d"))
+    record = tmp_path / "2" / "flaxckpt.json"
+    record.write_bytes(record.read_bytes().replace(b'"epoch": 1', b'"epoch": 1e999'))
+    for name in "432":
+        with pytest.raises(CheckpointCorruptError):
+            flaxckpt.load(tmp_path / name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = ckpt.restore(like=tree)
+    assert found.epoch == 0
+    assert len([w for w in told if "PASSED OVER" in str(w.message)]) >= 2

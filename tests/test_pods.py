@@ -141,7 +141,8 @@ def test_killed_at_any_time_it_goes_on_from_what_was_on_disk(tmp_path):
         said = running.wait(check=False)  # which tells of a hang
         told = f"seed {SEED}, kill {number}\n{running.told()}"
         assert all(code != 0 for code in running.codes), told
-        assert {first for _, first in (lines[0] for lines in said)} == {said[0][0][1]}
+        starts = {lines[0][1] for lines in said if lines}  # some were killed before
+        assert starts == {said[0][0][1]}
         assert said[0][0][1] > on_disk, told
         listed = [info.epoch for info in flaxckpt.list_checkpoints(directory)]
         found = [line[1] for lines in said for line in lines if line[0] == "on disk"]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import re
 import threading
+import tracemalloc
 import weakref
 
 import jax
@@ -763,3 +764,56 @@ def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
     assert caught.value.__notes__[-1] == "And 30 more."
     assert not [tree for each in held if (tree := each()) is not None]
     writer.close()
+
+
+def test_errors_that_compare_strangely(tmp_path):
+    class Strange(OSError):
+        def __eq__(self, other):
+            raise RuntimeError("do not compare me")
+
+        __hash__ = OSError.__hash__
+
+    def run():
+        try:
+            raise Strange("first")
+        except Strange as error:
+            raise Strange("second") from error
+
+    writer = Writer()
+    job = writer.claim(None, 1)
+    job.run, job.path = run, "/p"
+    writer.submit(job)
+    with pytest.raises(CheckpointWriteError, match="second"):
+        writer.close()
+
+
+def test_what_fails_after_a_save_stops_no_later_one():
+    def fail():
+        raise OSError("sweeping")
+
+    writer, done = Writer(), []
+    for number in range(2):
+        job = writer.claim(None, 9)
+        job.run, job.after = lambda number=number: done.append(number), fail
+        writer.submit(job)
+    with pytest.raises(CheckpointWriteError, match="sweeping"):
+        writer.close()
+        writer.close()
+    assert done == [0, 1]
+
+
+def test_what_is_superseded_on_the_host_is_let_go(tmp_path, monkeypatch):
+    tree = {"w": np.zeros(2**20, np.uint8)}
+    with (
+        ModelCheckpoint(tmp_path / "best", max_in_flight=2) as ckpt,
+        held(monkeypatch) as (arrived, go),
+    ):
+        ckpt.save(tree, 0)
+        assert arrived.wait(60)
+        tracemalloc.start()
+        for epoch in range(1, 20):
+            ckpt.save(tree, epoch)
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert size < 3 * 2**20
+        go.set()

@@ -337,6 +337,11 @@ def test_more_settings_that_cannot_work():
         ({"logs": {"loss": np.zeros(2), "x": 0.0}}, MetricError, "must be a scalar"),
         ({"logs": {"loss": 0.0, "x": np.zeros(2)}}, MetricError, "keeps scalars"),
         ({"logs": {"loss": 0.0, "x": 0.5}}, MetricError, "made for int32"),
+        (
+            {"logs": {"loss": 0.0, "x": np.uint32(1)}},
+            MetricError,
+            "is uint32, .* int32",
+        ),
         ({"epoch": -1}, SettingError, "zero-based"),
         ({"batch": 0.5}, SettingError, "zero-based"),
         ({"save": np.ones(2, bool)}, SettingError, "one truth value"),
@@ -414,3 +419,11 @@ def test_no_slot_replaces_another_when_saved(tmp_path):
             ckpt.save_snapshot(members, 0)
         with pytest.raises(SettingError, match=r"pass the flaxckpt\.Snapshot first"):
             ckpt.save_snapshot(tree_at(0))
+
+
+def test_a_metric_is_not_rounded_to_what_was_promised():
+    """The values compared and those in the logs would differ."""
+    snapshot = Snapshot.like(0.0, {"loss": jnp.bfloat16(0)})
+    with pytest.raises(MetricError, match=r"is float32, .* made for bfloat16"):
+        snapshot.take(True, 0.0, {"loss": jnp.asarray(0.5, jnp.float32)}, 0)
+    assert snapshot.take(True, 0.0, {"loss": 0.5}, 0).entries()[0].logs["loss"] == 0.5

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt import CheckpointState, MetricError, SettingError, step
+from flaxckpt._direction import direction
 
 
 def decide(state, values, monitor="val_loss"):
@@ -361,3 +362,25 @@ def test_warning_filters_do_not_break_tracing():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning):
             step(best_only(), {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("val_negative_log_likelihood", "min"),
+        ("neg_elbo", "min"),
+        ("eval/log_likelihood", "max"),
+        ("neg_mean_squared_error", None),  # scikit-learn's, and better high
+        ("neg_log_loss", None),
+        ("inverse_accuracy", None),
+        ("val_false_negative_rate", "min"),
+        ("true_negatives", "max"),
+        ("kid_score", "min"),
+        ("perplexity_score", "min"),
+        ("brier_score", "min"),
+        ("judge_score", "max"),
+        ("val_f1_score_2", "max"),
+    ],
+)
+def test_directions_are_not_guessed_the_wrong_way_round(name, known):
+    assert direction(name) == known

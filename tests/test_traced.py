@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
+from flaxckpt import CheckpointPathError, _store
 from flaxckpt._state import plain_state
 
 NAN = float("nan")
@@ -311,23 +313,26 @@ def test_the_state_may_be_used_outside(tmp_path):
         assert [info.epoch for info in ckpt.checkpoints] == [0, 1, 3]
 
 
-def test_what_is_said_is_what_a_loop_says(tmp_path, capfd):
-    said = []
-    for name, run in {"scan": in_scan, "loop": in_python}.items():
+@pytest.mark.parametrize("meshed", [False, True])
+@pytest.mark.parametrize("save_last", [False, True])
+def test_what_is_said_is_what_a_loop_says(tmp_path, capfd, meshed, save_last):
+    said, settings = [], {"verbose": 1, "save_best_only": True, "save_last": save_last}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tree = make_tree(mesh if meshed else None)
+    for run in (in_scan, in_python):
         with flaxckpt.ModelCheckpoint(
-            tmp_path / "same" / "{epoch}", "loss", verbose=1, save_best_only=True
+            tmp_path / "same" / "{epoch}", "loss", **settings
         ) as ckpt:
-            run(ckpt, make_tree(), ckpt.init(), False)
+            run(ckpt, tree, ckpt.init(tree), False)
             ckpt.wait()
         shutil.rmtree(tmp_path / "same")
         lines = capfd.readouterr().out.splitlines()
-        said.append(
-            (
-                [line for line in lines if "finished" not in line],
-                sorted(line for line in lines if "finished" in line),
-            )
+        # What waits is superseded in the slot, where a loop does not wait.
+        lines = [line for line in lines if "superseded" not in line]
+        finished = sorted(
+            line for line in lines if "finished" in line and "/last" not in line
         )
-        del name
+        said.append(([line for line in lines if "finished" not in line], finished))
     assert said[0] == said[1]
     assert any("did not improve" in line for line in said[0][0])
 
@@ -454,7 +459,10 @@ def test_an_error_may_stop_the_program(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="is a file"):
         run_ten(ckpt)
     (tmp_path / "5").unlink()
+    with pytest.raises(CheckpointPathError, match="is a file"):
+        ckpt.wait()  # also for those who have not asked for the program's results
     ckpt.wait()
+    assert ckpt.counts.failed == 1
     assert [info.epoch for info in ckpt.checkpoints] == [0, 1, 2, 3]
     run_ten(ckpt)
     ckpt.close()
@@ -648,7 +656,8 @@ def test_what_was_stopped_on_a_mesh_saves_again(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="is a file"):
         jax.block_until_ready(run((x, ckpt.init({"x": x}))))
     (tmp_path / "5").unlink()
-    ckpt.wait()
+    with pytest.raises(CheckpointPathError, match="is a file"):
+        ckpt.wait()
     run((x, ckpt.init()))
     ckpt.close()
     assert [info.epoch for info in ckpt.checkpoints] == list(range(10))
@@ -715,7 +724,8 @@ def test_an_error_ends_all_devices_that_wait_for_each_other(tmp_path):
         jax.block_until_ready(run((x, state), jnp.arange(20)))
     (tmp_path / "5").unlink()
     jax.block_until_ready(run((x, state), jnp.arange(20, 30)))
-    ckpt.close()
+    with pytest.raises(CheckpointPathError, match="is a file"):
+        ckpt.close()
     expected = [0, 1, 2, 3, *range(20, 30)]
     assert [info.epoch for info in ckpt.checkpoints] == expected
 
@@ -827,3 +837,41 @@ def test_logs_that_no_record_can_keep(tmp_path):
         jax.jit(step)(jnp.ones(3), jax.tree.map(jnp.asarray, ckpt.init()))
         ckpt.wait()
         assert ckpt.latest.logs == {"l": 3}
+
+
+def test_an_error_while_copying_does_not_tear_what_waits(tmp_path, monkeypatch):
+    go, arrived, write = threading.Event(), threading.Event(), _store.write
+
+    def wait_and_write(*args, **kwargs):
+        arrived.set()
+        assert go.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(_store, "write", wait_and_write)
+    ckpt = flaxckpt.ModelCheckpoint(tmp_path / "best")
+
+    def save(value, epoch):
+        tree = {"a": jnp.full(100, value), "b": jnp.full(100, value)}
+        return ckpt.update(ckpt.init(), tree, None, epoch)
+
+    run = jax.jit(save)
+    jax.block_until_ready(run(0.0, 0))
+    assert arrived.wait(60)
+    jax.block_until_ready(run(1.0, 1))  # waits
+    copyto, copied = np.copyto, []
+
+    def interrupted(*args):
+        if copied:
+            raise OSError("interrupted")
+        copied.append(copyto(*args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "copyto", interrupted)
+        jax.block_until_ready(run(2.0, 2))
+        jax.effects_barrier()
+    assert copied
+    go.set()
+    with pytest.raises(flaxckpt.CheckpointWriteError, match="interrupted"):
+        ckpt.close()
+    found = flaxckpt.load(tmp_path / "best")
+    assert {float(x) for leaf in found.values() for x in leaf} == {1.0}
