@@ -2,11 +2,11 @@
 
 1000 steps of some 1 ms in one jitted scan, of which every 100th improves: `update` in
 the scan, against the same scan without, and against one that only has the host copy the
-state at those steps. Beside it what people do today: a Python loop
-that looks at the metric after every step, and has Orbax save where it improves. Once
-with a small state and a step that one core computes, as those of small networks are,
-and once with a larger one and a step that keeps all cores busy, which then have the
-writing to do, too.
+state at those steps. Once with a small state and a step that one core computes, as
+those of small networks are, and beside it what people do today: a Python loop that
+looks at the metric after every step, and has Orbax save where it improves. And once
+with a larger state and a step that keeps all cores busy, which then have the writing to
+do, too.
 """
 
 import shutil
@@ -98,8 +98,7 @@ def measure(title, tree, shape, root, options) -> None:
                 current, loss = one(current, jnp.int32(index))
                 if float(loss) < best:
                     best = float(loss)
-                    if way is not None:
-                        way.save(current, loop.saved)
+                    way.save(current, loop.saved)
                     loop.saved += 1
             jax.block_until_ready(current)
 
@@ -107,15 +106,13 @@ def measure(title, tree, shape, root, options) -> None:
 
         def measure():
             took = timed(loop)
-            if way is not None:
-                way.wait()
+            way.wait()
             return took
 
         return measure
 
     is_small = "one core" in title
-    names = ORBAX if is_small else []
-    ways = peers.make_all(root, names) if names else {}
+    ways = peers.make_all(root, ORBAX) if is_small else {}
     scans = {
         "scan alone": lambda: timed(lambda: jax.block_until_ready(alone(tree))),
         "scan that copies": lambda: timed(
@@ -140,7 +137,7 @@ def measure(title, tree, shape, root, options) -> None:
     harness.note(
         f"update adds {added:+.1%}, the copies by themselves {copying:+.1%}", out
     )
-    for name in names:
+    for name in ways:
         ratio = statistics.median(new) / statistics.median(
             results[f"Python loop, {name}"]
         )

@@ -132,8 +132,8 @@ def main() -> None:
         results = {kind: [(found[kind]["bytes"] - alone) / 1024] for kind in KINDS} | {
             "(the sharded weights)": [shard / 1024]
         }
-        title = f"Memory on each of {found['chips']} chips, as the compiler tells"
-        title = f"{title} ({topology})"
+        chips = f"{found['chips']} chips ({topology})"
+        title = f"Memory on each of {chips}, as the compiler tells"
         harness.report(title, "KiB", results, options.json)
         for kind in KINDS:
             entry = found[kind]
