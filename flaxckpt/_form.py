@@ -21,7 +21,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -57,11 +57,11 @@ _READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own 
 _ARRAYS = (*_READ, "bytes")
 _NUMBERS = ("bool", "int", "float")
 _DTYPES = {  # by which Orbax stores what has no dtype of its own
-    "bool": ("bool",),
-    "int": ("int64",),
-    "float": ("float64",),
-    "complex": ("complex128",),
-    "key": ("uint32",),
+    "bool": "bool",
+    "int": "int64",
+    "float": "float64",
+    "complex": "complex128",
+    "key": "uint32",
 }
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
 
@@ -434,7 +434,7 @@ def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _
     """Read how Orbax has stored an array; raise if not in the way known here."""
     # A leaf's own dtype, where it has one: Orbax may have been given another.
     dtype = leaf.dtype if leaf.kind in _READ else _dtype(value)
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), (dtype,))
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
     if stored.separator != "/":
         raise _OtherwiseError
     return stored
@@ -447,8 +447,8 @@ def _dtype(value: Any) -> str:
     return str(pieces(value)[0][1].dtype)
 
 
-def _parsed(name: str, description: bytes, dtypes: Container[str]) -> _Stored:
-    """Parse a `zarr.json`, for values of one of some dtypes.
+def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
+    """Parse a `zarr.json`, for values of a dtype.
 
     Raises:
         _OtherwiseError: If it is in another way than the one known here.
@@ -479,7 +479,7 @@ def _parsed(name: str, description: bytes, dtypes: Container[str]) -> _Stored:
         or keys["name"] != "default"
         or found != codec
         or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] not in dtypes
+        or fields["data_type"] != dtype
     ):
         raise _OtherwiseError
     kind = jnp.dtype(fields["data_type"])
@@ -648,8 +648,8 @@ def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
         _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
     """
     name = ".".join(leaf.path)
-    dtypes = _DTYPES.get(leaf.kind, (leaf.dtype,))
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtypes)
+    dtype = _DTYPES.get(leaf.kind, leaf.dtype)
+    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
     numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
     return stored if stored.shape == leaf.shape + numbers else None
 

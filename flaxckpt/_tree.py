@@ -696,13 +696,13 @@ def without_keys(leaf: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-@functools.lru_cache(maxsize=16)
 def key_numbers(impl: str) -> tuple[int, ...]:
     """Return the shape of the numbers that one PRNG key of an implementation has."""
     key = functools.partial(jax.random.key, 0, impl=impl)
     return jax.eval_shape(lambda: jax.random.key_data(key())).shape
 
 
+@functools.lru_cache(maxsize=16)
 def key_dtype(impl: str) -> Any:
     """Return the dtype of typed PRNG keys of an implementation."""
     return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype

@@ -799,6 +799,8 @@ def test_what_fails_after_a_save_stops_no_later_one():
     with pytest.raises(CheckpointWriteError, match="sweeping"):
         writer.close()
         writer.close()
+    with contextlib.suppress(CheckpointWriteError):  # of what came after the first
+        writer.close()
     assert done == [0, 1]
 
 
