@@ -7,19 +7,21 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Never, Self, TypeAlias
 
 import jax
 import numpy as np
+from etils import epath
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
+from flaxckpt._mirror import mirrored
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._record import CheckpointInfo
@@ -28,7 +30,7 @@ from flaxckpt._saves import Entry, Saves, check_logs
 from flaxckpt._series import Series
 from flaxckpt._slots import Kept, Snapshot
 from flaxckpt._state import CheckpointState, check_state, judge, resumed, tick
-from flaxckpt._template import Template
+from flaxckpt._template import Template, is_url
 from flaxckpt._tree import PyTree
 from flaxckpt._weights import Weights, default_weights
 from flaxckpt.errors import (
@@ -136,7 +138,8 @@ class ModelCheckpoint:
             filepath: Where to save: a path with fields `{epoch}` and `{batch}`, shown
                 one-based, and any key of `logs`, in Python's format syntax:
                 `"runs/{epoch:02d}-{val_loss:.2f}"`. Each checkpoint is a directory.
-                Without fields every save replaces the last. May start with `~`.
+                Without fields every save replaces the last. May start with `~`, or with
+                `gs://` or `s3://` for one in an object store.
             monitor: Key in `logs` of the value to compare.
             verbose: 1 prints what is decided and saved; 0 is silent.
             save_best_only: Save at a due check only what improves on the best.
@@ -194,6 +197,9 @@ class ModelCheckpoint:
         """
         if unknown:
             raise TypeError(_unknown_argument(*unknown))
+        in_store = is_url(filepath)
+        if in_store:
+            filepath = mirrored(os.fspath(filepath))
         self._template = Template.parse(filepath)
         self._root = Path(self._template.root)
         self._settings: dict[str, Any] = {
@@ -261,12 +267,10 @@ class ModelCheckpoint:
                 frozen,
                 "pass a function of a leaf's path and the leaf, or a type of leaf.",
             )
-        if frozen is not None and compress:
-            raise SettingError(
-                "frozen",
-                frozen,
-                "compressed files are not linked. Pass one of the two.",
-            )
+        if frozen is not None and (compress or in_store):
+            what = "compressed files" if compress else "files in an object store"
+            advice = f"{what} are not linked. Pass one of the two."
+            raise SettingError("frozen", frozen, advice)
         stored_once = None if frozen is None else Frozen(frozen)
         self._has_policy, self._max_to_keep = preserve is not None, max_to_keep
         self._save_last = bool(save_last)
@@ -280,6 +284,7 @@ class ModelCheckpoint:
             sync=bool(sync),
             compress=bool(compress),
             frozen=stored_once,
+            in_store=in_store,
         )
         make = Saves
         if _processes.are_several():
@@ -444,7 +449,7 @@ class ModelCheckpoint:
         self._saves.start(tree, entry, lasts=preempted)
         if preempted:
             self._finish_preempted(path)
-        return path
+        return self._series.area.shown(path)
 
     def save_snapshot(
         self, snapshot: Snapshot, member: int | None = None
@@ -570,13 +575,13 @@ class ModelCheckpoint:
         infos, damaged = self._series.listed()
         for error in damaged:
             warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
-        return infos
+        return tuple(map(self._shown, infos))
 
     @property
     def latest(self) -> CheckpointInfo | None:
         """What was saved last, of what is on disk, the last slot included, or None."""
         infos = self._series.by_age()
-        return infos[-1] if infos else None
+        return self._shown(infos[-1]) if infos else None
 
     @property
     def best(self) -> CheckpointInfo | None:
@@ -628,6 +633,8 @@ class ModelCheckpoint:
         if not isinstance(which, str | os.PathLike):
             advice = 'pass "latest", "best" or the path of a checkpoint.'
             raise SettingError("which", f"<{type(which).__name__}>", advice)
+        if is_url(which):
+            return self._loaded(which, like, cast=cast, verify=verify)
         if which not in ("latest", "best"):
             path = Path(os.path.abspath(os.path.expanduser(which)))
             if isinstance(which, str) and os.sep not in which and not path.exists():
@@ -642,7 +649,7 @@ class ModelCheckpoint:
         errors: list[CheckpointError] = []
         for name in names:
             try:
-                return self._loaded(Path(name), like, cast=cast, verify=verify)
+                return self._loaded(name, like, cast=cast, verify=verify)
             except (CheckpointCorruptError, CheckpointNotFoundError) as error:
                 errors.append(error)
                 warnings.warn(
@@ -800,9 +807,10 @@ class ModelCheckpoint:
         self.preempted = True
         if self._raise_preempted and self._watch is not None:
             latest = self.latest
+            shown = path and self._series.area.shown(path)
             if latest is not None and not latest.weights_only:
-                path = latest.path
-            raise Preempted(str(self._watch.signal), str(path))
+                shown = latest.path
+            raise Preempted(str(self._watch.signal), str(shown))
 
     def _candidates(self, which: Any) -> list[str]:
         """Return the paths to try to restore from, in order.
@@ -817,12 +825,16 @@ class ModelCheckpoint:
             infos = ranked(infos, self._monitor, self._mode)
         if not infos and damaged:
             raise damaged[0]
-        return [str(info.path) for info in infos]
+        return [str(self._series.area.shown(info.path)) for info in infos]
+
+    def _shown(self, info: CheckpointInfo) -> CheckpointInfo:
+        return replace(info, path=self._series.area.shown(info.path))
 
     def _loaded(
-        self, path: Path, like: PyTree, *, cast: bool, verify: bool
+        self, path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
     ) -> Restored:
         """Load a checkpoint, in all processes or in none."""
+        where: Any = epath.Path(path) if is_url(path) else Path(path)
         found, problem = None, None
         try:
             found = _store.restore(path, like, cast=cast, verify=verify)
@@ -832,8 +844,9 @@ class ModelCheckpoint:
         assert found is not None
         tree, info = found
         if info is None:  # plain Orbax's
+            state = self.init()
             return Restored(
-                tree=tree, state=self.init(), epoch=None, batch=None, logs={}, path=path
+                tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
             )
         durable = _processes.from_leader(
             "best", lambda: self._series.durable_best(info)
@@ -844,7 +857,7 @@ class ModelCheckpoint:
             epoch=info.epoch,
             batch=info.batch,
             logs=info.logs,
-            path=path,
+            path=where,
         )
 
     def _warn_of_others(self) -> None:

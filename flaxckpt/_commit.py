@@ -38,7 +38,10 @@ class Area:
 
     Attributes:
         committing: Held while a checkpoint is put in its place and not yet synced.
+        is_mirror: Whether it only mirrors where the checkpoints are.
     """
+
+    is_mirror = False
 
     def __init__(
         self, root: Path, series: Sequence[str], depth: int, *, sync: bool
@@ -78,11 +81,11 @@ class Area:
             return
         self._make(self._root)
         with _OPENING:  # so that nobody writes what is cleared up here
-            if _lock.acquire(self._lock):
+            if self._acquire():
                 try:
                     self._clear_up()
                 except BaseException:
-                    _lock.release(self._lock)
+                    self._release()
                     raise
         self._owner = os.getpid()
 
@@ -99,7 +102,39 @@ class Area:
         if self._owner == os.getpid():
             self.sweep(spare=False)
             self._owner = 0
-            _lock.release(self._lock)
+            self._release()
+
+    def _acquire(self) -> bool:
+        return _lock.acquire(self._lock)
+
+    def _release(self) -> None:
+        _lock.release(self._lock)
+
+    def refresh(self) -> None:
+        """Have on the disk what others have changed elsewhere: nothing, here."""
+
+    def meeting_place(self, written: Path, target: Path) -> str:
+        """Say where other processes put their shares of a directory.
+
+        Args:
+            written: The directory.
+            target: Its place, once all of it is there.
+        """
+        del target
+        return str(written)
+
+    @contextmanager
+    def share(self, place: str) -> Generator[Path]:
+        """Have a directory for a share of one that another process has begun.
+
+        Args:
+            place: What `meeting_place` has returned there.
+        """
+        yield Path(place)
+
+    def shown(self, path: Path) -> Path:
+        """Return a path as its users know it."""
+        return path
 
     @contextmanager
     def staging(self, *, reuse: bool = False) -> Generator[Path]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from flaxckpt._background import give_way, writing_pool, writing_threads
 from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
+from flaxckpt._mirror import Source
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -373,13 +374,16 @@ def _write_file(
     return summed.hexdigest()
 
 
-def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
+def recognized(
+    directory: Path, layout: Layout, values: Sequence[Any], *, leads: bool = True
+) -> Form | None:
     """Learn the form of a checkpoint that Orbax has just written.
 
     Args:
         directory: The checkpoint.
         layout: Its layout.
         values: The leaves that Orbax holds.
+        leads: Whether what is in each of several processes is in these files, too.
 
     Returns:
         The form; None if it is not one that can be written here.
@@ -397,7 +401,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
                 arrays.append(name)
                 continue
             stored = _stored(name, leaf, value, store)
-            for key, _, chunk in _own_chunks(stored, value, leads=True):
+            for key, _, chunk in _own_chunks(stored, value, leads=leads):
                 if chunk is not None:
                     _compare(store.ends(key), _bytes(chunk))
             arrays.append(stored if is_database else stored.with_keys("."))
@@ -430,7 +434,7 @@ _UNREADABLE = (
 )
 
 
-def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _Stored:
+def _stored(name: str, leaf: Leaf, value: Any, store: "_Values") -> _Stored:
     """Read how Orbax has stored an array; raise if not in the way known here."""
     # A leaf's own dtype, where it has one: Orbax may have been given another.
     dtype = leaf.dtype if leaf.kind in _READ else _dtype(value)
@@ -492,16 +496,20 @@ class Reader:
     For use by several threads.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, source: Source | None = None) -> None:
         """Look how the checkpoint is arranged.
 
         Args:
             directory: The checkpoint.
+            source: What has the files that are not in the directory; None if all are.
         """
         state = directory / STATE
-        self._strings = directory / _STRINGS
+        self._files = _Files(state) if source is None else _Sourced(source)
         is_database = (state / "manifest.ocdbt").exists()
-        self._store = _Database(state) if is_database else _Files(state)
+        if source is not None and source.read(f"{STATE}/manifest.ocdbt") is not None:
+            source.complete()
+            is_database = True
+        self._store = _Database(state) if is_database else self._files
 
     def knows(self, leaf: Leaf) -> bool:
         """Tell whether a leaf is stored in a way that is known here."""
@@ -579,8 +587,9 @@ class Reader:
 
     def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
         try:
-            text = json.loads(self._strings.read_bytes())[".".join(leaf.path)]
-        except (OSError, ValueError, KeyError, TypeError):
+            texts = self._files.read(_STRINGS.removeprefix(f"{STATE}/"))
+            text = json.loads(texts)[".".join(leaf.path)]
+        except (_OtherwiseError, ValueError, KeyError, TypeError):
             return None, True
         if not isinstance(text, str):
             return None, True
@@ -588,7 +597,7 @@ class Reader:
 
 
 def _read_parts(
-    store: "_Files | _Database",
+    store: "_Values",
     stored: _Stored,
     bounds: Iterable[Bounds],
     *,
@@ -641,7 +650,7 @@ def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
     return tuple(slice(low - at, high - at) for (low, high), (at, _) in pairs)
 
 
-def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
+def _stored_of(store: "_Values", leaf: Leaf) -> _Stored | None:
     """Look up how a leaf is stored; None if otherwise than its table says.
 
     Raises:
@@ -655,7 +664,7 @@ def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
 
 
 def _read(
-    store: "_Files | _Database", leaf: Leaf, *, check: bool = True
+    store: "_Values", leaf: Leaf, *, check: bool = True
 ) -> tuple[_Stored, Array, tuple[str, ...]] | None:
     """Read an array, how it is stored, and the checksums of its files, if asked to."""
     try:
@@ -799,6 +808,22 @@ def _database(directory: Path) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": base, "config": _DATABASE, "context": context}
 
 
+class _Values(Protocol):
+    """Where a checkpoint's arrays are."""
+
+    def read(self, key: str) -> bytes:
+        """Read a file, or what a database has in its place."""
+        ...
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        """Read a chunk; return its file's checksum, if there is one and asked to."""
+        ...
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        """Return a file's size, and its first and last bytes."""
+        ...
+
+
 class _Files:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -810,7 +835,6 @@ class _Files:
             raise _OtherwiseError from error
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        """Read a chunk; return the checksum, if asked to."""
         summed = xxhash.xxh3_64() if check else None
         trailer, left = _trailer(values.nbytes), memoryview(_bytes(values).data)
         with (self._directory / key).open("rb", buffering=0) as file:
@@ -840,6 +864,31 @@ class _Files:
             raise _OtherwiseError from error
 
 
+class _Sourced:
+    """Files that are not on the disk."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._descriptions: dict[str, bytes] = {}  # which are read more than once
+
+    def read(self, key: str) -> bytes:
+        if key in self._descriptions:
+            return self._descriptions[key]
+        found = self._source.read(f"{STATE}/{key}")
+        if found is None:
+            raise _OtherwiseError
+        if key.endswith(".json"):
+            self._descriptions[key] = found
+        return found
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        _take_in(self.read(key), values)
+        return [_checksum(values)] if check else []
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        return _ends(self.read(key))
+
+
 class _Database:
     def __init__(self, directory: Path) -> None:
         base = {"driver": "file", "path": f"{directory}/"}
@@ -849,12 +898,8 @@ class _Database:
         self._store = tensorstore.KvStore.open(spec).result()
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        """Read a chunk; there are no files of its own."""
         del check
-        found, trailer = self.read(key), _trailer(values.nbytes)
-        if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
-            raise _OtherwiseError
-        _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+        _take_in(self.read(key), values)
         return []
 
     def read(self, key: str) -> bytes:
@@ -864,5 +909,16 @@ class _Database:
         return bytes(found.value)
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
-        value = self.read(key)
-        return len(value), value[:_HEAD], value[-len(_trailer(0)) :]
+        return _ends(self.read(key))
+
+
+def _take_in(found: bytes, values: Array) -> None:
+    """Take a chunk's values from all of what was stored."""
+    trailer = _trailer(values.nbytes)
+    if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
+        raise _OtherwiseError
+    _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+
+
+def _ends(found: bytes) -> tuple[int, bytes, bytes]:
+    return len(found), found[:_HEAD], found[-len(_trailer(0)) :]

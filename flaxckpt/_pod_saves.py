@@ -12,7 +12,9 @@ check, `save`, `wait` or `close`.
 """
 
 import contextlib
+import functools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,12 +158,37 @@ class PodSaves(Saves):
                     exchange.tell("where", _translated(error, self._series.root))
                 else:
                     exchange.tell("where", directory)
-            directory = exchange.hear("where")
-            _store.learn(Path(directory), layout, leaves)
+            directory = Path(exchange.hear("where"))
+            exchange.tell("seen", directory.parent.is_dir())
+            seen = exchange.hear_all("seen")
+            exchanged = None
+            if not all(seen):
+                self._check_separate(directory, seen)
+                directory.parent.mkdir(parents=True, exist_ok=True)
+                stack.callback(shutil.rmtree, directory.parent, ignore_errors=True)
+                exchanged = functools.partial(_exchanged, exchange)
+            _store.learn(directory, layout, leaves, exchanged)
             exchange.tell("learnt", None)
             exchange.hear_all("learnt")  # before it is deleted
         if _processes.is_leader():
             self._series.area.sweep()
+
+    def _check_separate(self, directory: Path, seen: Sequence[bool]) -> None:
+        """Check that each process may have a directory of its own, and has one.
+
+        Raises:
+            CheckpointError: If not.
+        """
+        advice = "Save on a file system that all processes share."
+        if self._series.area.is_mirror:
+            if sum(seen) == 1:
+                return
+            advice = "Set TMPDIR to a directory of this machine, or one that all share."
+        others = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
+        raise CheckpointError(
+            f"{str(directory.parent)!r}, which process 0 has made, is not there in "
+            f"process {', '.join(others)}. {advice}"
+        )
 
     def _copy(
         self, save: Save, entry: Entry, memory: Copies | None, *, lasts: bool
@@ -197,14 +224,15 @@ class PodSaves(Saves):
     def _write(self, save: Save) -> None:
         """Agree with the other processes, and write this one's part."""
         exchange, earlier = self._channel.round(), self._round
-        self._round = exchange
+        self._round, pages = exchange, list[Page]()
         settled: tuple[Entry, list[Page]] | None = None
         try:
             settled = self._settled(save)
-            exchange.tell("check", _summary(save.entries[-1], settled))
+            pages = [] if settled is None else settled[1]
+            paths = ["the last" if p.in_slot else self._shown(p.path) for p in pages]
+            exchange.tell("check", _summary(save.entries[-1], paths))
         except BaseException as error:
             exchange.tell("check", _translated(error, self._series.root))
-        pages = [] if settled is None else settled[1]
         if _processes.is_leader():
             self._lead(exchange, earlier, settled)
         else:
@@ -222,7 +250,10 @@ class PodSaves(Saves):
             written: Path, write: Callable[[], list[Share]]
         ) -> list[list[Share]]:
             nonlocal index
-            exchange.tell(f"where {index}", str(written))
+            assert settled is not None
+            target = settled[1][index].path
+            place = self._series.area.meeting_place(written, target)
+            exchange.tell(f"where {index}", place)
             exchange.tell(f"share {index}", write())
             shares = exchange.hear_all(f"share {index}")
             index += 1
@@ -246,14 +277,15 @@ class PodSaves(Saves):
 
     def _follow(self, exchange: Round, pages: Sequence[Page]) -> None:
         for index, page in enumerate(pages):
-            directory = Path(exchange.hear(f"where {index}"))
+            place, area = exchange.hear(f"where {index}"), self._series.area
             try:
-                share = _store.write_share(
-                    directory, page.layout, page.leaves, sync=self._series.area.sync
-                )
+                with area.share(place) as directory:
+                    share = _store.write_share(
+                        directory, page.layout, page.leaves, sync=area.sync
+                    )
                 exchange.tell(f"share {index}", share)
             except BaseException as error:
-                exchange.tell(f"share {index}", _translated(error, directory))
+                exchange.tell(f"share {index}", _translated(error, page.path))
         exchange.hear("done")
         if pages:
             self.counts.saved += 1
@@ -271,13 +303,11 @@ def _nothing() -> None:
     return
 
 
-def _summary(entry: Entry, settled: tuple[Entry, list[Page]] | None) -> dict[str, Any]:
+def _summary(entry: Entry, paths: list[str]) -> dict[str, Any]:
     """Return what has to be the same in all processes."""
     state, values = entry.kept, dict[str, Any]()
     if state is not None and state.monitor in entry.logs:
         values[state.monitor] = float(np.asarray(entry.logs[state.monitor]))
-    pages = [] if settled is None else settled[1]
-    paths = ["the last" if page.in_slot else str(page.path) for page in pages]
     return {
         "epoch": entry.epoch,
         "batch": entry.batch,
@@ -311,6 +341,15 @@ def _agree(summaries: Sequence[dict[str, Any]]) -> None:
                 f"update or save was called otherwise in one of the processes: {name} "
                 f"is {_listed(values)}. Make the same calls in all of them."
             )
+
+
+def _exchanged(exchange: Round, files: dict[str, str]) -> dict[str, str]:
+    """Tell all of files, and return those of all; of two, that of the first process."""
+    exchange.tell("files", files)
+    found: dict[str, str] = {}
+    for each in reversed(exchange.hear_all("files")):
+        found |= each
+    return found
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -10,12 +10,11 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
+from flaxckpt.errors import CheckpointCorruptError
 
 FORMAT = 2  # in 1, the digests were others (see _digest.py), and each in its leaf
 RECORD_FILE = "flaxckpt.json"
@@ -193,44 +192,10 @@ def _dumped(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, indent=1, allow_nan=False).encode()
 
 
-def list_checkpoints(
-    directory: str | os.PathLike[str],
-) -> tuple[CheckpointInfo, ...]:
-    """List the checkpoints in a directory and in the directories below it.
-
-    Reads their records; changes nothing and needs no JAX device. Any process may call
-    it at any time.
-
-    Args:
-        directory: Where to look. One that does not exist holds no checkpoints.
-
-    Returns:
-        The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
-        is left out.
-
-    Raises:
-        CheckpointPathError: If `directory` is a file.
-
-    Warns:
-        UserWarning: Naming each checkpoint whose record is damaged.
-
-    Example:
-        >>> list_checkpoints("no/such/directory")
-        ()
-    """
-    directory = Path(os.path.abspath(os.path.expanduser(directory)))
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointPathError(
-            str(directory), "is a file. Pass the directory that holds the checkpoints."
-        )
-    infos, damaged = _sorted(_find(directory, depth=None))
-    for error in damaged:
-        warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
-    return infos
-
-
-def list_below(root: str, depth: int) -> tuple[Infos, list[CheckpointCorruptError]]:
-    """List the checkpoints exactly `depth` directories below `root`.
+def list_below(
+    root: str, depth: int | None
+) -> tuple[Infos, list[CheckpointCorruptError]]:
+    """List the checkpoints exactly `depth` directories below `root`; None for any.
 
     Returns:
         Those whose records are whole, oldest first, and what is wrong with the others.

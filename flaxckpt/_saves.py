@@ -695,7 +695,7 @@ class Saves:
         job.memory = memory
         if memory is None and entry.copies is not None and self._snapshot != "none":
             job.memory = entry.copies.memory()
-        job.path = str(where or self._series.root)
+        job.path = self._shown(where or self._series.root)
         job.run = functools.partial(self._run, job.content)
         job.after = self._series.area.sweep
         self._writer.submit(job)
@@ -819,7 +819,7 @@ class Saves:
                 weights_only=self._weights_only and not page.in_slot,
                 together=together,
             )
-            self._say(entry, f"finished saving model to {page.path}")
+            self._say(entry, f"finished saving model to {self._shown(page.path)}")
         if entry.save:
             self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
@@ -863,12 +863,15 @@ class Saves:
 
     # ---- what verbose says -----------------------------------------------------------
 
+    def _shown(self, path: Path) -> str:
+        return str(self._series.area.shown(path))
+
     def _say(self, entry: Entry, message: str) -> None:
         if self._tell is not None:
             self._tell(f"Epoch {entry.epoch + 1}: {message}")
 
     def _tell_saving(self, entry: Entry, path: Path) -> None:
-        self._say(entry, f"{entry.news}saving model to {path}")
+        self._say(entry, f"{entry.news}saving model to {self._shown(path)}")
 
     def tell_decided(self, entry: Entry) -> None:
         """Say how a decision went, as Keras does, or prepare to."""

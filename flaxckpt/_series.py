@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from flaxckpt import _store
 from flaxckpt._commit import Area
 from flaxckpt._frozen import Frozen
+from flaxckpt._mirror import Mirror
 from flaxckpt._record import CheckpointInfo, Infos, list_below, read_record
 from flaxckpt._retention import (
     PreservationPolicy,
@@ -76,6 +77,7 @@ class Series:
         sync: bool,
         compress: bool,
         frozen: Frozen | None,
+        in_store: bool,
     ) -> None:
         """Describe the series; touch nothing.
 
@@ -88,6 +90,7 @@ class Series:
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
             frozen: Which leaves are frozen; None if none are.
+            in_store: Whether the paths are those of a mirror of an object store.
         """
         self.root = Path(template.root)
         self._template, self.name = template, template.name
@@ -95,7 +98,8 @@ class Series:
         self.slots = slot, slot.with_name(f"{slot.name}-{tag}")
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._compress, self._frozen = compress, frozen
-        self.area = Area(
+        make = Mirror if in_store else Area
+        self.area = make(
             self.root,
             (self.name, self.name + _SLOT_SERIES),
             template.depth,
@@ -108,12 +112,14 @@ class Series:
     def listed(self) -> tuple[Infos, list[CheckpointCorruptError]]:
         """List the checkpoints, oldest first, and what is damaged beside them."""
         template = self._template
+        self.area.refresh()
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
         return tuple(info for info in infos if info.series == self.name), damaged
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
+        self.area.refresh()
         found = [self._of_slot(place) for place in self.slots]
         ours = [info.path for info in found if info and self._is_slot(info)]
         pairs = zip(self.slots, found, strict=True)

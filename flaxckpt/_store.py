@@ -30,7 +30,8 @@ from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
-from flaxckpt._processes import are_several, gathered
+from flaxckpt._mirror import fetched, source_of
+from flaxckpt._processes import are_several, gathered, is_leader
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -43,6 +44,7 @@ from flaxckpt._record import (
     read_record,
 )
 from flaxckpt._snapshot import Packed
+from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
@@ -205,16 +207,23 @@ def write(
         frozen.settle(info.path)
 
 
-def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
+def learn(
+    directory: Path,
+    layout: Layout,
+    leaves: list[Any],
+    exchanged: Callable[[dict[str, str]], dict[str, str]] | None,
+) -> None:
     """Have Orbax write a tree of several processes, only to see how it does.
 
     Every process must call this, on its main thread: Orbax has them wait for each
     other.
 
     Args:
-        directory: Where to, a directory in which nothing is.
+        directory: Where to, a directory in which nothing is; of the same name in all.
         layout: The tree's layout.
         leaves: Its leaves; of keys, their data.
+        exchanged: Where each process has a directory of its own, takes the small files
+            in it, by their names, and returns those of all; None if all have the same.
 
     Raises:
         CheckpointError: If it writes in a way that is not known here.
@@ -228,9 +237,19 @@ def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
     ]
     keyed = list(map(_with_key, layout.leaves, values))
     held = _held(layout, leaves)
-    with _SAVING, _context(is_database=False):
+    context = _context(is_database=False)
+    if exchanged is not None:
+        context.multiprocessing.primary_host = None
+        context.array.saving.use_replica_parallel = False  # which needs one directory
+    with _SAVING, context:
         ocp.save(directory, layout.fill_for_orbax(keyed))
-    form = recognized(directory, layout, held)
+    if exchanged is not None:
+        for name, content in exchanged(_small_files(directory)).items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    leads = exchanged is None or is_leader()
+    form = recognized(directory, layout, held, leads=leads)
     if form is None:
         raise CheckpointError(
             "Orbax stores this tree in a way that several processes of flaxckpt do not "
@@ -238,6 +257,21 @@ def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
             "with Orbax here."
         )
     _FORMS.appendleft((layout, _placements(held), form))
+
+
+def _small_files(directory: Path) -> dict[str, str]:
+    """Read what Orbax has written beside arrays' values."""
+
+    def holds_values(path: Path) -> bool:
+        is_in_array = any((each / "zarr.json").exists() for each in path.parents)
+        return is_in_array and path.name != "zarr.json"
+
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {
+        path.relative_to(directory).as_posix(): path.read_text()
+        for path in files
+        if not holds_values(path)
+    }
 
 
 def write_share(
@@ -426,7 +460,7 @@ def load(
     In several processes, every one must call it.
 
     Args:
-        path: The checkpoint's directory.
+        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
         like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
             each leaf is restored with its dtype and shape, as its kind of value, onto
             its sharding, whatever mesh wrote it. Not changed. None: the tree as plain
@@ -554,6 +588,8 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
 
     A program that evaluates what another one trains reads paths that are written to.
     """
+    if is_url(path):
+        return _from_store(os.fspath(path), read)
     for _ in range(_READ_TRIES):
         found = _found(path)
         before = _stamp(found)
@@ -565,10 +601,30 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
             continue
         if _stamp(found) == before:
             return result
-    raise CheckpointError(
+    raise _replaced_too_often(path)
+
+
+def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
+    return CheckpointError(
         f"Checkpoint {str(path)!r} was replaced {_READ_TRIES} times while it was read. "
         "Read it when it is not being written, or save less often."
     )
+
+
+def _from_store(url: str, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint in an object store, as `_undisturbed` does."""
+    for _ in range(_READ_TRIES):
+        with fetched(url) as source:
+            try:
+                return read(_found(source.directory))
+            except CheckpointError as error:
+                kinds = CheckpointCorruptError, CheckpointNotFoundError
+                if isinstance(error, kinds) and source.is_replaced():
+                    continue
+                if error.args[:1] != (str(source.directory),):
+                    raise
+                raise type(error)(url, *error.args[1:]) from error.__cause__
+    raise _replaced_too_often(url)
 
 
 def _stamp(path: Path) -> bytes:
@@ -640,6 +696,7 @@ def _read(
         unchecked |= others
         damaged += _differing(unchecked, values)
     if damaged:
+        _complete(path)
         names = ", ".join(leaf.name for leaf in damaged)
         files = ", ".join(_data_files(located(path), damaged))
         raise CheckpointCorruptError(
@@ -658,7 +715,7 @@ def _read_files(
         saved, and which of them are still to be checked.
     """
     try:
-        reader = Reader(located(path))
+        reader = Reader(located(path), source_of(path))
     except (OSError, ValueError):  # Orbax can tell what is wrong
         return {}, [], {}
     known = dict(leaves)
@@ -704,6 +761,7 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         for index, leaf in enumerate(layout.leaves)
     ]
     try:
+        _complete(path)
         with _context():
             tree = ocp.load(located(path), layout.fill_for_orbax(asked))
             return layout.pick(tree)
@@ -779,6 +837,13 @@ def _abstract(leaf: Leaf, want: Wanted) -> Any:
     if want.sharding is not None and dtype == want.leaf.dtype:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=want.sharding)
     return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), leaf.shape)
+
+
+def _complete(path: Path) -> None:
+    """Have all of a checkpoint on the disk, for what reads there only."""
+    source = source_of(path)
+    if source is not None:
+        source.complete()
 
 
 def _read_foreign(path: Path) -> PyTree:

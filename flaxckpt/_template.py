@@ -8,6 +8,8 @@ from typing import Any
 
 from flaxckpt.errors import TemplateError
 
+_SCHEMES = ("gs://", "s3://")
+
 
 @dataclass(frozen=True)
 class Template:
@@ -47,7 +49,7 @@ class Template:
             raise TemplateError(str(raw), "must be a non-empty path as text.")
         if "://" in raw:
             raise TemplateError(
-                raw, "is a URL; only directories of a mounted file system can be used."
+                raw, "is a URL of another kind than gs:// and s3://. Mount it."
             )
         fields = tuple(dict.fromkeys(_fields(raw, raw)))
         if not fields:
@@ -150,6 +152,12 @@ class Template:
                 f"field {{{field}}} gives {text!r}, which is no part of a file name.",
             )
         return text
+
+
+def is_url(path: object) -> bool:
+    """Tell whether a path is one in an object store that can be used."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    return isinstance(text, str) and text.startswith(_SCHEMES)
 
 
 def _number(value: Any) -> Any:

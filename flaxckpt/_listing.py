@@ -1,0 +1,50 @@
+"""What checkpoints there are, for who has no `ModelCheckpoint`."""
+
+import os
+import warnings
+
+from flaxckpt._record import CheckpointInfo, list_below
+from flaxckpt._template import is_url
+from flaxckpt.errors import CheckpointPathError
+
+
+def list_checkpoints(
+    directory: str | os.PathLike[str],
+) -> tuple[CheckpointInfo, ...]:
+    """List the checkpoints in a directory and in the directories below it.
+
+    Reads their records; changes nothing and needs no JAX device. Any process may call
+    it at any time.
+
+    Args:
+        directory: Where to look, or a `gs://` or `s3://` URL. One that does not exist
+            holds no checkpoints.
+
+    Returns:
+        The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
+        is left out.
+
+    Raises:
+        CheckpointPathError: If `directory` is a file.
+
+    Warns:
+        UserWarning: Naming each checkpoint whose record is damaged.
+
+    Example:
+        >>> list_checkpoints("no/such/directory")
+        ()
+    """
+    if is_url(directory):
+        from flaxckpt._mirror import listed  # which loads TensorStore
+
+        infos, damaged = listed(os.fspath(directory))
+    else:
+        directory = os.path.abspath(os.path.expanduser(directory))
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise CheckpointPathError(
+                directory, "is a file. Pass the directory that holds the checkpoints."
+            )
+        infos, damaged = list_below(directory, None)
+    for error in damaged:
+        warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+    return infos
