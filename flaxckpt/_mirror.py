@@ -17,6 +17,7 @@ In the store, below the series' root (see `_template`):
 
 import atexit
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -48,6 +49,7 @@ from flaxckpt.errors import (
 )
 
 _CURRENT = f"{HIDDEN_PREFIX}current"
+_BASE = "flaxckpt-mirror-"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
 # Held while a pointer is written and the directory follows, and while it is read anew.
 _MOVING = threading.RLock()
@@ -97,10 +99,34 @@ def mirrored(filepath: str) -> str:
 
 @functools.cache
 def _base(process: int) -> Path:
-    """Make this process's directory of mirrors, which goes when the process ends."""
-    base = Path(tempfile.mkdtemp(prefix=f"flaxckpt-{process}-"))
+    """Make this process's directory of mirrors, which goes when the process ends.
+
+    If it was killed, the next one deletes it: what is not locked is nobody's.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_BASE}*"):
+        descriptor = _locked(left)
+        if descriptor is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    base = Path(tempfile.mkdtemp(prefix=_BASE))
+    while _locked(base) is None or not base.is_dir():  # another one was faster
+        base = Path(tempfile.mkdtemp(prefix=_BASE))
     atexit.register(_delete, base, process)
     return base
+
+
+def _locked(directory: Path) -> int | None:
+    """Lock a directory for as long as this process lives; None if it is locked."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _delete(base: Path, process: int) -> None:

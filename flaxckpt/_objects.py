@@ -108,14 +108,20 @@ class Objects:
 
     def delete_below(self, directory: str) -> None:
         """Delete all objects in a directory."""
+        keys = self.keys_below(directory)
         with self._translated():
-            self._store.delete_range(_range(directory)).result()
+            for done in [self._store.write(key, None) for key in keys]:
+                done.result()
 
     def keys_below(self, directory: str) -> list[str]:
         """List the keys in a directory; `""` for all."""
         with self._translated():
-            found = self._store.list(_range(directory)).result()
-        return sorted(key.decode() for key in found)
+            keys = [
+                key.decode() for key in self._store.list(_range(directory)).result()
+            ]
+        # Not every server that speaks the protocol knows of ranges.
+        prefix = f"{directory}/" if directory else ""
+        return sorted(key for key in keys if key.startswith(prefix))
 
     def upload(self, source: Path, directory: str) -> None:
         """Write all files of a directory on the disk, and return when they are there.

@@ -24,3 +24,5 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("flaxckpt")
+
+pytest_plugins = ["object_stores"]

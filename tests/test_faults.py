@@ -42,6 +42,18 @@ def test_without_an_exchange_of_directories(library, mode):
     assert not problems
 
 
+@pytest.mark.parametrize("mode", harness.STORE_MODES)
+@pytest.mark.parametrize("scenario", harness.STORE_SCENARIOS)
+def test_nothing_acknowledged_is_lost_in_a_store(s3, monkeypatch, scenario, mode):
+    monkeypatch.setenv("FLAXCKPT_TEST_STORE", s3)
+    seed = os.environ.get("FLAXCKPT_SEED", "0")
+    _, points, problems = harness.survey(
+        None, scenario, mode, sample=SAMPLE, seed=f"{seed}{scenario}{mode}"
+    )
+    assert points
+    assert not problems
+
+
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
 @pytest.mark.parametrize("scenario", ["replace the best", "write over the replaced"])
 def test_order_of_syncs_and_renames(library, tmp_path, scenario, exchange):

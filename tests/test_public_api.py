@@ -58,7 +58,7 @@ def test_every_argument_and_error_is_described(name):
 MODULES = [
     "_checkpoint",
     "_direction",
-    "_record",
+    "_listing",
     "_slots",
     "_state",
     "_store",

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SCENARIOS = (
     "first of all",
 )
 MODES = ("kill", "torn", "ENOSPC", "EIO")
+STORE_SCENARIOS = ("replace the best", "keep the newest", "save the last")
+STORE_MODES = ("before", "after")  # the call that changes the store
 
 
 def build(directory):
@@ -41,12 +44,18 @@ def build(directory):
 
 
 class Server:
-    """A process that forks one for each order; see server.py."""
+    """A process that forks one for each order; see server.py.
+
+    Args:
+        library: The shim; None where an object store is to be written to.
+    """
 
     def __init__(self, library):
+        self._is_disk = library is not None
+        preloaded = {"LD_PRELOAD": str(library)} if self._is_disk else {}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", HERE / "server.py"],
-            env={**os.environ, "LD_PRELOAD": str(library), "XLA_FLAGS": ""},
+            env={**os.environ, "XLA_FLAGS": "", **preloaded},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -57,6 +66,12 @@ class Server:
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
+
+    def place(self):
+        """Return a place that nobody has used before."""
+        if self._is_disk:
+            return tempfile.mkdtemp(prefix="flaxckpt-fault-")
+        return f"{os.environ['FLAXCKPT_TEST_STORE']}/{uuid.uuid4().hex}"
 
     def close(self):
         self.process.stdin.close()
@@ -70,7 +85,7 @@ def attempt(server, scenario, mode, at, exchange=True, log=""):
     Returns:
         What went wrong, "" for nothing, and how many calls were made.
     """
-    directory = tempfile.mkdtemp(prefix="flaxckpt-fault-")
+    directory = server.place()
     try:
         order = {"scenario": scenario, "directory": directory, "mode": mode}
         order |= {"exchange": exchange, "log": str(log)}
@@ -83,7 +98,7 @@ def attempt(server, scenario, mode, at, exchange=True, log=""):
 
 def verdict(mode, at, struck, checked):
     killed = struck["status"] == -9
-    if at and mode in ("kill", "torn"):
+    if at and mode in ("kill", "torn", *STORE_MODES):
         # Threads do not always make equally many calls: it may have come through.
         if not killed and (struck["status"] or struck["error"]):
             return f"not killed: {struck}"

@@ -1,9 +1,9 @@
 """Runs one save after the other under a fault, each in a forked process of its own.
 
-Started with the shim preloaded and everything imported, it forks for each line of JSON
-that it reads, `{"scenario", "directory", "at", "mode", "exchange", "log"}`, and answers
-with one: `{"status", "acknowledged", "error", "count"}`. Imported only, it holds the
-scenarios.
+Started with everything imported, and with the shim preloaded where the faults are those
+of a disk, it forks for each line of JSON that it reads,
+`{"scenario", "directory", "at", "mode", "exchange", "log"}`, and answers with one:
+`{"status", "acknowledged", "error", "count"}`. Imported only, it holds the scenarios.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import time
 import traceback
 
 import numpy as np
+import tensorstore
 
 import flaxckpt
 
@@ -101,35 +102,114 @@ def train(ckpt, state, losses, first, acknowledge):
     return state
 
 
-def strike(shim, order, acknowledge):
+class Disk:
+    """Faults of the calls that change files; see shim.c."""
+
+    def __init__(self):
+        self._shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+
+    def begin(self, order, at):
+        self._shim.fault_begin(
+            order["directory"].encode(),
+            order["log"].encode(),
+            ctypes.c_long(at),
+            order["mode"].encode(),
+            int(order["exchange"]),
+        )
+
+    def count(self):
+        return self._shim.fault_count()
+
+    def left(self, directory):
+        return [
+            name
+            for _, directories, files in os.walk(directory)
+            for name in directories + files
+            if name.startswith(".flaxckpt")
+        ]
+
+
+class Store:
+    """Kills at the calls that change an object store, before or after they do."""
+
+    def __init__(self):
+        from flaxckpt import _lease, _objects
+
+        _lease.HEARTBEAT_SECS, _lease.WATCH_SECS = 0.2, 1.0
+        self._calls, self._at, self._mode = 0, 0, ""
+        _objects.tensorstore = self
+        self.KvStore, self.KeyRange = self, tensorstore.KvStore.KeyRange
+
+    def begin(self, order, at):
+        self._calls, self._at, self._mode = 0, at, order["mode"]
+
+    def count(self):
+        return self._calls
+
+    def left(self, url):
+        """List all that no checkpoint of a series has."""
+        from flaxckpt import _mirror, _objects
+
+        objects = _objects.Objects(url)
+        places = [each.at for each in _mirror._pointers(objects, "").values()]
+        return [
+            key
+            for key in objects.keys_below("")
+            if not key.startswith((f"{_mirror._CURRENT}/", *places))
+        ]
+
+    # ---- in place of TensorStore -----------------------------------------------------
+
+    def open(self, spec):
+        return Opened(self, tensorstore.KvStore.open(spec).result())
+
+    def strike(self, call, key, **arguments):
+        if key.endswith(".lock"):  # which beats whenever it likes
+            return call(key, **arguments)
+        self._calls += 1
+        is_here = self._calls == self._at
+        if is_here and self._mode == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        made = call(key, **arguments)
+        if is_here:
+            made.result()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+
+class Opened:
+    """A store, of which the calls that change it are counted."""
+
+    def __init__(self, store, opened):
+        self._store, self._opened = store, opened
+        self.read, self.list = opened.read, opened.list
+
+    def result(self):
+        return self
+
+    def write(self, key, value, **arguments):
+        return self._store.strike(self._opened.write, key, value=value, **arguments)
+
+
+def strike(faults, order, acknowledge):
     """Save under the fault; if that is an error, save again without it."""
     scenario = SCENARIOS[order["scenario"]]
     ckpt = scenario.checkpoint(order["directory"])
     state = train(ckpt, ckpt.init(), scenario.before, 0, acknowledge)
-    begin(shim, order, order["at"])
+    faults.begin(order, order["at"])
     first = len(scenario.before)
     try:
         train(ckpt, state, scenario.after, first, acknowledge)
         ckpt.close()
     except flaxckpt.CheckpointError as error:
-        begin(shim, order, 0)
+        faults.begin(order, 0)
         train(ckpt, state, [0.01], first + len(scenario.after), acknowledge)
         ckpt.close()
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def begin(shim, order, at):
-    shim.fault_begin(
-        order["directory"].encode(),
-        order["log"].encode(),
-        ctypes.c_long(at),
-        order["mode"].encode(),
-        int(order["exchange"]),
-    )
-
-
-def check(order):
+def check(faults, order):
     """In a fresh process: restore at least what was acknowledged, and save again."""
     scenario = SCENARIOS[order["scenario"]]
     with scenario.checkpoint(order["directory"]) as ckpt:
@@ -145,29 +225,24 @@ def check(order):
         again = ckpt.restore()
         assert again.epoch == LAST
         assert_tree(again.tree, LAST)
-    left = [
-        name
-        for _, directories, files in os.walk(order["directory"])
-        for name in directories + files
-        if name.startswith(".flaxckpt")
-    ]
+    left = faults.left(order["directory"])
     assert not left, left
     return epoch
 
 
 def serve():
-    shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     flaxckpt.ModelCheckpoint  # noqa: B018  # import all before forking
+    faults = Disk() if "LD_PRELOAD" in os.environ else Store()
     for line in sys.stdin:
         order = json.loads(line)
-        print(json.dumps(answer(shim, order)), flush=True)
+        print(json.dumps(answer(faults, order)), flush=True)
 
 
-def answer(shim, order):
+def answer(faults, order):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        run(shim, order, writer)
+        run(faults, order, writer)
     os.close(writer)
     status = wait_for(child)
     with os.fdopen(reader) as told:
@@ -178,17 +253,17 @@ def answer(shim, order):
     return result
 
 
-def run(shim, order, writer):
+def run(faults, order, writer):
     def tell(**facts):
         os.write(writer, (json.dumps(facts) + "\n").encode())
 
     status = 1
     try:
         if order.get("check"):
-            tell(restored=check(order))
+            tell(restored=check(faults, order))
         else:
-            error = strike(shim, order, lambda epoch: tell(acknowledged=epoch))
-            tell(error=error, count=shim.fault_count())
+            error = strike(faults, order, lambda epoch: tell(acknowledged=epoch))
+            tell(error=error, count=faults.count())
         status = 0
     except BaseException:
         tell(error=traceback.format_exc())
