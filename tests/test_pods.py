@@ -123,6 +123,35 @@ def test_within_jit_the_alternatives_are_named(tmp_path):
         assert "scan_in_chunks" in text
 
 
+@pytest.mark.parametrize("are_apart", [False, True], ids=["one disk", "a disk each"])
+def test_in_a_store_each_process_writes_and_reads_its_part(s3, tmp_path, are_apart):
+    settings = {}
+    if are_apart:
+        if not pod.can_be_apart():
+            pytest.skip("no file systems of their own for processes")
+        settings["scratch"] = tmp_path / "scratch"
+        settings["scratch"].mkdir()
+    said = pod.run(tmp_path, "save_tree", 4, f"{s3}/run", **settings)
+    assert said == [[["1", "2"]]] * 4
+    for processes, devices in [(2, 2), (1, 8)]:
+        said = pod.run(
+            tmp_path, "restore_tree", processes, f"{s3}/run", "columns",
+            devices=devices, **settings,
+        )  # fmt: skip
+        assert said == [["same"]] * processes
+    for info in flaxckpt.list_checkpoints(s3):
+        flaxckpt.verify(info.path)
+
+
+def test_in_a_store_a_run_goes_on_where_it_was(s3, tmp_path):
+    whole = pod.run(tmp_path, "train", 2, f"{s3}/a", 12)
+    pod.run(tmp_path, "train", 2, f"{s3}/b", 7)
+    resumed = pod.run(tmp_path, "train", 2, f"{s3}/b", 12)
+    for index in range(2):
+        assert resumed[index][0] == ["starts at", 7]
+        assert resumed[index][-2:] == whole[index][-2:]
+
+
 KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
 SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
 

@@ -89,7 +89,12 @@ class Pod:
         return "\n".join(texts)
 
 
-def start(directory, worker, count, *arguments, devices=2, faults=None):
+def can_be_apart():
+    """Tell whether processes here may have file systems of their own."""
+    return subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+
+
+def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=None):
     """Start a worker in several processes.
 
     Args:
@@ -99,6 +104,8 @@ def start(directory, worker, count, *arguments, devices=2, faults=None):
         *arguments: For it.
         devices: How many devices each process has.
         faults: Environment variables of some processes, by index.
+        scratch: A directory to have for temporary files, each process another one
+            under that name, as if it were on a machine of its own.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -110,6 +117,10 @@ def start(directory, worker, count, *arguments, devices=2, faults=None):
         command += [str(index), str(count), str(port), str(devices)]
         environment = {**os.environ, **(faults or {}).get(index, {})}
         environment.pop("XLA_FLAGS", None)
+        if scratch is not None:
+            environment["TMPDIR"] = str(scratch)
+            mount = 'mount -t tmpfs none "$TMPDIR" && exec "$0" "$@"'
+            command = ["unshare", "--mount", "sh", "-c", mount, *command]
         with log.open("w") as out:
             processes.append(
                 subprocess.Popen(
