@@ -33,7 +33,17 @@ import tensorstore
 import xxhash
 
 from flaxckpt._background import give_way, writing_pool, writing_threads
-from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
+from flaxckpt._digest import (
+    Digest,
+    Piece,
+    agrees,
+    checksum,
+    checksum_in,
+    combined,
+    digest,
+    digest_of,
+    pieces,
+)
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
@@ -76,6 +86,11 @@ class _Stored:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether one chunk holds the whole array."""
+        return self.shape == self.chunk
 
     def with_keys(self, separator: str) -> "_Stored":
         """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
@@ -167,7 +182,7 @@ class Form:
         def write(stored: _Stored | str, value: Any) -> Share:
             if isinstance(stored, str):
                 return (combined(pieces(value)) if leads else 0), []
-            digested = Digest()
+            digested = None if stored.is_one_file else Digest()
             sums = [
                 (position, _write_file(draft, key, start, chunk, digested))
                 for position, (key, start, chunk) in enumerate(
@@ -175,7 +190,7 @@ class Form:
                 )
                 if chunk is not None
             ]
-            return digested.total, sums
+            return (digested.total if digested else 0), sums
 
         with writing_pool() as pool:
             return list(pool.map(write, self.arrays, values))
@@ -206,8 +221,9 @@ class Form:
                 raise ValueError(
                     f"of {stored}, {number} files, {len(written)} were written"
                 )
-            digests.append(digested.text)
             sums.append([files[position] for position in range(number)])
+            is_one_file = isinstance(stored, _Stored) and stored.is_one_file
+            digests.append(digest_of(files[0]) if is_one_file else digested.text)
         return digests, sums
 
     def link(
@@ -258,18 +274,21 @@ class Form:
                 stamps = [stamp_of(file) for file in files]
             except OSError:
                 continue
-            if agrees(found[1], leaf.digest):
-                frozen.adopt(stored, Home(leaf.digest, files, stamps, found[2]))
+            if agrees(found[1], leaf.digest):  # which an earlier formula may have made
+                own = _digest(stored, found[1])
+                frozen.adopt(stored, Home(own, files, stamps, found[2]))
 
-    def sums(self, values: Sequence[Any]) -> list[Sequence[str]]:
-        """Compute the checksums of the leaves' files; none of a database."""
+    def marks(self, values: Sequence[Any]) -> tuple[list[str], list[Sequence[str]]]:
+        """Compute what `write` returns."""
+        pairs = list(zip(self.arrays, values, strict=True))
+        digests = [_digest(stored, value) for stored, value in pairs]
         if self.is_database:
-            return []
-        return [
+            return digests, []
+        return digests, [
             ()
             if isinstance(stored, str)
-            else [_checksum(chunk) for _, _, chunk in _chunks(stored, value)]
-            for stored, value in zip(self.arrays, values, strict=True)
+            else [checksum(chunk) for _, _, chunk in _chunks(stored, value)]
+            for stored, value in pairs
         ]
 
     @functools.cached_property
@@ -307,7 +326,7 @@ class Form:
         turn = time.perf_counter()
         for stored, value in zip(self.arrays, values, strict=True):
             turn = give_way(turn)
-            found.append(digest(value))
+            found.append(_digest(stored, value))
             if isinstance(stored, str):
                 continue
             into.write(f"{stored.name}/zarr.json", stored.description)
@@ -330,7 +349,7 @@ class Form:
             if isinstance(value, FrozenLeaf):
                 assert frozen is not None
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
-                value.digest = value.digest or digest(value.value)
+                value.digest = value.digest or _digest(stored, value.value)
                 is_linked = frozen.link(draft, stored, value, names)
                 if not is_linked:
                     _, value.sums = _write_array(draft, stored, value.value)
@@ -346,31 +365,50 @@ class Form:
         return [digest for digest, _ in found], [sums for _, sums in found]
 
 
+def _digest(stored: _Stored | str, value: Any) -> str:
+    """Digest a leaf as it is digested where it is written in this way."""
+    if isinstance(stored, _Stored) and stored.is_one_file:
+        return digest_of(checksum(value))
+    return digest(value)
+
+
 def _write_array(draft: Draft, stored: _Stored, value: Any) -> tuple[str, list[str]]:
     """Write an array's files; return its digest and their checksums.
 
     Block by block, so that all three find a block in the cache.
     """
-    digested = Digest()
+    digested = None if stored.is_one_file else Digest()
     sums = [
         _write_file(draft, key, start, chunk, digested)
         for key, start, chunk in _chunks(stored, value)
     ]
-    return digested.text, sums
+    return (digested.text if digested else digest_of(sums[0])), sums
 
 
 def _write_file(
-    draft: Draft, key: str, start: tuple[int, ...], chunk: Array, digested: Digest
+    draft: Draft,
+    key: str,
+    start: tuple[int, ...],
+    chunk: Array,
+    digested: Digest | None,
 ) -> str:
-    """Write a chunk's file, take it into the digest, and return its checksum."""
+    """Write a chunk's file, take it into a digest, and return its checksum."""
     summed = xxhash.xxh3_64()
+    blocks = digested.blocks(chunk, start) if digested else _blocks(chunk)
     with draft.writing(f"{STATE}/{key}") as write:
-        for block in digested.blocks(chunk, start):
+        for block in blocks:
             found = _bytes(block).data
             summed.update(found)
             write(found)
         write(_trailer(chunk.nbytes))
     return summed.hexdigest()
+
+
+def _blocks(chunk: Array) -> Iterator[Array]:
+    """Yield a chunk in blocks that stay in the cache."""
+    values = _bytes(chunk)
+    for start in range(0, values.nbytes, _BLOCK_BYTES):
+        yield values[start : start + _BLOCK_BYTES]
 
 
 def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -524,13 +562,14 @@ class Reader:
         """
         if leaf.kind == "str":
             return self._read_text(leaf, check=check)
-        found = _read(self._store, leaf, check=check)
+        recorded = _sums(leaf)
+        found = _read(self._store, leaf, check=check and bool(recorded))
         if found is None:
             return None, True
         _, values, sums = found
         is_same = True
-        if check and leaf.sums and sums:
-            is_same = leaf.sums == sums
+        if check and recorded:
+            is_same = recorded == sums
         elif check and leaf.digest:
             is_same = agrees(values, leaf.digest)
         return (values.item() if leaf.kind in _NUMBERS else values), is_same
@@ -560,7 +599,8 @@ class Reader:
                 )
                 for device, index in indices.items()
             }
-            check = check and bool(leaf.sums)
+            recorded = _sums(leaf)
+            check = check and bool(recorded)
             parts, sums = _read_parts(self._store, stored, places.values(), check=check)
             array = jax.make_array_from_single_device_arrays(
                 stored.shape,
@@ -570,10 +610,10 @@ class Reader:
             )
         except _UNREADABLE:
             return None, True
-        if not leaf.sums:
+        if not recorded:
             return array, None
         return array, all(
-            leaf.sums[position : position + 1] == (found,)
+            recorded[position : position + 1] == (found,)
             for position, found in sums.items()
         )
 
@@ -585,6 +625,12 @@ class Reader:
         if not isinstance(text, str):
             return None, True
         return text, not (check and leaf.digest) or agrees(text, leaf.digest)
+
+
+def _sums(leaf: Leaf) -> tuple[str, ...]:
+    """Return what is recorded as the checksums of a leaf's chunks; none if nothing."""
+    whole = checksum_in(leaf.digest)
+    return leaf.sums if whole is None else (whole,)
 
 
 def _read_parts(
@@ -604,7 +650,7 @@ def _read_parts(
 
     Returns:
         The parts, in memory that JAX on CPU need not copy, and the checksums of the
-        files that were read, by their positions.
+        chunks that were read, by their positions.
     """
     parts = {
         where: _aligned(tuple(stop - start for start, stop in where), stored.dtype)
@@ -657,7 +703,7 @@ def _stored_of(store: "_Files | _Database", leaf: Leaf) -> _Stored | None:
 def _read(
     store: "_Files | _Database", leaf: Leaf, *, check: bool = True
 ) -> tuple[_Stored, Array, tuple[str, ...]] | None:
-    """Read an array, how it is stored, and the checksums of its files, if asked to."""
+    """Read an array, how it is stored, and its chunks' checksums, if asked to."""
     try:
         stored = _stored_of(store, leaf)
         if stored is None:
@@ -762,15 +808,6 @@ def _bytes(array: Array) -> Bytes:
     return array.reshape(-1).view(np.uint8)
 
 
-def _checksum(chunk: Array) -> str:
-    """Return the checksum of a file's values: XXH3 of 64 bits (https://xxhash.com).
-
-    It costs a fraction of what a digest does, and depends on how values are cut into
-    files.
-    """
-    return xxhash.xxh3_64_hexdigest(_bytes(chunk).data)
-
-
 def _on_host(value: Any) -> Array:
     return np.asarray(without_keys(value))
 
@@ -849,13 +886,12 @@ class _Database:
         self._store = tensorstore.KvStore.open(spec).result()
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        """Read a chunk; there are no files of its own."""
-        del check
+        """Read a chunk; return the checksum, if asked to."""
         found, trailer = self.read(key), _trailer(values.nbytes)
         if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
             raise _OtherwiseError
         _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
-        return []
+        return [checksum(values)] if check else []
 
     def read(self, key: str) -> bytes:
         found = self._store.read(key).result()
