@@ -1,10 +1,10 @@
 """Fingerprints of what is saved.
 
-An array that is written as one file has the checksum of that file's values for a
-digest: XXH3 of 64 bits (https://xxhash.com) of the elements in C order. It can be told
-where the whole array is at hand only, at a third of the cost of the other kind.
+An array that is stored in one chunk has the checksum of that chunk for a digest: XXH3
+of 64 bits (https://xxhash.com) of the elements in C order. It can be told only where
+the whole array is at hand, at a third of the cost of the other kind.
 
-The other kind does not depend on how an array is sharded. The array's bits are taken in
+The other kind does not depend on how an array is sharded. Its bits are taken in
 words of 64 bits along its last axis. Its digest is the sum, modulo 2**64, of the words,
 each plus its own upper half, and each times a coefficient that depends on the word's
 index: the product, over the axes, of an odd pseudo-random number for the index along

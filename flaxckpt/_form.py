@@ -88,7 +88,7 @@ class _Stored:
     separator: str = "/"
 
     @property
-    def is_one_file(self) -> bool:
+    def is_one_chunk(self) -> bool:
         """Whether one chunk holds the whole array."""
         return self.shape == self.chunk
 
@@ -182,7 +182,7 @@ class Form:
         def write(stored: _Stored | str, value: Any) -> Share:
             if isinstance(stored, str):
                 return (combined(pieces(value)) if leads else 0), []
-            digested = None if stored.is_one_file else Digest()
+            digested = None if stored.is_one_chunk else Digest()
             sums = [
                 (position, _write_file(draft, key, start, chunk, digested))
                 for position, (key, start, chunk) in enumerate(
@@ -222,8 +222,8 @@ class Form:
                     f"of {stored}, {number} files, {len(written)} were written"
                 )
             sums.append([files[position] for position in range(number)])
-            is_one_file = isinstance(stored, _Stored) and stored.is_one_file
-            digests.append(digest_of(files[0]) if is_one_file else digested.text)
+            is_one_chunk = isinstance(stored, _Stored) and stored.is_one_chunk
+            digests.append(digest_of(files[0]) if is_one_chunk else digested.text)
         return digests, sums
 
     def link(
@@ -367,7 +367,7 @@ class Form:
 
 def _digest(stored: _Stored | str, value: Any) -> str:
     """Digest a leaf as it is digested where it is written in this way."""
-    if isinstance(stored, _Stored) and stored.is_one_file:
+    if isinstance(stored, _Stored) and stored.is_one_chunk:
         return digest_of(checksum(value))
     return digest(value)
 
@@ -377,7 +377,7 @@ def _write_array(draft: Draft, stored: _Stored, value: Any) -> tuple[str, list[s
 
     Block by block, so that all three find a block in the cache.
     """
-    digested = None if stored.is_one_file else Digest()
+    digested = None if stored.is_one_chunk else Digest()
     sums = [
         _write_file(draft, key, start, chunk, digested)
         for key, start, chunk in _chunks(stored, value)
