@@ -253,7 +253,7 @@ class Form:
                 frozen.note(draft, stored, value, names, is_linked=is_linked)
 
     def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
-        """Look up what of an earlier checkpoint can be linked: what is as it was.
+        """Look up what of an earlier checkpoint can be linked, by what is there now.
 
         Args:
             path: The checkpoint.
@@ -261,7 +261,7 @@ class Form:
             frozen: What to tell.
         """
         store = _Files(path / STATE)
-        known = {".".join(leaf.path): leaf for leaf in leaves if leaf.digest}
+        known = {".".join(leaf.path): leaf for leaf in leaves}
         for stored in self.arrays:
             leaf = None if isinstance(stored, str) else known.get(stored.name)
             if leaf is None or isinstance(stored, str) or leaf.kind not in _READ:
@@ -274,9 +274,8 @@ class Form:
                 stamps = [stamp_of(file) for file in files]
             except OSError:
                 continue
-            if agrees(found[1], leaf.digest):  # which an earlier formula may have made
-                own = _digest(stored, found[1])
-                frozen.adopt(stored, Home(own, files, stamps, found[2]))
+            digest = _digest(stored, found[1])  # an earlier version's may be another
+            frozen.adopt(stored, Home(digest, files, stamps, found[2]))
 
     def marks(self, values: Sequence[Any]) -> tuple[list[str], list[Sequence[str]]]:
         """Compute what `write` returns."""

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
-from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint, _store
+from flaxckpt import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ModelCheckpoint,
+    _form,
+    _store,
+)
 
 # Orbax leaves tasks of its own behind where it raises.
 pytestmark = pytest.mark.filterwarnings(
@@ -329,6 +336,27 @@ def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
                 read()
             if len(needle(name)) > 1024 or written != "database":
                 assert f"not what was saved: {name} (" in str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [(), ("x",), ("y", "x")])
+def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
+    """A file as it would not be written here, of a leaf that has a checksum only."""
+    _store._FORMS.clear()
+    tree = {"w": MANY["one"], "large": jnp.zeros(2**20)}
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        path = ckpt.save(tree, epoch=0)
+    file = path / "state/w/c/0/0"
+    values = needle("one")
+    index = struct.pack("<QQ", 8, len(values))
+    index += struct.pack("<I", _form._crc32c(index))
+    like = {**tree, "w": jax.device_put(tree["w"], mesh_and(*axes))}
+    file.write_bytes(bytes(8) + values + index)
+    assert bits(flaxckpt.load(path, like)) == bits(tree)
+    flaxckpt.verify(path)
+    file.write_bytes(bytes(8) + values[:-1] + bytes([values[-1] ^ 1]) + index)
+    with pytest.raises(CheckpointCorruptError, match="not what was saved: w"):
+        flaxckpt.load(path, like)
+    assert bits(flaxckpt.load(path, like, verify=False)) != bits(tree)
 
 
 @pytest.mark.parametrize("file", ["files", "database"])
