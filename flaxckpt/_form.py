@@ -33,7 +33,17 @@ import tensorstore
 import xxhash
 
 from flaxckpt._background import give_way, writing_pool, writing_threads
-from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
+from flaxckpt._digest import (
+    Digest,
+    Piece,
+    agrees,
+    checksum,
+    checksum_in,
+    combined,
+    digest,
+    digest_of,
+    pieces,
+)
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._mirror import Source
@@ -77,6 +87,11 @@ class _Stored:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
+
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether one chunk holds the whole array."""
+        return self.shape == self.chunk
 
     def with_keys(self, separator: str) -> "_Stored":
         """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
@@ -168,7 +183,7 @@ class Form:
         def write(stored: _Stored | str, value: Any) -> Share:
             if isinstance(stored, str):
                 return (combined(pieces(value)) if leads else 0), []
-            digested = Digest()
+            digested = None if stored.is_one_chunk else Digest()
             sums = [
                 (position, _write_file(draft, key, start, chunk, digested))
                 for position, (key, start, chunk) in enumerate(
@@ -176,7 +191,7 @@ class Form:
                 )
                 if chunk is not None
             ]
-            return digested.total, sums
+            return (digested.total if digested else 0), sums
 
         with writing_pool() as pool:
             return list(pool.map(write, self.arrays, values))
@@ -207,8 +222,9 @@ class Form:
                 raise ValueError(
                     f"of {stored}, {number} files, {len(written)} were written"
                 )
-            digests.append(digested.text)
             sums.append([files[position] for position in range(number)])
+            is_one_chunk = isinstance(stored, _Stored) and stored.is_one_chunk
+            digests.append(digest_of(files[0]) if is_one_chunk else digested.text)
         return digests, sums
 
     def link(
@@ -238,7 +254,7 @@ class Form:
                 frozen.note(draft, stored, value, names, is_linked=is_linked)
 
     def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
-        """Look up what of an earlier checkpoint can be linked: what is as it was.
+        """Look up what of an earlier checkpoint can be linked, by what is there now.
 
         Args:
             path: The checkpoint.
@@ -246,7 +262,7 @@ class Form:
             frozen: What to tell.
         """
         store = _Files(path / STATE)
-        known = {".".join(leaf.path): leaf for leaf in leaves if leaf.digest}
+        known = {".".join(leaf.path): leaf for leaf in leaves}
         for stored in self.arrays:
             leaf = None if isinstance(stored, str) else known.get(stored.name)
             if leaf is None or isinstance(stored, str) or leaf.kind not in _READ:
@@ -259,18 +275,20 @@ class Form:
                 stamps = [stamp_of(file) for file in files]
             except OSError:
                 continue
-            if agrees(found[1], leaf.digest):
-                frozen.adopt(stored, Home(leaf.digest, files, stamps, found[2]))
+            digest = _digest(stored, found[1])  # an earlier version's may be another
+            frozen.adopt(stored, Home(digest, files, stamps, found[2]))
 
-    def sums(self, values: Sequence[Any]) -> list[Sequence[str]]:
-        """Compute the checksums of the leaves' files; none of a database."""
+    def marks(self, values: Sequence[Any]) -> tuple[list[str], list[Sequence[str]]]:
+        """Compute what `write` returns."""
+        pairs = list(zip(self.arrays, values, strict=True))
+        digests = [_digest(stored, value) for stored, value in pairs]
         if self.is_database:
-            return []
-        return [
+            return digests, []
+        return digests, [
             ()
             if isinstance(stored, str)
-            else [_checksum(chunk) for _, _, chunk in _chunks(stored, value)]
-            for stored, value in zip(self.arrays, values, strict=True)
+            else [checksum(chunk) for _, _, chunk in _chunks(stored, value)]
+            for stored, value in pairs
         ]
 
     @functools.cached_property
@@ -308,7 +326,7 @@ class Form:
         turn = time.perf_counter()
         for stored, value in zip(self.arrays, values, strict=True):
             turn = give_way(turn)
-            found.append(digest(value))
+            found.append(_digest(stored, value))
             if isinstance(stored, str):
                 continue
             into.write(f"{stored.name}/zarr.json", stored.description)
@@ -331,7 +349,7 @@ class Form:
             if isinstance(value, FrozenLeaf):
                 assert frozen is not None
                 names = [f"{STATE}/{key}" for key, _ in stored.keys()]
-                value.digest = value.digest or digest(value.value)
+                value.digest = value.digest or _digest(stored, value.value)
                 is_linked = frozen.link(draft, stored, value, names)
                 if not is_linked:
                     _, value.sums = _write_array(draft, stored, value.value)
@@ -347,31 +365,50 @@ class Form:
         return [digest for digest, _ in found], [sums for _, sums in found]
 
 
+def _digest(stored: _Stored | str, value: Any) -> str:
+    """Digest a leaf as it is digested where it is written in this way."""
+    if isinstance(stored, _Stored) and stored.is_one_chunk:
+        return digest_of(checksum(value))
+    return digest(value)
+
+
 def _write_array(draft: Draft, stored: _Stored, value: Any) -> tuple[str, list[str]]:
     """Write an array's files; return its digest and their checksums.
 
     Block by block, so that all three find a block in the cache.
     """
-    digested = Digest()
+    digested = None if stored.is_one_chunk else Digest()
     sums = [
         _write_file(draft, key, start, chunk, digested)
         for key, start, chunk in _chunks(stored, value)
     ]
-    return digested.text, sums
+    return (digested.text if digested else digest_of(sums[0])), sums
 
 
 def _write_file(
-    draft: Draft, key: str, start: tuple[int, ...], chunk: Array, digested: Digest
+    draft: Draft,
+    key: str,
+    start: tuple[int, ...],
+    chunk: Array,
+    digested: Digest | None,
 ) -> str:
-    """Write a chunk's file, take it into the digest, and return its checksum."""
+    """Write a chunk's file, take it into a digest, and return its checksum."""
     summed = xxhash.xxh3_64()
+    blocks = digested.blocks(chunk, start) if digested else _blocks(chunk)
     with draft.writing(f"{STATE}/{key}") as write:
-        for block in digested.blocks(chunk, start):
+        for block in blocks:
             found = _bytes(block).data
             summed.update(found)
             write(found)
         write(_trailer(chunk.nbytes))
     return summed.hexdigest()
+
+
+def _blocks(chunk: Array) -> Iterator[Array]:
+    """Yield a chunk in blocks that stay in the cache."""
+    values = _bytes(chunk)
+    for start in range(0, values.nbytes, _BLOCK_BYTES):
+        yield values[start : start + _BLOCK_BYTES]
 
 
 def recognized(
@@ -532,13 +569,14 @@ class Reader:
         """
         if leaf.kind == "str":
             return self._read_text(leaf, check=check)
-        found = _read(self._store, leaf, check=check)
+        recorded = _sums(leaf)
+        found = _read(self._store, leaf, check=check and bool(recorded))
         if found is None:
             return None, True
         _, values, sums = found
         is_same = True
-        if check and leaf.sums and sums:
-            is_same = leaf.sums == sums
+        if check and recorded:
+            is_same = recorded == sums
         elif check and leaf.digest:
             is_same = agrees(values, leaf.digest)
         return (values.item() if leaf.kind in _NUMBERS else values), is_same
@@ -568,7 +606,8 @@ class Reader:
                 )
                 for device, index in indices.items()
             }
-            check = check and bool(leaf.sums)
+            recorded = _sums(leaf)
+            check = check and bool(recorded)
             parts, sums = _read_parts(self._store, stored, places.values(), check=check)
             array = jax.make_array_from_single_device_arrays(
                 stored.shape,
@@ -578,10 +617,10 @@ class Reader:
             )
         except _UNREADABLE:
             return None, True
-        if not leaf.sums:
+        if not recorded:
             return array, None
         return array, all(
-            leaf.sums[position : position + 1] == (found,)
+            recorded[position : position + 1] == (found,)
             for position, found in sums.items()
         )
 
@@ -594,6 +633,12 @@ class Reader:
         if not isinstance(text, str):
             return None, True
         return text, not (check and leaf.digest) or agrees(text, leaf.digest)
+
+
+def _sums(leaf: Leaf) -> tuple[str, ...]:
+    """Return what is recorded as the checksums of a leaf's chunks; none if nothing."""
+    whole = checksum_in(leaf.digest)
+    return leaf.sums if whole is None else (whole,)
 
 
 def _read_parts(
@@ -613,7 +658,7 @@ def _read_parts(
 
     Returns:
         The parts, in memory that JAX on CPU need not copy, and the checksums of the
-        files that were read, by their positions.
+        chunks that were read, by their positions.
     """
     parts = {
         where: _aligned(tuple(stop - start for start, stop in where), stored.dtype)
@@ -666,7 +711,7 @@ def _stored_of(store: "_Values", leaf: Leaf) -> _Stored | None:
 def _read(
     store: "_Values", leaf: Leaf, *, check: bool = True
 ) -> tuple[_Stored, Array, tuple[str, ...]] | None:
-    """Read an array, how it is stored, and the checksums of its files, if asked to."""
+    """Read an array, how it is stored, and its chunks' checksums, if asked to."""
     try:
         stored = _stored_of(store, leaf)
         if stored is None:
@@ -771,15 +816,6 @@ def _bytes(array: Array) -> Bytes:
     return array.reshape(-1).view(np.uint8)
 
 
-def _checksum(chunk: Array) -> str:
-    """Return the checksum of a file's values: XXH3 of 64 bits (https://xxhash.com).
-
-    It costs a fraction of what a digest does, and depends on how values are cut into
-    files.
-    """
-    return xxhash.xxh3_64_hexdigest(_bytes(chunk).data)
-
-
 def _on_host(value: Any) -> Array:
     return np.asarray(without_keys(value))
 
@@ -816,7 +852,7 @@ class _Values(Protocol):
         ...
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        """Read a chunk; return its file's checksum, if there is one and asked to."""
+        """Read a chunk; return its checksum, if asked to."""
         ...
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
@@ -882,8 +918,7 @@ class _Sourced:
         return found
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        _take_in(self.read(key), values)
-        return [_checksum(values)] if check else []
+        return _take_in(self.read(key), values, check=check)
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         return _ends(self.read(key))
@@ -898,9 +933,7 @@ class _Database:
         self._store = tensorstore.KvStore.open(spec).result()
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        del check
-        _take_in(self.read(key), values)
-        return []
+        return _take_in(self.read(key), values, check=check)
 
     def read(self, key: str) -> bytes:
         found = self._store.read(key).result()
@@ -912,12 +945,13 @@ class _Database:
         return _ends(self.read(key))
 
 
-def _take_in(found: bytes, values: Array) -> None:
-    """Take a chunk's values from all of what was stored."""
+def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:
+    """Take a chunk's values from all of what was stored; see `_Values.read_into`."""
     trailer = _trailer(values.nbytes)
     if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
         raise _OtherwiseError
     _bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+    return [checksum(values)] if check else []
 
 
 def _ends(found: bytes) -> tuple[int, bytes, bytes]:

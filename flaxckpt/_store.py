@@ -160,7 +160,7 @@ def write(
     """Write a checkpoint and put it in its place, replacing one that is there.
 
     Blocks until it is there, and on disk. Until then, what was there is; nothing is
-    deleted before. The leaves' digests are computed while Orbax writes.
+    deleted before.
 
     Args:
         info: Its record.
@@ -381,18 +381,15 @@ def _write_by_orbax(
     compress: bool,
 ) -> tuple[list[str], Sequence[Sequence[str]], Form | None]:
     """Have Orbax write a tree, and learn from it how; return digests and checksums."""
-    leaves, values = _unpacked(leaves), _unpacked(held)
-    handed_over = _thawed(held)
-    with ThreadPoolExecutor(1, "flaxckpt-digest") as aside:
-        found = aside.submit(digests, handed_over)
-        with _SAVING, _context(is_database=is_database, compress=compress):
-            keyed = list(map(_with_key, layout.leaves, leaves))
-            ocp.save(written, layout.fill_for_orbax(keyed))
-        form = None if compress else recognized(written, layout, values)
-        if form is not None:
-            _FORMS.appendleft((layout, _placements(values), form))
-        sums = [] if form is None else form.sums(values)
-        return found.result(), sums, form
+    leaves, values, handed_over = _unpacked(leaves), _unpacked(held), _thawed(held)
+    with _SAVING, _context(is_database=is_database, compress=compress):
+        keyed = list(map(_with_key, layout.leaves, leaves))
+        ocp.save(written, layout.fill_for_orbax(keyed))
+    form = None if compress else recognized(written, layout, values)
+    if form is None:
+        return digests(handed_over), [], None
+    _FORMS.appendleft((layout, _placements(values), form))
+    return *form.marks(handed_over), form
 
 
 def _with_key(leaf: Leaf, value: Any) -> Any:

@@ -1,10 +1,13 @@
 """A damaged checkpoint raises, or gives what was saved: never anything else."""
 
 import gc
+import json
 import os
 import random
 import shutil
+import struct
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
-from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint, _store
+from flaxckpt import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ModelCheckpoint,
+    _form,
+    _store,
+)
 
 # Orbax leaves tasks of its own behind where it raises.
 pytestmark = pytest.mark.filterwarnings(
@@ -248,6 +257,106 @@ def test_a_cast_is_verified_before_it_is_cast(tmp_path):
     damage_values(path)
     with pytest.raises(CheckpointCorruptError):
         flaxckpt.load(path, like, cast=True)
+
+
+MANY = {
+    "one": jnp.asarray(np.random.default_rng(1).normal(size=(64, 16)), jnp.float32),
+    "several": jnp.asarray(
+        np.random.default_rng(2).normal(size=(64, 16)), jnp.bfloat16
+    ),
+    "host": np.random.default_rng(3).integers(0, 256, (32, 64), np.uint8),
+    "keys": jax.random.split(jax.random.key(4), 256),
+    "scalar": jnp.float32(0.123456),
+    "number": 0x123456789ABCDEF,
+    "rate": 0.987654321,
+    "text": "some words that are found again",
+    "raw": np.random.default_rng(5).bytes(2000),
+}
+
+
+def mesh_and(*axes):
+    return NamedSharding(jax.make_mesh((4, 2), ("x", "y")), P(*axes))
+
+
+def needle(name):
+    """Bytes of a leaf that are found in its file; of a sharded one, in one of them."""
+    value = MANY[name]
+    if name == "several":
+        value = value[:16, :8]
+    if isinstance(value, str | bytes):
+        return value if isinstance(value, bytes) else value.encode()
+    return np.asarray(jax.random.key_data(value) if name == "keys" else value).tobytes()
+
+
+@pytest.mark.parametrize("wanted", ["plain", "same", "otherwise"])
+@pytest.mark.parametrize("written", ["files", "database", "linked", "by Orbax"])
+def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
+    _store._FORMS.clear()
+    monkeypatch.setattr(_store, "_LARGE_LEAF", 2**40 if written == "database" else 0)
+    tree = {**MANY, "several": jax.device_put(MANY["several"], mesh_and("x", "y"))}
+    frozen = (lambda path, leaf: True) if written == "linked" else None
+    with ModelCheckpoint(tmp_path / "{epoch}", frozen=frozen) as ckpt:
+        for epoch in range(1 if written == "by Orbax" else 3):
+            path = ckpt.save(tree, epoch)
+            ckpt.wait()
+    assert bool(ckpt.counts.linked_bytes) == (written == "linked")
+    table = json.loads((path / "flaxckpt_leaves.json").read_bytes())
+    marks = {leaf["path"][0]: d for leaf, d in zip(table["leaves"], table["digests"])}  # noqa: B905
+    of_parts = {name for name, mark in marks.items() if mark.startswith("2:")}
+    assert of_parts == {"several", "text"}
+    assert all(marks[name].startswith("3:") for name in set(MANY) - of_parts)
+    like = {"plain": None, "same": tree}.get(wanted, tree)
+    if wanted == "otherwise":
+        spread = {"one": ("y", "x"), "several": (None, "y"), "keys": ("x",)}
+        placed = {
+            name: jax.device_put(MANY[name], mesh_and(*axes))
+            for name, axes in spread.items()
+        }
+        like = {
+            **tree,
+            **placed,
+            "host": jax.device_put(MANY["host"], mesh_and("x", "y")),
+        }
+    expected = None if like is None else bits(like)
+    got = bits(flaxckpt.load(path, like))
+    assert expected is None or got == expected
+    for name in MANY:
+        bad = Path(shutil.copytree(path, tmp_path / f"bad {name}"))
+        flipped = 0
+        for file in files_of(bad):
+            content = bytearray(file.read_bytes())
+            at = content.find(needle(name))
+            if at >= 0 and not file.name.startswith("flaxckpt"):
+                content[at + len(needle(name)) // 2] ^= 1
+                file.write_bytes(content)
+                flipped += 1
+        assert flipped, name
+        for read in (lambda: flaxckpt.load(bad, like), lambda: flaxckpt.verify(bad)):  # noqa: B023
+            with pytest.raises(CheckpointCorruptError) as caught:
+                read()
+            if len(needle(name)) > 1024 or written != "database":
+                assert f"not what was saved: {name} (" in str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [(), ("x",), ("y", "x")])
+def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
+    """A file as it would not be written here, of a leaf that has a checksum only."""
+    _store._FORMS.clear()
+    tree = {"w": MANY["one"], "large": jnp.zeros(2**20)}
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        path = ckpt.save(tree, epoch=0)
+    file = path / "state/w/c/0/0"
+    values = needle("one")
+    index = struct.pack("<QQ", 8, len(values))
+    index += struct.pack("<I", _form._crc32c(index))
+    like = {**tree, "w": jax.device_put(tree["w"], mesh_and(*axes))}
+    file.write_bytes(bytes(8) + values + index)
+    assert bits(flaxckpt.load(path, like)) == bits(tree)
+    flaxckpt.verify(path)
+    file.write_bytes(bytes(8) + values[:-1] + bytes([values[-1] ^ 1]) + index)
+    with pytest.raises(CheckpointCorruptError, match="not what was saved: w"):
+        flaxckpt.load(path, like)
+    assert bits(flaxckpt.load(path, like, verify=False)) != bits(tree)
 
 
 @pytest.mark.parametrize("file", ["files", "database"])

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt import _digest
-from flaxckpt._digest import Digest, combined, digest
+from flaxckpt._digest import Digest, checksum, combined, digest, digest_of
 
 DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]
 arrays = hnp.arrays(
@@ -157,3 +158,36 @@ def test_blocks_are_the_memory_in_order(shape, dtype, start):
     assert digested.text == f"2:{combined([(tuple(starts), values)]):016x}"
     if start == 0:
         assert digested.text == digest(values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_checksum_of_the_whole_is_that_of_its_elements_in_order(dtype):
+    array = np.arange(64 * 48).reshape(64, 48).astype(dtype)
+    expected = xxhash.xxh3_64_hexdigest(array.tobytes())
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    with jax.enable_x64(True):
+        placed = jax.device_put(array, NamedSharding(mesh, P("y", "x")))
+        for value in (array, np.asfortranarray(array), placed):
+            assert checksum(value) == expected
+            assert _digest.agrees(value, f"3:{expected}")
+    assert checksum(array[:, ::2]) == xxhash.xxh3_64_hexdigest(array[:, ::2].tobytes())
+
+
+def test_a_checksum_is_of_a_leaf_of_any_kind_and_of_nothing_else():
+    keys = jax.random.split(jax.random.key(0), 8)
+    leaves = [keys, 3, 0.5, True, 2j, b"ab", np.float32(1), np.zeros((3, 0))]
+    marks = [digest_of(checksum(leaf)) for leaf in leaves]
+    assert len(set(marks)) == len(leaves)
+    assert checksum(keys) == checksum(jax.random.key_data(keys))
+    for leaf in leaves:
+        own = digest_of(checksum(leaf))
+        assert [_digest.agrees(leaf, mark) for mark in marks] == [
+            mark == own for mark in marks
+        ]
+
+
+def test_no_sum_of_parts_is_a_checksum_of_the_whole():
+    """What cannot be told of parts is never taken for what was saved."""
+    zeros = np.zeros(8)
+    for value, found in ((zeros, digest_of(checksum(zeros))), (zeros, f"3:{0:016x}")):
+        assert not _digest.is_sum(_digest.part_of(value, found), found)

@@ -1,5 +1,6 @@
 """Frozen leaves: one copy on disk, whole checkpoints, and no trust in "frozen"."""
 
+import json
 import os
 import shutil
 import threading
@@ -17,6 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, SettingError, _series, _store
+from flaxckpt._digest import digests
+from flaxckpt._record import encode_record, read_record
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +140,27 @@ def test_a_restart_links_to_what_is_there(tmp_path):
     with opened(tmp_path) as ckpt:
         ckpt.save(tree_of(8, 6), 6)
     assert_holds(tmp_path / "7", 8, 6)
+
+
+def test_a_restart_links_to_what_an_earlier_version_has_digested(tmp_path):
+    """Its digest of a leaf in one file was the one that adds up, see `_digest`."""
+    with opened(tmp_path) as ckpt:
+        for i in range(2):
+            path = ckpt.save(tree_of(7, i), i)
+    table = json.loads((path / "flaxckpt_leaves.json").read_bytes())
+    table["digests"] = digests(list(tree_of(7, 1).values()))
+    text = json.dumps(table).encode()
+    (path / "flaxckpt_leaves.json").write_bytes(text)
+    record = encode_record(read_record(path), _store.versions(), text)
+    (path / "flaxckpt.json").write_bytes(record)
+    assert_holds(path, 7, 1)
+    _store._FORMS.clear()
+    with opened(tmp_path) as ckpt:
+        for i in (2, 3):
+            ckpt.save(tree_of(7, i), i)
+    for i in (2, 3):
+        assert inodes(tmp_path / f"{i + 1}", "base") == inodes(path, "base")
+        assert_holds(tmp_path / f"{i + 1}", 7, i)
 
 
 def test_another_object_links_to_what_is_there(tmp_path):

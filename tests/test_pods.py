@@ -5,10 +5,13 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from multiprocess import pod
+from multiprocess.workers import values
 from orbax.checkpoint import v1
 
 import flaxckpt
@@ -50,9 +53,10 @@ def test_what_four_have_saved_is_whole(saved):
     assert len(list((saved / "2/state/float32").glob("c.*"))) == 8  # one for each shard
 
 
-def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path):
+@pytest.mark.parametrize("name", ["int8/c.1", "host/c.0"])
+def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path, name):
     shutil.copytree(saved, tmp_path / "run")
-    file = tmp_path / "run/2/state/int8/c.1"
+    file = tmp_path / "run/2/state" / name
     content = bytearray(file.read_bytes())
     content[1] ^= 4
     file.write_bytes(content)
@@ -60,7 +64,35 @@ def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path):
     assert running.wait() == [["same"]] * 2  # of the one before
     for log in running.logs:
         assert "PASSED OVER" in log.read_text()
-        assert "int8" in log.read_text()
+        assert name.partition("/")[0] in log.read_text()
+
+
+@pytest.mark.parametrize("written", ["database", "files"])
+def test_what_one_has_saved_is_checked_where_it_is_sharded(tmp_path, written):
+    """By each process: none has all of it, and its digest is that of the whole."""
+    run, frozen = tmp_path / "run", None
+    if written == "files":
+        frozen = lambda path, leaf: path == ("host",)  # noqa: E731
+    with flaxckpt.ModelCheckpoint(run / "{epoch}", frozen=frozen) as ckpt:
+        for epoch in range(2):
+            ckpt.save({**values(), "key": jax.random.key(7)}, epoch, logs={"loss": 1.0})
+    assert (run / "2/state/manifest.ocdbt").exists() == (written == "database")
+    for is_damaged in (False, True):
+        if is_damaged:
+            flipped = 0
+            for file in filter(Path.is_file, (run / "2/state").rglob("*")):
+                content = bytearray(file.read_bytes())
+                at = content.find(values()["bfloat16"].tobytes())
+                if at >= 0:
+                    content[at + 100] ^= 1  # what the last process need not keep
+                    file.write_bytes(content)
+                    flipped += 1
+            assert flipped == 1
+        running = pod.start(tmp_path, "restore_tree", 2, run, "rows")
+        assert running.wait() == [["same"]] * 2
+        for log in running.logs:
+            assert ("PASSED OVER" in log.read_text()) == is_damaged
+            assert ("bfloat16" in log.read_text()) == is_damaged
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -42,7 +42,7 @@ def values():
     random = np.random.default_rng(0)
     return {
         "float32": random.normal(size=(16, 8)).astype(np.float32),
-        "bfloat16": random.normal(size=(8, 16)).astype(jnp.bfloat16),
+        "bfloat16": random.normal(size=(8, 160)).astype(jnp.bfloat16),
         "int8": random.integers(-128, 127, (8,), np.int8),
         "bool": random.integers(0, 2, (8, 8)).astype(bool),
         "replicated": random.normal(size=(5, 3)).astype(np.float32),
