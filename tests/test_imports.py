@@ -40,6 +40,7 @@ LAYERS = [
     "_lock",
     "_background",
     "_processes",
+    "_interval",
     "_draft",
     "_commit",
     "_digest",

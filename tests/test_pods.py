@@ -117,6 +117,19 @@ def test_where_nothing_is_due_no_message_is_sent(tmp_path):
     assert said == [[0, [0, True]]] * 2
 
 
+def test_processes_whose_clocks_differ_save_at_the_same_step(tmp_path):
+    said = pod.run(tmp_path, "train_by_the_clock", 2, tmp_path / "run")
+    (steps, on_disk), restored = said[0]
+    assert steps == on_disk
+    assert restored == "same"
+    assert said[1] == said[0]
+
+
+def test_until_the_time_is_over_they_meet_at_few_calls(tmp_path):
+    said = pod.run(tmp_path, "count_meetings", 2, tmp_path / "run")
+    assert [first for first, _ in said] == [4, 4]  # calls 1, 2, 4 and 8, of 9
+
+
 def test_within_jit_the_alternatives_are_named(tmp_path):
     for (text,) in pod.run(tmp_path, "trace", 2, tmp_path / "run"):
         assert "Snapshot" in text

@@ -244,7 +244,43 @@ def run_out_of_room(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
-def count_messages(directory):
+def train_by_the_clock(directory):
+    """Train until three checkpoints are due by clocks that differ, as the speeds do."""
+    from flaxckpt._interval import AgreedInterval
+    from flaxckpt._processes import Channel
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    index = jax.process_index()
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{batch}}", "loss", save_interval_secs=0.2, timeout_secs=20
+    ) as ckpt:
+
+        def clock():
+            return time.monotonic() * (1 + 9 * index) + 1e6 * index
+
+        ckpt._interval = AgreedInterval(0.2, clock, channel=Channel("skewed"))
+        state, saved = ckpt.init(), {}
+        for batch in range(1_000_000):
+            tree, loss = step(tree)
+            state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+            if ckpt._interval._calls == 0:
+                shard = tree["w"].addressable_data(0)
+                saved[str(batch + 1)] = np.asarray(shard).tobytes()
+                if len(saved) == 3:
+                    break
+            loss.block_until_ready()  # on CPU, JAX itself hangs without
+            if index == (batch // 50) % 2:  # now the one is behind, now the other
+                time.sleep(0.002)
+        ckpt.wait()
+        say(list(saved), [info.path.name for info in ckpt.checkpoints])
+        for name, wanted in saved.items():
+            found = ckpt.restore(tree, f"{directory}/{name}").tree["w"]
+            assert np.asarray(found.addressable_data(0)).tobytes() == wanted
+        say("same")
+
+
+def count_messages(directory, **settings):
     """Say how many messages are sent where nothing is due, and where something is."""
     from jax._src import distributed
 
@@ -263,7 +299,9 @@ def count_messages(directory):
             return getattr(self._client, name)
 
     distributed.global_state.client = Counted(distributed.global_state.client)
-    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", save_freq=10) as ckpt:
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", save_freq=10, **settings
+    ) as ckpt:
         state = ckpt.init()
         for batch in range(19):
             tree, loss = step(tree)
@@ -274,6 +312,11 @@ def count_messages(directory):
                 ckpt.wait()
                 before = len(sent)
         say(len(sent) - before, before > 0)
+
+
+def count_meetings(directory):
+    """Do that where the clock counts, too, and shows nothing yet."""
+    count_messages(directory, save_interval_secs=1e6)
 
 
 def trace(directory):
