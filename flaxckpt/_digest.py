@@ -26,12 +26,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._pieces import Piece, pieces
+
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
 
 _CHUNK = 1 << 16  # words of the longest axis that are digested at a time
 _BLOCK = 1 << 15  # words that are folded at a time: what stays in the cache
@@ -119,29 +118,6 @@ def part_of(value: Any, found: str) -> int:
 def is_sum(total: int, found: str) -> bool:
     """Tell whether the parts of all processes add up to what was recorded."""
     return f"{total % 2**64:016x}" == found.removeprefix(_MARK)
-
-
-def pieces(value: Any) -> list[Piece]:
-    """Return the pieces of a leaf that are here, each once, on the host.
-
-    With each, where in the array it begins.
-    """
-    if isinstance(value, jax.Array):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        return [
-            (
-                tuple(
-                    part.indices(size)[0]
-                    for part, size in zip(shard.index, value.shape, strict=True)
-                ),
-                np.asarray(shard.data),
-            )
-            for shard in value.addressable_shards
-            if shard.replica_id == 0
-        ]
-    array = _as_array(value)
-    return [((0,) * array.ndim, array)]
 
 
 def _by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
@@ -312,14 +288,6 @@ def _coefficients(
         count = min(size - position, _CHUNK - offset, _BLOCK)
         yield position, _low(axis)[offset : offset + count], _high(axis, chunk)
         position += count
-
-
-def _as_array(value: Any) -> np.ndarray[Any, Any]:
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogatepass")
-    if isinstance(value, bytes):
-        return np.frombuffer(value, np.uint8)
-    return np.asarray(value)
 
 
 @functools.lru_cache(maxsize=8)

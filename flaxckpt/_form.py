@@ -33,9 +33,10 @@ import tensorstore
 import xxhash
 
 from flaxckpt._background import give_way, writing_pool, writing_threads
-from flaxckpt._digest import Digest, Piece, agrees, combined, digest, pieces
+from flaxckpt._digest import Digest, agrees, combined, digest
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
+from flaxckpt._pieces import Piece, is_shared, pieces
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -373,13 +374,16 @@ def _write_file(
     return summed.hexdigest()
 
 
-def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
+def recognized(
+    directory: Path, layout: Layout, values: Sequence[Any], *, leads: bool = True
+) -> Form | None:
     """Learn the form of a checkpoint that Orbax has just written.
 
     Args:
         directory: The checkpoint.
         layout: Its layout.
         values: The leaves that Orbax holds.
+        leads: Whether what is each process's own is this one's there.
 
     Returns:
         The form; None if it is not one that can be written here.
@@ -397,7 +401,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
                 arrays.append(name)
                 continue
             stored = _stored(name, leaf, value, store)
-            for key, _, chunk in _own_chunks(stored, value, leads=True):
+            for key, _, chunk in _own_chunks(stored, value, leads=leads):
                 if chunk is not None:
                     _compare(store.ends(key), _bytes(chunk))
             arrays.append(stored if is_database else stored.with_keys("."))
@@ -407,7 +411,7 @@ def recognized(directory: Path, layout: Layout, values: Sequence[Any]) -> Form |
             if path.is_file() and not _holds_values(name, is_database, names):
                 files[name] = path.read_bytes()
         form = Form(is_database, files, arrays)
-        if _STRINGS in files:
+        if leads and _STRINGS in files:
             text = form._current(_STRINGS, files[_STRINGS], values)
             if json.loads(text) != json.loads(files[_STRINGS]):
                 return None
@@ -442,7 +446,7 @@ def _stored(name: str, leaf: Leaf, value: Any, store: "_Files | _Database") -> _
 
 def _dtype(value: Any) -> str:
     """Return the dtype by which a leaf is stored, of which not all needs to be here."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if is_shared(value):
         return str(value.dtype)
     return str(pieces(value)[0][1].dtype)
 
@@ -721,7 +725,7 @@ def _own_chunks(
     stored: _Stored, value: Any, *, leads: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
     """Yield of each chunk what `_chunks` does; no values of what others have."""
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+    if not is_shared(value):
         for key, start, chunk in _chunks(stored, value):
             yield key, start, chunk if leads else None
         return

@@ -30,7 +30,8 @@ from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
-from flaxckpt._processes import are_several, gathered
+from flaxckpt._pieces import is_shared
+from flaxckpt._processes import are_several, gathered, is_leader
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -42,7 +43,7 @@ from flaxckpt._record import (
     read_leaves,
     read_record,
 )
-from flaxckpt._snapshot import Packed
+from flaxckpt._snapshot import HostCopy
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
@@ -222,7 +223,7 @@ def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
     # What is in each process by itself Orbax takes from the host only.
     values = [
         np.asarray(leaf)
-        if isinstance(leaf, jax.Array) and not _is_shared(leaf)
+        if isinstance(leaf, jax.Array) and not is_shared(leaf)
         else leaf
         for leaf in leaves
     ]
@@ -230,7 +231,7 @@ def learn(directory: Path, layout: Layout, leaves: list[Any]) -> None:
     held = _held(layout, leaves)
     with _SAVING, _context(is_database=False):
         ocp.save(directory, layout.fill_for_orbax(keyed))
-    form = recognized(directory, layout, held)
+    form = recognized(directory, layout, held, leads=is_leader())
     if form is None:
         raise CheckpointError(
             "Orbax stores this tree in a way that several processes of flaxckpt do not "
@@ -312,11 +313,6 @@ def _known_form(layout: Layout, leaves: list[Any]) -> tuple[Form, list[Any]]:
     return form, held
 
 
-def _is_shared(value: Any) -> bool:
-    """Tell whether an array is one of several processes."""
-    return isinstance(value, jax.Array) and not value.is_fully_addressable
-
-
 def _table(
     layout: Layout,
     weights: Skeleton,
@@ -389,7 +385,8 @@ def _thawed(leaves: list[Any]) -> list[Any]:
 def _unpacked(leaves: list[Any]) -> list[Any]:
     """Return leaves as Orbax takes them."""
     return [
-        leaf.placed() if isinstance(leaf, Packed) else leaf for leaf in _thawed(leaves)
+        leaf.placed() if isinstance(leaf, HostCopy) else leaf
+        for leaf in _thawed(leaves)
     ]
 
 
@@ -716,7 +713,7 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
 def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
     """Return the leaves whose values are not what was saved; Orbax checks little."""
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
-    there = {i: leaf for i, leaf in recorded.items() if not _is_shared(values[i])}
+    there = {i: leaf for i, leaf in recorded.items() if not is_shared(values[i])}
     same = agree([values[i] for i in there], [leaf.digest for leaf in there.values()])
     damaged = [
         leaf for leaf, is_same in zip(there.values(), same, strict=True) if not is_same

@@ -74,6 +74,17 @@ def test_a_run_goes_on_where_it_was(tmp_path, processes):
     assert whole[0][-2][2] == "012"
 
 
+@pytest.mark.parametrize(
+    "kinds", [("host", "host"), ("host", "auto"), ("auto", "host")]
+)
+def test_what_is_donated_at_once_is_saved_as_it_was(tmp_path, kinds):
+    """Each process copies to where it has room."""
+    said = pod.run(tmp_path, "donate_at_once", 2, tmp_path / "run", *kinds, devices=4)
+    assert said == [[[["1", "2", "4"], 1.0]]] * 2
+    for info in flaxckpt.list_checkpoints(tmp_path / "run"):
+        flaxckpt.verify(info.path)
+
+
 @pytest.mark.parametrize("kind", ["host", "device", "nan"])
 def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind):
     said = pod.run(tmp_path, "differ", 2, tmp_path / "run", kind)

@@ -174,6 +174,62 @@ def train_until_told(directory):
                 say("runs")
 
 
+def donate_at_once(directory, *kinds):
+    """Donate each tree right after `update`, and compare what was saved with a twin."""
+    names = "float32", "bfloat16", "int8", "replicated"
+    mesh, index = mesh_of(jax.device_count() // 2, 2), jax.process_index()
+    beside = {"host": np.zeros(3) + index, "text": "b" * index}
+    if kinds[0] == kinds[1]:  # arrays on other devices would be decided on the host
+        beside["local"] = jnp.zeros(3) + index
+
+    def make():
+        return {
+            name: place(values()[name], mesh, *SPECS["4x2"][name]) for name in names
+        }
+
+    def step(tree, loss):
+        new = {name: x + jnp.ones((), x.dtype) for name, x in tree.items()}
+        return new, loss + 0 * new["float32"].sum()
+
+    donate, keep = jax.jit(step, donate_argnums=0), jax.jit(step)
+    tree, twin, twins = make(), make(), {}
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}",
+        "loss",
+        save_best_only=True,
+        save_last=True,
+        snapshot=kinds[index],
+        timeout_secs=20,
+    ) as ckpt:
+        state, at = ckpt.init(), 0
+        for epoch, value in enumerate(np.float32([3, 2, 4, 1])):
+            tree, loss = donate(tree, value)
+            if kinds[index] == "host" and epoch:  # nobody held on to what was donated
+                assert tree["float32"].addressable_data(0).unsafe_buffer_pointer() == at
+            twin, _ = keep(twin, value)
+            twins[str(epoch + 1)] = twin
+            logs = {"loss": loss, "negative": -loss}
+            state = ckpt.update(state, {**tree, **beside}, logs, epoch)
+            at = tree["float32"].addressable_data(0).unsafe_buffer_pointer()
+        ckpt.wait()
+        assert [info.logs["negative"] for info in ckpt.checkpoints] == [-3, -2, -1]
+        saved = [info.path.name for info in ckpt.checkpoints]
+        for name in saved:
+            found = ckpt.restore({**tree, **beside}, f"{directory}/{name}").tree
+            assert found.pop("text") == ""  # it is process 0's, as the others are
+            for each in beside.keys() & found.keys():
+                assert not np.asarray(found.pop(each)).any()
+            jax.tree.map(check_same, found, twins[name])
+        say(saved, float(state.best))
+
+
+def check_same(one, other):
+    """Check that the shards that are here are the same bit for bit."""
+    pairs = zip(one.addressable_shards, other.addressable_shards, strict=True)
+    for found, wanted in pairs:
+        assert np.asarray(found.data).tobytes() == np.asarray(wanted.data).tobytes()
+
+
 def differ(directory, kind):
     """Pass metrics that are not the same in all processes."""
     mesh = mesh_of(jax.device_count() // 2, 2)
