@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import peers
 
 absl.logging.set_verbosity(absl.logging.ERROR)
-EVERY = 10
+STEPS, EVERY = 20, 10
 TREES = {  # name: leaves, shape
     "25 leaves of 4 MB": (25, (1024, 1024)),
     "25 leaves of 16 MB": (25, (4096, 1024)),
@@ -78,8 +78,8 @@ def make_step():
 class Loop:
     """The training loop, with or without saves."""
 
-    def __init__(self, tree, steps) -> None:
-        self._tree, self._steps, self._step = tree, steps, make_step()
+    def __init__(self, tree) -> None:
+        self._tree, self._step = tree, make_step()
         self._saved = 0
         self._x = jax.random.normal(jax.random.key(1), (32, 1024))
 
@@ -90,7 +90,7 @@ class Loop:
         jax.block_until_ready((tree, loss))
         steps, saves = [], []
         start = time.perf_counter()
-        for index in range(self._steps):
+        for index in range(STEPS):
             before = time.perf_counter()
             tree, loss = self._step(tree, self._x)
             loss.block_until_ready()
@@ -118,8 +118,7 @@ def main() -> None:
 
 
 def measure(title, tree, root, options) -> None:
-    steps = 30 if "of 4 MB" in title else 20
-    loop = Loop(tree, steps)
+    loop = Loop(tree)
     (left_out,) = [names for part, names in LEFT_OUT.items() if part in title]
     names = options.peers or [name for name in peers.ALL if name not in left_out]
     running = peers.make_all(root, names)
@@ -150,7 +149,7 @@ def measure(title, tree, root, options) -> None:
             slowdown[name].append((took - statistics.median(alone)) / len(saves))
             blocked[name].append(statistics.median(saves))
             longest[name].append(max(times) / statistics.median(times))
-        baseline.append(statistics.median(alone) / steps)
+        baseline.append(statistics.median(alone) / STEPS)
     for peer in running.values():
         peer.close()
     out = options.json

@@ -27,7 +27,7 @@ def child(name: str, megabytes: int, directory: Path) -> None:
 
     rows = megabytes * 2**20 // 25 // 4 // 1024
     tree = bench_loop.make_tree(25, (rows, 1024))
-    loop = bench_loop.Loop(tree, 20)
+    loop = bench_loop.Loop(tree)
     way = peers.make(name, directory) if name else None
     loop.run(way)
     if way is not None:

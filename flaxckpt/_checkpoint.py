@@ -21,15 +21,24 @@ from jax.sharding import NamedSharding
 
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
+from flaxckpt._interval import AgreedInterval, Interval
 from flaxckpt._mirror import mirrored
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
+from flaxckpt._processes import Channel
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
 from flaxckpt._saves import Entry, Saves, check_logs
 from flaxckpt._series import Series
 from flaxckpt._slots import Kept, Snapshot
-from flaxckpt._state import CheckpointState, check_state, judge, resumed, tick
+from flaxckpt._state import (
+    CheckpointState,
+    check_state,
+    is_real,
+    judge,
+    resumed,
+    tick,
+)
 from flaxckpt._template import Template, is_url
 from flaxckpt._tree import PyTree
 from flaxckpt._weights import Weights, default_weights
@@ -52,6 +61,7 @@ _ELSEWHERE = {
     "every_n_train_steps": "save_freq",
     "every_n_epochs": "save_freq",
     "save_interval_steps": "save_freq",
+    "train_time_interval": "save_interval_secs",
     "save_top_k": "preserve",
     "keep": "max_to_keep",
     "keep_period": "preserve",
@@ -118,6 +128,7 @@ class ModelCheckpoint:
         initial_value_threshold: float | None = None,
         *,
         min_delta: float = 0.0,
+        save_interval_secs: float | None = None,
         max_to_keep: int | None = None,
         preserve: PreservationPolicy | None = None,
         weights: Weights | None = None,
@@ -149,6 +160,10 @@ class ModelCheckpoint:
                 every so many batches.
             initial_value_threshold: The best to improve on at first.
             min_delta: By more than how much an improvement must improve.
+            save_interval_secs: A check is due, too, at the first `update` that comes so
+                many seconds after the last one that was due, or a `save`; of a run that
+                begins or resumes, after its first `update`. Not within jit. In several
+                processes the clock of one counts. None for none.
             max_to_keep: Keep so many of the newest checkpoints, and the best one
                 beside them if it is not among them. None keeps all.
             preserve: A preservation policy, such as Orbax's, in place of
@@ -243,6 +258,14 @@ class ModelCheckpoint:
         for name, value in switches.items():
             if not isinstance(value, bool | np.bool_):
                 raise SettingError(name, value, "pass True or False.")
+        if save_interval_secs is not None and not (
+            is_real(save_interval_secs) and 0 < save_interval_secs < np.inf
+        ):
+            raise SettingError(
+                "save_interval_secs",
+                save_interval_secs,
+                "pass a number of seconds above 0, or None.",
+            )
         if weights is not None and not callable(weights):
             raise SettingError(
                 "weights", weights, "pass a function from a tree to its weights."
@@ -313,6 +336,13 @@ class ModelCheckpoint:
         self._is_warned = self._is_warned_of_best = False
         self._by_epoch = save_freq == "epoch"
         self._never_due: bool | None = None  # whether the calls so far never will be
+        self._interval: Interval | None = None
+        if save_interval_secs is not None:
+            self._never_due = False
+            self._interval = Interval(save_interval_secs)
+            if _processes.are_several():
+                channel = Channel(f"{self._series.name} interval", timeout_secs)
+                self._interval = AgreedInterval(save_interval_secs, channel=channel)
         self._watch: Watch | AgreedWatch | None = None
         if save_on_preemption:
             self._watch = AgreedWatch() if _processes.are_several() else Watch()
@@ -376,17 +406,18 @@ class ModelCheckpoint:
             CheckpointLockedError: If another process writes these checkpoints.
             Preempted: If the process was told to end, after saving.
             CheckpointError: Within `vmap`, where each member decides for itself, and
-                within `shard_map`.
+                within `shard_map`; and within jit with `save_interval_secs`.
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
+        late = self._interval is not None and self._is_late(self._interval)
         given = state
         if not isinstance(state, CheckpointState):
             check_state(state, self._fresh)
         if given is self._stale:
             self._warn_of_stale()
         state, due = tick(state, epoch, batch)
-        if due is np.False_ and force is False and not preempted:
+        if due is np.False_ and force is False and not (preempted or late):
             if self._never_due is None:
                 self._never_due = self._by_epoch or batch is None
             return state
@@ -400,10 +431,11 @@ class ModelCheckpoint:
             )
         self._finish_programs()
         entry = Entry(bool(force), epoch, batch, logs, state)
-        if due:
+        if due or (late and self._is_comparable(logs)):
             self._saves.decide(entry, now=preempted)
-        lasts = (bool(due) and self._save_last) or preempted
+        lasts = (bool(due or late) and self._save_last) or preempted
         path = self._saves.start(tree, entry, lasts=lasts)
+        self._restart_interval()
         if preempted:
             self._finish_preempted(path)
         assert entry.state is not None
@@ -447,6 +479,7 @@ class ModelCheckpoint:
         entry = Entry(True, epoch, batch, logs, state)
         path = Path(self._template.render(entry.epoch, entry.batch, logs))
         self._saves.start(tree, entry, lasts=preempted)
+        self._restart_interval()
         if preempted:
             self._finish_preempted(path)
         return self._series.area.shown(path)
@@ -800,6 +833,27 @@ class ModelCheckpoint:
     def _is_newly_preempted(self) -> bool:
         watch = self._watch
         return watch is not None and not self.preempted and watch.look() is not None
+
+    def _is_late(self, interval: Interval) -> bool:
+        if get_opaque_trace_state(convention="nnx") != _OUTSIDE:
+            raise CheckpointError(
+                "update was called in a running JAX trace (jit, scan...), where there "
+                "is no clock for save_interval_secs. Call it between the parts of "
+                "flaxckpt.scan_in_chunks, or go by save_freq alone."
+            )
+        return interval.is_over()
+
+    def _is_comparable(self, logs: Logs | None) -> bool:
+        """Tell whether a check due by the clock is more than one for the slot.
+
+        Between the ends of epochs there often is no value to compare.
+        """
+        has_value = self._monitor in (logs or {})
+        return has_value or not (self._save_last and self._fresh.save_best_only)
+
+    def _restart_interval(self) -> None:
+        if self._interval is not None:
+            self._interval.restart()
 
     def _finish_preempted(self, path: Path | None) -> None:
         """Make sure that what was saved is on disk, and tell the loop."""

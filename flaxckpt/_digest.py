@@ -31,14 +31,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 import xxhash
 
+from flaxckpt._pieces import Piece, as_array, pieces
 from flaxckpt._tree import without_keys
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
 
 _CHUNK = 1 << 16  # words of the longest axis that are digested at a time
 _BLOCK = 1 << 15  # words that are folded at a time: what stays in the cache
@@ -77,7 +76,7 @@ def digest(value: Any) -> str:
 
 def checksum(value: Any) -> str:
     """Return the checksum of a leaf's elements, all of which have to be here."""
-    array = np.ascontiguousarray(_as_array(without_keys(value)))
+    array = np.ascontiguousarray(as_array(without_keys(value)))
     return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8).data)
 
 
@@ -147,28 +146,6 @@ def part_of(value: Any, found: str) -> int:
 def is_sum(total: int, found: str) -> bool:
     """Tell whether the parts of all processes add up to what was recorded."""
     return f"{total % 2**64:016x}" == found.removeprefix(_MARK)
-
-
-def pieces(value: Any) -> list[Piece]:
-    """Return the pieces of a leaf that are here, each once, on the host.
-
-    With each, where in the array it begins.
-    """
-    value = without_keys(value)
-    if isinstance(value, jax.Array):
-        return [
-            (
-                tuple(
-                    part.indices(size)[0]
-                    for part, size in zip(shard.index, value.shape, strict=True)
-                ),
-                np.asarray(shard.data),
-            )
-            for shard in value.addressable_shards
-            if shard.replica_id == 0
-        ]
-    array = _as_array(value)
-    return [((0,) * array.ndim, array)]
 
 
 def _by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
@@ -339,14 +316,6 @@ def _coefficients(
         count = min(size - position, _CHUNK - offset, _BLOCK)
         yield position, _low(axis)[offset : offset + count], _high(axis, chunk)
         position += count
-
-
-def _as_array(value: Any) -> np.ndarray[Any, Any]:
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogatepass")
-    if isinstance(value, bytes):
-        return np.frombuffer(value, np.uint8)
-    return np.asarray(value)
 
 
 @functools.lru_cache(maxsize=8)

@@ -35,18 +35,17 @@ import xxhash
 from flaxckpt._background import give_way, writing_pool, writing_threads
 from flaxckpt._digest import (
     Digest,
-    Piece,
     agrees,
     checksum,
     checksum_in,
     combined,
     digest,
     digest_of,
-    pieces,
 )
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._mirror import Source
+from flaxckpt._pieces import Piece, is_shared, pieces
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -448,7 +447,7 @@ def recognized(
             if path.is_file() and not _holds_values(name, is_database, names):
                 files[name] = path.read_bytes()
         form = Form(is_database, files, arrays)
-        if _STRINGS in files:
+        if leads and _STRINGS in files:
             text = form._current(_STRINGS, files[_STRINGS], values)
             if json.loads(text) != json.loads(files[_STRINGS]):
                 return None
@@ -483,7 +482,7 @@ def _stored(name: str, leaf: Leaf, value: Any, store: "_Values") -> _Stored:
 
 def _dtype(value: Any) -> str:
     """Return the dtype by which a leaf is stored, of which not all needs to be here."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if is_shared(value):
         return str(value.dtype)
     return str(pieces(value)[0][1].dtype)
 
@@ -775,7 +774,7 @@ def _own_chunks(
     stored: _Stored, value: Any, *, leads: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
     """Yield of each chunk what `_chunks` does; no values of what others have."""
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+    if not is_shared(value):
         for key, start, chunk in _chunks(stored, value):
             yield key, start, chunk if leads else None
         return

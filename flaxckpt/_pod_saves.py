@@ -1,11 +1,11 @@
 """Saves of several processes: each writes its shards, one of them the rest.
 
-All processes make the same calls. At a due check each takes its copy, on the devices,
-and goes on; threads in the background tell each other what they have decided, and if
-that is the same, write: process 0 makes the directory, each process the files of its
-shards, and process 0, when all are on disk, the record, and gives the checkpoint its
-name. No step and no thread in the background enters a collective, so none can wait for
-one that another process does not enter, and each message has a time-out.
+All processes make the same calls. At a due check each takes its copy, on its devices or
+its host, and goes on; threads in the background tell each other what they have decided,
+and if that is the same, write: process 0 makes the directory, each process the files of
+its shards, and process 0, when all are on disk, the record, and gives the checkpoint
+its name. No step and no thread in the background enters a collective, so none can wait
+for one that another process does not enter, and each message has a time-out.
 
 What goes wrong in any of them is raised in all of them, at the same call: the next due
 check, `save`, `wait` or `close`.
@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _processes, _snapshot, _store
+from flaxckpt._pieces import Shards
 from flaxckpt._processes import Channel, Round
 from flaxckpt._saves import Entry, Parts, Save, Saves
 from flaxckpt._series import Page
-from flaxckpt._snapshot import Copies
+from flaxckpt._snapshot import Copies, HostCopy
 from flaxckpt._state import monitored
 from flaxckpt._store import Share
 from flaxckpt._tree import PyTree, without_keys
-from flaxckpt._writer import translated
+from flaxckpt._writer import Job, translated
 from flaxckpt.errors import (
     CheckpointError,
     MetricError,
@@ -108,7 +109,7 @@ class PodSaves(Saves):
             for part in save.parts:
                 if not _store.has_form(part.layout, part.leaves):
                     self._learn(part.layout, part.leaves)
-            self._copy(save, entry, job.memory, lasts=lasts)
+            self._copy(save, entry, job, lasts=lasts)
         except BaseException:
             self._writer.give_back(job)
             raise
@@ -190,12 +191,11 @@ class PodSaves(Saves):
             f"process {', '.join(others)}. {advice}"
         )
 
-    def _copy(
-        self, save: Save, entry: Entry, memory: Copies | None, *, lasts: bool
-    ) -> None:
-        name = None if entry.state is None else entry.state.monitor
-        if entry.save is None and name is not None:  # others may donate it
-            entry.logs[name] = jnp.copy(entry.logs[name])
+    def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
+        """Copy, where this process has room: it need not be the same in all of them."""
+        state, memory = entry.state, job.memory
+        if entry.save is None and state is not None:  # others may donate it
+            entry.logs[state.monitor] = jnp.copy(entry.logs[state.monitor])
         if entry.save is False and not lasts:
             entry.copies = memory or Copies(None, [], [])
             return
@@ -204,12 +204,13 @@ class PodSaves(Saves):
             entry.copies = Copies(None, [], leaves)
             return
         plan = _snapshot.planned(leaves)
-        if memory is not None and memory.plan is not plan:
-            memory = None
-        state = entry.state
+        has_memory = memory is not None and memory.plan is plan
+        is_on_device = has_memory or self._is_on_device(leaves)
+        if is_on_device and not has_memory:
+            job.memory = memory = None  # before more is taken
         if entry.save is None and state is not None:
             value = entry.logs[state.monitor]
-            if plan.is_on_one_mesh(value, state.best):
+            if is_on_device and plan.is_on_one_mesh(value, state.best):
                 always = save.whole is not None
                 entry.decide_on_device(
                     state, value, leaves, memory, plan, always=always
@@ -217,7 +218,23 @@ class PodSaves(Saves):
                 return
             entry.judge()  # each process has a value of its own, and waits for it
             self.tell_decided(entry)
-        entry.copies = _snapshot.snapshot(leaves, memory, plan)
+        if not (entry.save or lasts):
+            entry.copies = memory or Copies(None, [], [])
+        elif is_on_device:
+            entry.copies = _snapshot.snapshot(leaves, memory, plan)
+        else:
+            entry.copies = self._on_host(save, entry, leaves, memory)
+
+    def _on_host(
+        self, save: Save, entry: Entry, leaves: list[Any], memory: Copies | None
+    ) -> Copies:
+        number = len(leaves) - len(save.scalars)
+        for name, value in zip(save.scalars, leaves[number:], strict=True):
+            entry.keep(name, np.asarray(value)[()])
+        save.scalars, leaves = [], leaves[:number]
+        copies = _snapshot.on_host(leaves, memory)
+        copies.beside = list(map(_placed, copies.beside, leaves))
+        return copies
 
     # ---- in the background -----------------------------------------------------------
 
@@ -293,7 +310,6 @@ class PodSaves(Saves):
 
 _SEVERAL = "in several processes there is one way only:"
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "snapshot": ("auto", "device", "none"),
     "max_in_flight": (None, 1),
     "frozen": (None,),
 }
@@ -301,6 +317,15 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 def _nothing() -> None:
     return
+
+
+def _placed(copy: Any, leaf: Any) -> Any:
+    """Return a copy on the host that knows where the array was, as its form does."""
+    if not isinstance(leaf, jax.Array) or isinstance(copy, Shards):
+        return copy
+    copy = copy.view(HostCopy)
+    copy.sharding = leaf.sharding
+    return copy
 
 
 def _summary(entry: Entry, paths: list[str]) -> dict[str, Any]:

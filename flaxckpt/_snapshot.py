@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._pieces import Shards, is_shared, pieces
 from flaxckpt._state import CheckpointState, judge
 
 Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding] | None
@@ -29,8 +30,8 @@ _PACKED = frozenset(
 _MANY = 4  # so many of them at least
 
 
-class Packed(np.ndarray[Any, Any]):
-    """The values of a small array, within the copy of many; knows where it was.
+class HostCopy(np.ndarray[Any, Any]):
+    """The values of an array, on the host; knows where it was.
 
     Attributes:
         sharding: The array's.
@@ -79,7 +80,8 @@ class _Group:
             )
         elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
             return work
-        return jax.device_put(work, sharding)
+        # Not `device_put`, where all processes have to come, and compare it.
+        return jax.make_array_from_callback(work.shape, sharding, work.__getitem__)
 
     @functools.cached_property
     def copy(self) -> Any:
@@ -194,7 +196,8 @@ class Copies:
         """Return what of these copies the next ones can use the memory of."""
         if self.plan is not None:
             return Copies(self.plan, self.arrays, [])
-        held = [leaf if isinstance(leaf, np.ndarray) else None for leaf in self.beside]
+        kinds = np.ndarray, Shards
+        held = [leaf if isinstance(leaf, kinds) else None for leaf in self.beside]
         return Copies(None, [], held)
 
     def refilled(self, newer: "Copies") -> "Copies":
@@ -204,7 +207,7 @@ class Copies:
         return Copies(self.plan, newer.arrays, self.beside)
 
     def leaves(self) -> list[Any]:
-        """Return the leaves; small arrays as `Packed`, on the host."""
+        """Return the leaves; small arrays as `HostCopy`."""
         found, arrays = list(self.beside), iter(self.arrays)
         for group in () if self.plan is None else self.plan.groups:
             for index in group.alone:
@@ -217,7 +220,7 @@ class Copies:
 
     def _unpack(self, values: Any, pack: list[int], found: list[Any]) -> None:
         assert self.plan is not None
-        at, values = 0, values.view(Packed)
+        at, values = 0, values.view(HostCopy)
         for index in pack:
             kind = self.plan.kinds[index]
             assert kind is not None
@@ -302,23 +305,39 @@ def snapshot_if_better(
 
 
 def on_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
-    """Copy the JAX arrays among `leaves` to the host's memory, waiting for them."""
+    """Copy the JAX arrays among `leaves` to the host's memory, waiting for them.
+
+    Of arrays of several processes, the pieces that are here, as `Shards`.
+    """
     reuse = into.beside if into is not None else []
+    if len(reuse) != len(leaves):
+        reuse = [None] * len(leaves)
     copies: list[Any] = []
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array) and not _is_key(leaf.dtype):
-            view = np.asarray(leaf)
-            old = reuse[index] if len(reuse) == len(leaves) else None
-            fits = isinstance(old, np.ndarray) and (old.shape, old.dtype) == (
-                view.shape,
-                view.dtype,
-            )
-            copy: Any = old if fits else np.empty_like(view)
-            np.copyto(copy, view)
-            copies.append(copy)
-        else:
+    for leaf, old in zip(leaves, reuse, strict=True):
+        if not isinstance(leaf, jax.Array) or _is_key(leaf.dtype):
             copies += snapshot([leaf]).leaves()
+        elif is_shared(leaf):
+            copies.append(_shards(leaf, old))
+        else:
+            copies.append(_copy_of(np.asarray(leaf), old))
     return Copies(None, [], copies)
+
+
+def _shards(array: jax.Array, old: Any) -> Shards:
+    into = dict(old.pieces) if isinstance(old, Shards) else {}
+    copies = [(at, _copy_of(values, into.get(at))) for at, values in pieces(array)]
+    return Shards(array.sharding, copies)
+
+
+def _copy_of(values: Any, into: Any) -> Any:
+    """Copy values, into earlier ones that nobody needs any more, if they fit."""
+    fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == (
+        values.shape,
+        values.dtype,
+    )
+    copy: Any = into if fits else np.empty_like(values)
+    np.copyto(copy, values)
+    return copy
 
 
 def memory_of_host(

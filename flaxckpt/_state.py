@@ -144,7 +144,7 @@ class CheckpointState:
             )
         best = math.nan
         if initial_value_threshold is not None:
-            if not _is_real(initial_value_threshold) or math.isnan(
+            if not is_real(initial_value_threshold) or math.isnan(
                 initial_value_threshold
             ):
                 raise SettingError(
@@ -424,11 +424,12 @@ def _check_settings(
             save_freq,
             'pass "epoch", or a number of batches of at least 1.',
         )
-    if not _is_real(min_delta) or not 0 <= min_delta < math.inf:
+    if not is_real(min_delta) or not 0 <= min_delta < math.inf:
         raise SettingError("min_delta", min_delta, "pass a number of at least 0.")
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Tell whether a value is a real number, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

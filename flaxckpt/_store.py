@@ -31,6 +31,7 @@ from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._mirror import fetched, source_of
+from flaxckpt._pieces import is_shared
 from flaxckpt._processes import are_several, gathered, is_leader
 from flaxckpt._record import (
     FORMAT,
@@ -43,7 +44,7 @@ from flaxckpt._record import (
     read_leaves,
     read_record,
 )
-from flaxckpt._snapshot import Packed
+from flaxckpt._snapshot import HostCopy
 from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._weights import plain_weights
@@ -231,7 +232,7 @@ def learn(
     # What is in each process by itself Orbax takes from the host only.
     values = [
         np.asarray(leaf)
-        if isinstance(leaf, jax.Array) and not _is_shared(leaf)
+        if isinstance(leaf, jax.Array) and not is_shared(leaf)
         else leaf
         for leaf in leaves
     ]
@@ -248,8 +249,7 @@ def learn(
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-    leads = exchanged is None or is_leader()
-    form = recognized(directory, layout, held, leads=leads)
+    form = recognized(directory, layout, held, leads=is_leader())
     if form is None:
         raise CheckpointError(
             "Orbax stores this tree in a way that several processes of flaxckpt do not "
@@ -346,11 +346,6 @@ def _known_form(layout: Layout, leaves: list[Any]) -> tuple[Form, list[Any]]:
     return form, held
 
 
-def _is_shared(value: Any) -> bool:
-    """Tell whether an array is one of several processes."""
-    return isinstance(value, jax.Array) and not value.is_fully_addressable
-
-
 def _table(
     layout: Layout,
     weights: Skeleton,
@@ -420,7 +415,8 @@ def _thawed(leaves: list[Any]) -> list[Any]:
 def _unpacked(leaves: list[Any]) -> list[Any]:
     """Return leaves as Orbax takes them."""
     return [
-        leaf.placed() if isinstance(leaf, Packed) else leaf for leaf in _thawed(leaves)
+        leaf.placed() if isinstance(leaf, HostCopy) else leaf
+        for leaf in _thawed(leaves)
     ]
 
 
@@ -771,7 +767,7 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
 def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
     """Return the leaves whose values are not what was saved; Orbax checks little."""
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
-    there = {i: leaf for i, leaf in recorded.items() if not _is_shared(values[i])}
+    there = {i: leaf for i, leaf in recorded.items() if not is_shared(values[i])}
     same = agree([values[i] for i in there], [leaf.digest for leaf in there.values()])
     damaged = [
         leaf for leaf, is_same in zip(there.values(), same, strict=True) if not is_same

@@ -34,6 +34,7 @@ LAYERS = [
     "_slots",
     "_tree",
     "_weights",
+    "_pieces",
     "_snapshot",
     "_packing",
     "_callback",
@@ -42,6 +43,7 @@ LAYERS = [
     "_lease",
     "_background",
     "_processes",
+    "_interval",
     "_draft",
     "_commit",
     "_mirror",
@@ -103,7 +105,7 @@ def test_only_the_store_knows_orbax():
     [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
      ("_retention", set()), ("_draft", set()), ("_commit", set()), ("_writer", set()),
      ("_state", {"jax", "numpy"}), ("_slots", {"jax", "numpy"}),
-     ("_snapshot", {"jax", "numpy"})],
+     ("_pieces", {"jax", "numpy"}), ("_snapshot", {"jax", "numpy"})],
 )  # fmt: skip
 def test_pure_rooms_need_little(module, allowed):
     found = {name.partition(".")[0] for name in imports_of(module)}

@@ -106,6 +106,17 @@ def test_a_run_goes_on_where_it_was(tmp_path, processes):
     assert whole[0][-2][2] == "012"
 
 
+@pytest.mark.parametrize(
+    "kinds", [("host", "host"), ("host", "auto"), ("auto", "host")]
+)
+def test_what_is_donated_at_once_is_saved_as_it_was(tmp_path, kinds):
+    """Each process copies to where it has room."""
+    said = pod.run(tmp_path, "donate_at_once", 2, tmp_path / "run", *kinds, devices=4)
+    assert said == [[[["1", "2", "4"], 1.0]]] * 2
+    for info in flaxckpt.list_checkpoints(tmp_path / "run"):
+        flaxckpt.verify(info.path)
+
+
 @pytest.mark.parametrize("kind", ["host", "device", "nan"])
 def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind):
     said = pod.run(tmp_path, "differ", 2, tmp_path / "run", kind)
@@ -147,6 +158,19 @@ def test_told_to_end_all_save_at_the_same_step(tmp_path):
 def test_where_nothing_is_due_no_message_is_sent(tmp_path):
     said = pod.run(tmp_path, "count_messages", 2, tmp_path / "run")
     assert said == [[0, [0, True]]] * 2
+
+
+def test_processes_whose_clocks_differ_save_at_the_same_step(tmp_path):
+    said = pod.run(tmp_path, "train_by_the_clock", 2, tmp_path / "run")
+    (steps, on_disk), restored = said[0]
+    assert steps == on_disk
+    assert restored == "same"
+    assert said[1] == said[0]
+
+
+def test_until_the_time_is_over_they_meet_at_few_calls(tmp_path):
+    said = pod.run(tmp_path, "count_meetings", 2, tmp_path / "run")
+    assert [first for first, _ in said] == [4, 4]  # calls 1, 2, 4 and 8, of 9
 
 
 def test_within_jit_the_alternatives_are_named(tmp_path):

@@ -174,6 +174,62 @@ def train_until_told(directory):
                 say("runs")
 
 
+def donate_at_once(directory, *kinds):
+    """Donate each tree right after `update`, and compare what was saved with a twin."""
+    names = "float32", "bfloat16", "int8", "replicated"
+    mesh, index = mesh_of(jax.device_count() // 2, 2), jax.process_index()
+    beside = {"host": np.zeros(3) + index, "text": "b" * index}
+    if kinds[0] == kinds[1]:  # arrays on other devices would be decided on the host
+        beside["local"] = jnp.zeros(3) + index
+
+    def make():
+        return {
+            name: place(values()[name], mesh, *SPECS["4x2"][name]) for name in names
+        }
+
+    def step(tree, loss):
+        new = {name: x + jnp.ones((), x.dtype) for name, x in tree.items()}
+        return new, loss + 0 * new["float32"].sum()
+
+    donate, keep = jax.jit(step, donate_argnums=0), jax.jit(step)
+    tree, twin, twins = make(), make(), {}
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}",
+        "loss",
+        save_best_only=True,
+        save_last=True,
+        snapshot=kinds[index],
+        timeout_secs=20,
+    ) as ckpt:
+        state, at = ckpt.init(), 0
+        for epoch, value in enumerate(np.float32([3, 2, 4, 1])):
+            tree, loss = donate(tree, value)
+            if kinds[index] == "host" and epoch:  # nobody held on to what was donated
+                assert tree["float32"].addressable_data(0).unsafe_buffer_pointer() == at
+            twin, _ = keep(twin, value)
+            twins[str(epoch + 1)] = twin
+            logs = {"loss": loss, "negative": -loss}
+            state = ckpt.update(state, {**tree, **beside}, logs, epoch)
+            at = tree["float32"].addressable_data(0).unsafe_buffer_pointer()
+        ckpt.wait()
+        assert [info.logs["negative"] for info in ckpt.checkpoints] == [-3, -2, -1]
+        saved = [info.path.name for info in ckpt.checkpoints]
+        for name in saved:
+            found = ckpt.restore({**tree, **beside}, f"{directory}/{name}").tree
+            assert found.pop("text") == ""  # it is process 0's, as the others are
+            for each in beside.keys() & found.keys():
+                assert not np.asarray(found.pop(each)).any()
+            jax.tree.map(check_same, found, twins[name])
+        say(saved, float(state.best))
+
+
+def check_same(one, other):
+    """Check that the shards that are here are the same bit for bit."""
+    pairs = zip(one.addressable_shards, other.addressable_shards, strict=True)
+    for found, wanted in pairs:
+        assert np.asarray(found.data).tobytes() == np.asarray(wanted.data).tobytes()
+
+
 def differ(directory, kind):
     """Pass metrics that are not the same in all processes."""
     mesh = mesh_of(jax.device_count() // 2, 2)
@@ -244,7 +300,43 @@ def run_out_of_room(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
-def count_messages(directory):
+def train_by_the_clock(directory):
+    """Train until three checkpoints are due by clocks that differ, as the speeds do."""
+    from flaxckpt._interval import AgreedInterval
+    from flaxckpt._processes import Channel
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    index = jax.process_index()
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{batch}}", "loss", save_interval_secs=0.2, timeout_secs=20
+    ) as ckpt:
+
+        def clock():
+            return time.monotonic() * (1 + 9 * index) + 1e6 * index
+
+        ckpt._interval = AgreedInterval(0.2, clock, channel=Channel("skewed"))
+        state, saved = ckpt.init(), {}
+        for batch in range(1_000_000):
+            tree, loss = step(tree)
+            state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+            if ckpt._interval._calls == 0:
+                shard = tree["w"].addressable_data(0)
+                saved[str(batch + 1)] = np.asarray(shard).tobytes()
+                if len(saved) == 3:
+                    break
+            loss.block_until_ready()  # on CPU, JAX itself hangs without
+            if index == (batch // 50) % 2:  # now the one is behind, now the other
+                time.sleep(0.002)
+        ckpt.wait()
+        say(list(saved), [info.path.name for info in ckpt.checkpoints])
+        for name, wanted in saved.items():
+            found = ckpt.restore(tree, f"{directory}/{name}").tree["w"]
+            assert np.asarray(found.addressable_data(0)).tobytes() == wanted
+        say("same")
+
+
+def count_messages(directory, **settings):
     """Say how many messages are sent where nothing is due, and where something is."""
     from jax._src import distributed
 
@@ -263,7 +355,9 @@ def count_messages(directory):
             return getattr(self._client, name)
 
     distributed.global_state.client = Counted(distributed.global_state.client)
-    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", save_freq=10) as ckpt:
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", save_freq=10, **settings
+    ) as ckpt:
         state = ckpt.init()
         for batch in range(19):
             tree, loss = step(tree)
@@ -274,6 +368,11 @@ def count_messages(directory):
                 ckpt.wait()
                 before = len(sent)
         say(len(sent) - before, before > 0)
+
+
+def count_meetings(directory):
+    """Do that where the clock counts, too, and shows nothing yet."""
+    count_messages(directory, save_interval_secs=1e6)
 
 
 def trace(directory):
