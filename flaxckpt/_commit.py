@@ -100,9 +100,11 @@ class Area:
     def close(self) -> None:
         """Give the lock back."""
         if self._owner == os.getpid():
-            self.sweep(spare=False)
-            self._owner = 0
-            self._release()
+            try:
+                self.sweep(spare=False)
+            finally:
+                self._owner = 0
+                self._release()
 
     def _acquire(self) -> bool:
         return _lock.acquire(self._lock)

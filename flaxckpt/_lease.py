@@ -6,6 +6,7 @@ finds it taken watches it for longer than that: if it does not change, its owner
 died. Only changes are watched, no clocks compared.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from flaxckpt._objects import Object, Objects
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
@@ -24,6 +26,7 @@ _TRIES = 5
 
 @dataclass
 class _Held:
+    name: str
     generation: bytes
     owner: int = field(default_factory=os.getpid)
     count: int = 1
@@ -58,7 +61,8 @@ def acquire(objects: Objects, key: str) -> bool:
         if held is not None and held.owner == os.getpid() and not held.is_lost:
             held.count += 1
             return False
-        held = _held[url] = _Held(_take(objects, key))
+        name = uuid.uuid4().hex
+        held = _held[url] = _Held(name, _take(objects, key, name))
     beat = threading.Thread(
         target=_beat, args=(objects, key, held), name="flaxckpt-lease", daemon=True
     )
@@ -67,13 +71,17 @@ def acquire(objects: Objects, key: str) -> bool:
 
 
 def check(objects: Objects, key: str) -> None:
-    """Check that the lock is still this process's.
+    """Check that the lock is this process's now, and has been since it was taken.
 
     Raises:
         CheckpointLockedError: If this process gave no sign for so long that another one
             has taken it.
+        CheckpointError: If the store cannot be reached.
     """
-    held = _held.get(f"{objects.url}/{key}")
+    with _guard:
+        held = _held.get(f"{objects.url}/{key}")
+        if held is not None and not held.is_lost:
+            _give_sign(objects, key, held)
     if held is None or held.is_lost:
         raise CheckpointLockedError(objects.url, *_owner(objects.read(key)))
 
@@ -92,12 +100,12 @@ def release(objects: Objects, key: str) -> None:
             objects.write_over(key, None, held.generation)
 
 
-def _take(objects: Objects, key: str) -> bytes:
+def _take(objects: Objects, key: str, name: str) -> bytes:
     for _ in range(_TRIES):
         found = objects.read(key)
         if found.content is not None:
             _watch(objects, key, found)
-        taken = _sign(objects, key, 0, found.generation)
+        taken = _sign(objects, key, name, 0, found.generation)
         if taken is not None:
             return taken
     raise CheckpointError(
@@ -120,33 +128,43 @@ def _watch(objects: Objects, key: str, found: Object) -> None:
 def _beat(objects: Objects, key: str, held: _Held) -> None:
     while not held.stop.wait(HEARTBEAT_SECS):
         with _guard:
-            if held.stop.is_set():
+            if held.stop.is_set() or held.is_lost:
                 return
-            held.beats += 1
-            try:
-                now = _sign(objects, key, held.beats, held.generation)
-            except CheckpointError:
-                continue  # out of reach, for a while or for good: the saves will tell
-            if now is None:
-                held.is_lost = True
-                return
-            held.generation = now
+            with contextlib.suppress(CheckpointError):  # out of reach: saves will tell
+                _give_sign(objects, key, held)
 
 
-def _sign(objects: Objects, key: str, beats: int, generation: bytes) -> bytes | None:
+def _give_sign(objects: Objects, key: str, held: _Held) -> None:
+    held.beats += 1
+    now = _sign(objects, key, held.name, held.beats, held.generation)
+    held.is_lost = now is None
+    held.generation = now or b""
+
+
+def _sign(
+    objects: Objects, key: str, name: str, beats: int, generation: bytes
+) -> bytes | None:
     """Write who has the lock; return its generation, None if somebody else has it."""
-    fields = {"host": socket.gethostname(), "pid": os.getpid(), "beats": beats}
-    content = json.dumps({**fields, "id": uuid.uuid4().hex}).encode()
-    written = objects.write_over(key, content, generation)
-    if written is not None:
-        return written
-    found = objects.read(key)  # it may be there, and the answer have got lost
-    return found.generation if found.content == content else None
+    fields = {"host": socket.gethostname(), "pid": os.getpid(), "id": name}
+    content = json.dumps({**fields, "beats": beats}).encode()
+    for _ in range(2):
+        written = objects.write_over(key, content, generation)
+        if written is not None:
+            return written
+        found = objects.read(key)
+        if _fields(found).get("id") != name:
+            return None
+        generation = found.generation  # it was written, and the answer got lost
+    return None
 
 
 def _owner(found: Object) -> tuple[str, int]:
+    fields = _fields(found)
+    return str(fields.get("host", "")), int(fields.get("pid", 0))
+
+
+def _fields(found: Object) -> dict[str, Any]:
     try:
-        fields = json.loads(found.content or b"")
-        return str(fields["host"]), int(fields["pid"])
-    except (ValueError, KeyError, TypeError):
-        return "", 0
+        return dict(json.loads(found.content or b"{}"))
+    except (ValueError, TypeError):
+        return {}

@@ -192,7 +192,9 @@ class Mirror(Area):
                 if before is not None:
                     self._doubt(Pointer.parse(before).at)
                 pointer = Pointer(at, record)
+                self._check_lease()
                 self._objects.write(f"{_CURRENT}/{name}", pointer.encoded())
+                self._check_lease()  # or another one has deleted what was doubtful
                 stub = written.with_name("record")
                 _write_record(stub, pointer)
                 super().put(stub, target)

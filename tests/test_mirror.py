@@ -306,10 +306,11 @@ def test_a_store_that_is_gone_is_an_error_and_nothing_is_lost(monkeypatch):
             flaxckpt.CheckpointError, match=r"s3://bucket/run.*attempts"
         ):
             ckpt.wait()
-        with pytest.raises(flaxckpt.CheckpointError):
-            ckpt.checkpoints  # noqa: B018
-        with pytest.raises(flaxckpt.CheckpointError):
+        assert [info.epoch for info in ckpt.checkpoints] == [0]
+        with pytest.raises(flaxckpt.CheckpointError, match="attempts"):
             ckpt.close()
+        with pytest.raises(flaxckpt.CheckpointError, match="attempts"):
+            flaxckpt.load(f"s3://{object_stores.BUCKET}/run/1")
 
 
 def test_what_cannot_work_is_said_at_once(s3):
