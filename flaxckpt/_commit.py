@@ -60,7 +60,7 @@ class Area:
         self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
         self._owner = 0  # the process that has opened it
         self._trash: list[Path] = []
-        self._doubtful: list[Path] = []
+        self._kept_aside: list[Path] = []
         self._reuses = False
         self._sweeping = threading.Lock()
         weakref.finalize(self, _discard, self._trash, os.getpid())
@@ -112,7 +112,7 @@ class Area:
     def _release(self) -> None:
         _lock.release(self._lock)
 
-    def refresh(self) -> None:
+    def refresh(self, *paths: Path) -> None:
         """Have on the disk what others have changed elsewhere: nothing, here."""
 
     def meeting_place(self, written: Path, target: Path) -> str:
@@ -148,16 +148,16 @@ class Area:
         """
         self._reuses = reuse
         if not reuse:
-            self.sweep()  # it may be the room that is needed
+            self._sweep_disk(spare=True)  # it may be the room that is needed
         path = self._trash.pop() if reuse and self._trash else self._made()
         try:
             yield path
         except BaseException:
-            if path not in self._doubtful:
+            if path not in self._kept_aside:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        self._trash += self._doubtful  # a later save is on disk
-        self._doubtful.clear()
+        self._trash += self._kept_aside  # a later save is on disk
+        self._kept_aside.clear()
         self._trash.append(path)
 
     def _made(self) -> Path:
@@ -171,6 +171,9 @@ class Area:
         Args:
             spare: Whether to keep one to write over, if the last save could have.
         """
+        self._sweep_disk(spare=spare)
+
+    def _sweep_disk(self, *, spare: bool) -> None:
         kept = int(spare and self._reuses)
         with self._sweeping:
             while len(self._trash) > kept:
@@ -214,7 +217,7 @@ class Area:
             else:
                 os.rename(target, written)
         except OSError:
-            self._doubtful.append(written.parent)  # it holds what was there
+            self._kept_aside.append(written.parent)  # it holds what was there
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint: it is gone at once, however long its files take."""

@@ -6,6 +6,7 @@ finds it taken watches it for longer than that: if it does not change, its owner
 died. Only changes are watched, no clocks compared.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -13,7 +14,6 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
 from flaxckpt._objects import Object, Objects
@@ -24,143 +24,158 @@ WATCH_SECS = 3 * HEARTBEAT_SECS
 _TRIES = 5
 
 
-@dataclass
-class _Held:
-    name: str
-    generation: bytes
-    owner: int = field(default_factory=os.getpid)
-    count: int = 1
-    beats: int = 0
-    is_lost: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)
+class Lease:
+    """A lock that this process has taken, shared by all that write the series here."""
+
+    def __init__(self, objects: Objects, key: str) -> None:
+        """Take the lock.
+
+        Where it seems to be taken, waits until that is known.
+
+        Args:
+            objects: Where.
+            key: The lock's key.
+
+        Raises:
+            CheckpointLockedError: If another process has it.
+            CheckpointError: If the store cannot be reached.
+        """
+        self._objects, self._key = objects, key
+        self._id, self._beats = uuid.uuid4().hex, 0
+        self._generation = self._take()
+        self.owner, self.count, self._is_lost = os.getpid(), 1, False
+        self._changing, self._stop = threading.Lock(), threading.Event()
+        beat = threading.Thread(target=self._beat, name="flaxckpt-lease", daemon=True)
+        beat.start()
+
+    def check(self) -> None:
+        """Check that the lock is this process's now, and has been since it was taken.
+
+        Raises:
+            CheckpointLockedError: If this process gave no sign for so long that another
+                one has taken it.
+            CheckpointError: If the store cannot be reached.
+        """
+        with self._changing:
+            if not self._is_lost:
+                self._give_sign()
+        if self._is_lost:
+            self._raise_locked(self._objects.read(self._key))
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is this process's, as far as is known."""
+        return self.owner == os.getpid() and not self._is_lost
+
+    def end(self) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        with self._changing:
+            if self.is_good:
+                self._objects.write_over(self._key, None, self._generation)
+
+    def _take(self) -> bytes:
+        for _ in range(_TRIES):
+            found = self._objects.read(self._key)
+            if found.content is not None:
+                self._watch(found)
+            taken = self._sign(found.generation)
+            if taken is not None:
+                return taken
+        raise CheckpointError(
+            f"{self._objects.url} cannot be written to. Is there a bucket of that name?"
+        )
+
+    def _watch(self, found: Object) -> None:
+        """Wait for a sign of life of the lock's owner."""
+        until = time.monotonic() + WATCH_SECS
+        while time.monotonic() < until:
+            time.sleep(HEARTBEAT_SECS / 5)
+            now = self._objects.read(self._key)
+            if now.content is None:
+                return
+            if now.content != found.content:
+                self._raise_locked(now)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECS):
+            with self._changing:
+                if self._stop.is_set() or self._is_lost:
+                    return
+                with contextlib.suppress(CheckpointError):  # what is saved will tell
+                    self._give_sign()
+
+    def _give_sign(self) -> None:
+        now = self._sign(self._generation)
+        self._is_lost = now is None
+        self._generation = now or b""
+
+    def _sign(self, generation: bytes) -> bytes | None:
+        """Write whose the lock is; return its generation, None if it is another's."""
+        self._beats += 1
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "id": self._id}
+        content = json.dumps({**who, "beats": self._beats}).encode()
+        for _ in range(2):
+            written = self._objects.write_over(self._key, content, generation)
+            if written is not None:
+                return written
+            found = self._objects.read(self._key)
+            if _fields(found).get("id") != self._id:
+                return None
+            generation = found.generation  # of a sign whose answer has got lost
+        return None
+
+    def _raise_locked(self, found: Object) -> None:
+        fields = _fields(found)
+        host, pid = str(fields.get("host", "")), int(fields.get("pid", 0))
+        raise CheckpointLockedError(self._objects.url, host, pid)
 
 
-_held: dict[str, _Held] = {}
+_held: dict[str, Lease] = {}
 _guard = threading.Lock()
 
 
-def acquire(objects: Objects, key: str) -> bool:
-    """Take the lock, or share it if this process has it already.
-
-    Where it seems to be taken, waits until that is known.
-
-    Args:
-        objects: Where.
-        key: The lock's key.
+def acquire(objects: Objects, key: str) -> tuple[Lease, bool]:
+    """Take a lock, or share it if this process has it already.
 
     Returns:
-        Whether it was not held before: then what is left of a writer before is stale.
+        The lock, and whether it was not held before: then what is left of a writer
+        before is stale.
 
     Raises:
-        CheckpointLockedError: If another process has it.
-        CheckpointError: If the store cannot be reached.
+        CheckpointError: As `Lease`.
     """
     url = f"{objects.url}/{key}"
     with _guard:
         held = _held.get(url)
-        if held is not None and held.owner == os.getpid() and not held.is_lost:
+        if held is not None and held.is_good:
             held.count += 1
-            return False
-        name = uuid.uuid4().hex
-        held = _held[url] = _Held(name, _take(objects, key, name))
-    beat = threading.Thread(
-        target=_beat, args=(objects, key, held), name="flaxckpt-lease", daemon=True
-    )
-    beat.start()
-    return True
-
-
-def check(objects: Objects, key: str) -> None:
-    """Check that the lock is this process's now, and has been since it was taken.
-
-    Raises:
-        CheckpointLockedError: If this process gave no sign for so long that another one
-            has taken it.
-        CheckpointError: If the store cannot be reached.
-    """
+            return held, False
+    lease = Lease(objects, key)
     with _guard:
-        held = _held.get(f"{objects.url}/{key}")
-        if held is not None and not held.is_lost:
-            _give_sign(objects, key, held)
-    if held is None or held.is_lost:
-        raise CheckpointLockedError(objects.url, *_owner(objects.read(key)))
+        _held[url] = lease
+    return lease, True
 
 
-def release(objects: Objects, key: str) -> None:
-    """Give the lock back; it goes when the last holder in this process did."""
-    url = f"{objects.url}/{key}"
+def release(lease: Lease) -> None:
+    """Give a lock back; it goes when the last holder in this process did."""
     with _guard:
-        held = _held[url]
-        held.count -= 1
-        if held.count:
+        lease.count -= 1
+        if lease.count:
             return
-        del _held[url]
-        held.stop.set()
-        if not held.is_lost:
-            objects.write_over(key, None, held.generation)
+        for url in [url for url, held in _held.items() if held is lease]:
+            del _held[url]
+    lease.end()
 
 
-def _take(objects: Objects, key: str, name: str) -> bytes:
-    for _ in range(_TRIES):
-        found = objects.read(key)
-        if found.content is not None:
-            _watch(objects, key, found)
-        taken = _sign(objects, key, name, 0, found.generation)
-        if taken is not None:
-            return taken
-    raise CheckpointError(
-        f"{objects.url} cannot be written to. Is there a bucket of that name?"
-    )
+def _release_all() -> None:
+    """Keep nobody waiting for what a program that ends has not closed."""
+    for lease in list(_held.values()):
+        with contextlib.suppress(CheckpointError):
+            lease.end()
 
 
-def _watch(objects: Objects, key: str, found: Object) -> None:
-    """Wait for a sign of life of the lock's owner."""
-    until = time.monotonic() + WATCH_SECS
-    while time.monotonic() < until:
-        time.sleep(HEARTBEAT_SECS / 5)
-        now = objects.read(key)
-        if now.content is None:
-            return
-        if now.content != found.content:
-            raise CheckpointLockedError(objects.url, *_owner(now))
-
-
-def _beat(objects: Objects, key: str, held: _Held) -> None:
-    while not held.stop.wait(HEARTBEAT_SECS):
-        with _guard:
-            if held.stop.is_set() or held.is_lost:
-                return
-            with contextlib.suppress(CheckpointError):  # out of reach: saves will tell
-                _give_sign(objects, key, held)
-
-
-def _give_sign(objects: Objects, key: str, held: _Held) -> None:
-    held.beats += 1
-    now = _sign(objects, key, held.name, held.beats, held.generation)
-    held.is_lost = now is None
-    held.generation = now or b""
-
-
-def _sign(
-    objects: Objects, key: str, name: str, beats: int, generation: bytes
-) -> bytes | None:
-    """Write who has the lock; return its generation, None if somebody else has it."""
-    fields = {"host": socket.gethostname(), "pid": os.getpid(), "id": name}
-    content = json.dumps({**fields, "beats": beats}).encode()
-    for _ in range(2):
-        written = objects.write_over(key, content, generation)
-        if written is not None:
-            return written
-        found = objects.read(key)
-        if _fields(found).get("id") != name:
-            return None
-        generation = found.generation  # it was written, and the answer got lost
-    return None
-
-
-def _owner(found: Object) -> tuple[str, int]:
-    fields = _fields(found)
-    return str(fields.get("host", "")), int(fields.get("pid", 0))
+atexit.register(_release_all)
 
 
 def _fields(found: Object) -> dict[str, Any]:

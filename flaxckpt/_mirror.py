@@ -32,8 +32,8 @@ from pathlib import Path
 
 from etils import epath
 
-from flaxckpt import _lease
 from flaxckpt._commit import Area
+from flaxckpt._lease import Lease, acquire, release
 from flaxckpt._objects import Objects
 from flaxckpt._record import (
     HIDDEN_PREFIX,
@@ -44,6 +44,8 @@ from flaxckpt._record import (
 )
 from flaxckpt.errors import (
     CheckpointCorruptError,
+    CheckpointError,
+    CheckpointLockedError,
     CheckpointNotFoundError,
     TemplateError,
 )
@@ -61,22 +63,26 @@ class Pointer:
     """Which files a checkpoint's are.
 
     Attributes:
-        at: The directory that they are in, below the series' root.
-        record: Its record.
+        at: The directory that they are in, below the series' root; "" where that is not
+            known, because the pointer is damaged.
+        record: The checkpoint's record; what there is in its place, if so.
     """
 
     at: str
     record: str
 
     def encoded(self) -> bytes:
-        """Return it as JSON."""
-        return json.dumps(dataclasses.asdict(self)).encode()
+        """Return it as JSON, other than any before."""
+        return json.dumps({**vars(self), "id": uuid.uuid4().hex}).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> "Pointer":
         """Return what `encoded` has returned as bytes."""
-        fields = json.loads(content)
-        return cls(fields["at"], fields["record"])
+        try:
+            fields = json.loads(content)
+            return cls(str(fields["at"]), str(fields["record"]))
+        except (ValueError, KeyError, TypeError):
+            return cls("", content.decode(errors="replace"))
 
 
 def mirrored(filepath: str) -> str:
@@ -90,9 +96,11 @@ def mirrored(filepath: str) -> str:
     """
     scheme, _, rest = filepath.partition("://")
     bucket, _, path = rest.partition("/")
-    if not bucket or "{" in bucket or not path.strip("/"):
+    if "{" in bucket or {"", ".", ".."} & {bucket, *path.split("/")}:
         raise TemplateError(
-            filepath, f'must be "{scheme}://bucket/path", with a bucket\'s name.'
+            filepath,
+            f'must be "{scheme}://bucket/path", with a bucket\'s name, and without '
+            "empty parts, '.' and '..'.",
         )
     return f"{_base(os.getpid())}/{scheme}/{rest}"
 
@@ -156,23 +164,36 @@ class Mirror(Area):
         super().__init__(root, series, depth, sync=False)
         del sync  # what counts is what the store has
         self._objects = Objects(url_of(root))
-        self._doubtful_keys = f"{self._staging}doubtful"
-        self._remote_trash: list[str] = []
-        self._place: tuple[Path, str] | None = None
+        self._doubtful = f"{self._staging}doubtful"
+        self._lease: Lease | None = None
         self._is_current = False
+        self._place: tuple[Path, str] | None = None
+        self._unused: list[str] = []  # directories to delete
+        self._certain: list[str] = []  # directories that are doubtful no more
+        self._deleting = threading.Lock()
 
-    def refresh(self) -> None:
-        """Bring what is here to what is in the store, if others may have changed it."""
-        if self._is_current and self._owner == os.getpid():
-            return
+    def refresh(self, *paths: Path) -> None:
+        """Bring what is here to what is in the store, if others may have changed it.
+
+        Args:
+            *paths: Of what; if not given, of all.
+        """
         with _MOVING:
-            found = _pointers(self._objects, "")
-            for name in _KNOWN[self._root] - found.keys():
+            if paths or (self._is_current and self._owner == os.getpid()):
+                names = [path.relative_to(self._root).as_posix() for path in paths]
+                found = _read_pointers(self._objects, [_key_of(name) for name in names])
+                gone = set(names) - found.keys()
+            else:
+                keys = self._objects.keys_below(_CURRENT)
+                found = _read_pointers(self._objects, keys)
+                gone = _KNOWN[self._root] - found.keys()
+                self._is_current = True
+            for name in gone & _KNOWN[self._root]:
                 shutil.rmtree(self._root / name, ignore_errors=True)
-            _KNOWN[self._root] = set(found)
+            _KNOWN[self._root] -= gone
+            _KNOWN[self._root] |= found.keys()
             for name, pointer in found.items():
                 _write_record(self._root / name, pointer)
-        self._is_current = True
 
     def shown(self, path: Path) -> Path:
         """Return a path as its users know it."""
@@ -180,36 +201,53 @@ class Mirror(Area):
 
     def put(self, written: Path, target: Path) -> None:
         """Move a finished directory to the store; see `Area.put`."""
-        name = target.relative_to(self._root).as_posix()
-        at, self._place = self.place_for(written, target), None
+        name, at = self._name(target), self._place_for(written, target)
+        self._place = None
         self._check_lease()
         try:
             self._doubt(at)
             self._objects.upload(written, at)
-            record = (written / RECORD_FILE).read_text()
+            pointer = Pointer(at, (written / RECORD_FILE).read_text())
+            stub = written.with_name("record")
+            _write_record(stub, pointer)
             with _MOVING:
-                before = self._objects.read(f"{_CURRENT}/{name}").content
-                if before is not None:
-                    self._doubt(Pointer.parse(before).at)
-                pointer = Pointer(at, record)
-                self._check_lease()
-                self._objects.write(f"{_CURRENT}/{name}", pointer.encoded())
-                self._check_lease()  # or another one has deleted what was doubtful
-                stub = written.with_name("record")
-                _write_record(stub, pointer)
+                before = self._point(name, pointer)
                 super().put(stub, target)
                 _KNOWN[self._root].add(name)
         except BaseException:
             self._is_current = False  # what the store has is not known
             raise
         shutil.rmtree(stub, ignore_errors=True)
-        self._objects.delete(self._doubt_of(at))
-        if before is not None:
-            self._remote_trash.append(Pointer.parse(before).at)
+        self._certain.append(at)
+        self._unused += before
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint; see `Area.remove`."""
+        name = self._name(path)
+        try:
+            with _MOVING:
+                before = self._point(name, None)
+                _KNOWN[self._root].discard(name)
+                super().remove(path)
+        except BaseException:
+            self._is_current = False
+            raise
+        self._unused += before
+
+    def sweep(self, *, spare: bool = True) -> None:
+        """Delete what was replaced or removed; see `Area.sweep`."""
+        super().sweep(spare=spare)
+        with self._deleting:
+            while self._certain:
+                self._objects.delete(self._note_of(self._certain[0]))
+                del self._certain[0]
+            while self._unused:
+                self._delete_files(self._unused[0])
+                del self._unused[0]
 
     def meeting_place(self, written: Path, target: Path) -> str:
         """Say where other processes put their shares; see `Area.meeting_place`."""
-        place = self.place_for(written, target)
+        place = self._place_for(written, target)
         self._check_lease()
         self._doubt(place)
         return place
@@ -217,87 +255,121 @@ class Mirror(Area):
     @contextmanager
     def share(self, place: str) -> Generator[Path]:
         """Make a directory for this process's share; see `Area.share`."""
-        with tempfile.TemporaryDirectory(dir=_base(os.getpid())) as directory:
-            yield Path(directory)
-            self._objects.upload(Path(directory), place)
+        with scratch() as directory:
+            yield directory
+            self._objects.upload(directory, place)
 
-    def place_for(self, written: Path, target: Path) -> str:
-        """Return where in the store a directory that is being written will be.
-
-        Args:
-            written: The directory.
-            target: Its place.
-        """
-        if self._place is None or self._place[0] != written:
-            name = target.relative_to(self._root).as_posix()
-            tag = self._staging.removeprefix(HIDDEN_PREFIX)
-            self._place = written, f"{name}/{tag}{uuid.uuid4().hex[:12]}"
-        return self._place[1]
-
-    def remove(self, path: Path) -> None:
-        """Delete a checkpoint; see `Area.remove`."""
-        name = path.relative_to(self._root).as_posix()
-        self._check_lease()
-        try:
-            with _MOVING:
-                before = self._objects.read(f"{_CURRENT}/{name}").content
-                if before is not None:
-                    self._doubt(Pointer.parse(before).at)
-                    self._objects.delete(f"{_CURRENT}/{name}")
-                    self._remote_trash.append(Pointer.parse(before).at)
-                _KNOWN[self._root].discard(name)
-                super().remove(path)
-        except BaseException:
-            self._is_current = False
-            raise
-
-    def sweep(self, *, spare: bool = True) -> None:
-        """Delete what was replaced or removed; see `Area.sweep`."""
-        super().sweep(spare=spare)
-        while self._remote_trash:
-            self._delete_files(self._remote_trash[0])
-            del self._remote_trash[0]
+    # ---- the lock --------------------------------------------------------------------
 
     def _acquire(self) -> bool:
-        return _lease.acquire(self._objects, self._lock.name)
+        self._lease, is_new = acquire(self._objects, self._lock.name)
+        return is_new
 
     def _release(self) -> None:
-        _lease.release(self._objects, self._lock.name)
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            release(lease)
 
     def _check_lease(self) -> None:
-        _lease.check(self._objects, self._lock.name)
+        if self._lease is None:  # by a save before
+            raise CheckpointLockedError(self._objects.url, "", 0)
+        try:
+            self._lease.check()
+        except CheckpointLockedError:
+            self._owner = 0  # so the next save takes it anew, or is told whose it is
+            self._is_current = False
+            self._release()
+            raise
 
     def _clear_up(self) -> None:
         super()._clear_up()
         self._is_current = False
         self.refresh()
-        doubtful = self._objects.read_all(self._objects.keys_below(self._doubtful_keys))
-        current = {pointer.at for pointer in _pointers(self._objects, "").values()}
-        for key, content in doubtful.items():
-            at = content.decode()
-            if at in current:
-                self._objects.delete(key)
-            else:
+        keys = self._objects.keys_below(self._doubtful)
+        for key, content in self._objects.read_all(keys).items():
+            self._settle(key, content.decode())
+
+    def _settle(self, key: str, at: str) -> None:
+        """Find out whether files are a checkpoint's, and delete what is none's."""
+        pointer = _key_of(at.rpartition("/")[0])
+        found = self._objects.read(pointer)
+        if found.content is None:
+            self._delete_files(at)
+            return
+        current = Pointer.parse(found.content)
+        if current.at == at:
+            self._objects.delete(key)
+        elif current.at:  # of a damaged one, nobody knows
+            # Written anew, it can't be changed by one who was taken for dead, any more.
+            content = current.encoded()
+            if self._objects.write_over(pointer, content, found.generation):
                 self._delete_files(at)
 
-    def _doubt(self, at: str) -> None:
-        self._objects.write(self._doubt_of(at), at.encode())
+    # ---- in the store ----------------------------------------------------------------
 
-    def _doubt_of(self, at: str) -> str:
-        return f"{self._doubtful_keys}/{at.rpartition('/')[2]}"
+    def _point(self, name: str, pointer: Pointer | None) -> list[str]:
+        """Change a pointer, or delete it; return the directory of before, if any.
+
+        That is doubtful from then on.
+
+        Raises:
+            CheckpointLockedError: If another process has taken the lock.
+        """
+        key = _key_of(name)
+        found = self._objects.read(key)
+        before = "" if found.content is None else Pointer.parse(found.content).at
+        if before:
+            self._doubt(before)
+        content = None if pointer is None else pointer.encoded()
+        self._check_lease()
+        written = self._objects.write_over(key, content, found.generation)
+        if written is None:
+            now = self._objects.read(key)
+            if now.content != content:
+                raise CheckpointError(
+                    f"{self._objects.url}/{name} was changed by another process "
+                    "meanwhile, and is as that one left it."
+                )
+            written = now.generation  # it is there, and the answer has got lost
+        try:
+            self._check_lease()  # or another process has deleted what was doubtful
+        except CheckpointLockedError:
+            if content is not None:
+                self._objects.write_over(key, None, written)
+            raise
+        return [before] if before else []
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()
+
+    def _place_for(self, written: Path, target: Path) -> str:
+        """Return where in the store a directory that is being written will be."""
+        if self._place is None or self._place[0] != written:
+            tag = self._staging.removeprefix(HIDDEN_PREFIX)
+            place = f"{self._name(target)}/{tag}{uuid.uuid4().hex[:12]}"
+            self._place = written, place
+        return self._place[1]
+
+    def _doubt(self, at: str) -> None:
+        self._objects.write(self._note_of(at), at.encode())
+
+    def _note_of(self, at: str) -> str:
+        return f"{self._doubtful}/{at.rpartition('/')[2]}"
 
     def _delete_files(self, at: str) -> None:
         self._objects.delete_below(at)
-        self._objects.delete(self._doubt_of(at))
+        self._objects.delete(self._note_of(at))
 
 
-def _pointers(objects: Objects, directory: str) -> dict[str, Pointer]:
-    """Read all pointers of a series' root, by the names of what they point to."""
-    prefix = f"{directory}/{_CURRENT}" if directory else _CURRENT
-    found = objects.read_all(objects.keys_below(prefix))
+def _key_of(name: str) -> str:
+    return f"{_CURRENT}/{name}"
+
+
+def _read_pointers(objects: Objects, keys: Sequence[str]) -> dict[str, Pointer]:
+    """Read pointers, by the names of what they point to."""
     return {
-        key.removeprefix(f"{prefix}/"): Pointer.parse(content)
-        for key, content in found.items()
+        key.removeprefix(f"{_CURRENT}/"): Pointer.parse(content)
+        for key, content in objects.read_all(keys).items()
     }
 
 
@@ -312,6 +384,13 @@ def _write_record(directory: Path, pointer: Pointer) -> None:
     new.replace(path)
 
 
+@contextmanager
+def scratch() -> Generator[Path]:
+    """Have a directory for a while, which goes with this process at the latest."""
+    with tempfile.TemporaryDirectory(dir=_base(os.getpid())) as directory:
+        yield Path(directory)
+
+
 # ---- without a series ----------------------------------------------------------------
 
 
@@ -322,12 +401,11 @@ def listed(url: str) -> tuple[Infos, list[CheckpointCorruptError]]:
     """
     objects = Objects(url)
     keys = [key for key in objects.keys_below("") if _CURRENT in key.split("/")]
-    with tempfile.TemporaryDirectory(prefix="flaxckpt-") as directory:
-        here = Path(directory)
+    with scratch() as here:
         for key, content in objects.read_all(keys).items():
             parts = [part for part in key.split("/") if part != _CURRENT]
             _write_record(here.joinpath(*parts), Pointer.parse(content))
-        infos, damaged = list_below(directory, None)
+        infos, damaged = list_below(str(here), None)
 
     def shown(path: Path | str) -> Path:
         below = Path(path).relative_to(here).as_posix()
@@ -348,7 +426,7 @@ class Source:
         directory: Where that is on the disk.
     """
 
-    def __init__(self, url: str, scratch: str) -> None:
+    def __init__(self, url: str, scratch: Path) -> None:
         """Look the checkpoint up, and get what tells what is in it.
 
         Args:
@@ -364,14 +442,17 @@ class Source:
         bucket, _, self._path = rest.partition("/")
         self._bucket = Objects(f"{scheme}://{bucket}")
         self._at = _found(self._bucket, self._path)
-        self.directory = Path(scratch, Path(self._path).name)
+        self.directory = scratch / Path(self._path).name
         self.directory.mkdir()
         self._is_complete = False
+        is_plain = self._at == self._path
         for name in (RECORD_FILE, LEAVES_FILE):
             content = self.read(name)
             if content is not None:
                 (self.directory / name).write_bytes(content)
-        if not (self.directory / LEAVES_FILE).exists():  # plain Orbax's
+            elif not is_plain:
+                raise CheckpointCorruptError(self.url, f"{name} is missing")
+        if is_plain:
             self.complete()
 
     def read(self, key: str) -> bytes | None:
@@ -395,8 +476,8 @@ class Source:
 @contextmanager
 def fetched(url: str) -> Generator[Source]:
     """Have a checkpoint at hand for as long as it is read; see `Source`."""
-    with tempfile.TemporaryDirectory(prefix="flaxckpt-") as scratch:
-        source = Source(url, scratch)
+    with scratch() as directory:
+        source = Source(url, directory)
         _SOURCES[source.directory] = source
         try:
             yield source
@@ -413,15 +494,22 @@ _SOURCES: dict[Path, Source] = {}
 
 
 def _found(bucket: Objects, path: str) -> str:
-    """Return the directory that the files of the checkpoint at a path are in."""
+    """Return the directory that the files of the checkpoint at a path are in.
+
+    That of plain Orbax's is the path itself.
+    """
     parts = path.split("/")
     pointers = [
         "/".join([*parts[:depth], _CURRENT, *parts[depth:]])
         for depth in reversed(range(len(parts)))
     ]
     for key, content in bucket.read_all(pointers).items():
-        root = key[: key.index(_CURRENT)]
-        return root + Pointer.parse(content).at
+        at = Pointer.parse(content).at
+        if not at:
+            raise CheckpointCorruptError(
+                f"{bucket.url}/{path}", "what points to its files does not parse"
+            )
+        return key[: key.index(_CURRENT)] + at
     if bucket.read(f"{path}/{_ORBAX_FILE}").content is not None:
         return path
     beside = "/".join([*parts[:-1], _CURRENT])

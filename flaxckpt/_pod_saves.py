@@ -14,8 +14,9 @@ check, `save`, `wait` or `close`.
 import contextlib
 import functools
 import math
-import shutil
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _processes, _snapshot, _store
+from flaxckpt._mirror import scratch
 from flaxckpt._pieces import Shards
 from flaxckpt._processes import Channel, Round
 from flaxckpt._saves import Entry, Parts, Save, Saves
@@ -148,48 +150,46 @@ class PodSaves(Saves):
 
     def _learn(self, layout: Any, leaves: list[Any]) -> None:
         """Have Orbax write a tree once, to see how it does."""
-        exchange = self._channel.round()
+        exchange, area = self._channel.round(), self._series.area
         with contextlib.ExitStack() as stack:
-            if _processes.is_leader():
-                try:
-                    self._open(None)
-                    staging = self._series.area.staging()
-                    directory = str(stack.enter_context(staging) / "learnt")
-                except (OSError, CheckpointError) as error:
-                    exchange.tell("where", _translated(error, self._series.root))
-                else:
-                    exchange.tell("where", directory)
-            directory = Path(exchange.hear("where"))
-            exchange.tell("seen", directory.parent.is_dir())
-            seen = exchange.hear_all("seen")
-            exchanged = None
-            if not all(seen):
-                self._check_separate(directory, seen)
-                directory.parent.mkdir(parents=True, exist_ok=True)
-                stack.callback(shutil.rmtree, directory.parent, ignore_errors=True)
+            if area.is_mirror:
+                directory = stack.enter_context(_own_directory(exchange))
                 exchanged = functools.partial(_exchanged, exchange)
+            else:
+                directory, exchanged = self._shared_directory(exchange, stack), None
             _store.learn(directory, layout, leaves, exchanged)
             exchange.tell("learnt", None)
             exchange.hear_all("learnt")  # before it is deleted
-        if _processes.is_leader():
-            self._series.area.sweep()
+        if _processes.is_leader() and not area.is_mirror:
+            area.sweep()
 
-    def _check_separate(self, directory: Path, seen: Sequence[bool]) -> None:
-        """Check that each process may have a directory of its own, and has one.
+    def _shared_directory(self, exchange: Round, stack: contextlib.ExitStack) -> Path:
+        """Make a directory that all processes have in common.
 
         Raises:
-            CheckpointError: If not.
+            CheckpointError: If it can't be made, or is not seen by all.
         """
-        advice = "Save on a file system that all processes share."
-        if self._series.area.is_mirror:
-            if sum(seen) == 1:
-                return
-            advice = "Set TMPDIR to a directory of this machine, or one that all share."
-        others = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
-        raise CheckpointError(
-            f"{str(directory.parent)!r}, which process 0 has made, is not there in "
-            f"process {', '.join(others)}. {advice}"
-        )
+        if _processes.is_leader():
+            try:
+                self._open(None)
+                staging = self._series.area.staging()
+                directory = str(stack.enter_context(staging) / "learnt")
+            except (OSError, CheckpointError) as error:
+                exchange.tell("where", _translated(error, self._series.root))
+            else:
+                exchange.tell("where", directory)
+        directory = Path(exchange.hear("where"))
+        exchange.tell("seen", directory.parent.is_dir())
+        seen = exchange.hear_all("seen")
+        if not all(seen):
+            blind = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
+            raise CheckpointError(
+                f"{str(self._series.root)!r} is not the same directory in all "
+                f"processes: what process 0 has made there is not there in process "
+                f"{', '.join(blind)}. Save on a file system that all of them share, or "
+                "in an object store."
+            )
+        return directory
 
     def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
         """Copy, where this process has room: it need not be the same in all of them."""
@@ -308,6 +308,8 @@ class PodSaves(Saves):
             self.counts.saved += 1
 
 
+_DESCRIPTORS = "/proc/self/fd"
+_GAP = 16  # other threads may open files meanwhile, and get the lowest numbers
 _SEVERAL = "in several processes there is one way only:"
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "max_in_flight": (None, 1),
@@ -366,6 +368,33 @@ def _agree(summaries: Sequence[dict[str, Any]]) -> None:
                 f"update or save was called otherwise in one of the processes: {name} "
                 f"is {_listed(values)}. Make the same calls in all of them."
             )
+
+
+@contextlib.contextmanager
+def _own_directory(exchange: Round) -> Generator[Path]:
+    """Make a directory of this process's own, of one path in all: Orbax wants that.
+
+    It is that of a descriptor, which has the same number in all.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = stack.enter_context(scratch())
+            descriptor = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            exchange.tell("last", max(map(int, os.listdir(_DESCRIPTORS))))
+        except OSError as error:
+            exchange.tell("last", _translated(error, Path(tempfile.gettempdir())))
+            raise
+        number = max(exchange.hear_all("last")) + _GAP
+        try:
+            os.dup2(descriptor, number)
+            stack.callback(os.close, number)
+            exchange.tell("ready", None)
+        except OSError as error:
+            exchange.tell("ready", _translated(error, Path(_DESCRIPTORS)))
+            raise
+        exchange.hear_all("ready")
+        yield Path(_DESCRIPTORS, str(number), "learnt")
 
 
 def _exchanged(exchange: Round, files: dict[str, str]) -> dict[str, str]:

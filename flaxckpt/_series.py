@@ -119,7 +119,7 @@ class Series:
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
-        self.area.refresh()
+        self.area.refresh(*self.slots)
         found = [self._of_slot(place) for place in self.slots]
         ours = [info.path for info in found if info and self._is_slot(info)]
         pairs = zip(self.slots, found, strict=True)
@@ -256,10 +256,10 @@ class Series:
             self.area.remove(path)
         except FileNotFoundError:
             return  # somebody has deleted it by hand
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             raise CheckpointError(
-                f"What was new was saved, but {str(path)!r}, which is no longer to be "
-                f"kept, could not be deleted: {error}."
+                f"What was new was saved, but {str(self.area.shown(path))!r}, which is "
+                f"no longer to be kept, could not be deleted: {error}."
             ) from error
 
     def _ledger(self) -> "_Known":

@@ -1,15 +1,80 @@
-"""A server of Google Cloud Storage's protocol: gcp-storage-emulator, less one fault.
+"""A server of Google Cloud Storage's protocol: gcp-storage-emulator, and what it lacks.
 
 python gcs_server.py PORT
 
-It takes an empty object for a missing body, and ends the connection. (It knows neither
-ranges in listings nor conditions of writes; who tests those has to ask another one.)
+It takes an empty object for a missing body and ends the connection, and knows neither
+generations of what is read, nor conditions of writes, nor ranges of listings
+(https://cloud.google.com/storage/docs/json_api/v1/objects).
 """
 
 import sys
 import threading
+from http import HTTPStatus
 
-from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+insert, delete, download, ls = (
+    objects.insert,
+    objects.delete,
+    objects.download,
+    objects.ls,
+)
+
+
+def option(request, name, default=None):
+    return request.query.get(name, [default])[0]
+
+
+def generation_of(request, storage, name):
+    try:
+        found = storage.get_file_obj(request.params["bucket_name"], name)
+    except NotFound:
+        return "0"
+    return found["generation"]
+
+
+def conditional(change, name_of):
+    def handle(request, response, storage, *args, **kwargs):
+        wanted = option(request, "ifGenerationMatch")
+        there = generation_of(request, storage, name_of(request))
+        if wanted not in (None, there):
+            response.status = HTTPStatus.PRECONDITION_FAILED
+        else:
+            change(request, response, storage, *args, **kwargs)
+
+    return handle
+
+
+def download_with_generation(request, response, storage, *args, **kwargs):
+    there = generation_of(request, storage, request.params["object_id"])
+    response["x-goog-generation"] = there
+    download(request, response, storage, *args, **kwargs)
+
+
+def ls_in_range(request, response, storage, *args, **kwargs):
+    low, high = option(request, "startOffset", ""), option(request, "endOffset", "")
+    answer = response.json
+
+    def within(found):
+        items = found.get("items") or []
+        found["items"] = [
+            item
+            for item in items
+            if item["name"] >= low and (not high or item["name"] < high)
+        ]
+        answer(found)
+
+    response.json = within
+    ls(request, response, storage, *args, **kwargs)
+
+
+objects.insert = conditional(insert, lambda request: option(request, "name"))
+objects.delete = conditional(delete, lambda request: request.params["object_id"])
+objects.download = download_with_generation
+objects.ls = ls_in_range
+
+from gcp_storage_emulator import server  # noqa: E402  # which takes all of these up
 
 read = server._read_data
 

@@ -151,7 +151,9 @@ class Store:
         from flaxckpt import _mirror, _objects
 
         objects = _objects.Objects(url)
-        places = [each.at for each in _mirror._pointers(objects, "").values()]
+        keys = objects.keys_below(_mirror._CURRENT)
+        pointers = _mirror._read_pointers(objects, keys).values()
+        places = [each.at for each in pointers]
         return [
             key
             for key in objects.keys_below("")
