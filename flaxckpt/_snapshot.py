@@ -80,8 +80,9 @@ class _Group:
             )
         elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
             return work
-        # Not `device_put`, where all processes have to come, and compare it.
-        return jax.make_array_from_callback(work.shape, sharding, work.__getitem__)
+        # Not put there as a whole, for which all processes have to come and compare it.
+        parts = [jax.device_put(work, each) for each in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(work.shape, sharding, parts)
 
     @functools.cached_property
     def copy(self) -> Any:
