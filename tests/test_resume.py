@@ -84,9 +84,9 @@ flaxckpt.ModelCheckpoint(directory + "/final").save(state, epoch=3)
 """
 
 
-def train(directory, kill_at=-1):
+def train(directory, kill_at=-1, program=PROGRAM):
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(directory), str(kill_at)],
+        [sys.executable, "-c", program, str(directory), str(kill_at)],
         capture_output=True,
         text=True,
         timeout=180,
@@ -132,13 +132,8 @@ def test_the_comparison_would_notice(tmp_path, uninterrupted):
     """A run that is not restored whole ends elsewhere: the test above can fail."""
     program = PROGRAM.replace('state = found.tree["train"]', "pass")
     assert program != PROGRAM
-    train(tmp_path, 13)
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), "-1"],
-        check=True,
-        timeout=180,
-        capture_output=True,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )
+    kill = "os.kill(os.getpid()"
+    train(tmp_path, 13, PROGRAM.replace(kill, f"last.wait(); {kill}"))
+    train(tmp_path, program=program)
     other = bits(flaxckpt.load(tmp_path / "final")["params"])
     assert other != bits(flaxckpt.load(uninterrupted / "final")["params"])
