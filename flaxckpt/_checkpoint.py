@@ -214,8 +214,10 @@ class ModelCheckpoint:
             raise TypeError(_unknown_argument(*unknown))
         in_store = is_url(filepath)
         if in_store:
-            filepath = mirrored(os.fspath(filepath))
-        self._template = Template.parse(filepath)
+            url = os.fspath(filepath)
+            self._template = Template.parse(mirrored(url), url)
+        else:
+            self._template = Template.parse(filepath)
         self._root = Path(self._template.root)
         self._settings: dict[str, Any] = {
             "monitor": monitor,
@@ -524,7 +526,7 @@ class ModelCheckpoint:
         ]
         if len(set(paths)) < len(paths):
             raise TemplateError(
-                self._template.text,
+                self._template.label,
                 f"the snapshot holds {len(paths)} trees, and one would replace "
                 "another. Put {epoch} into it, or what else tells them apart.",
             )
@@ -607,7 +609,9 @@ class ModelCheckpoint:
         """The checkpoints of this filepath that are on disk, oldest first."""
         infos, damaged = self._series.listed()
         for error in damaged:
-            warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+            where = self._series.area.shown(Path(error.path))
+            shown = CheckpointCorruptError(str(where), error.problem)
+            warnings.warn(f"Left out of the listing: {shown}", stacklevel=2)
         return tuple(map(self._shown, infos))
 
     @property
@@ -765,7 +769,7 @@ class ModelCheckpoint:
         """Check that members of an ensemble do not replace or displace each other."""
         if "member" not in self._template.fields:
             raise TemplateError(
-                self._template.text,
+                self._template.label,
                 "the members of an ensemble would replace each other. Put {member} "
                 "into it.",
             )
@@ -878,7 +882,8 @@ class ModelCheckpoint:
         else:
             infos = ranked(infos, self._monitor, self._mode)
         if not infos and damaged:
-            raise damaged[0]
+            where = self._series.area.shown(Path(damaged[0].path))
+            raise CheckpointCorruptError(str(where), damaged[0].problem)
         return [str(self._series.area.shown(info.path)) for info in infos]
 
     def _shown(self, info: CheckpointInfo) -> CheckpointInfo:

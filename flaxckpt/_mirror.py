@@ -94,7 +94,7 @@ def mirrored(filepath: str) -> str:
     Raises:
         TemplateError: If it names no bucket, or nothing in it.
     """
-    scheme, _, rest = filepath.partition("://")
+    scheme, _, rest = filepath.rstrip("/").partition("://")
     bucket, _, path = rest.partition("/")
     if "{" in bucket or {"", ".", ".."} & {bucket, *path.split("/")}:
         raise TemplateError(

@@ -175,7 +175,7 @@ class PodSaves(Saves):
                 staging = self._series.area.staging()
                 directory = str(stack.enter_context(staging) / "learnt")
             except (OSError, CheckpointError) as error:
-                exchange.tell("where", _translated(error, self._series.root))
+                exchange.tell("where", self._translated(error))
             else:
                 exchange.tell("where", directory)
         directory = Path(exchange.hear("where"))
@@ -190,6 +190,11 @@ class PodSaves(Saves):
                 "in an object store."
             )
         return directory
+
+    def _translated(
+        self, error: BaseException, path: Path | None = None
+    ) -> CheckpointError:
+        return _translated(error, self._shown(path or self._series.root))
 
     def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
         """Copy, where this process has room: it need not be the same in all of them."""
@@ -249,7 +254,7 @@ class PodSaves(Saves):
             paths = ["the last" if p.in_slot else self._shown(p.path) for p in pages]
             exchange.tell("check", _summary(save.entries[-1], paths))
         except BaseException as error:
-            exchange.tell("check", _translated(error, self._series.root))
+            exchange.tell("check", self._translated(error))
         if _processes.is_leader():
             self._lead(exchange, earlier, settled)
         else:
@@ -286,7 +291,7 @@ class PodSaves(Saves):
                 self._targets(entry, lasts=any(page.in_slot for page in pages))
                 self._put(entry, pages, together)
         except BaseException as error:
-            failure = _translated(error, self._series.root)
+            failure = self._translated(error)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
                 exchange.tell(subject, failure, again=True)
             raise failure from failure.__cause__
@@ -302,7 +307,7 @@ class PodSaves(Saves):
                     )
                 exchange.tell(f"share {index}", share)
             except BaseException as error:
-                exchange.tell(f"share {index}", _translated(error, page.path))
+                exchange.tell(f"share {index}", self._translated(error, page.path))
         exchange.hear("done")
         if pages:
             self.counts.saved += 1
@@ -383,7 +388,7 @@ def _own_directory(exchange: Round) -> Generator[Path]:
             stack.callback(os.close, descriptor)
             exchange.tell("last", max(map(int, os.listdir(_DESCRIPTORS))))
         except OSError as error:
-            exchange.tell("last", _translated(error, Path(tempfile.gettempdir())))
+            exchange.tell("last", _translated(error, tempfile.gettempdir()))
             raise
         number = max(exchange.hear_all("last")) + _GAP
         try:
@@ -391,7 +396,7 @@ def _own_directory(exchange: Round) -> Generator[Path]:
             stack.callback(os.close, number)
             exchange.tell("ready", None)
         except OSError as error:
-            exchange.tell("ready", _translated(error, Path(_DESCRIPTORS)))
+            exchange.tell("ready", _translated(error, _DESCRIPTORS))
             raise
         exchange.hear_all("ready")
         yield Path(_DESCRIPTORS, str(number), "learnt")
@@ -410,5 +415,5 @@ def _listed(values: Sequence[Any]) -> str:
     return ", ".join(f"{value} in process {i}" for i, value in enumerate(values))
 
 
-def _translated(error: BaseException, where: Path) -> CheckpointError:
-    return translated(error, str(where), f" (in process {_processes.own()})")
+def _translated(error: BaseException, where: str) -> CheckpointError:
+    return translated(error, where, f" (in process {_processes.own()})")

@@ -509,7 +509,7 @@ class Saves:
     def fail(self, error: BaseException, *, ends: bool = False) -> None:
         """Have an error raised by the next call; `ends` if it ends a program, too."""
         self.counts.failed += 1
-        self._writer.fail(error, str(self._series.root), ends=ends)
+        self._writer.fail(error, self._shown(self._series.root), ends=ends)
 
     @property
     def tells(self) -> bool:
@@ -528,7 +528,7 @@ class Saves:
             and (path == (slot or self._series.slot()))
         ):
             raise CheckpointPathError(
-                str(path),
+                self._shown(path),
                 "is where the last state is kept. Pass another filepath, or another "
                 "name as save_last.",
             )
@@ -835,9 +835,10 @@ class Saves:
             best < new if state.mode == "min" else best > new
         )
         if is_better:
+            root = self._shown(self._series.root)
             self._writer.warn(
-                f"{str(self._series.root)!r} has a checkpoint of an earlier run with "
-                f"{state.monitor} {best:.5g}, which this run does not know of: its own "
+                f"{root!r} has a checkpoint of an earlier run with {state.monitor} "
+                f"{best:.5g}, which this run does not know of: its own "
                 f"best is {new:.5g}. To go on from there, and not save what is worse, "
                 "begin with ckpt.restore(like=tree)."
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flaxckpt.errors import TemplateError
+from flaxckpt.errors import CheckpointPathError, TemplateError
 
 _SCHEMES = ("gs://", "s3://")
 
@@ -22,20 +22,25 @@ class Template:
         name: What follows `root`; names a series of checkpoints wherever `root` is
             moved to.
         fields: Names of the fields, in order, each once.
+        label: What errors call it.
     """
 
     text: str
     root: str
     name: str
     fields: tuple[str, ...]
+    label: str
 
     @classmethod
-    def parse(cls, filepath: str | os.PathLike[str]) -> "Template":
+    def parse(
+        cls, filepath: str | os.PathLike[str], label: str | None = None
+    ) -> "Template":
         """Check a template's syntax and split it.
 
         Args:
             filepath: A path with fields in Python's format syntax; relative paths
                 are taken from the directory that is current now.
+            label: What errors are to call it, if not by its text.
 
         Returns:
             The template.
@@ -57,7 +62,8 @@ class Template:
             if not name:
                 raise TemplateError(raw, "is the root directory. Name one below it.")
             name = _escaped(name)
-            return cls(os.path.join(_escaped(root), name), root, name, fields)
+            text = os.path.join(_escaped(root), name)
+            return cls(text, root, name, fields, label or text)
         # A field's name or spec may hold separators: only literal text is a path.
         cut = raw[: _first_field(raw)].rfind("/") + 1
         root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
@@ -66,7 +72,8 @@ class Template:
             raise TemplateError(
                 raw, "has a '.' or '..' behind a field. Write the path without them."
             )
-        return cls(os.path.join(_escaped(root), name), root, name, fields)
+        text = os.path.join(_escaped(root), name)
+        return cls(text, root, name, fields, label or text)
 
     @property
     def depth(self) -> int:
@@ -104,7 +111,7 @@ class Template:
         if missing:
             end = " ({batch} has none at the end of an epoch)"
             raise TemplateError(
-                self.text,
+                self.label,
                 f"no value for {', '.join(map(repr, missing))}"
                 f"{end if 'batch' in missing else ''}; fields there are: "
                 f"{', '.join(sorted(map(str, values)))}. Put what is missing into "
@@ -117,7 +124,7 @@ class Template:
                 parts.append(self._show(field, spec or "", conversion, values))
         name = "".join(parts)
         if not name.strip() or {".", ".."} & set(name.split("/")):
-            raise TemplateError(self.text, f"gives {name!r}, which is no file name.")
+            raise TemplateError(self.label, f"gives {name!r}, which is no file name.")
         return os.path.normpath(os.path.join(self.root, name))
 
     def _show(
@@ -141,23 +148,33 @@ class Template:
         except (ValueError, TypeError) as error:
             shown = f"{field}!{conversion}" if conversion else field
             raise TemplateError(
-                self.text,
+                self.label,
                 f"{{{shown}{':' + spec if spec else ''}}} cannot show "
                 f"{values[field]!r}: {error}. Change the format spec, or what `logs` "
                 "holds.",
             ) from error
         if "/" in text or os.sep in text or "\0" in text:
             raise TemplateError(
-                self.text,
+                self.label,
                 f"field {{{field}}} gives {text!r}, which is no part of a file name.",
             )
         return text
 
 
 def is_url(path: object) -> bool:
-    """Tell whether a path is one in an object store that can be used."""
+    """Tell whether a path is one in an object store that can be used.
+
+    Raises:
+        CheckpointPathError: If it was one.
+    """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    return isinstance(text, str) and text.startswith(_SCHEMES)
+    if not isinstance(text, str):
+        return False
+    if text.startswith(tuple(each[:-1] for each in _SCHEMES)) and "://" not in text:
+        raise CheckpointPathError(
+            text, "has lost a slash, as URLs do in pathlib. Pass the URL as text."
+        )
+    return text.startswith(_SCHEMES)
 
 
 def _number(value: Any) -> Any:

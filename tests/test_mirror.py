@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,11 @@ def test_files_that_are_missing_are_no_checkpoint_of_zeros(s3):
             raise flaxckpt.CheckpointError
         objects.write(key, content)
     assert_same(flaxckpt.load(f"{s3}/1"), 0)
+    for key in keys(s3):
+        if re.search("flaxckpt(_leaves)?.json", key):  # what is ours alone
+            objects.delete(key)
+    with pytest.raises(flaxckpt.CheckpointCorruptError, match=f"{s3}/1'"):
+        flaxckpt.load(f"{s3}/1")
 
 
 READER = """
@@ -279,6 +285,127 @@ def test_who_was_taken_for_dead_writes_no_more(s3):
             assert [info.epoch for info in ckpt.checkpoints] == [0, 2]
 
 
+UPLOADER = """
+    import sys
+    import numpy as np
+    import flaxckpt
+    from flaxckpt import _lease, _objects
+
+    _lease.HEARTBEAT_SECS, _lease.WATCH_SECS = 0.1, 0.5
+    ckpt = flaxckpt.ModelCheckpoint("{url}/best")
+    ckpt.save({{"w": np.full(3, 0)}}, 0)
+    ckpt.wait()
+    upload = _objects.Objects.upload
+
+    def upload_slowly(*arguments):
+        if "{when}" == "after":
+            upload(*arguments)
+        print("uploading", flush=True)
+        sys.stdin.readline()
+        if "{when}" == "before":
+            upload(*arguments)
+
+    _objects.Objects.upload = upload_slowly
+    try:
+        ckpt.save({{"w": np.full(3, 1)}}, 1)
+        ckpt.wait()
+        print("acknowledged", flush=True)
+    except flaxckpt.CheckpointLockedError as error:
+        print("refused", flush=True)
+    ckpt.save({{"w": np.full(3, 3)}}, 3)  # waits, and takes the lock again
+    sys.stdin.readline()
+    ckpt.wait()
+    print("acknowledged", flush=True)
+"""
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_loses_the_lock_while_it_uploads_undoes_nothing(url, when):
+    with running(UPLOADER.format(url=url, when=when)) as writer:
+        assert writer.stdout.readline() == "uploading\n"
+        writer.send_signal(signal.SIGSTOP)
+        with ModelCheckpoint(f"{url}/best") as ckpt:
+            ckpt.save(tree_of(2), 2)
+            ckpt.wait()
+            writer.send_signal(signal.SIGCONT)
+            writer.stdin.write("go on\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "refused\n"
+            assert_same(flaxckpt.load(f"{url}/best"), 2)
+            assert_same(ckpt.restore().tree, 2)
+            ckpt.save(tree_of(4), 4)
+        flaxckpt.verify(f"{url}/best")
+
+
+LAST = """
+    import numpy as np
+    import sys
+    import flaxckpt
+
+    with flaxckpt.ModelCheckpoint(
+        "{url}/a-{{epoch}}", "loss", save_best_only=True, save_last=True
+    ) as ckpt:
+        state = ckpt.init()
+        for epoch in range(3):
+            sys.stdin.readline()
+            tree = {{"w": np.full(3, epoch)}}
+            state = ckpt.update(state, tree, {{"loss": epoch}}, epoch)
+            ckpt.wait()
+            print(ckpt.latest.epoch, flush=True)
+"""
+
+
+def test_the_last_state_of_another_series_is_not_replaced(s3):
+    with (
+        running(LAST.format(url=s3)) as other,
+        ModelCheckpoint(
+            f"{s3}/b-{{epoch}}", "loss", save_best_only=True, save_last=True
+        ) as ckpt,
+    ):
+        state = ckpt.init()
+        for epoch in range(3):
+            state = ckpt.update(state, tree_of(epoch), {"loss": epoch}, epoch)
+            ckpt.wait()
+            assert ckpt.latest.epoch == epoch
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == f"{epoch}\n"
+        assert_same(ckpt.restore().tree, 2)
+    assert sorted(info.epoch for info in flaxckpt.list_checkpoints(s3)) == [0, 0, 2, 2]
+
+
+def test_a_damaged_pointer_is_that_of_one_checkpoint(s3):
+    with ModelCheckpoint(f"{s3}/{{epoch}}") as ckpt:
+        train(ckpt, [3.0, 2.0])
+    objects, key = Objects(s3), ".flaxckpt-current/2"
+    objects.write(key, objects.read(key).content[:-5])
+    with pytest.raises(flaxckpt.CheckpointCorruptError, match=f"{s3}/2'"):
+        flaxckpt.load(f"{s3}/2")
+    with pytest.warns(UserWarning, match=f"{s3}/2'"):
+        assert [info.epoch for info in flaxckpt.list_checkpoints(s3)] == [0]
+    with ModelCheckpoint(f"{s3}/{{epoch}}") as ckpt:
+        assert_same(ckpt.restore().tree, 0)
+        ckpt.save(tree_of(2), 2)
+        ckpt.save(tree_of(1), 1)
+        ckpt.wait()
+        assert [info.epoch for info in ckpt.checkpoints] == [0, 2, 1]
+    assert_same(flaxckpt.load(f"{s3}/2"), 1)
+
+
+def test_a_program_that_ends_without_close_keeps_nobody_waiting(s3):
+    program = f"""
+    import numpy as np
+    import flaxckpt
+
+    flaxckpt.ModelCheckpoint("{s3}/best").save({{"w": np.ones(3)}}, 0)
+    """
+    with running(program) as process:
+        process.communicate(timeout=60)
+    assert [key for key in keys(s3) if "lock" in key] == []
+    assert (flaxckpt.load(f"{s3}/best")["w"] == 1).all()
+
+
 def test_what_a_killed_writer_has_here_is_deleted(s3, tmp_path):
     here = {"TMPDIR": str(tmp_path)}
     other = f"import flaxckpt as f; f.ModelCheckpoint('{s3}/a')"
@@ -316,9 +443,17 @@ def test_a_store_that_is_gone_is_an_error_and_nothing_is_lost(monkeypatch):
 def test_what_cannot_work_is_said_at_once(s3):
     with pytest.raises(flaxckpt.CheckpointError, match="bucket of that name"):
         ModelCheckpoint("s3://no-such-bucket/run").save({"w": 1}, 0)
-    for path in ("s3://bucket", "s3://{epoch}/run", "s3:///run", "ftp://some/where"):
-        with pytest.raises(flaxckpt.TemplateError):
+    for path in (
+        *("s3://bucket", "s3://{epoch}/run", "s3:///run", "ftp://some/where"),
+        *("s3://bucket/../run", "s3://bucket/run//{epoch}", "gs://bucket/"),
+    ):
+        with pytest.raises(flaxckpt.TemplateError, match=re.escape(path)):
             ModelCheckpoint(path)
+    for use in (ModelCheckpoint, flaxckpt.load, flaxckpt.list_checkpoints):
+        with pytest.raises(flaxckpt.CheckpointPathError, match="as text"):
+            use(Path("s3://bucket/run"))
+    with pytest.raises(flaxckpt.TemplateError, match=f"{s3}/.*loss"):
+        ModelCheckpoint(f"{s3}/{{loss}}").save({"w": 1}, 0)
     with pytest.raises(flaxckpt.SettingError, match="object store"):
         ModelCheckpoint(f"{s3}/best", frozen=lambda path, leaf: True)
     with pytest.raises(flaxckpt.CheckpointNotFoundError, match=f"{s3}/7"):
