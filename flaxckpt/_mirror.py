@@ -334,8 +334,7 @@ class Mirror(Area):
         try:
             self._check_lease()  # or another process has deleted what was doubtful
         except CheckpointLockedError:
-            if content is not None:
-                self._objects.write_over(key, None, written)
+            self._objects.write_over(key, found.content, written)
             raise
         return [before] if before else []
 
