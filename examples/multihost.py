@@ -2,10 +2,12 @@
 
     python examples/multihost.py [DIRECTORY]
 
-starts two processes on this machine. On a pod or a cluster start one in each place,
-with a directory that all of them see; `jax.distributed.initialize` knows who is who:
+starts two processes on this machine. On a pod or a cluster whose number of devices
+divides 64 start one for each machine or GPU, with a directory that all of them see or a
+`gs://` or `s3://` URL; `jax.distributed.initialize` knows who is who:
 
-    srun python examples/multihost.py --pod /shared/runs
+    srun python examples/multihost.py --pod /shared/runs      # under Slurm
+    python examples/multihost.py --pod gs://bucket/runs       # on each host of a TPU pod
 """
 
 import os

@@ -647,7 +647,7 @@ class ModelCheckpoint:
         Args:
             like: A tree of the wanted structure, of arrays or
                 `jax.ShapeDtypeStruct`s with shardings; see `flaxckpt.load`.
-            which: `"latest"`, `"best"`, or a checkpoint's path.
+            which: `"latest"`, `"best"`, or a checkpoint's path or URL.
             cast: Convert where only dtypes differ, rather than raise.
             verify: Check each leaf against the digest of what was saved.
 

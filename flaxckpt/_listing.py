@@ -26,6 +26,7 @@ def list_checkpoints(
 
     Raises:
         CheckpointPathError: If `directory` is a file.
+        CheckpointError: If the object store cannot be reached.
 
     Warns:
         UserWarning: Naming each checkpoint whose record is damaged.

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import uuid
@@ -51,7 +52,7 @@ from flaxckpt.errors import (
 )
 
 _CURRENT = f"{HIDDEN_PREFIX}current"
-_BASE = "flaxckpt-mirror-"
+_BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # others' locks are not seen here
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
 # Held while a pointer is written and the directory follows, and while it is read anew.
 _MOVING = threading.RLock()

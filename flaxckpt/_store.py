@@ -472,6 +472,7 @@ def load(
             differ from `like`; nothing was read.
         CheckpointCorruptError: If it cannot be read, or is not what was saved.
         UnsupportedLeafError: If `like` has leaves that are no values.
+        CheckpointError: If the object store cannot be reached.
 
     Example:
         >>> import flaxckpt
@@ -510,8 +511,10 @@ def load_weights(
     that plain Orbax wrote they are `params` and the mappings beside it, if there is
     an `opt_state`, and otherwise all.
 
+    In several processes, every one must call it.
+
     Args:
-        path: The checkpoint's directory.
+        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
         like: A tree of the weights' structure; as for `load`.
         cast: As for `load`.
         verify: As for `load`.
@@ -546,7 +549,7 @@ def verify(path: str | os.PathLike[str]) -> None:
     Needs no accelerator, and no more memory than its largest leaf takes, or 256 MiB.
 
     Args:
-        path: The checkpoint's directory.
+        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint at `path`.
