@@ -7,7 +7,7 @@ divides 64 start one for each machine or GPU, with a directory that all of them 
 `gs://` or `s3://` URL; `jax.distributed.initialize` knows who is who:
 
     srun python examples/multihost.py --pod /shared/runs      # under Slurm
-    python examples/multihost.py --pod gs://bucket/runs       # on each host of a TPU pod
+    python examples/multihost.py --pod gs://bucket/runs       # on each TPU host
 """
 
 import os
