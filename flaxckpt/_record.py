@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from flaxckpt.errors import CheckpointCorruptError
 
-FORMAT = 2  # in 1, the digests were others (see _digest.py), and each in its leaf
+FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
 # What is ours beside the checkpoints; no listing looks into it, but for what was set
