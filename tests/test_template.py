@@ -93,7 +93,7 @@ def test_root_and_name(text, root, name, depth):
         ("", "must be a non-empty path as text."),
         ("a\0b", "must be a non-empty path as text."),
         ("/", "is the root directory. Name one below it."),
-        ("gs://b/{epoch}", "is a URL; only directories of a mounted file system can be used."),
+        ("az://b/{epoch}", "is a URL of another kind than gs:// and s3://. Mount it."),
         ("{epoch", "expected '}' before end of string. Write {{ and }} for literal braces."),
         ("a}", "Single '}' encountered in format string. Write {{ and }} for literal braces."),
         ("{}", "field {} has no name. Name each field: {epoch}, {batch} or a key of `logs`."),
