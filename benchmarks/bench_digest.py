@@ -93,7 +93,7 @@ def main() -> None:
     pair = {"verified": restore(True), "not verified": restore(False)}
     for measure in [*pair.values(), *pair.values(), restore_orbax]:
         measure()
-    results = harness.rounds(pair, 8 * options.rounds)  # short, and they scatter
+    results = harness.rounds(pair, 6 * options.rounds)  # short, and they scatter
     results |= harness.rounds({"plain Orbax": restore_orbax}, options.rounds)
     title = f"Restoring {megabytes} MB, verified or not"
     harness.report(title, "s", results, options.json)

@@ -130,7 +130,7 @@ def measure(title, tree, root, options) -> None:
     for name, peer in running.items():
         for _ in range(2 if name == "flaxckpt" else 1):
             loop.run(peer)  # what is compiled and made once
-    more = options.rounds // 2 if "of 4 MB" in title else 0
+    more = 1 if "of 4 MB" in title else 0
     for index in range(options.rounds + more):
         order = list(running)
         if index >= options.rounds:
