@@ -43,6 +43,7 @@ from flaxckpt._record import (
     Infos,
     list_below,
 )
+from flaxckpt._template import split_url
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -95,15 +96,14 @@ def mirrored(filepath: str) -> str:
     Raises:
         TemplateError: If it names no bucket, or nothing in it.
     """
-    scheme, _, rest = filepath.rstrip("/").partition("://")
-    bucket, _, path = rest.partition("/")
+    scheme, bucket, path = split_url(filepath)
     if "{" in bucket or {"", ".", ".."} & {bucket, *path.split("/")}:
         raise TemplateError(
             filepath,
             f'must be "{scheme}://bucket/path", with a bucket\'s name, and without '
             "empty parts, '.' and '..'.",
         )
-    return f"{_base(os.getpid())}/{scheme}/{rest}"
+    return f"{_base(os.getpid())}/{scheme}/{bucket}/{path}"
 
 
 @functools.cache
@@ -427,7 +427,7 @@ class Source:
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
-        """Look the checkpoint up, and get what tells what is in it.
+        """Look the checkpoint up.
 
         Args:
             url: Of a checkpoint: of flaxckpt's, or of plain Orbax's.
@@ -438,13 +438,19 @@ class Source:
             CheckpointError: If the store cannot be reached.
         """
         self.url = url.rstrip("/")
-        scheme, _, rest = self.url.partition("://")
-        bucket, _, self._path = rest.partition("/")
+        scheme, bucket, self._path = split_url(url)
         self._bucket = Objects(f"{scheme}://{bucket}")
         self._at = _found(self._bucket, self._path)
         self.directory = scratch / Path(self._path).name
         self.directory.mkdir()
         self._is_complete = False
+
+    def begin(self) -> None:
+        """Get what tells what is in it.
+
+        Raises:
+            CheckpointCorruptError: If that is missing.
+        """
         is_plain = self._at == self._path
         for name in (RECORD_FILE, LEAVES_FILE):
             content = self.read(name)

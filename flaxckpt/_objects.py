@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import tensorstore
 
+from flaxckpt._template import split_url
 from flaxckpt.errors import CheckpointError
 
-_MISSING = b"\x02"  # TensorStore's generation of what is not there
 _AT_A_TIME_BYTES = 256 * 2**20
 _RETRIES = {"max_retries": 8, "initial_delay": "1s", "max_delay": "32s"}
 _S3_BYTES = 5 * 2**30  # that one request takes
@@ -49,8 +49,7 @@ class Objects:
                 than Amazon's is meant, the environment has `AWS_ENDPOINT_URL`.
         """
         self.url = url.rstrip("/")
-        scheme, _, rest = self.url.partition("://")
-        bucket, _, path = rest.partition("/")
+        scheme, bucket, path = split_url(self.url)
         spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else scheme}
         spec |= {"bucket": bucket, "path": f"{path}/" if path else ""}
         spec["context"] = {f"{spec['driver']}_request_retries": _RETRIES}
@@ -85,14 +84,14 @@ class Objects:
             self._store.write(key, content).result()
 
     def write_over(
-        self, key: str, content: bytes | None, generation: bytes = _MISSING
+        self, key: str, content: bytes | None, generation: bytes
     ) -> bytes | None:
         """Write an object, if nobody else has written it meanwhile.
 
         Args:
             key: Its key.
             content: Its bytes; None to delete it.
-            generation: That of the object to replace; if not given, there is none.
+            generation: What was read of the object to replace, if there was none, too.
 
         Returns:
             Its generation; None if another one is there now.

@@ -612,6 +612,7 @@ def _from_store(url: str, read: Callable[[Path], T]) -> T:
     for _ in range(_READ_TRIES):
         with fetched(url) as source:
             try:
+                source.begin()
                 return read(_found(source.directory))
             except CheckpointError as error:
                 kinds = CheckpointCorruptError, CheckpointNotFoundError

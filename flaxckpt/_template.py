@@ -177,6 +177,13 @@ def is_url(path: object) -> bool:
     return text.startswith(_SCHEMES)
 
 
+def split_url(url: str) -> tuple[str, str, str]:
+    """Return a URL's scheme, bucket, and path in it, without a slash at its end."""
+    scheme, _, rest = url.rstrip("/").partition("://")
+    bucket, _, path = rest.partition("/")
+    return scheme, bucket, path
+
+
 def _number(value: Any) -> Any:
     """Return a scalar array's Python number, and other values as they are."""
     if not hasattr(value, "shape"):

@@ -1,6 +1,7 @@
 """Checkpoints in object stores, of real servers."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from orbax.checkpoint import v1
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, _lease, _objects
+from flaxckpt._mirror import Source
 from flaxckpt._objects import Objects
 
 
@@ -227,6 +229,23 @@ def test_who_reads_while_it_is_replaced_gets_one_of_the_two(s3):
         told, _ = reader.communicate(timeout=120)
     assert reader.returncode == 0
     assert int(told) > 1
+
+
+def test_what_is_replaced_before_it_is_read_is_looked_up_again(s3, monkeypatch):
+    path, begin, number = f"{s3}/best", Source.begin, iter(range(1, 3))
+
+    def save(number):
+        with ModelCheckpoint(path) as ckpt:  # and delete the files of before
+            ckpt.save(tree_of(number), number)
+
+    def begin_later(source):
+        for each in itertools.islice(number, 1):
+            save(each)
+        begin(source)
+
+    save(0)
+    monkeypatch.setattr(Source, "begin", begin_later)
+    assert_same(flaxckpt.load(path), 2)
 
 
 WRITER = """
