@@ -609,9 +609,7 @@ class ModelCheckpoint:
         """The checkpoints of this filepath that are on disk, oldest first."""
         infos, damaged = self._series.listed()
         for error in damaged:
-            where = self._series.area.shown(Path(error.path))
-            shown = CheckpointCorruptError(str(where), error.problem)
-            warnings.warn(f"Left out of the listing: {shown}", stacklevel=2)
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
         return tuple(map(self._shown, infos))
 
     @property
@@ -882,8 +880,7 @@ class ModelCheckpoint:
         else:
             infos = ranked(infos, self._monitor, self._mode)
         if not infos and damaged:
-            where = self._series.area.shown(Path(damaged[0].path))
-            raise CheckpointCorruptError(str(where), damaged[0].problem)
+            raise damaged[0]
         return [str(self._series.area.shown(info.path)) for info in infos]
 
     def _shown(self, info: CheckpointInfo) -> CheckpointInfo:

@@ -283,12 +283,13 @@ class Form:
         digests = [_digest(stored, value) for stored, value in pairs]
         if self.is_database:
             return digests, []
-        return digests, [
-            ()
-            if isinstance(stored, str)
-            else [checksum(chunk) for _, _, chunk in _chunks(stored, value)]
-            for stored, value in pairs
-        ]
+        sums: list[Sequence[str]] = []
+        for (stored, value), mark in zip(pairs, digests, strict=True):
+            whole, chunks = checksum_in(mark), list[str]()
+            if whole is None and isinstance(stored, _Stored):
+                chunks = [checksum(chunk) for _, _, chunk in _chunks(stored, value)]
+            sums.append(chunks if whole is None else [whole])
+        return digests, sums
 
     @functools.cached_property
     def names(self) -> frozenset[str]:

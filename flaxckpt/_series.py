@@ -115,7 +115,12 @@ class Series:
         self.area.refresh()
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
-        return tuple(info for info in infos if info.series == self.name), damaged
+        return tuple(info for info in infos if info.series == self.name), [
+            CheckpointCorruptError(
+                str(self.area.shown(Path(error.path))), error.problem
+            )
+            for error in damaged
+        ]
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
