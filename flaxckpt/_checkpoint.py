@@ -46,6 +46,7 @@ from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointPathError,
     Preempted,
     SettingError,
     TemplateError,
@@ -657,6 +658,8 @@ class ModelCheckpoint:
             CheckpointNotFoundError: If `which` is a path and there is none.
             CheckpointCorruptError: If `which` is a path and that one is damaged, or if
                 all there are are damaged.
+            CheckpointPathError: If this process cannot read what may be the one to
+                restore, as for lack of permission: no older one is taken instead.
             CheckpointError: As `flaxckpt.load`.
 
         Warns:
@@ -873,8 +876,15 @@ class ModelCheckpoint:
 
         Raises:
             CheckpointCorruptError: If there are none, and some are damaged.
+            CheckpointPathError: If what may be the one to restore cannot be read.
         """
         infos, damaged = self._series.listed()
+        for error in damaged:
+            if isinstance(error, CheckpointPathError):
+                if self._series.may_be_ours(error.path):
+                    raise error
+                warnings.warn(f"Left out: {error}", stacklevel=4)
+        damaged = [e for e in damaged if isinstance(e, CheckpointCorruptError)]
         if which == "latest":
             infos = self._series.by_age()[::-1]
         else:

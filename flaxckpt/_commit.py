@@ -10,6 +10,7 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
   missing, this is it.
 """
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -17,6 +18,7 @@ import os
 import shutil
 import threading
 import uuid
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +27,9 @@ from pathlib import Path
 
 from flaxckpt import _lock
 from flaxckpt._draft import sync_path
+from flaxckpt._open import is_there
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
+from flaxckpt.errors import CheckpointError
 
 _CHANGES: Counter[Path] = Counter()
 _OPENING = threading.Lock()
@@ -94,7 +98,9 @@ class Area:
         self._finish_replacements()
         for entry in list(os.scandir(self._root)):
             if entry.name.startswith(self._staging):
-                shutil.rmtree(entry.path, ignore_errors=True)
+                shutil.rmtree(entry.path, ignore_errors=True)  # no link, no file
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
         self._trash.clear()
 
     def close(self) -> None:
@@ -238,18 +244,32 @@ class Area:
         self._trash.append(aside)
 
     def _finish_replacements(self) -> None:
-        """Put back what was set aside and not replaced; delete what was."""
-        for directory in list(_directories(self._root, self._depth - 1)):
-            for aside in list(directory.glob(f"{REPLACED_PREFIX}*")):
-                info = read_record(aside)
-                if info is None or info.series not in self._series:
-                    continue
-                target = directory / aside.name.removeprefix(REPLACED_PREFIX)
-                if target.exists():
-                    self.remove(aside)
-                else:
-                    os.rename(aside, target)
-                    self._sync_directory(directory)
+        """Put back what was set aside and not replaced; delete what was.
+
+        What cannot be read, or moved, is left as it is, with a warning: it may be
+        another series', or another user's.
+        """
+        for directory in _directories(self._root, self._depth - 1):
+            for aside in _set_aside(directory):
+                try:
+                    self._finish_replacement(directory, aside)
+                except (OSError, CheckpointError) as error:
+                    warnings.warn(
+                        f"{str(aside)!r} is left as it is, and may be a checkpoint "
+                        f"that was being replaced: {error}",
+                        stacklevel=2,
+                    )
+
+    def _finish_replacement(self, directory: Path, aside: Path) -> None:
+        info = read_record(aside)
+        if info is None or info.series not in self._series:
+            return
+        target = directory / aside.name.removeprefix(REPLACED_PREFIX)
+        if is_there(target):
+            self.remove(aside)
+        else:
+            os.rename(aside, target)
+            self._sync_directory(directory)
 
     def _make(self, directory: Path) -> None:
         """Make a directory and those above it, each on disk before the next."""
@@ -309,10 +329,35 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _directories(root: Path, depth: int) -> Generator[Path]:
-    """Yield `root` and the directories up to `depth` below it that are not hidden."""
-    yield root
-    if depth <= 0:
-        return
-    for entry in list(os.scandir(root)):
-        if entry.is_dir() and not entry.name.startswith(HIDDEN_PREFIX):
-            yield from _directories(Path(entry.path), depth - 1)
+    """Yield `root` and the directories up to `depth` below it that are not hidden.
+
+    Those that cannot be read are left out.
+    """
+    left = [(root, depth)]
+    while left:
+        directory, below = left.pop()
+        yield directory
+        for entry in _entries(directory) if below > 0 else []:
+            try:
+                is_directory = entry.is_dir()
+            except OSError:  # a link that leads in a circle
+                continue
+            if is_directory and not entry.name.startswith(HIDDEN_PREFIX):
+                left.append((Path(entry.path), below - 1))
+
+
+def _set_aside(directory: Path) -> list[Path]:
+    names = [entry.name for entry in _entries(directory)]
+    return [
+        directory / name
+        for name in sorted(names)
+        if name.startswith(REPLACED_PREFIX) and name != REPLACED_PREFIX
+    ]
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as found:
+            return list(found)
+    except OSError:
+        return []

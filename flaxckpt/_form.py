@@ -14,6 +14,7 @@ used: if they differ, because of another version of it or an option not known he
 there is no form, and Orbax goes on writing.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -21,7 +22,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -45,8 +46,19 @@ from flaxckpt._digest import (
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
 from flaxckpt._mirror import Source
+from flaxckpt._open import (
+    NoFileError,
+    is_inside,
+    is_there,
+    open_file,
+    plain_files,
+    read_small,
+    unreadable,
+)
+from flaxckpt._parsing import MalformedError, parse_texts, parse_zarr
 from flaxckpt._pieces import Piece, is_shared, pieces
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
+from flaxckpt.errors import CheckpointPathError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Bounds: TypeAlias = tuple[tuple[int, int], ...]  # first and behind the last, by axis
@@ -61,7 +73,9 @@ _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
 _INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
+_MANIFEST_BYTES = 64 * 2**20
 _HEAD = 64
+_ROOM_BYTES = 64 * 2**20  # of an array that gets memory without a look at its files
 _BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the cache
 _READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
 _ARRAYS = (*_READ, "bytes")
@@ -493,15 +507,13 @@ def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
 
     Raises:
         _OtherwiseError: If it is in another way than the one known here.
-        KeyError, ValueError, TypeError, AttributeError: Likewise.
+        MalformedError: If it is none.
     """
-    fields = json.loads(description)
-    shape = tuple(fields["shape"])
-    chunk = tuple(fields["chunk_grid"]["configuration"]["chunk_shape"])
+    found = parse_zarr(description)
     codec = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": list(chunk),
+            "chunk_shape": list(found.chunk),
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
             "index_codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
@@ -509,22 +521,20 @@ def _parsed(name: str, description: bytes, dtype: str) -> _Stored:
             ],
         },
     }
-    (found,) = fields["codecs"]
-    found["configuration"].pop("index_location", None)
-    for each in found["configuration"]["codecs"]:  # one byte has no order
-        each.setdefault("configuration", {"endian": "little"})
-    keys = fields["chunk_key_encoding"]
-    separator = keys.get("configuration", {}).get("separator", "/")
+    for each in found.codecs:
+        setting = each.get("configuration", {})
+        setting.pop("index_location", None)
+        for inner in setting.get("codecs", ()):  # one byte has no order
+            inner.setdefault("configuration", {"endian": "little"})
+    pairs = zip(found.shape, found.chunk, strict=True)
     if (
-        fields["chunk_grid"]["name"] != "regular"
-        or keys["name"] != "default"
-        or found != codec
-        or any(size % part for size, part in zip(shape, chunk, strict=True))
-        or fields["data_type"] != dtype
+        found.codecs != [codec]
+        or any(size % part for size, part in pairs)
+        or found.dtype != dtype
     ):
         raise _OtherwiseError
-    kind = jnp.dtype(fields["data_type"])
-    return _Stored(name, description, kind, shape, chunk, separator)
+    kind = jnp.dtype(dtype)
+    return _Stored(name, description, kind, found.shape, found.chunk, found.separator)
 
 
 class Reader:
@@ -539,21 +549,48 @@ class Reader:
         Args:
             directory: The checkpoint.
             source: What has the files that are not in the directory; None if all are.
+
+        Raises:
+            ValueError: If that cannot be known.
+            CheckpointPathError: If this process cannot read it.
         """
         state = directory / STATE
+        self._texts: dict[str, str] | None = None
         self._files = _Files(state) if source is None else _Sourced(source)
-        is_database = (state / "manifest.ocdbt").exists()
+        is_database = is_there(state / "manifest.ocdbt")
         if source is not None and source.read(f"{STATE}/manifest.ocdbt") is not None:
             source.complete()
             is_database = True
-        self._store = _Database(state) if is_database else self._files
+        try:
+            self._store = _Database(state) if is_database else self._files
+        except _OtherwiseError as error:
+            raise ValueError("its database cannot be opened") from error
 
     def knows(self, leaf: Leaf) -> bool:
         """Tell whether a leaf is stored in a way that is known here."""
         try:
             return leaf.kind == "str" or _stored_of(self._store, leaf) is not None
+        except CheckpointPathError:
+            raise
         except _UNREADABLE:
             return False
+
+    def contradicts(self, leaf: Leaf) -> bool:
+        """Tell whether a leaf is not stored, or as an array of another kind."""
+        if not leaf.in_orbax:
+            return False
+        try:
+            if leaf.kind == "str":
+                self._text(leaf)
+                return False
+            found = parse_zarr(self._store.read(f"{'.'.join(leaf.path)}/zarr.json"))
+        except CheckpointPathError:
+            raise
+        except _UNREADABLE:
+            return True
+        numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
+        dtype = _DTYPES.get(leaf.kind, leaf.dtype)
+        return (found.shape, found.dtype) != (leaf.shape + numbers, dtype)
 
     def read(self, leaf: Leaf, *, check: bool) -> tuple[Any, bool]:
         """Read a leaf to the host.
@@ -615,6 +652,8 @@ class Reader:
                 [jax.device_put(parts[at], device) for device, at in places.items()],
                 dtype=stored.dtype,
             )
+        except CheckpointPathError:
+            raise
         except _UNREADABLE:
             return None, True
         if not recorded:
@@ -626,13 +665,22 @@ class Reader:
 
     def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
         try:
-            texts = self._files.read(_STRINGS.removeprefix(f"{STATE}/"))
-            text = json.loads(texts)[".".join(leaf.path)]
-        except (_OtherwiseError, ValueError, KeyError, TypeError):
-            return None, True
-        if not isinstance(text, str):
+            text = self._text(leaf)
+        except _OtherwiseError:
             return None, True
         return text, not (check and leaf.digest) or agrees(text, leaf.digest)
+
+    def _text(self, leaf: Leaf) -> str:
+        if self._texts is None:
+            file = _STRINGS.removeprefix(f"{STATE}/")
+            try:
+                self._texts = parse_texts(self._files.read(file))
+            except MalformedError as error:
+                raise _OtherwiseError from error
+        try:
+            return self._texts[".".join(leaf.path)]
+        except KeyError as error:
+            raise _OtherwiseError from error
 
 
 def _sums(leaf: Leaf) -> tuple[str, ...]:
@@ -660,14 +708,19 @@ def _read_parts(
         The parts, in memory that JAX on CPU need not copy, and the checksums of the
         chunks that were read, by their positions.
     """
+    sizes = {
+        where: math.prod(stop - start for start, stop in where) for where in bounds
+    }
+    store.check_room(stored.name, sum(sizes.values()) * stored.dtype.itemsize)
     parts = {
         where: _aligned(tuple(stop - start for start, stop in where), stored.dtype)
-        for where in bounds
+        for where in sizes
     }
     sums: dict[int, str] = {}
     for position, (key, start) in enumerate(stored.keys()):
-        sizes = zip(start, stored.chunk, strict=True)
-        own = tuple((at, at + size) for at, size in sizes)
+        own = tuple(
+            (at, at + size) for at, size in zip(start, stored.chunk, strict=True)
+        )
         overlaps = {where: _overlap(where, own) for where in parts}
         overlaps = {
             where: both
@@ -682,6 +735,9 @@ def _read_parts(
         for where, both in overlaps.items():
             if where != own:
                 parts[where][_within_part(both, where)] = chunk[_within_part(both, own)]
+            sizes[where] -= math.prod(high - low for low, high in both)
+    if any(sizes.values()):  # of memory that nothing was read into
+        raise _OtherwiseError
     return parts, sums
 
 
@@ -718,6 +774,8 @@ def _read(
             return None
         whole = tuple((0, size) for size in stored.shape)
         parts, sums = _read_parts(store, stored, [whole], check=check)
+    except CheckpointPathError:
+        raise
     except _UNREADABLE:
         return None
     return stored, parts[whole], tuple(sums.values())
@@ -859,6 +917,14 @@ class _Values(Protocol):
         """Return a file's size, and its first and last bytes."""
         ...
 
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Check that an array can have so many bytes, before there is memory for it.
+
+        Raises:
+            _OtherwiseError: If its files have less.
+        """
+        ...
+
 
 class _Files:
     def __init__(self, directory: Path) -> None:
@@ -866,38 +932,64 @@ class _Files:
 
     def read(self, key: str) -> bytes:
         try:
-            return (self._directory / key).read_bytes()
-        except OSError as error:
+            return read_small(self._path(key))
+        except NoFileError as error:
             raise _OtherwiseError from error
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         summed = xxhash.xxh3_64() if check else None
         trailer, left = _trailer(values.nbytes), memoryview(_bytes(values).data)
-        with (self._directory / key).open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != values.nbytes + len(trailer):
+        with self._opened(key) as file:
+            if os.fstat(file).st_size != values.nbytes + len(trailer):
                 raise _OtherwiseError
             while left:
                 block = left[:_BLOCK_BYTES] if summed else left
-                count = os.readv(file.fileno(), [block])
+                count = os.readv(file, [block])
                 if not count:
                     raise _OtherwiseError
                 if summed:
                     summed.update(left[:count])
                 left = left[count:]
-            if os.read(file.fileno(), len(trailer) + 1) != trailer:
+            if os.read(file, len(trailer) + 1) != trailer:
                 raise _OtherwiseError
         return [summed.hexdigest()] if summed else []
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        with self._opened(key) as file:
+            size, length = os.fstat(file).st_size, len(_trailer(0))
+            head = os.pread(file, _HEAD, 0)
+            return size, head, os.pread(file, length, max(size - length, 0))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        if nbytes > _ROOM_BYTES and nbytes > _size_of(self._path(name)):
+            raise _OtherwiseError
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Generator[int]:
+        path = self._path(key)
         try:
-            with (self._directory / key).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                head = file.read(_HEAD)
-                file.seek(max(size - len(_trailer(0)), 0))
-                return size, head, file.read()
-        except OSError as error:
+            file = open_file(path)
+        except NoFileError as error:
             raise _OtherwiseError from error
+        try:
+            yield file
+        except OSError as error:
+            raise unreadable(path, error) from error
+        finally:
+            os.close(file)
+
+    def _path(self, key: str) -> Path:
+        """Return where a file is, which is in this directory, whatever its name."""
+        if not is_inside(key):
+            raise _OtherwiseError
+        return self._directory / key
+
+
+def _size_of(directory: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in plain_files(directory))
+    except (NoFileError, OSError) as error:
+        raise _OtherwiseError from error
 
 
 class _Sourced:
@@ -923,26 +1015,52 @@ class _Sourced:
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         return _ends(self.read(key))
 
+    def check_room(self, name: str, nbytes: int) -> None:
+        pass  # a request tells when it is made
+
 
 class _Database:
     def __init__(self, directory: Path) -> None:
+        self._size = _size_of(directory)  # and nothing there but plain files
+        try:
+            read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
+        except NoFileError as error:
+            raise _OtherwiseError from error
         base = {"driver": "file", "path": f"{directory}/"}
         # Without a cache, its index is read anew for every key.
         context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
         spec = {"driver": "ocdbt", "base": base, "context": context}
-        self._store = tensorstore.KvStore.open(spec).result()
+        self._store = _of_tensorstore(tensorstore.KvStore.open(spec))
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         return _take_in(self.read(key), values, check=check)
 
     def read(self, key: str) -> bytes:
-        found = self._store.read(key).result()
+        found = _of_tensorstore(self._store.read(key))
         if found.state != "value":
             raise _OtherwiseError
         return bytes(found.value)
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         return _ends(self.read(key))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        if nbytes > _ROOM_BYTES and nbytes > self._size:
+            raise _OtherwiseError
+
+
+def _of_tensorstore(future: Any) -> Any:
+    """Wait for what TensorStore does with files that may hold anything.
+
+    Raises:
+        _OtherwiseError: If it fails, for whatever reason.
+    """
+    try:
+        return future.result()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _OtherwiseError from error
 
 
 def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:

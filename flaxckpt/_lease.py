@@ -17,6 +17,7 @@ import uuid
 from typing import Any
 
 from flaxckpt._objects import Object, Objects
+from flaxckpt._parsing import parse_owner
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
 
 HEARTBEAT_SECS = 5.0
@@ -126,9 +127,8 @@ class Lease:
         return None
 
     def _raise_locked(self, found: Object) -> None:
-        fields = _fields(found)
-        host, pid = str(fields.get("host", "")), int(fields.get("pid", 0))
-        raise CheckpointLockedError(self._objects.url, host, pid)
+        owner = parse_owner(found.content or b"")
+        raise CheckpointLockedError(self._objects.url, *owner)
 
 
 _held: dict[str, Lease] = {}
@@ -181,5 +181,5 @@ atexit.register(_release_all)
 def _fields(found: Object) -> dict[str, Any]:
     try:
         return dict(json.loads(found.content or b"{}"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}

@@ -3,7 +3,8 @@
 import os
 import warnings
 
-from flaxckpt._record import CheckpointInfo, list_below
+from flaxckpt._open import is_there
+from flaxckpt._record import RECORD_FILE, CheckpointInfo, list_below
 from flaxckpt._template import is_url
 from flaxckpt.errors import CheckpointPathError
 
@@ -22,14 +23,15 @@ def list_checkpoints(
 
     Returns:
         The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
-        is left out.
+        is left out, and so are directories that cannot be read.
 
     Raises:
-        CheckpointPathError: If `directory` is a file.
+        CheckpointPathError: If `directory` is a file, or cannot be read.
         CheckpointError: If the object store cannot be reached.
 
     Warns:
-        UserWarning: Naming each checkpoint whose record is damaged.
+        UserWarning: Naming each checkpoint whose record is damaged, and each directory
+            that cannot be read.
 
     Example:
         >>> list_checkpoints("no/such/directory")
@@ -41,11 +43,16 @@ def list_checkpoints(
         infos, damaged = listed(os.fspath(directory))
     else:
         directory = os.path.abspath(os.path.expanduser(directory))
-        if os.path.exists(directory) and not os.path.isdir(directory):
+        if is_there(directory) and not os.path.isdir(directory):
             raise CheckpointPathError(
                 directory, "is a file. Pass the directory that holds the checkpoints."
             )
         infos, damaged = list_below(directory, None)
+        for error in damaged:
+            if error.path in (directory, os.path.join(directory, RECORD_FILE)) and (
+                isinstance(error, CheckpointPathError)
+            ):
+                raise error
     for error in damaged:
         warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
     return infos

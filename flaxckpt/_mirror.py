@@ -36,11 +36,13 @@ from etils import epath
 from flaxckpt._commit import Area
 from flaxckpt._lease import Lease, acquire, release
 from flaxckpt._objects import Objects
+from flaxckpt._open import is_inside
 from flaxckpt._record import (
     HIDDEN_PREFIX,
     LEAVES_FILE,
     RECORD_FILE,
     Infos,
+    LeftOut,
     list_below,
 )
 from flaxckpt._template import split_url
@@ -82,9 +84,12 @@ class Pointer:
         """Return what `encoded` has returned as bytes."""
         try:
             fields = json.loads(content)
-            return cls(str(fields["at"]), str(fields["record"]))
-        except (ValueError, KeyError, TypeError):
-            return cls("", content.decode(errors="replace"))
+            at, record = str(fields["at"]), str(fields["record"])
+            if is_inside(at):  # or what is not its own would be deleted with it
+                return cls(at, record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return cls("", content.decode(errors="replace"))
 
 
 def mirrored(filepath: str) -> str:
@@ -127,7 +132,8 @@ def _base(process: int) -> Path:
 def _locked(directory: Path) -> int | None:
     """Lock a directory for as long as this process lives; None if it is locked."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # whoever made it
+        descriptor = os.open(directory, os.O_RDONLY | flags)
     except OSError:
         return None
     try:
@@ -394,7 +400,7 @@ def scratch() -> Generator[Path]:
 # ---- without a series ----------------------------------------------------------------
 
 
-def listed(url: str) -> tuple[Infos, list[CheckpointCorruptError]]:
+def listed(url: str) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints below a URL, as `list_below` does at any depth.
 
     Lists all objects there.
@@ -413,8 +419,7 @@ def listed(url: str) -> tuple[Infos, list[CheckpointCorruptError]]:
 
     infos = tuple(dataclasses.replace(info, path=shown(info.path)) for info in infos)
     return infos, [
-        CheckpointCorruptError(str(shown(error.path)), error.problem)
-        for error in damaged
+        type(error)(str(shown(error.path)), error.problem) for error in damaged
     ]
 
 

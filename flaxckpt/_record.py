@@ -6,15 +6,28 @@ in it: the record, read by every listing, and the table of leaves, read by a res
 
 import dataclasses
 import datetime
+import errno
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flaxckpt.errors import CheckpointCorruptError
+from flaxckpt._open import NoFileError, is_there, read_small, unreadable
+from flaxckpt._parsing import (
+    MalformedError,
+    check_record,
+    checksum,
+    dumped,
+    parse_record,
+    parse_table,
+)
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointPathError,
+)
 
 FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
 RECORD_FILE = "flaxckpt.json"
@@ -23,6 +36,7 @@ LEAVES_FILE = "flaxckpt_leaves.json"
 # aside where two directories cannot be exchanged, and not replaced (see _commit.py).
 HIDDEN_PREFIX = ".flaxckpt-"
 REPLACED_PREFIX = ".flaxckpt-replaced-"
+_RECORD_BYTES = 64 * 2**20  # that a record may have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +78,8 @@ class CheckpointInfo:
 
 
 Infos: TypeAlias = tuple[CheckpointInfo, ...]
+# What a listing leaves out: what is damaged, and what this process cannot read.
+LeftOut: TypeAlias = CheckpointCorruptError | CheckpointPathError
 
 
 def encode_record(
@@ -75,6 +91,9 @@ def encode_record(
         info: What it records.
         versions: Versions of the packages that write it.
         leaves: The table of leaves that lies beside it.
+
+    Raises:
+        CheckpointError: If it would be larger than a record may be.
     """
     fields = {
         "format": FORMAT,
@@ -89,40 +108,57 @@ def encode_record(
         "versions": dict(versions),
         "leaves_sha256": hashlib.sha256(leaves).hexdigest(),
     }
-    return _dumped({**fields, "sha256": _checksum(fields)})
+    record = dumped({**fields, "sha256": checksum(fields)})
+    if len(record) > _RECORD_BYTES:
+        raise CheckpointError(
+            f"The record of {str(info.path)!r} would have {len(record)} bytes, and may "
+            f"have {_RECORD_BYTES}. Leave long texts out of `logs`."
+        )
+    return record
 
 
 def located(path: Path) -> Path:
     """Return where a checkpoint's files are: at `path`, or set aside beside it."""
     aside = path.with_name(REPLACED_PREFIX + path.name)
-    return aside if not path.exists() and aside.exists() else path
+    return aside if not is_there(path) and is_there(aside) else path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not."""
+    """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not.
+
+    Raises:
+        CheckpointPathError: If this process cannot know.
+    """
     there = located(path)
-    return (there / RECORD_FILE).exists() or (there / LEAVES_FILE).exists()
+    return is_there(there / RECORD_FILE) or is_there(there / LEAVES_FILE)
 
 
 def read_leaves(path: Path) -> dict[str, Any]:
     """Read the table of leaves of the checkpoint at `path`, which has a record.
 
+    Returns:
+        Its fields, as `parse_table` has checked them.
+
     Raises:
         CheckpointCorruptError: If it cannot be read, or is not what was written.
+        CheckpointPathError: If this process cannot read it.
     """
-    fields = _read_fields(path)
+    recorded = _read_fields(path)["leaves_sha256"]
     try:
-        table = (located(path) / LEAVES_FILE).read_bytes()
-        if hashlib.sha256(table).hexdigest() != fields["leaves_sha256"]:
-            raise CheckpointCorruptError(
-                str(path), f"{LEAVES_FILE} is not what was written"
-            )
-        return json.loads(table)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointCorruptError):
-            raise
+        table = read_small(located(path) / LEAVES_FILE)
+    except NoFileError as error:
         raise CheckpointCorruptError(
             str(path), f"{LEAVES_FILE} cannot be read ({error})"
+        ) from error
+    if hashlib.sha256(table).hexdigest() != recorded:
+        raise CheckpointCorruptError(
+            str(path), f"{LEAVES_FILE} is not what was written"
+        )
+    try:
+        return parse_table(table, FORMAT)
+    except MalformedError as error:
+        raise CheckpointCorruptError(
+            str(path), f"its table of leaves does not parse ({error})"
         ) from error
 
 
@@ -134,71 +170,58 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
 
     Raises:
         CheckpointCorruptError: If there is one and it cannot be read.
+        CheckpointPathError: If this process cannot read it.
     """
     path = Path(path)
     if not is_checkpoint(path):
         return None
     fields = _read_fields(path)
-    try:
-        return CheckpointInfo(
-            path=path,
-            epoch=fields["epoch"],
-            batch=fields["batch"],
-            step=fields["step"],
-            logs=_decoded(fields["logs"]),
-            time=datetime.datetime.fromisoformat(fields["time"]),
-            weights_only=fields["weights_only"],
-            series=fields["series"],
-            state=None if fields["state"] is None else _decoded(fields["state"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unparsed(path, error) from error
+    return CheckpointInfo(
+        path=path,
+        epoch=fields["epoch"],
+        batch=fields["batch"],
+        step=fields["step"],
+        logs=fields["logs"],
+        time=fields["time"],
+        weights_only=fields["weights_only"],
+        series=fields["series"],
+        state=fields["state"],
+    )
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """Read the record's fields, and check that they are those that were written."""
     try:
-        fields = json.loads((located(path) / RECORD_FILE).read_bytes())
-        version, checksum = fields["format"], fields.pop("sha256")
-        found = _checksum(fields)
-    except OSError as error:
+        record = read_small(located(path) / RECORD_FILE, _RECORD_BYTES)
+    except NoFileError as error:
         raise CheckpointCorruptError(
             str(path), f"its record cannot be read ({error})"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unparsed(path, error) from error
-    if type(version) is int and version > FORMAT:
+    try:
+        fields, is_whole = parse_record(record)
+        if fields["format"] > FORMAT:
+            raise CheckpointCorruptError(
+                str(path),
+                f"its format is {fields['format']}, and this flaxckpt reads up to "
+                f"{FORMAT} (a newer flaxckpt wrote it: upgrade)",
+            )
+        if not is_whole:
+            raise CheckpointCorruptError(
+                str(path), "its record is not what was written"
+            )
+        return check_record(fields)
+    except MalformedError as error:
         raise CheckpointCorruptError(
-            str(path),
-            f"its format is {version}, and this flaxckpt reads up to {FORMAT} "
-            "(a newer flaxckpt wrote it: upgrade)",
-        )
-    if checksum != found:
-        raise CheckpointCorruptError(str(path), "its record is not what was written")
-    return fields
+            str(path), f"its record does not parse ({error})"
+        ) from error
 
 
-def _unparsed(path: Path, error: Exception) -> CheckpointCorruptError:
-    return CheckpointCorruptError(
-        str(path), f"its record does not parse ({type(error).__name__}: {error})"
-    )
-
-
-def _checksum(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_dumped(fields)).hexdigest()
-
-
-def _dumped(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, indent=1, allow_nan=False).encode()
-
-
-def list_below(
-    root: str, depth: int | None
-) -> tuple[Infos, list[CheckpointCorruptError]]:
+def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints exactly `depth` directories below `root`; None for any.
 
     Returns:
-        Those whose records are whole, oldest first, and what is wrong with the others.
+        Those whose records are whole, oldest first, and what is wrong with the others,
+        and with what cannot be read beside them.
     """
     return _sorted(_find(Path(root), depth))
 
@@ -220,42 +243,62 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
     return kept
 
 
-def _find(
-    directory: Path, depth: int | None
-) -> Iterator[CheckpointInfo | CheckpointCorruptError]:
-    if depth is None or depth == 0:
+def _find(root: Path, depth: int | None) -> Iterator[CheckpointInfo | LeftOut]:
+    """Yield the checkpoints, and what is left out, in the order of their paths."""
+    left: list[tuple[Path, int | None]] = [(root, depth)]
+    while left:
+        directory, below = left.pop()
+        if below is None or below == 0:
+            try:
+                info = read_record(directory)
+            except (CheckpointCorruptError, CheckpointPathError) as error:
+                yield error
+                continue
+            if info is not None:
+                yield info
+                continue
+            if below == 0:
+                continue
         try:
-            info = read_record(directory)
-        except CheckpointCorruptError as error:
-            yield error
-            return
-        if info is not None:
-            yield info
-            return
-        if depth == 0:
-            return
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        name = entry.name
-        if name.startswith(REPLACED_PREFIX):
-            path = directory / name.removeprefix(REPLACED_PREFIX)
-            if depth in (None, 1) and not path.exists():
-                yield from _find(path, 0)
-        elif entry.is_dir() and not name.startswith(HIDDEN_PREFIX):
-            if depth is not None:
-                yield from _find(Path(entry.path), depth - 1)
-            elif not entry.is_symlink() and not name.startswith("."):
-                yield from _find(Path(entry.path), None)
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                yield unreadable(directory, error)
+            continue
+        deeper: list[tuple[Path, int | None]] = []
+        for entry in entries:
+            try:
+                deeper += _candidates(directory, entry, below)
+            except OSError as error:
+                yield unreadable(entry.path, error)
+            except CheckpointPathError as error:
+                yield error
+        left += reversed(deeper)
+
+
+def _candidates(
+    directory: Path, entry: os.DirEntry[str], depth: int | None
+) -> list[tuple[Path, int | None]]:
+    """Return where to look for checkpoints, because of an entry of a directory."""
+    name = entry.name
+    if name.startswith(REPLACED_PREFIX):
+        path = directory / name.removeprefix(REPLACED_PREFIX)
+        if path != directory and depth in (None, 1) and not is_there(path):
+            return [(path, 0)]
+    elif not name.startswith(HIDDEN_PREFIX):
+        if depth is not None:
+            return [(Path(entry.path), depth - 1)] if entry.is_dir() else []
+        if not name.startswith(".") and entry.is_dir(follow_symlinks=False):
+            return [(Path(entry.path), None)]
+    return []
 
 
 def _sorted(
-    found: Iterator[CheckpointInfo | CheckpointCorruptError],
-) -> tuple[Infos, list[CheckpointCorruptError]]:
+    found: Iterable[CheckpointInfo | LeftOut],
+) -> tuple[Infos, list[LeftOut]]:
     infos: list[CheckpointInfo] = []
-    damaged: list[CheckpointCorruptError] = []
+    damaged: list[LeftOut] = []
     for each in found:
         if isinstance(each, CheckpointInfo):
             infos.append(each)
@@ -271,12 +314,5 @@ def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
         key: {"float": repr(value)}
         if isinstance(value, float) and not math.isfinite(value)
         else value
-        for key, value in values.items()
-    }
-
-
-def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(value["float"]) if isinstance(value, dict) else value
         for key, value in values.items()
     }

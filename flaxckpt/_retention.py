@@ -73,9 +73,13 @@ def ranked(
 def monitored_value(logs: Mapping[str, Any], monitor: str) -> float | None:
     """Return the number that a record's logs hold for `monitor`; None for none."""
     value = logs.get(monitor)
-    if not isinstance(value, numbers.Real) or math.isnan(value):
+    if not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float is as large as
+        return None
+    return None if math.isnan(number) else number
 
 
 def expired(

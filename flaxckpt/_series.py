@@ -17,7 +17,13 @@ from flaxckpt import _store
 from flaxckpt._commit import Area
 from flaxckpt._frozen import Frozen
 from flaxckpt._mirror import Mirror
-from flaxckpt._record import CheckpointInfo, Infos, list_below, read_record
+from flaxckpt._record import (
+    CheckpointInfo,
+    Infos,
+    LeftOut,
+    list_below,
+    read_record,
+)
 from flaxckpt._retention import (
     PreservationPolicy,
     best_of,
@@ -109,18 +115,29 @@ class Series:
 
     # ---- reading ---------------------------------------------------------------------
 
-    def listed(self) -> tuple[Infos, list[CheckpointCorruptError]]:
-        """List the checkpoints, oldest first, and what is damaged beside them."""
+    def listed(self) -> tuple[Infos, list[LeftOut]]:
+        """List the checkpoints, oldest first, and what is damaged beside them.
+
+        Or what cannot be read there; see `may_be_ours`.
+        """
         template = self._template
         self.area.refresh()
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
         return tuple(info for info in infos if info.series == self.name), [
-            CheckpointCorruptError(
-                str(self.area.shown(Path(error.path))), error.problem
-            )
+            type(error)(str(self.area.shown(Path(error.path))), error.problem)
             for error in damaged
         ]
+
+    def may_be_ours(self, unreadable: str) -> bool:
+        """Tell whether a path that cannot be read may be of one of these checkpoints.
+
+        By its name, since nothing else is known of it.
+        """
+        path = Path(unreadable)
+        if not path.is_relative_to(self.root):
+            return False
+        return self._template.fits(path.relative_to(self.root).parts)
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""

@@ -31,6 +31,14 @@ from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._mirror import fetched, source_of
+from flaxckpt._open import (
+    NoFileError,
+    is_damage,
+    is_inside,
+    is_there,
+    read_small,
+    unreadable,
+)
 from flaxckpt._pieces import is_shared
 from flaxckpt._processes import are_several, gathered, is_leader
 from flaxckpt._record import (
@@ -47,6 +55,7 @@ from flaxckpt._record import (
 from flaxckpt._snapshot import HostCopy
 from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
+from flaxckpt._vetting import check_plain, check_readable
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
@@ -141,7 +150,9 @@ def _nearest(path: Path) -> tuple[Path, bool]:
     for each in (path, *path.parents):
         try:
             return each, stat.S_ISDIR(each.stat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if not is_damage(error):
+                raise unreadable(each, error) from error
             if each.is_symlink():  # to nothing
                 return each, False
     raise AssertionError(f"{path} has no root")
@@ -404,7 +415,7 @@ def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
         return
     try:
         form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
-    except (CheckpointCorruptError, ValueError, KeyError, TypeError):
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
         pass  # of no use
 
 
@@ -590,7 +601,7 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
         found = _found(path)
         before = _stamp(found)
         try:
-            result = read(found)
+            result = _shallow(found, read)
         except (CheckpointCorruptError, CheckpointNotFoundError):
             if _stamp(found) == before:
                 raise
@@ -598,6 +609,16 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
         if _stamp(found) == before:
             return result
     raise _replaced_too_often(path)
+
+
+def _shallow(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint whose tree is not nested more deeply than Python takes."""
+    try:
+        return read(path)
+    except RecursionError as error:
+        raise CheckpointCorruptError(
+            str(path), "its tree is nested more deeply than can be read"
+        ) from error
 
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
@@ -613,7 +634,7 @@ def _from_store(url: str, read: Callable[[Path], T]) -> T:
         with fetched(url) as source:
             try:
                 source.begin()
-                return read(_found(source.directory))
+                return _shallow(_found(source.directory), read)
             except CheckpointError as error:
                 kinds = CheckpointCorruptError, CheckpointNotFoundError
                 if isinstance(error, kinds) and source.is_replaced():
@@ -627,16 +648,22 @@ def _from_store(url: str, read: Callable[[Path], T]) -> T:
 def _stamp(path: Path) -> bytes:
     """Return what differs between any two checkpoints; b"" where there is none."""
     try:
-        return (located(path) / RECORD_FILE).read_bytes()
-    except OSError:
+        return read_small(located(path) / RECORD_FILE)
+    except (NoFileError, CheckpointPathError):
         return b""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that write a checkpoint."""
-    packages = ("flaxckpt", "jax", "orbax-checkpoint")
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # it runs from its source tree
+        return "unknown"
 
 
 def _load(
@@ -655,7 +682,12 @@ def _load(
     if callable(part):
         part = part(layout)
     view, sources = layout.part(layout.skeleton if part is None else part)
-    plan = _tree.match(str(path), view, like, cast=cast)
+    try:
+        plan = _tree.match(str(path), view, like, cast=cast)
+    except CheckpointMismatchError:
+        if values is None:
+            _check_table(path, layout)  # it may be the table that is wrong
+        raise
     if values is None:
         wanted = {sources[i]: want for i, want in plan if i is not None}
         values = _read(path, layout, wanted, check=check)
@@ -677,6 +709,33 @@ def _load(
     if like is None:
         return view.fill(given)
     return jax.tree.unflatten(jax.tree.structure(like), given)
+
+
+def _check_table(path: Path, layout: Layout) -> None:
+    """Check that the arrays are stored as the table of leaves says.
+
+    Raises:
+        CheckpointCorruptError: Naming those that are not.
+    """
+    check_plain(path)
+    reader = _reader(path)
+    if reader is None:
+        return
+    wrong = [leaf.name for leaf in layout.leaves if reader.contradicts(leaf)]
+    if wrong:
+        raise CheckpointCorruptError(
+            str(path), f"not stored as its table says: {', '.join(wrong)}"
+        )
+
+
+def _reader(path: Path) -> Reader | None:
+    """Return what reads a checkpoint's arrays; None where Orbax tells why it cannot."""
+    try:
+        return Reader(located(path), source_of(path))
+    except CheckpointPathError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 def _read(
@@ -711,9 +770,8 @@ def _read_files(
         The values of those that could be read so, which of them differ from what was
         saved, and which of them are still to be checked.
     """
-    try:
-        reader = Reader(located(path), source_of(path))
-    except (OSError, ValueError):  # Orbax can tell what is wrong
+    reader = _reader(path)
+    if reader is None:
         return {}, [], {}
     known = dict(leaves)
     if are_several():  # what one can't read is damaged, unless none of them knows it
@@ -759,13 +817,28 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
     ]
     try:
         _complete(path)
+        _check_names(path, [layout.leaves[index] for index in wanted])
+        check_plain(path, sum(layout.leaves[index].nbytes for index in wanted))
         with _context():
             tree = ocp.load(located(path), layout.fill_for_orbax(asked))
             return layout.pick(tree)
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError, CheckpointError):
         raise
     except Exception as error:
+        check_readable(path)
         raise CheckpointCorruptError(str(path), _cause(error)) from error
+
+
+def _check_names(path: Path, leaves: Sequence[Leaf]) -> None:
+    """Check that no leaf's name leads Orbax to files outside of the checkpoint."""
+    if is_there(located(path) / "state" / "manifest.ocdbt"):
+        return  # a database has keys, and no files
+    for leaf in leaves:
+        name = ".".join(leaf.path)
+        if leaf.kind != "str" and (name[:1] == "/" or ".." in name.split("/")):
+            raise CheckpointCorruptError(
+                str(path), f"the name of the leaf {name!r} leads out of the checkpoint"
+            )
 
 
 def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
@@ -787,7 +860,8 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, as against what describes them."""
-    own = [path / "state" / ".".join(leaf.path) for leaf in leaves]
+    names = [".".join(leaf.path) for leaf in leaves]
+    own = [path / "state" / name for name in names if is_inside(name)]
     found = [file for each in own for file in each.rglob("*") if file.is_file()]
     found = [file for file in found if file.name != "zarr.json"]
     if any(leaf.kind == "str" for leaf in leaves):
@@ -845,6 +919,7 @@ def _complete(path: Path) -> None:
 
 def _read_foreign(path: Path) -> PyTree:
     """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
+    check_plain(path)
     try:
         with warnings.catch_warnings(), _context():
             warnings.filterwarnings("ignore", message="Sharding info not provided")
@@ -856,6 +931,7 @@ def _read_foreign(path: Path) -> PyTree:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        check_readable(path)
         raise CheckpointCorruptError(str(path), _cause(error)) from error
 
 
@@ -875,11 +951,32 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     fields = read_leaves(path)
     try:
         layout, weights = Layout.from_json(fields), fields["weights"]
+        for leaf in layout.leaves:
+            _check_known(leaf)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             str(path), f"its table of leaves does not parse ({_cause(error)})"
         ) from error
     return layout, layout.skeleton if weights == "all" else weights
+
+
+def _check_known(leaf: Leaf) -> None:
+    """Check that a leaf's dtype is one that can be stored.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if leaf.kind == "key":
+        if str(_tree.key_dtype(leaf.impl)) != leaf.dtype:
+            raise ValueError(f"keys of {leaf.impl} are of dtype {leaf.dtype}")
+    elif leaf.dtype and not (storable(leaf.dtype) and _is_name(leaf.dtype)):
+        raise ValueError(f"{leaf.name} is of dtype {leaf.dtype}, which is not known")
+
+
+@functools.cache
+def _is_name(dtype: str) -> bool:
+    """Tell whether this is the name by which a dtype is recorded, and no other one."""
+    return str(jnp.dtype(dtype)) == dtype
 
 
 def check_like(like: Any) -> None:
@@ -901,12 +998,26 @@ def foreign(directory: Path) -> list[str]:
     return [
         each.name
         for each in _entries(directory)
-        if each.is_dir()
-        and not each.name.startswith(".")
-        and not is_checkpoint(each)
-        and any((each / name).exists() for name in _ORBAX_FILES)
-        and ocp.is_orbax_checkpoint(each)
+        if not each.name.startswith(".")
+        and not _is_ours(each)
+        and any(os.path.isfile(each / name) for name in _ORBAX_FILES)
+        and _is_orbax(each)
     ]
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether flaxckpt wrote a checkpoint; not, if this process cannot know."""
+    try:
+        return is_checkpoint(path)
+    except CheckpointPathError:
+        return False
+
+
+def _is_orbax(path: Path) -> bool:
+    try:
+        return os.path.isdir(path) and ocp.is_orbax_checkpoint(path)
+    except Exception:  # as where this process may not look
+        return False
 
 
 def _found(path: str | os.PathLike[str]) -> Path:
@@ -915,16 +1026,19 @@ def _found(path: str | os.PathLike[str]) -> Path:
             "path", f"<{type(path).__name__}>", "pass the path of a checkpoint first."
         )
     found = Path(os.path.abspath(os.path.expanduser(path)))
-    if is_checkpoint(found) or (found.is_dir() and ocp.is_orbax_checkpoint(found)):
+    if is_checkpoint(found) or _is_orbax(found):
         return found
     beside = found if found.is_dir() else found.parent
-    names = [each.name for each in _entries(beside) if is_checkpoint(each)]
+    names = [each.name for each in _entries(beside) if _is_ours(each)]
     names += foreign(beside)
     raise CheckpointNotFoundError(str(found), tuple(names))
 
 
 def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+    try:
+        return sorted(directory.iterdir())
+    except OSError:  # not there, or not for this process
+        return []
 
 
 def _context(*, is_database: bool = True, compress: bool = False) -> v1.Context:

@@ -1,14 +1,16 @@
 """The filepath template: parsed once at construction, filled in at each save."""
 
 import os
+import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt.errors import CheckpointPathError, TemplateError
 
 _SCHEMES = ("gs://", "s3://")
+_NUMBER = ".*(?:[0-9]|nan|inf|NAN|INF).*"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,21 @@ class Template:
         if not name.strip() or {".", ".."} & set(name.split("/")):
             raise TemplateError(self.label, f"gives {name!r}, which is no file name.")
         return os.path.normpath(os.path.join(self.root, name))
+
+    def fits(self, parts: Sequence[str]) -> bool:
+        """Tell whether a path below `root` looks like a checkpoint's, or is above one.
+
+        A field shows a number here: what shows only text is not recognized.
+
+        Args:
+            parts: The path's names, from `root` on.
+        """
+        pattern = "".join(
+            re.escape(text) + ("" if field is None else _NUMBER)
+            for text, field, *_ in string.Formatter().parse(self.name)
+        )
+        pairs = zip(pattern.split("/"), parts, strict=False)
+        return all(re.fullmatch(own, part, re.DOTALL) for own, part in pairs)
 
     def _show(
         self,

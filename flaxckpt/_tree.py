@@ -181,8 +181,11 @@ class Layout:
 
         With `digests` and `sums` beside them: those of the leaves that Orbax holds, in
         order.
+
+        Raises:
+            ValueError: If there are more or fewer of them.
         """
-        digests, sums = iter(table.get("digests", ())), iter(table.get("sums", ()))
+        digests, sums = table.get("digests", ()), table.get("sums", ())
         leaves = [
             Leaf(
                 path=tuple(each["path"]),
@@ -195,12 +198,10 @@ class Layout:
             for each in table["leaves"]
         ]
         if "digests" in table:  # in format 1, each leaf has its own
-            leaves = [
-                replace(leaf, digest=next(digests, ""), sums=tuple(next(sums, ())))
-                if leaf.in_orbax
-                else leaf
-                for leaf in leaves
-            ]
+            held = [index for index, leaf in enumerate(leaves) if leaf.in_orbax]
+            sums = sums or [()] * len(held)
+            for index, digest, own in zip(held, digests, sums, strict=True):
+                leaves[index] = replace(leaves[index], digest=digest, sums=tuple(own))
         return cls(table["tree"], tuple(leaves))
 
 

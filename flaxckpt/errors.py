@@ -5,7 +5,8 @@ CheckpointError
 ├── SettingError             a setting that cannot work            (ValueError)
 ├── TemplateError            a filepath that cannot be filled in   (ValueError)
 ├── MetricError              a monitored value that is no number   (ValueError)
-├── CheckpointPathError      a path that cannot hold a checkpoint  (ValueError)
+├── CheckpointPathError      a path where nothing can be written, or read
+│                                                                  (ValueError)
 ├── UnsupportedLeafError     a leaf that cannot be saved           (TypeError)
 ├── CheckpointLockedError    another process writes there          (RuntimeError)
 ├── CheckpointNotFoundError  nothing to load there                 (LookupError)
@@ -78,7 +79,9 @@ class MetricError(CheckpointError, ValueError):
 
 
 class CheckpointPathError(CheckpointError, ValueError):
-    """A path at which no checkpoint can be written or listed.
+    """A path at which no checkpoint can be written, listed or read.
+
+    It says nothing against what is there: it may be whole, for who may read it.
 
     Attributes:
         path: The path at fault.

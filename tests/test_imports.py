@@ -27,7 +27,10 @@ LAYERS = [
     "errors",
     "_direction",
     "_template",
+    "_open",
+    "_parsing",
     "_record",
+    "_vetting",
     "_retention",
     "_state",
     "_chunks",
@@ -103,6 +106,7 @@ def test_only_the_store_knows_orbax():
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
+     ("_open", set()), ("_parsing", set()), ("_vetting", set()),
      ("_retention", set()), ("_draft", set()), ("_commit", set()), ("_writer", set()),
      ("_state", {"jax", "numpy"}), ("_slots", {"jax", "numpy"}),
      ("_pieces", {"jax", "numpy"}), ("_snapshot", {"jax", "numpy"})],
