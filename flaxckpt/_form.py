@@ -58,6 +58,7 @@ from flaxckpt._open import (
 from flaxckpt._parsing import MalformedError, parse_texts, parse_zarr
 from flaxckpt._pieces import Piece, is_shared, pieces
 from flaxckpt._tree import Layout, Leaf, key_numbers, without_keys
+from flaxckpt._vetting import check_readable
 from flaxckpt.errors import CheckpointPathError
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -1030,13 +1031,14 @@ class _Database:
         # Without a cache, its index is read anew for every key.
         context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
         spec = {"driver": "ocdbt", "base": base, "context": context}
-        self._store = _of_tensorstore(tensorstore.KvStore.open(spec))
+        self._directory = directory
+        self._store = self._result(tensorstore.KvStore.open(spec))
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         return _take_in(self.read(key), values, check=check)
 
     def read(self, key: str) -> bytes:
-        found = _of_tensorstore(self._store.read(key))
+        found = self._result(self._store.read(key))
         if found.state != "value":
             raise _OtherwiseError
         return bytes(found.value)
@@ -1048,19 +1050,15 @@ class _Database:
         if nbytes > _ROOM_BYTES and nbytes > self._size:
             raise _OtherwiseError
 
-
-def _of_tensorstore(future: Any) -> Any:
-    """Wait for what TensorStore does with files that may hold anything.
-
-    Raises:
-        _OtherwiseError: If it fails, for whatever reason.
-    """
-    try:
-        return future.result()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _OtherwiseError from error
+    def _result(self, future: Any) -> Any:
+        """Wait for what TensorStore does with files that may hold anything."""
+        try:
+            return future.result()
+        except MemoryError:
+            raise
+        except Exception as error:
+            check_readable(self._directory)
+            raise _OtherwiseError from error
 
 
 def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:

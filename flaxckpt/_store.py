@@ -717,6 +717,8 @@ def _check_table(path: Path, layout: Layout) -> None:
     Raises:
         CheckpointCorruptError: Naming those that are not.
     """
+    if source_of(path) is not None:
+        return  # nothing is fetched from an object store for that
     check_plain(path)
     reader = _reader(path)
     if reader is None:
