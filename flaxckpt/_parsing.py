@@ -287,9 +287,11 @@ def _visit(
     if kind != "dict":
         _fail(f"there is a structure of kind {_shown(kind)}")
     keys: set[Any] = set()
+    of = str
     for pair in _items(children, kind):
         key, child = _items(pair, "a pair", 2)
-        if type(key) not in (str, int) or key in keys:
+        of = of if keys else type(key)  # JAX sorts them, so all are of one type
+        if type(key) is not of or of not in (str, int) or key in keys:
             _fail(f"a key at {_shown(path)} is {_shown(key)}")
         keys.add(key)
         _visit(child, [*path, str(key)], count, place)

@@ -49,7 +49,7 @@ def tree_of(epoch):
         "w": jnp.asarray(np.arange(48, dtype=np.float32).reshape(6, 8) + epoch),
         "b": jnp.full(5, epoch, jnp.bfloat16),
         "host": np.arange(4) + epoch,
-        "layers": [(np.int8(epoch), jnp.ones((2, 2))), {3: 0.5 + epoch, "x/y": True}],
+        "layers": [(np.int8(epoch), jnp.ones((2, 2))), {3: 0.5 + epoch}, {"x/y": True}],
         "key": jax.random.key(epoch),
         "empty": np.zeros((0, 3), np.float32),
         "n": epoch,
@@ -119,7 +119,9 @@ def parent_of(value, path):
 def odd(randomly):
     value = randomly.choice(ODD)
     if randomly.random() < 0.1:
-        value = randomly.choice((*TIMES, randomly.getrandbits(randomly.choice((8, 40)))))
+        value = randomly.choice(
+            (*TIMES, randomly.getrandbits(randomly.choice((8, 40))))
+        )
     return copy.deepcopy(value)
 
 
@@ -132,7 +134,9 @@ def changed(value, randomly):
     if not path:
         return odd(randomly), "all"
     above = parent_of(value, path)
-    kind = randomly.choice(("odd", "odd", "odd", "near", "remove", "add", "swap", "deep"))
+    kind = randomly.choice(
+        ("odd", "odd", "odd", "near", "remove", "add", "swap", "deep")
+    )
     at = path[-1]
     match kind:
         case "odd":
@@ -142,9 +146,13 @@ def changed(value, randomly):
             if type(old) is bool:
                 above[at] = not old
             elif isinstance(old, int | float):
-                above[at] = randomly.choice((old + 1, old - 1, -old, old * 2, float(old)))
+                above[at] = randomly.choice(
+                    (old + 1, old - 1, -old, old * 2, float(old))
+                )
             elif isinstance(old, str) and old:
-                above[at] = randomly.choice((old[:-1], old + "0", old[::-1], old + "/.."))
+                above[at] = randomly.choice(
+                    (old[:-1], old + "0", old[::-1], old + "/..")
+                )
             elif isinstance(old, list):
                 above[at] = randomly.choice((old[:-1], old + old[-1:], old[::-1]))
             else:
@@ -153,7 +161,9 @@ def changed(value, randomly):
             del above[at]
         case "add":
             if isinstance(above, dict):
-                above[randomly.choice(("x", "digest", "float", "dict", ""))] = odd(randomly)
+                above[randomly.choice(("x", "digest", "float", "dict", ""))] = odd(
+                    randomly
+                )
             else:
                 above.insert(at, odd(randomly))
         case "swap":
@@ -285,7 +295,9 @@ def mutate(path, randomly):
         return f"table, signed={is_signed}: {what}"
     names = small_files(path)
     if how == "zarr":
-        names = [n for n in names if n.endswith(("zarr.json", "_strings.json"))] or names
+        names = [
+            n for n in names if n.endswith(("zarr.json", "_strings.json"))
+        ] or names
     name = randomly.choice(names)
     if how == "special":
         return f"{name}: {special(path / name, randomly)}"
@@ -372,7 +384,9 @@ class Trial:
             return "equal"
 
         outcome = attempt(
-            "load", lambda: flaxckpt.load(path, like), lambda f: bits(f) == self.expected
+            "load",
+            lambda: flaxckpt.load(path, like),
+            lambda f: bits(f) == self.expected,
         )
         attempt(
             "load_weights",
@@ -394,7 +408,10 @@ class Trial:
                 lambda f: (
                     f is not None
                     and bits(f.tree)
-                    in (self.expected, *(bits(tree_for(self.kind, e)) for e in range(2)))
+                    in (
+                        self.expected,
+                        *(bits(tree_for(self.kind, e)) for e in range(2)),
+                    )
                 ),
             )
             if done != "equal":
