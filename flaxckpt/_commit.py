@@ -58,7 +58,7 @@ class Area:
             depth: How many directories below `root` its checkpoints lie, at most.
             sync: Whether to wait for the disk.
         """
-        tag = hashlib.sha256(series[0].encode()).hexdigest()[:8]
+        tag = hashlib.sha256(os.fsencode(series[0])).hexdigest()[:8]
         self._root, self._series, self._depth, self.sync = root, series, depth, sync
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
         self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"

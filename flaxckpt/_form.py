@@ -20,8 +20,10 @@ import itertools
 import json
 import math
 import os
+import stat
 import struct
 import time
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ import numpy as np
 import tensorstore
 import xxhash
 
+from flaxckpt._alias import plainly
 from flaxckpt._background import give_way, writing_pool, writing_threads
 from flaxckpt._digest import (
     Digest,
@@ -69,6 +72,7 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Share: TypeAlias = tuple[int, list[tuple[int, str]]]
 
 STATE = "state"  # the directory in a checkpoint that holds the tree
+_DESCRIPTION = "zarr.json"  # of an array, beside its chunks
 _TIMES = "_CHECKPOINT_METADATA"
 _STRINGS = f"{STATE}/_strings.json"
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
@@ -107,6 +111,11 @@ class _Stored:
         """Whether one chunk holds the whole array."""
         return self.shape == self.chunk
 
+    @property
+    def description_key(self) -> str:
+        """The name of the file that describes it."""
+        return _below(self.name, _DESCRIPTION)
+
     def with_keys(self, separator: str) -> "_Stored":
         """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
         fields = json.loads(self.description)
@@ -121,7 +130,7 @@ class _Stored:
         grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
         for start in itertools.product(*grid):
             number = [str(at // part) for at, part in zip(start, self.chunk)]  # noqa: B905
-            yield f"{self.name}/{self.separator.join(['c', *number])}", start
+            yield _below(self.name, self.separator.join(["c", *number])), start
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class Form:
         self._write_around(draft, values)
         for stored in self.arrays:
             if isinstance(stored, _Stored):
-                draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+                draft.write(f"{STATE}/{stored.description_key}", [stored.description])
 
     def write_share(
         self, draft: Draft, values: Sequence[Any], *, leads: bool
@@ -276,7 +285,7 @@ class Form:
             frozen: What to tell.
         """
         store = _Files(path / STATE)
-        known = {".".join(leaf.path): leaf for leaf in leaves}
+        known = {leaf.stored_name: leaf for leaf in leaves}
         for stored in self.arrays:
             leaf = None if isinstance(stored, str) else known.get(stored.name)
             if leaf is None or isinstance(stored, str) or leaf.kind not in _READ:
@@ -312,7 +321,7 @@ class Form:
         names = set(self.files)
         for stored in self.arrays:
             if not isinstance(stored, str):
-                names.add(f"{STATE}/{stored.name}/zarr.json")
+                names.add(f"{STATE}/{stored.description_key}")
                 names.update(f"{STATE}/{key}" for key, _ in stored.keys())
         return frozenset(names)
 
@@ -334,7 +343,11 @@ class Form:
         return content
 
     def _write_database(self, directory: Path, values: Sequence[Any]) -> list[str]:
-        database = tensorstore.KvStore.open(_database(directory)).result()
+        with plainly(directory) as plain:
+            database = tensorstore.KvStore.open(_database(plain)).result()
+            return self._write_into(database, values)
+
+    def _write_into(self, database: Any, values: Sequence[Any]) -> list[str]:
         found: list[str] = []
         transaction, size = tensorstore.Transaction(), 0
         into = database.with_transaction(transaction)
@@ -344,7 +357,7 @@ class Form:
             found.append(_digest(stored, value))
             if isinstance(stored, str):
                 continue
-            into.write(f"{stored.name}/zarr.json", stored.description)
+            into.write(stored.description_key, stored.description)
             for key, _, chunk in _chunks(stored, value):
                 into.write(key, chunk.tobytes() + _trailer(chunk.nbytes))
                 size += chunk.nbytes
@@ -372,7 +385,7 @@ class Form:
                 marks = value.digest, value.sums
             else:
                 marks = _write_array(draft, stored, value)
-            draft.write(f"{STATE}/{stored.name}/zarr.json", [stored.description])
+            draft.write(f"{STATE}/{stored.description_key}", [stored.description])
             return marks
 
         with writing_pool() as pool:
@@ -448,8 +461,8 @@ def recognized(
     arrays: list[_Stored | str] = []
     try:
         for leaf, value in zip(leaves, values, strict=True):
-            name = ".".join(leaf.path)
-            if leaf.kind == "str":
+            name = leaf.stored_name
+            if leaf.is_text:
                 arrays.append(name)
                 continue
             stored = _stored(name, leaf, value, store)
@@ -463,7 +476,7 @@ def recognized(
             if path.is_file() and not _holds_values(name, is_database, names):
                 files[name] = path.read_bytes()
         form = Form(is_database, files, arrays)
-        if leads and _STRINGS in files:
+        if leads and any(leaf.is_text for leaf in leaves):
             text = form._current(_STRINGS, files[_STRINGS], values)
             if json.loads(text) != json.loads(files[_STRINGS]):
                 return None
@@ -490,7 +503,9 @@ def _stored(name: str, leaf: Leaf, value: Any, store: "_Values") -> _Stored:
     """Read how Orbax has stored an array; raise if not in the way known here."""
     # A leaf's own dtype, where it has one: Orbax may have been given another.
     dtype = leaf.dtype if leaf.kind in _READ else _dtype(value)
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
+    if not name:  # its files are among Orbax's own
+        raise _OtherwiseError
+    stored = _parsed(name, store.read(_below(name, _DESCRIPTION)), dtype)
     if stored.separator != "/":
         raise _OtherwiseError
     return stored
@@ -570,7 +585,7 @@ class Reader:
     def knows(self, leaf: Leaf) -> bool:
         """Tell whether a leaf is stored in a way that is known here."""
         try:
-            return leaf.kind == "str" or _stored_of(self._store, leaf) is not None
+            return leaf.is_text or _stored_of(self._store, leaf) is not None
         except CheckpointPathError:
             raise
         except _UNREADABLE:
@@ -581,17 +596,32 @@ class Reader:
         if not leaf.in_orbax:
             return False
         try:
-            if leaf.kind == "str":
+            if leaf.is_text:
                 self._text(leaf)
                 return False
-            found = parse_zarr(self._store.read(f"{'.'.join(leaf.path)}/zarr.json"))
+            found = parse_zarr(self._store.read(_below(leaf.stored_name, _DESCRIPTION)))
         except CheckpointPathError:
             raise
         except _UNREADABLE:
             return True
-        numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
-        dtype = _DTYPES.get(leaf.kind, leaf.dtype)
-        return (found.shape, found.dtype) != (leaf.shape + numbers, dtype)
+        return (found.shape, found.dtype) != _array_of(leaf)
+
+    def holds(self, leaf: Leaf) -> bool:
+        """Tell whether all files of a leaf are there, with the sizes that they have.
+
+        Reads no values. False also where the leaf is stored in a way of which that
+        cannot be told.
+        """
+        try:
+            if leaf.is_text:
+                self._text(leaf)
+                return True
+            stored, nbytes = _outlined(self._store, leaf)
+            return all(self._store.has(key, nbytes) for key, _ in stored.keys())
+        except CheckpointPathError:
+            raise
+        except _UNREADABLE:
+            return False
 
     def read(self, leaf: Leaf, *, check: bool) -> tuple[Any, bool]:
         """Read a leaf to the host.
@@ -605,7 +635,7 @@ class Reader:
             None if they are stored in a way that is not known here, or not whole: Orbax
             can tell. And whether they are what was saved, as far as that was checked.
         """
-        if leaf.kind == "str":
+        if leaf.is_text:
             return self._read_text(leaf, check=check)
         recorded = _sums(leaf)
         found = _read(self._store, leaf, check=check and bool(recorded))
@@ -679,9 +709,14 @@ class Reader:
             except MalformedError as error:
                 raise _OtherwiseError from error
         try:
-            return self._texts[".".join(leaf.path)]
+            return self._texts[leaf.stored_name]
         except KeyError as error:
             raise _OtherwiseError from error
+
+
+def _below(name: str, file: str) -> str:
+    """Return the key of a leaf's file; a leaf that is the whole tree has no name."""
+    return f"{name}/{file}" if name else file
 
 
 def _sums(leaf: Leaf) -> tuple[str, ...]:
@@ -758,11 +793,42 @@ def _stored_of(store: "_Values", leaf: Leaf) -> _Stored | None:
     Raises:
         _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
     """
-    name = ".".join(leaf.path)
-    dtype = _DTYPES.get(leaf.kind, leaf.dtype)
-    stored = _parsed(name, store.read(f"{name}/zarr.json"), dtype)
+    name = leaf.stored_name
+    shape, dtype = _array_of(leaf)
+    stored = _parsed(name, store.read(_below(name, _DESCRIPTION)), dtype)
+    return stored if stored.shape == shape else None
+
+
+def _array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
+    """Return the shape and the dtype of the array by which a leaf is stored."""
     numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
-    return stored if stored.shape == leaf.shape + numbers else None
+    return leaf.shape + numbers, _DTYPES.get(leaf.kind, leaf.dtype)
+
+
+def _outlined(store: "_Values", leaf: Leaf) -> tuple[_Stored, int | None]:
+    """Look up how a leaf is stored, in whatever encoding, and how large a chunk is.
+
+    The size is None where it depends on the values.
+
+    Raises:
+        _OtherwiseError: If it is not as its table says, or is not known here.
+        MalformedError: If what describes it is nothing of the kind.
+    """
+    with contextlib.suppress(_OtherwiseError):
+        stored = _stored_of(store, leaf)
+        if stored is not None:
+            nbytes = math.prod(stored.chunk) * stored.dtype.itemsize
+            return stored, nbytes + len(_trailer(nbytes))
+    name = leaf.stored_name
+    description = store.read(_below(name, _DESCRIPTION))
+    found = parse_zarr(description)
+    if (found.shape, found.dtype) != _array_of(leaf):
+        raise _OtherwiseError
+    dtype = jnp.dtype(found.dtype)
+    stored = _Stored(
+        name, description, dtype, found.shape, found.chunk, found.separator
+    )
+    return stored, None
 
 
 def _read(
@@ -806,15 +872,7 @@ def _holds_values(path: str, is_database: bool, names: set[str]) -> bool:
         return False
     if is_database:
         return rest.endswith("manifest.ocdbt") or rest.startswith(("d/", "ocdbt."))
-    return any(
-        rest.startswith((f"{n}/c", f"{n}/zarr.json")) for n in _tops(rest, names)
-    )
-
-
-def _tops(path: str, names: set[str]) -> list[str]:
-    parts = path.split("/")
-    joined = ["/".join(parts[:count]) for count in range(1, len(parts))]
-    return [name for name in joined if name in names]
+    return "/" in rest and rest.partition("/")[0] in names
 
 
 def _chunks(
@@ -926,6 +984,10 @@ class _Values(Protocol):
         """
         ...
 
+    def has(self, key: str, nbytes: int | None) -> bool:
+        """Tell whether a file is there, with a size if that is given and known."""
+        ...
+
 
 class _Files:
     def __init__(self, directory: Path) -> None:
@@ -936,6 +998,11 @@ class _Files:
             return read_small(self._path(key))
         except NoFileError as error:
             raise _OtherwiseError from error
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        found = self._path(key).lstat()
+        is_whole = found.st_size > 0 if nbytes is None else found.st_size == nbytes
+        return stat.S_ISREG(found.st_mode) and is_whole
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         summed = xxhash.xxh3_64() if check else None
@@ -1019,6 +1086,9 @@ class _Sourced:
     def check_room(self, name: str, nbytes: int) -> None:
         pass  # a request tells when it is made
 
+    def has(self, key: str, nbytes: int | None) -> bool:
+        return len(self.read(key)) == nbytes or nbytes is None
+
 
 class _Database:
     def __init__(self, directory: Path) -> None:
@@ -1027,7 +1097,10 @@ class _Database:
             read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
         except NoFileError as error:
             raise _OtherwiseError from error
-        base = {"driver": "file", "path": f"{directory}/"}
+        with contextlib.ExitStack() as stack:
+            plain = stack.enter_context(plainly(directory))
+            weakref.finalize(self, stack.pop_all().close)
+        base = {"driver": "file", "path": f"{plain}/"}
         # Without a cache, its index is read anew for every key.
         context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
         spec = {"driver": "ocdbt", "base": base, "context": context}
@@ -1036,6 +1109,14 @@ class _Database:
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         return _take_in(self.read(key), values, check=check)
+
+    @functools.cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset([key.decode() for key in self._result(self._store.list())])
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        del nbytes  # which only a read of the value tells
+        return key in self._keys
 
     def read(self, key: str) -> bytes:
         found = self._result(self._store.read(key))

@@ -154,6 +154,11 @@ class Frozen:
         """Whether nothing is known to be stored."""
         return not self._homes
 
+    @property
+    def has_links(self) -> bool:
+        """Whether a leaf in the draft is linked."""
+        return any(is_linked for *_, is_linked in self._drafted)
+
     def begin(self) -> None:
         """Begin a draft: what became of the one before is known."""
         self._drafted.clear()

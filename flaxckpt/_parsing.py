@@ -30,6 +30,8 @@ _OTHERS = ("bool", "int", "float", "complex", "str", "static")
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(<[A-Za-z0-9_]{1,31}>)?")
 _DIGEST = re.compile(r"([23]:)?[0-9a-f]{16}")
 _SUM = re.compile(r"[0-9a-f]{16}")
+_STORED = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_NAME_BYTES = 255
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -286,14 +288,12 @@ def _visit(
         return
     if kind != "dict":
         _fail(f"there is a structure of kind {_shown(kind)}")
-    keys: set[Any] = set()
-    of = str
+    keys: set[str] = set()
     for pair in _items(children, kind):
         key, child = _items(pair, "a pair", 2)
-        of = of if keys else type(key)  # JAX sorts them, so all are of one type
-        if type(key) is not of or of not in (str, int) or key in keys:
+        if type(key) not in (str, int) or str(key) in keys:
             _fail(f"a key at {_shown(path)} is {_shown(key)}")
-        keys.add(key)
+        keys.add(str(key))
         _visit(child, [*path, str(key)], count, place)
 
 
@@ -303,6 +303,8 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
     for each in path:
         if type(each) is not str:
             _fail(f"a leaf's path is {_shown(path)}")
+    if "stored" in leaf:
+        _check_stored(leaf, len(path))
     is_held = kind != "static"
     if kind in _ARRAYS:
         shape = _shape(leaf, "shape")
@@ -314,12 +316,25 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
             _fail(f"bytes are of shape {shape}")
         if kind == "numpy_scalar" and shape:
             _fail(f"a numpy scalar is of shape {shape}")
+    elif kind == "str" and leaf.get("dtype") == "uint8":
+        if len(_shape(leaf, "shape")) != 1:
+            _fail(f"text is of shape {_shown(leaf['shape'])}")
     elif kind not in _OTHERS:
         _fail(f"a leaf is of kind {_shown(kind)}")
     elif leaf.get("dtype", "") != "" or leaf.get("shape", []) != []:
         _fail(f"a leaf of kind {kind} has a dtype or a shape")
     if has_digest and is_held:
         _match(_DIGEST, leaf.get("digest"), "a digest")
+
+
+def _check_stored(leaf: Mapping[str, Any], depth: int) -> None:
+    """Check the keys under which a leaf is stored, which make a file's name."""
+    keys = _list(leaf, "stored")
+    if len(keys) not in (1, depth) or any(type(key) is not str for key in keys):
+        _fail(f"a leaf is stored as {_shown(keys)}")
+    name = ".".join(keys)
+    if not _STORED.fullmatch(name) or len(name.encode()) > _NAME_BYTES:
+        _fail(f"a leaf is stored as {_shown(name)}")
 
 
 # ---- zarr.json -----------------------------------------------------------------------

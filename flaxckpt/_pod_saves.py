@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _processes, _snapshot, _store
+from flaxckpt._alias import DESCRIPTORS, is_plain
 from flaxckpt._mirror import scratch
 from flaxckpt._pieces import Shards
 from flaxckpt._processes import Channel, Round
@@ -152,12 +153,15 @@ class PodSaves(Saves):
         """Have Orbax write a tree once, to see how it does."""
         exchange, area = self._channel.round(), self._series.area
         with contextlib.ExitStack() as stack:
+            exchanged = None
             if area.is_mirror:
-                directory = stack.enter_context(_own_directory(exchange))
+                directory = stack.enter_context(_one_path(exchange, None))
                 exchanged = functools.partial(_exchanged, exchange)
             else:
-                directory, exchanged = self._shared_directory(exchange, stack), None
-            _store.learn(directory, layout, leaves, exchanged)
+                directory = self._shared_directory(exchange, stack)
+                if not is_plain(directory):
+                    directory = stack.enter_context(_one_path(exchange, directory))
+            _store.learn(directory / "learnt", layout, leaves, exchanged)
             exchange.tell("learnt", None)
             exchange.hear_all("learnt")  # before it is deleted
         if _processes.is_leader() and not area.is_mirror:
@@ -173,13 +177,13 @@ class PodSaves(Saves):
             try:
                 self._open(None)
                 staging = self._series.area.staging()
-                directory = str(stack.enter_context(staging) / "learnt")
+                directory = str(stack.enter_context(staging))
             except (OSError, CheckpointError) as error:
                 exchange.tell("where", self._translated(error))
             else:
                 exchange.tell("where", directory)
         directory = Path(exchange.hear("where"))
-        exchange.tell("seen", directory.parent.is_dir())
+        exchange.tell("seen", directory.is_dir())
         seen = exchange.hear_all("seen")
         if not all(seen):
             blind = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
@@ -313,7 +317,6 @@ class PodSaves(Saves):
             self.counts.saved += 1
 
 
-_DESCRIPTORS = "/proc/self/fd"
 _GAP = 16  # other threads may open files meanwhile, and get the lowest numbers
 _SEVERAL = "in several processes there is one way only:"
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -376,19 +379,24 @@ def _agree(summaries: Sequence[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _own_directory(exchange: Round) -> Generator[Path]:
-    """Make a directory of this process's own, of one path in all: Orbax wants that.
+def _one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
+    """Have a plain path of a directory, the same in all processes: Orbax wants that.
 
     It is that of a descriptor, which has the same number in all.
+
+    Args:
+        exchange: With the other processes.
+        shared: The directory; None for a new one of each process's own.
     """
     with contextlib.ExitStack() as stack:
         try:
-            directory = stack.enter_context(scratch())
+            directory = shared or stack.enter_context(scratch())
             descriptor = os.open(directory, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            exchange.tell("last", max(map(int, os.listdir(_DESCRIPTORS))))
+            exchange.tell("last", max(map(int, os.listdir(DESCRIPTORS))))
         except OSError as error:
-            exchange.tell("last", _translated(error, tempfile.gettempdir()))
+            where = str(shared or tempfile.gettempdir())
+            exchange.tell("last", _translated(error, where))
             raise
         number = max(exchange.hear_all("last")) + _GAP
         try:
@@ -396,10 +404,10 @@ def _own_directory(exchange: Round) -> Generator[Path]:
             stack.callback(os.close, number)
             exchange.tell("ready", None)
         except OSError as error:
-            exchange.tell("ready", _translated(error, _DESCRIPTORS))
+            exchange.tell("ready", _translated(error, DESCRIPTORS))
             raise
         exchange.hear_all("ready")
-        yield Path(_DESCRIPTORS, str(number), "learnt")
+        yield Path(DESCRIPTORS, str(number))
 
 
 def _exchanged(exchange: Round, files: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ checkpoints, reading all records anew takes a second.
 
 import datetime
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 from flaxckpt import _store
 from flaxckpt._commit import Area
 from flaxckpt._frozen import Frozen
+from flaxckpt._looks import Looks
 from flaxckpt._mirror import Mirror
 from flaxckpt._record import (
     CheckpointInfo,
@@ -100,10 +102,11 @@ class Series:
         """
         self.root = Path(template.root)
         self._template, self.name = template, template.name
-        tag = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        tag = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
         self.slots = slot, slot.with_name(f"{slot.name}-{tag}")
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._compress, self._frozen = compress, frozen
+        self._looks = Looks()
         make = Mirror if in_store else Area
         self.area = make(
             self.root,
@@ -230,9 +233,10 @@ class Series:
                 compress=self._compress,
                 frozen=self._frozen,
                 earlier=earlier[0].path if earlier else None,
+                looks=self._looks,
             )
         else:
-            _store.write_together(*what, together)
+            _store.write_together(*what, together, looks=self._looks)
         self._known = known
         known.newest = info.time
         if page.in_slot:

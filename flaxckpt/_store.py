@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 import os
 import stat
+import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +27,14 @@ import tensorstore
 from orbax.checkpoint import v1
 
 from flaxckpt import _tree
+from flaxckpt._alias import plainly
+from flaxckpt._background import give_way
 from flaxckpt._commit import Area
 from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
+from flaxckpt._looks import Looks
 from flaxckpt._mirror import fetched, source_of
 from flaxckpt._open import (
     NoFileError,
@@ -63,6 +68,7 @@ from flaxckpt.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointPathError,
+    CheckpointWriteError,
     LeafDifference,
     SettingError,
 )
@@ -74,8 +80,12 @@ ocp: Any = v1
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
+_NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
 _READ_THREADS = 8
+_NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
+_PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300  # less what is below
+_ELSEWHERE = "Choose another filepath."
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -146,7 +156,20 @@ def _nearest(path: Path) -> tuple[Path, bool]:
     """Find what exists of a path: the nearest, and whether it is a directory.
 
     One look at each, for other threads make directories meanwhile.
+
+    Raises:
+        CheckpointPathError: If no file system takes the path.
     """
+    try:
+        names = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError as error:
+        problem = f"is no path in this file system's encoding ({error})"
+        raise CheckpointPathError(str(path), f"{problem}. {_ELSEWHERE}") from error
+    longest = max(map(len, names))
+    if longest > _NAME_BYTES or sum(map(len, names)) + len(names) > _PATH_BYTES:
+        problem = f"is too long for a checkpoint, or has a name of {longest} bytes"
+        limits = f"the limits are {_PATH_BYTES} bytes and {_NAME_BYTES}"
+        raise CheckpointPathError(str(path), f"{problem}: {limits}. {_ELSEWHERE}")
     for each in (path, *path.parents):
         try:
             return each, stat.S_ISDIR(each.stat().st_mode)
@@ -168,6 +191,7 @@ def write(
     compress: bool = False,
     frozen: Frozen | None = None,
     earlier: Path | None = None,
+    looks: Looks | None = None,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
@@ -184,6 +208,10 @@ def write(
         compress: Whether to compress the arrays.
         frozen: Where frozen leaves are stored.
         earlier: A checkpoint of the series that may hold them, if it is not known.
+        looks: What the writer has looked at before; None for no look.
+
+    Raises:
+        CheckpointWriteError: If not all is there that was to be written.
     """
     held = _held(layout, leaves)
     is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
@@ -214,6 +242,12 @@ def write(
             _finish(draft, info, _table(layout, weights, found, sums))
         if area.sync and not is_ours:
             sync_tree(written)
+        if looks is not None:
+            linked = frozen is not None and frozen.has_links
+            way = by_orbax is None, is_database, compress, linked
+            _look(
+                written, area.shown(info.path), looks, (way, layout, _placements(held))
+            )
         area.put(written, info.path)
     if frozen is not None:
         frozen.settle(info.path)
@@ -274,7 +308,8 @@ def _small_files(directory: Path) -> dict[str, str]:
     """Read what Orbax has written beside arrays' values."""
 
     def holds_values(path: Path) -> bool:
-        is_in_array = any((each / "zarr.json").exists() for each in path.parents)
+        above = path.relative_to(directory).parents
+        is_in_array = any((directory / each / "zarr.json").exists() for each in above)
         return is_in_array and path.name != "zarr.json"
 
     files = [path for path in directory.rglob("*") if path.is_file()]
@@ -313,6 +348,7 @@ def write_together(
     leaves: list[Any],
     weights: Skeleton,
     meet: Callable[[Path, Callable[[], list[Share]]], list[list[Share]]],
+    looks: Looks | None = None,
 ) -> None:
     """Write a checkpoint as `write` does, but that other processes write parts of it.
 
@@ -324,6 +360,10 @@ def write_together(
         weights: Where in `layout` the weights are.
         meet: Tells the others where, calls what writes this one's share, and returns
             all shares.
+        looks: As for `write`.
+
+    Raises:
+        CheckpointWriteError: As `write` does.
     """
     form, held = _known_form(layout, leaves)
     with area.staging(reuse=True) as directory:
@@ -334,7 +374,48 @@ def write_together(
             share = functools.partial(form.write_share, draft, held, leads=True)
             found, sums = form.joined(meet(written, share))
             _finish(draft, info, _table(layout, weights, found, sums))
+        if looks is not None and not area.is_mirror:  # where all shares are here
+            shown = area.shown(info.path)
+            _look(written, shown, looks, ("together", layout, _placements(held)))
         area.put(written, info.path)
+
+
+def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> None:
+    """Look whether all of a checkpoint is there, unless its like was looked at before.
+
+    Reads no values, but where the files do not tell: then what a restore would read.
+
+    Raises:
+        CheckpointWriteError: If it is not.
+    """
+    if not looks.is_new(*what):
+        return
+    missing = [name for name in _NEEDED if not (written / name).is_file()]
+    doubtful: dict[int, Leaf] = {}
+    try:
+        layout, _ = _read_table(written)
+        if read_record(written) is None or layout is None:
+            raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
+        reader, turn = Reader(written), time.perf_counter()
+        for index, leaf in enumerate(layout.leaves):
+            turn = give_way(turn)
+            if leaf.in_orbax and not reader.holds(leaf):
+                doubtful[index] = leaf
+        if doubtful and are_several():  # the others would have to read, too
+            raise CheckpointCorruptError(str(written), "files are missing")
+        for batch in _batches(layout.leaves) if doubtful else ():
+            wanted = {i: on_host(doubtful[i]) for i in batch if i in doubtful}
+            _read(written, layout, wanted, check=True)
+        problem = f"{', '.join(missing)} is missing" if missing else ""
+    except CheckpointCorruptError as error:
+        names = [leaf.name for leaf in doubtful.values()]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        problem = f"{', '.join(names[:3])}{more}: {error.problem}".removeprefix(": ")
+    if problem:
+        raise CheckpointWriteError(
+            str(shown), f"what was written is not all there ({problem})"
+        )
+    looks.note(*what)
 
 
 def _finish(draft: Draft, info: CheckpointInfo, table: bytes) -> None:
@@ -388,9 +469,10 @@ def _write_by_orbax(
 ) -> tuple[list[str], Sequence[Sequence[str]], Form | None]:
     """Have Orbax write a tree, and learn from it how; return digests and checksums."""
     leaves, values, handed_over = _unpacked(leaves), _unpacked(held), _thawed(held)
-    with _SAVING, _context(is_database=is_database, compress=compress):
-        keyed = list(map(_with_key, layout.leaves, leaves))
-        ocp.save(written, layout.fill_for_orbax(keyed))
+    keyed = list(map(_with_key, layout.leaves, leaves))
+    context = _context(is_database=is_database, compress=compress)
+    with _SAVING, context, plainly(written) as plain:
+        ocp.save(plain, layout.fill_for_orbax(keyed))
     form = None if compress else recognized(written, layout, values)
     if form is None:
         return digests(handed_over), [], None
@@ -821,8 +903,8 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         _complete(path)
         _check_names(path, [layout.leaves[index] for index in wanted])
         check_plain(path, sum(layout.leaves[index].nbytes for index in wanted))
-        with _context():
-            tree = ocp.load(located(path), layout.fill_for_orbax(asked))
+        with _context(), plainly(located(path)) as plain:
+            tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError, CheckpointError):
         raise
@@ -836,8 +918,8 @@ def _check_names(path: Path, leaves: Sequence[Leaf]) -> None:
     if is_there(located(path) / "state" / "manifest.ocdbt"):
         return  # a database has keys, and no files
     for leaf in leaves:
-        name = ".".join(leaf.path)
-        if leaf.kind != "str" and (name[:1] == "/" or ".." in name.split("/")):
+        name = leaf.stored_name
+        if not leaf.is_text and (name[:1] == "/" or ".." in name.split("/")):
             raise CheckpointCorruptError(
                 str(path), f"the name of the leaf {name!r} leads out of the checkpoint"
             )
@@ -862,11 +944,11 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, as against what describes them."""
-    names = [".".join(leaf.path) for leaf in leaves]
+    names = [leaf.stored_name for leaf in leaves]
     own = [path / "state" / name for name in names if is_inside(name)]
     found = [file for each in own for file in each.rglob("*") if file.is_file()]
     found = [file for file in found if file.name != "zarr.json"]
-    if any(leaf.kind == "str" for leaf in leaves):
+    if any(leaf.is_text for leaf in leaves):
         found += path.glob("state/_strings.json")
     found = found or list(path.glob("state/**/d/*"))  # a database has them all
     return [str(file.relative_to(path)) for file in sorted(found)]
@@ -895,7 +977,7 @@ def _abstract(leaf: Leaf, want: Wanted) -> Any:
     is to stay there, to be converted, or to be placed without being committed.
     """
     match leaf.kind:
-        case "bool" | "int" | "float" | "str":
+        case "bool" | "int" | "float" | "str" if not leaf.dtype:
             return {"bool": False, "int": 0, "float": 0.0, "str": ""}[leaf.kind]
         case "key":
             sharding = want.sharding or jax.sharding.SingleDeviceSharding(
@@ -923,13 +1005,13 @@ def _read_foreign(path: Path) -> PyTree:
     """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
     check_plain(path)
     try:
-        with warnings.catch_warnings(), _context():
+        with warnings.catch_warnings(), _context(), plainly(path) as plain:
             warnings.filterwarnings("ignore", message="Sharding info not provided")
             try:
-                return ocp.load(path)
+                return ocp.load(plain)
             except (ValueError, TypeError, KeyError):
-                described = ocp.metadata(path).metadata
-                return ocp.load(path, jax.tree.map(_host_form, described))
+                described = ocp.metadata(plain).metadata
+                return ocp.load(plain, jax.tree.map(_host_form, described))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:

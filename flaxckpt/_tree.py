@@ -9,7 +9,7 @@ compares the stored leaves with the wanted ones by path, before anything is read
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flaxckpt._names import is_plain, is_recordable, spelled
 from flaxckpt.errors import (
     CheckpointMismatchError,
     LeafDifference,
@@ -53,6 +54,8 @@ class Leaf:
         impl: Name of the PRNG implementation, for keys.
         digest: Fingerprint of the value that was saved; see `_digest`.
         sums: Checksums of its files, in order; none where they are not known.
+        stored: The keys under which the store has it, where they differ from `path`:
+            as many, or a single one, which stands at the root; see `_names`.
     """
 
     path: tuple[str, ...]
@@ -62,11 +65,32 @@ class Leaf:
     impl: str = ""
     digest: str = ""
     sums: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The path as text."""
         return "/".join(self.path) or "(the tree itself)"
+
+    @property
+    def stored_path(self) -> tuple[str, ...]:
+        """The keys under which the store has it."""
+        return self.stored or self.path
+
+    @property
+    def stored_name(self) -> str:
+        """The name under which the store has it."""
+        return ".".join(self.stored_path)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the store has it at the root, and not at its place in the tree."""
+        return bool(self.stored) and len(self.stored) != len(self.path)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is stored as text; text that is none in UTF-8 is an array."""
+        return self.kind == "str" and not self.dtype
 
     @property
     def in_orbax(self) -> bool:
@@ -106,12 +130,24 @@ class Layout:
         return _fill(self.skeleton, values)
 
     def fill_for_orbax(self, values: Sequence[Any]) -> PyTree:
-        """Return the tree as Orbax stores it: string keys, no tuples, never empty."""
+        """Return the tree as Orbax stores it: keys as spelled, no tuples, never empty.
+
+        The leaves that are stored apart are entries of the root, which is a dict then.
+        """
         held = [
             value if leaf.in_orbax else None
             for leaf, value in zip(self.leaves, values, strict=True)
         ]
-        tree = _fill_plainly(self.skeleton, held)
+        tree = _fill_plainly(self.skeleton, held, self.leaves)
+        pairs = zip(self.leaves, held, strict=True)
+        apart = {
+            leaf.stored_name: value
+            for leaf, value in pairs
+            if leaf.is_apart and leaf.in_orbax
+        }
+        if apart:
+            entries = enumerate(tree) if type(tree) is list else tree.items()
+            return {str(key): value for key, value in entries} | apart
         return (
             {"empty": None}
             if tree is None or (type(tree) in (dict, list) and not tree)
@@ -121,7 +157,7 @@ class Layout:
     def pick(self, orbax_tree: PyTree) -> list[Any]:
         """Return the leaves of what Orbax loaded; None for those it does not hold."""
         return [
-            _look_up(orbax_tree, leaf.path) if leaf.in_orbax else None
+            _look_up(orbax_tree, leaf.stored_path) if leaf.in_orbax else None
             for leaf in self.leaves
         ]
 
@@ -165,6 +201,7 @@ class Layout:
                     if key in _LEAF_FIELDS - {"digest", "sums"}
                     and value != ""
                     and (key != "shape" or leaf.dtype)
+                    and (key != "stored" or value)
                 }
                 for leaf in self.leaves
             ],
@@ -194,6 +231,7 @@ class Layout:
                 shape=tuple(each.get("shape", ())),
                 impl=each.get("impl", ""),
                 digest=each.get("digest", ""),
+                stored=tuple(each.get("stored", ())),
             )
             for each in table["leaves"]
         ]
@@ -251,9 +289,11 @@ def describe(
             continue
         leaves.append(leaf)
         stored.append(value)
-    refused += structure.collisions
+    refused += structure.refused
     if refused:
         raise UnsupportedLeafError(tuple(refused))
+    for index, keys in structure.spelled.items():
+        leaves[index] = _stored_as(leaves[index], keys)
     return Layout(structure.skeleton, tuple(leaves)), stored
 
 
@@ -372,6 +412,8 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         value = _empty(have)
     if have.kind == "bytes":
         return np.asarray(value).tobytes()
+    if have.kind == "str" and not have.is_text:
+        return np.asarray(value).tobytes().decode(errors="surrogatepass")
     if kind == "key":
         return value if want.sharding is not None else _uncommitted_key(value)
     if kind not in _ARRAYS:
@@ -407,7 +449,8 @@ class _Structure:
     skeleton: Skeleton
     paths: tuple[tuple[str, ...], ...]
     skippable: tuple[bool, ...]
-    collisions: Sequence[tuple[str, str]]
+    spelled: Mapping[int, tuple[str, ...]]
+    refused: Sequence[tuple[str, str]]
 
 
 def _structure(tree: PyTree) -> _Structure:
@@ -429,6 +472,7 @@ _KNOWN: dict[Any, _Structure] = {}
 def _walk(tree: PyTree) -> _Structure:
     paths: list[tuple[str, ...]] = []
     skippable: list[bool] = []
+    refused: list[tuple[str, str]] = []
     equinox = sys.modules.get("equinox")
 
     def visit(node: PyTree, path: tuple[str, ...], in_equinox: bool) -> Skeleton:
@@ -445,6 +489,7 @@ def _walk(tree: PyTree) -> _Structure:
             equinox is not None and isinstance(node, equinox.Module)
         )
         keys = [key_of(entries[0]) for entries, _ in children]
+        refused.extend(_refused_keys(path, keys))
         below = [
             visit(child, (*path, str(key)), inside)
             for key, (_, child) in zip(keys, children, strict=True)
@@ -454,7 +499,8 @@ def _walk(tree: PyTree) -> _Structure:
         return {"dict": [list(pair) for pair in zip(keys, below, strict=True)]}
 
     skeleton = visit(tree, (), in_equinox=False)
-    return _Structure(skeleton, tuple(paths), tuple(skippable), _collisions(paths))
+    names = {} if refused else spelled(paths)
+    return _Structure(skeleton, tuple(paths), tuple(skippable), names, refused)
 
 
 def key_of(entry: Any) -> str | int:
@@ -482,18 +528,60 @@ def _fill(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
             raise ValueError(f"no structure: {skeleton!r}")
 
 
-def _fill_plainly(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
+def _fill_plainly(
+    skeleton: Skeleton, values: Sequence[Any], leaves: Sequence[Leaf], depth: int = 0
+) -> PyTree:
+    """Return the tree as Orbax stores it, less the leaves that are stored apart.
+
+    None stands for them in lists; dicts have no entry.
+    """
     match skeleton:
         case None:
             return None
         case int():
-            return values[skeleton]
+            return None if leaves[skeleton].is_apart else values[skeleton]
         case {"dict": pairs}:
-            return {str(key): _fill_plainly(child, values) for key, child in pairs}
+            keys = [_stored_key(str(key), child, leaves, depth) for key, child in pairs]
+            return {
+                key: _fill_plainly(child, values, leaves, depth + 1)
+                for key, (_, child) in zip(keys, pairs, strict=True)
+                if key is not None
+            }
         case {"list": children} | {"tuple": children}:
-            return [_fill_plainly(child, values) for child in children]
+            return [_fill_plainly(each, values, leaves, depth + 1) for each in children]
         case _:
             raise ValueError(f"no structure: {skeleton!r}")
+
+
+def _stored_key(
+    key: str, child: Skeleton, leaves: Sequence[Leaf], depth: int
+) -> str | None:
+    """Return the key by which Orbax has an entry; None if it has none.
+
+    Where the entry has leaves, they know the key. Otherwise only its name is stored, if
+    the name is an ordinary one.
+    """
+    indices = list(_indices(child))
+    for index in indices:
+        if not leaves[index].is_apart:
+            return leaves[index].stored_path[depth]
+    return key if not indices and is_plain(key) else None
+
+
+def _indices(skeleton: Skeleton) -> Iterator[int]:
+    """Yield the indices of a structure's leaves."""
+    match skeleton:
+        case None:
+            return
+        case int():
+            yield skeleton
+        case {"dict": pairs}:
+            for _, child in pairs:
+                yield from _indices(child)
+        case _:
+            for children in skeleton.values():
+                for child in children:
+                    yield from _indices(child)
 
 
 def _look_up(tree: PyTree, path: Iterable[str]) -> Any:
@@ -502,20 +590,20 @@ def _look_up(tree: PyTree, path: Iterable[str]) -> Any:
     return tree
 
 
-def _collisions(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """Find leaves whose names Orbax, which joins them with dots, would confuse."""
-    seen: dict[str, tuple[str, ...]] = {}
-    refused: list[tuple[str, str]] = []
-    for path in paths:
-        other = seen.setdefault(".".join(path), path)
-        if other is not path:
-            refused.append(
-                (
-                    "/".join(path),
-                    f"is stored under the same name as {'/'.join(other)}; rename a key",
-                )
-            )
-    return refused
+def _refused_keys(
+    path: tuple[str, ...], keys: Sequence[str | int]
+) -> Iterator[tuple[str, str]]:
+    """Find what of one node's keys cannot name a leaf."""
+    seen: dict[str, str | int] = {}
+    for key in keys:
+        name = "/".join((*path, str(key)))
+        if str(key) in seen:
+            other = seen[str(key)]
+            is_same = f"has the same name as its neighbor: their keys, {other!r} and "
+            yield name, f"{is_same}{key!r}, are the same as text; rename one"
+        seen[str(key)] = key
+        if not is_recordable(str(key)):
+            yield name, "has two surrogates as a pair in its name; rename the key"
 
 
 # ---- leaves --------------------------------------------------------------------------
@@ -551,7 +639,7 @@ def _normal(
             value, np.uint8
         )
     elif isinstance(value, str):
-        return Leaf(path, "str"), str(value)
+        return _text(path, str(value))
     else:
         for kind, name in _SCALARS.items():
             if isinstance(value, kind):
@@ -568,6 +656,21 @@ def _normal(
         leaf = _ARRAY_LEAVES.setdefault((path, value.dtype, value.shape), leaf)
         _ARRAY_TYPES.add(type(value))
     return leaf, value
+
+
+@functools.lru_cache(maxsize=2**16)
+def _stored_as(leaf: Leaf, keys: tuple[str, ...]) -> Leaf:
+    return replace(leaf, stored=keys)
+
+
+def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
+    """Store text as text; as an array of bytes, where UTF-8 does not know it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        found = np.frombuffer(value.encode(errors="surrogatepass"), np.uint8)
+        return Leaf(path, "str", "uint8", found.shape), found
+    return Leaf(path, "str"), value
 
 
 def _array_leaf(path: tuple[str, ...], value: Any) -> Leaf:

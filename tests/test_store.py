@@ -357,8 +357,7 @@ def test_leaves_that_cannot_be_saved(tmp_path):
         "text": np.array(["a"]),
         "time": np.array(["2026"], "M8[D]"),
         "wide": np.ones(1, np.longdouble),
-        "x": {"y": 1},
-        "x.y": 2,
+        "x": collections.OrderedDict([(1, 1), ("1", 2)]),
     }
     ckpt = flaxckpt.ModelCheckpoint(tmp_path / "ckpts/{epoch}")
     with pytest.raises(UnsupportedLeafError) as caught:
@@ -374,7 +373,8 @@ def test_leaves_that_cannot_be_saved(tmp_path):
         "  text: an array of dtype <U1\n"
         "  time: an array of dtype datetime64[D]\n"
         "  wide: an array of dtype float128\n"
-        "  x.y: is stored under the same name as x/y; rename a key\n"
+        "  x/1: has the same name as its neighbor: their keys, 1 and '1', are the same "
+        "as text; rename one\n"
         "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
         "Python number, str or bytes. Leave the others out of `tree`."
     )

@@ -102,6 +102,25 @@ def restore_tree(directory, specs):
     say("same")
 
 
+def save_names(directory):
+    """Save and restore leaves whose names no file has."""
+    names = ("/x", "x", "x/", "../up", "a.b", "a", "", "_METADATA", "L" * 300)
+    mesh = mesh_of(jax.device_count())
+    tree = {
+        name: {"b": place(np.arange(8.0) + i, mesh, "data"), "text~": f"some{i}"}
+        for i, name in enumerate(names)
+    }
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree, epoch)
+        ckpt.wait()
+        found = ckpt.restore(tree).tree
+    for name, leaves in tree.items():
+        check_same(found[name]["b"], leaves["b"])
+        assert found[name]["text~"] == leaves["text~"], name
+    say("same")
+
+
 def make_step(mesh):
     """Make a training step: all devices have a part in the loss."""
 

@@ -1,0 +1,32 @@
+"""Which ways of writing were seen to work, by one who writes.
+
+A checkpoint is looked at before it takes its place where its tree is written for the
+first time, or for the first time in this way: a bug in what writes it shows then, and
+not when it is to be restored.
+"""
+
+from collections import deque
+from typing import Any
+
+_REMEMBERED = 32
+
+
+class Looks:
+    """What was looked at, and all there."""
+
+    def __init__(self) -> None:
+        """Nothing was looked at yet."""
+        self._seen: deque[tuple[Any, ...]] = deque(maxlen=_REMEMBERED)
+
+    def is_new(self, *what: Any) -> bool:
+        """Tell whether a look is due.
+
+        Args:
+            *what: The way of writing, the tree's layout, and where its leaves were:
+                whatever compares as equal where the same files are to be there.
+        """
+        return what not in self._seen
+
+    def note(self, *what: Any) -> None:
+        """Note what was looked at and all there."""
+        self._seen.appendleft(what)
