@@ -519,7 +519,11 @@ def _fill(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
         case int():
             return values[skeleton]
         case {"dict": pairs}:
-            return {key: _fill(child, values) for key, child in pairs}
+            # JAX sorts the keys of a dict, and cannot sort numbers among text.
+            are_mixed = len({type(key) for key, _ in pairs}) > 1
+            keys = [str(key) if are_mixed else key for key, _ in pairs]
+            children = [_fill(child, values) for _, child in pairs]
+            return dict(zip(keys, children, strict=True))
         case {"list": children}:
             return [_fill(child, values) for child in children]
         case {"tuple": children}:
