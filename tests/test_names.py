@@ -163,9 +163,9 @@ def nested(leaves):
             ),
             max_leaves=6,
         ),
-        min_size=1,
+        min_size=2,
         max_size=6,
-    )
+    ).filter(jax.tree.leaves)
 
 
 def paths_of(tree):
