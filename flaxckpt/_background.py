@@ -10,6 +10,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from flaxckpt._unchecked import unchecked_pool
+
 _MOST_THREADS = 4
 _NICER, _MUCH_NICER = 5, 15
 _TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
@@ -45,7 +47,7 @@ def writing_pool() -> ThreadPoolExecutor:
         if next(threads) >= max(1, cores // 2):
             stand_back(_MUCH_NICER - _NICER)
 
-    return ThreadPoolExecutor(writing_threads(), "flaxckpt-write", initializer=begin)
+    return unchecked_pool(writing_threads(), "flaxckpt-write", begin)
 
 
 def give_way(turn: float) -> float:

@@ -41,6 +41,7 @@ from flaxckpt._state import (
 )
 from flaxckpt._template import Template, is_url
 from flaxckpt._tree import PyTree
+from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt._weights import Weights, default_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
@@ -362,7 +363,9 @@ class ModelCheckpoint:
                 `like`, too.
         """
         self._note_shardings(like)
-        return CheckpointState.create(**self._settings)
+        with unchecked():
+            state = CheckpointState.create(**self._settings)
+        return as_arguments(state, like)
 
     def update(
         self,
@@ -433,18 +436,19 @@ class ModelCheckpoint:
                 given, state, due, tree, logs, epoch, batch, force
             )
         self._finish_programs()
-        entry = Entry(bool(force), epoch, batch, logs, state)
-        if due or (late and self._is_comparable(logs)):
-            self._saves.decide(entry, now=preempted)
-        lasts = (bool(due or late) and self._save_last) or preempted
-        path = self._saves.start(tree, entry, lasts=lasts)
+        with unchecked():
+            entry = Entry(bool(force), epoch, batch, logs, state)
+            if due or (late and self._is_comparable(logs)):
+                self._saves.decide(entry, now=preempted)
+            lasts = (bool(due or late) and self._save_last) or preempted
+            path = self._saves.start(tree, entry, lasts=lasts)
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)
         assert entry.state is not None
         improved = entry.save is True and given.save_best_only and not force
         self._stale = given if improved else None
-        return entry.state
+        return as_arguments(entry.state, tree)
 
     def save(
         self,
@@ -479,9 +483,10 @@ class ModelCheckpoint:
         if state is not None:
             check_state(state, self._fresh)
         self._finish_programs()
-        entry = Entry(True, epoch, batch, logs, state)
-        path = Path(self._template.render(entry.epoch, entry.batch, logs))
-        self._saves.start(tree, entry, lasts=preempted)
+        with unchecked():
+            entry = Entry(True, epoch, batch, logs, state)
+            path = Path(self._template.render(entry.epoch, entry.batch, logs))
+            self._saves.start(tree, entry, lasts=preempted)
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)
@@ -917,9 +922,11 @@ class ModelCheckpoint:
         durable = _processes.from_leader(
             "best", lambda: self._series.durable_best(info)
         )
+        with unchecked():
+            state = resumed(self.init(), info.state, durable)
         return Restored(
             tree=tree,
-            state=resumed(self.init(), info.state, durable),
+            state=as_arguments(state, tree),
             epoch=info.epoch,
             batch=info.batch,
             logs=info.logs,

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax._src.lax.lax import _convert_element_type as convert
 
+from flaxckpt._memory import copied, is_offloaded
+from flaxckpt._unchecked import unchecked, unguarded
 from flaxckpt.errors import SettingError
 
 PyTree: TypeAlias = Any
@@ -83,19 +85,25 @@ def scan_in_chunks(
 def _chunks(
     body: Body, carry: PyTree, xs: PyTree, total: int, chunk: int, start: int
 ) -> Iterator[Chunk]:
-    if start < total:
-        carry = _promoted(body, carry, xs)
-    weak = tuple(map(_is_weak, jax.tree.leaves(carry)))
-    carry = _copied(carry)  # so that it can be donated
-    xs = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), xs)
+    with unchecked():
+        if start < total:
+            carry = _promoted(body, carry, xs)
+        weak = tuple(map(_is_weak, jax.tree.leaves(carry)))
+        carry = _donatable(carry)
+        xs = jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), xs
+        )
     if inspect.ismethod(body):  # equal to that of before, whatever its object is now
         body = functools.partial(body)
     chunk = min(chunk, max(total, 1))
     for first in range(start, total, chunk):
         count = min(chunk, total - first)
-        carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk, weak=weak)
+        # `body` is the user's, so its values are judged as those of a scan are.
+        with unguarded():
+            carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk, weak=weak)
         if count < chunk:
-            ys = jax.tree.map(lambda y: y[:count], ys)  # noqa: B023  # called at once
+            with unchecked():
+                ys = jax.tree.map(lambda y: y[:count], ys)  # noqa: B023  # called now
         yield Chunk(carry, ys, first, first + count)
 
 
@@ -118,6 +126,20 @@ def _promoted(body: Body, carry: PyTree, xs: PyTree) -> PyTree:
 
 def _is_weak(x: Any) -> bool:
     return getattr(x, "weak_type", False)
+
+
+def _donatable(carry: PyTree) -> PyTree:
+    """Return a copy of a carry, each leaf of it in the same memory."""
+    leaves, structure = jax.tree.flatten(carry)
+    moved = [
+        isinstance(leaf, jax.Array) and is_offloaded(leaf.sharding) for leaf in leaves
+    ]
+    own = [None if is_moved else leaf for leaf, is_moved in zip(leaves, moved)]  # noqa: B905
+    copies = [
+        copied(leaf) if is_moved else copy
+        for leaf, is_moved, copy in zip(leaves, moved, _copied(own), strict=True)
+    ]
+    return structure.unflatten(copies)
 
 
 @jax.jit

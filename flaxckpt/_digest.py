@@ -28,7 +28,6 @@ still be computed.
 import functools
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +35,7 @@ import xxhash
 
 from flaxckpt._pieces import Piece, as_array, pieces
 from flaxckpt._tree import without_keys
+from flaxckpt._unchecked import unchecked_pool
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -59,13 +59,13 @@ def digests(values: Sequence[Any]) -> list[str]:
     Returns:
         A mark of the formula, and 16 hexadecimal digits, for each.
     """
-    with ThreadPoolExecutor(_THREADS, "flaxckpt-digest") as pool:
+    with unchecked_pool(_THREADS, "flaxckpt-digest") as pool:
         return list(pool.map(digest, values))
 
 
 def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
     """Tell for each leaf whether it has the digest that was recorded for it."""
-    with ThreadPoolExecutor(_THREADS, "flaxckpt-digest") as pool:
+    with unchecked_pool(_THREADS, "flaxckpt-digest") as pool:
         return list(pool.map(agrees, values, found))
 
 

@@ -48,6 +48,7 @@ from flaxckpt._digest import (
 )
 from flaxckpt._draft import Draft, stamp_of
 from flaxckpt._frozen import Frozen, FrozenLeaf, Home
+from flaxckpt._memory import part_of
 from flaxckpt._mirror import Source
 from flaxckpt._open import (
     NoFileError,
@@ -680,7 +681,10 @@ class Reader:
             array = jax.make_array_from_single_device_arrays(
                 stored.shape,
                 sharding,
-                [jax.device_put(parts[at], device) for device, at in places.items()],
+                [
+                    jax.device_put(parts[at], part_of(sharding, device))
+                    for device, at in places.items()
+                ],
                 dtype=stored.dtype,
             )
         except CheckpointPathError:

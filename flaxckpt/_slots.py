@@ -20,7 +20,9 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
+from flaxckpt._memory import beside, is_offloaded, zeros
 from flaxckpt._state import _flushed, improves, index, monitored
+from flaxckpt._unchecked import as_arguments, runs_unchecked, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
 _STATIC = {"static": True}
@@ -140,8 +142,10 @@ class Snapshot:
                 f"its leaves must be arrays or numbers.{_lines(unfit)}",
             )
         none = np.full(keep, -1, np.int32)
-        return cls(
-            trees=tuple(jax.tree.map(_zeros, tree) for _ in range(keep)),
+        with unchecked():
+            trees = tuple(jax.tree.map(_zeros, tree) for _ in range(keep))
+        snapshot = cls(
+            trees=trees,
             values=np.full(keep, math.nan, jax.dtypes.canonicalize_dtype(np.float64)),
             epochs=none,
             batches=none.copy(),
@@ -150,6 +154,7 @@ class Snapshot:
             monitor=monitor,
             mode=known,
         )
+        return as_arguments(snapshot)
 
     def take(
         self,
@@ -182,6 +187,12 @@ class Snapshot:
             SettingError: A `ValueError`, if tree or logs are not as given to `like`, or
                 epoch or batch are no zero-based integers.
         """
+        return as_arguments(self._taken(save, tree, logs, epoch, batch))
+
+    @runs_unchecked
+    def _taken(
+        self, save: Any, tree: Any, logs: Mapping[str, Any], epoch: Any, batch: Any
+    ) -> "Snapshot":
         self._check(save, tree, logs)
         epoch = index("epoch", epoch)
         batch = -1 if batch is None else index("batch", batch)
@@ -219,6 +230,7 @@ class Snapshot:
             mode=self.mode,
         )
 
+    @runs_unchecked
     def entries(self, member: int | None = None) -> list[Kept]:
         """Return what is kept, best first; on the host, outside of any trace.
 
@@ -365,7 +377,9 @@ def _put_in_program(take: Any, new: Any, old: Any) -> Any:
 
     def as_old(new: Any, old: Any) -> Any:
         return jax.tree.map(
-            lambda leaf, kept: jnp.asarray(leaf, dtype=kept.dtype), new, old
+            lambda leaf, kept: beside(jnp.asarray(leaf, dtype=kept.dtype), kept),
+            new,
+            old,
         )
 
     return jax.lax.cond(take, as_old, lambda _, old: old, new, old)
@@ -375,9 +389,13 @@ def _put(take: Any, new: Any, old: Any) -> Any:
     """Return a copy of one tree, for the loop may donate its own, or the old tree."""
     if not take:
         return old
-    return jax.tree.map(
-        lambda leaf, kept: jnp.array(leaf, dtype=kept.dtype, copy=True), new, old
-    )
+    return jax.tree.map(_copied, new, old)
+
+
+def _copied(new: Any, old: jax.Array) -> jax.Array:
+    if any(isinstance(x, jax.Array) and is_offloaded(x.sharding) for x in (new, old)):
+        return jax.device_put(new, old.sharding, may_alias=False)
+    return jnp.array(new, dtype=old.dtype, copy=True)
 
 
 def _zeros(leaf: Any) -> Any:
@@ -386,8 +404,8 @@ def _zeros(leaf: Any) -> Any:
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return _zero_keys(leaf)
     if isinstance(leaf, Tracer):
-        return jnp.zeros_like(leaf, dtype=dtype)
-    return jnp.zeros(shape, dtype, device=_sharding(leaf))
+        return beside(jnp.zeros_like(leaf, dtype=dtype), leaf)
+    return zeros(shape, dtype, _sharding(leaf))
 
 
 def _zero_keys(leaf: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._memory import copied, is_offloaded
 from flaxckpt._pieces import Shards, is_shared, pieces
 from flaxckpt._state import CheckpointState, judge
 
@@ -143,15 +144,21 @@ class Plan:
     Attributes:
         kinds: Shape, dtype and sharding of each leaf; None for what is no array of JAX.
         groups: The arrays, by their devices.
+        offloaded: Positions of the arrays that are in another memory of their devices
+            than the default one. No program copies those.
     """
 
     def __init__(self, kinds: list[Kind]) -> None:
         """Group the arrays, and pack small ones."""
         self.kinds = kinds
+        self.offloaded: list[int] = []
         groups: dict[Any, _Group] = {}
         packs: dict[tuple[Any, Any], list[int]] = {}
         for index, kind in enumerate(kinds):
             if kind is None:
+                continue
+            if is_offloaded(kind[2]):
+                self.offloaded.append(index)
                 continue
             devices = _devices(kind[2])
             group = groups.setdefault(devices, _Group(devices))
@@ -172,10 +179,11 @@ class Plan:
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
         """Tell whether all arrays are on the same devices: one program takes them."""
+        placed = [x.sharding for x in scalars if isinstance(x, jax.Array)]
+        if self.offloaded or any(map(is_offloaded, placed)):
+            return False
         devices = {group.devices for group in self.groups}
-        for scalar in scalars:
-            if isinstance(scalar, jax.Array):
-                devices.add(_devices(scalar.sharding))
+        devices.update(map(_devices, placed))
         return len(devices) == 1
 
 
@@ -186,7 +194,7 @@ class Copies:
     Attributes:
         plan: How they are held; None if nothing was copied on a device.
         arrays: The copies on devices, group by group.
-        beside: The other leaves, each in its position.
+        beside: The other leaves, and copies of offloaded arrays, each in its position.
     """
 
     plan: Plan | None
@@ -253,8 +261,9 @@ def snapshot(
 ) -> Copies:
     """Copy the JAX arrays among `leaves` on their devices, each in its sharding.
 
-    Returns at once; the copies are made in the devices' order of work. Other leaves
-    are passed on.
+    Returns at once; the copies are made in the devices' order of work. Arrays in
+    another memory of the devices are copied within that memory. Other leaves are passed
+    on.
 
     Args:
         leaves: Leaves of a tree.
@@ -268,7 +277,10 @@ def snapshot(
     for group in plan.groups:
         slot = slots and [next(slots) for _ in group.shardings]
         arrays += group.copy(*group.pick(leaves), slot, group.work)[0]
-    return Copies(plan, arrays, _beside(leaves))
+    beside = _beside(leaves)
+    for index in plan.offloaded:
+        beside[index] = copied(leaves[index])
+    return Copies(plan, arrays, beside)
 
 
 def snapshot_if_better(
@@ -359,7 +371,7 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
     """Tell whether each device has room for a copy, where it says how much it has."""
     needed: dict[Any, int] = {}
     for leaf in leaves:
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and not is_offloaded(leaf.sharding):
             for device in leaf.sharding.addressable_devices:
                 size = leaf.nbytes // len(leaf.sharding.device_set)
                 if leaf.is_fully_replicated:

@@ -25,6 +25,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
+from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
 Scalar: TypeAlias = jax.typing.ArrayLike
@@ -155,7 +156,7 @@ class CheckpointState:
             best = initial_value_threshold
         with np.errstate(over="ignore"):
             best = jax.dtypes.canonicalize_dtype(np.float64).type(best)
-        return cls(
+        state = cls(
             best=_flushed(best, _pick),
             seen=np.int32(0),
             batches=np.int32(0),
@@ -167,6 +168,7 @@ class CheckpointState:
             save_freq=save_freq if save_freq == "epoch" else int(save_freq),
             min_delta=float(min_delta),
         )
+        return as_arguments(state)
 
 
 def step(
@@ -231,7 +233,16 @@ def tick(
         return state, np.False_
     epoch, batch = index("epoch", epoch), index("batch", batch)
     counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
-    on_host = _HOST_INTS.issuperset(map(type, (epoch, batch, *counters)))
+    if not _HOST_INTS.issuperset(map(type, (epoch, batch, *counters))):
+        with unchecked():
+            return _counted(state, epoch, batch, on_host=False)
+    return _counted(state, epoch, batch, on_host=True)
+
+
+def _counted(
+    state: CheckpointState, epoch: Any, batch: Any, *, on_host: bool
+) -> tuple[CheckpointState, Any]:
+    counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
     where: Where = _pick if on_host else jnp.where
     int32: Any = np.int32 if on_host else _to_int32
     as_int: Any = int if on_host else int32
@@ -258,9 +269,16 @@ def judge(
     due: Any,
 ) -> tuple[CheckpointState, Any]:
     """Compare, where a check is due: the half of `step` that needs the metric."""
-    traced = isinstance(due, jax.Array)
-    if not state.save_best_only or not (traced or due):
+    if not state.save_best_only or not (isinstance(due, jax.Array) or due):
         return state, due
+    with unchecked():
+        return _judged(state, logs, due)
+
+
+def _judged(
+    state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
+) -> tuple[CheckpointState, Any]:
+    traced = isinstance(due, jax.Array)
     value = (logs or {}).get(state.monitor)
     if value is None:
         if isinstance(due, Tracer) or due:

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +59,7 @@ from flaxckpt._record import (
 from flaxckpt._snapshot import HostCopy
 from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
+from flaxckpt._unchecked import runs_unchecked, unchecked_pool
 from flaxckpt._vetting import check_plain, check_readable
 from flaxckpt._weights import plain_weights
 from flaxckpt.errors import (
@@ -672,6 +672,7 @@ def _verify(path: Path) -> None:
         _read(path, layout, wanted, check=True)
 
 
+@runs_unchecked
 def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     """Read a checkpoint, once more if it is replaced or deleted meanwhile.
 
@@ -873,7 +874,7 @@ def _read_files(
 
     # More than the cores take each other's cache, and are no faster.
     threads = min(_READ_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "flaxckpt-read") as pool:
+    with unchecked_pool(threads, "flaxckpt-read") as pool:
         found = dict(zip(known, pool.map(read, known), strict=True))
     damaged = [known[index] for index, (_, same) in found.items() if same is False]
     values = {index: value for index, (value, _) in found.items() if value is not None}

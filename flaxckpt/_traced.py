@@ -20,6 +20,7 @@ from jax._src.dispatch import runtime_tokens
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from flaxckpt._callback import call_host
+from flaxckpt._memory import on_device
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
@@ -230,6 +231,7 @@ class Stream:
         Returns:
             Zero, i32[], once the host has taken them.
         """
+        leaves = list(map(on_device, leaves))
         if self._mesh is None:
             is_placed = jax.device_count() == 1
             return self._call(self._take, scalars, leaves, is_placed=is_placed)

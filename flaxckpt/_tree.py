@@ -415,7 +415,10 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     if have.kind == "str" and not have.is_text:
         return np.asarray(value).tobytes().decode(errors="surrogatepass")
     if kind == "key":
-        return value if want.sharding is not None else _uncommitted_key(value)
+        if want.sharding is None:
+            return _uncommitted_key(value)
+        is_elsewhere = value.sharding.memory_kind != want.sharding.memory_kind
+        return jax.device_put(value, want.sharding) if is_elsewhere else value
     if kind not in _ARRAYS:
         if have.kind not in _ARRAYS and have.kind != "complex" and have.kind == kind:
             return value

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._background import stand_back
+from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
@@ -198,6 +199,7 @@ class Writer:
 
     def _work(self) -> None:
         stand_back()
+        stay_unchecked()
         while True:
             with self._changed:
                 if not self._changed.wait_for(lambda: self._waiting, _IDLE_SECS):

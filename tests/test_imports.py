@@ -32,6 +32,8 @@ LAYERS = [
     "_record",
     "_vetting",
     "_retention",
+    "_unchecked",
+    "_memory",
     "_state",
     "_chunks",
     "_slots",

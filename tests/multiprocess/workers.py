@@ -121,6 +121,27 @@ def save_names(directory):
     say("same")
 
 
+def offload_tree(directory, kind):
+    """Save a tree that is in the host's memory, and restore it to there."""
+    mesh, plain = mesh_of(jax.device_count() // 2, 2), values()
+    tree = tree_of(mesh, SPECS["4x2"])
+    for name, spec in SPECS["4x2"].items():
+        sharding = NamedSharding(mesh, P(*spec), memory_kind=kind)
+        value = np.asarray(plain[name])
+        tree[name] = jax.make_array_from_callback(
+            value.shape, sharding, lambda at, value=value: value[at]
+        )
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree, epoch)
+        found = ckpt.restore(tree)
+    for name in SPECS["4x2"]:
+        assert found.tree[name].sharding == tree[name].sharding, name
+        assert found.tree[name].sharding.memory_kind == kind, name
+    say(found.epoch)
+    restore_tree(directory, "rows")
+
+
 def make_step(mesh):
     """Make a training step: all devices have a part in the loss."""
 

@@ -1,0 +1,68 @@
+"""Arrays that are not in the default memory of their devices, as offloaded state is.
+
+Programs compute on the default memory alone, and XLA refuses the others in most
+operations, even in a copy. JAX's own transfers take every memory.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+
+@functools.lru_cache(maxsize=1024)
+def is_offloaded(sharding: jax.sharding.Sharding) -> bool:
+    """Tell whether a sharding puts arrays into another memory than the default one."""
+    kind = sharding.memory_kind
+    if kind is None:
+        return False
+    devices = sharding.addressable_devices or sharding.device_set
+    return kind != next(iter(devices)).default_memory().kind
+
+
+def copied(array: jax.Array) -> jax.Array:
+    """Copy an array within its memory; returns at once.
+
+    Of an array of several processes, each copies its own shards.
+    """
+    if array.is_fully_addressable:
+        return jax.device_put(array, array.sharding, may_alias=False)
+    parts = [
+        jax.device_put(part.data, part.data.sharding, may_alias=False)
+        for part in array.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(
+        array.shape, array.sharding, parts, dtype=array.dtype
+    )
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """Make zeros in the memory that a sharding names; None for the default device."""
+    if sharding is None or not is_offloaded(sharding):
+        return jax.numpy.zeros(shape, dtype, device=sharding)
+    device = next(iter(sharding.addressable_devices))
+    computed = sharding.with_memory_kind(device.default_memory().kind)
+    return jax.device_put(jax.numpy.zeros(shape, dtype, device=computed), sharding)
+
+
+def on_device(value: jax.Array) -> jax.Array:
+    """Return a value of a trace in the memory on which programs compute."""
+    return _moved(value, jax.memory.Space.Device)
+
+
+def beside(value: jax.Array, other: jax.Array) -> jax.Array:
+    """Return a value of a trace in the memory of another value."""
+    return _moved(value, _space(other))
+
+
+def _moved(value: jax.Array, space: jax.memory.Space) -> jax.Array:
+    return value if _space(value) == space else jax.device_put(value, space)
+
+
+def _space(value: jax.Array) -> jax.memory.Space:
+    return getattr(jax.typeof(value), "memory_space", jax.memory.Space.Device)
+
+
+def part_of(sharding: Any, device: jax.Device) -> jax.sharding.Sharding:
+    """Return where a device's shard of an array with this sharding lies."""
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
