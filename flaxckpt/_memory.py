@@ -55,11 +55,11 @@ def beside(value: jax.Array, other: jax.Array) -> jax.Array:
     return _moved(value, _space(other))
 
 
-def _moved(value: jax.Array, space: jax.memory.Space) -> jax.Array:
+def _moved(value: jax.Array, space: Any) -> jax.Array:
     return value if _space(value) == space else jax.device_put(value, space)
 
 
-def _space(value: jax.Array) -> jax.memory.Space:
+def _space(value: jax.Array) -> Any:
     return getattr(jax.typeof(value), "memory_space", jax.memory.Space.Device)
 
 

@@ -57,6 +57,7 @@ from flaxckpt._record import (
     read_record,
 )
 from flaxckpt._snapshot import HostCopy
+from flaxckpt._state import _outside
 from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._unchecked import runs_unchecked, unchecked_pool
@@ -80,6 +81,7 @@ ocp: Any = v1
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
+_SHOWN = 8  # leaves that a warning lists
 _NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
 _READ_THREADS = 8
@@ -549,8 +551,11 @@ def load(
         path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
         like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
             each leaf is restored with its dtype and shape, as its kind of value, onto
-            its sharding, whatever mesh wrote it. Not changed. None: the tree as plain
-            dicts, lists and tuples, JAX arrays on the default device.
+            its sharding, in that memory, whatever mesh wrote it. A struct whose
+            sharding names no devices goes to those of `jax.set_mesh`. A sharding in
+            the place of a leaf, or of a subtree, places what is stored there. Functions
+            are taken from it. Not changed. None: the tree as plain dicts, lists and
+            tuples, JAX arrays on the default device, None for functions.
         cast: Convert where only the dtypes of stored and wanted arrays differ, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax
@@ -765,18 +770,23 @@ def _load(
     if callable(part):
         part = part(layout)
     view, sources = layout.part(layout.skeleton if part is None else part)
+    like = _tree.spread(like, view)
     try:
         plan = _tree.match(str(path), view, like, cast=cast)
     except CheckpointMismatchError:
         if values is None:
             _check_table(path, layout)  # it may be the table that is wrong
         raise
+    if like is None:
+        _warn_of_functions(path, view)
     if values is None:
         wanted = {sources[i]: want for i, want in plan if i is not None}
         values = _read(path, layout, wanted, check=check)
     given = [None] * len(plan) if like is None else jax.tree.leaves(like)
     for position, (index, want) in enumerate(plan):
         if index is None:
+            if _tree.is_placement(given[position]):
+                given[position] = None
             continue
         have = view.leaves[index]
         try:
@@ -792,6 +802,18 @@ def _load(
     if like is None:
         return view.fill(given)
     return jax.tree.unflatten(jax.tree.structure(like), given)
+
+
+def _warn_of_functions(path: Path, layout: Layout) -> None:
+    names = [leaf.name for leaf in layout.leaves if leaf.kind == "function"]
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        warnings.warn(
+            f"Checkpoint {str(path)!r} holds no functions, and the saved tree had "
+            f"{len(names)}: {shown}. The loaded tree has None there. Pass a `like` "
+            "that has the functions.",
+            stacklevel=_outside(),
+        )
 
 
 def _check_table(path: Path, layout: Layout) -> None:

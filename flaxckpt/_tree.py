@@ -19,6 +19,8 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._names import is_plain, is_recordable, spelled
+from flaxckpt._placing import is_placement, placed
+from flaxckpt._values import is_function, is_value
 from flaxckpt.errors import (
     CheckpointMismatchError,
     LeafDifference,
@@ -31,6 +33,8 @@ Skeleton: TypeAlias = Any
 {"list": [child, ...]} and {"tuple": [child, ...]}."""
 
 _ARRAYS = ("jax", "numpy", "numpy_scalar")
+_FROM_LIKE = ("static", "function")
+_PLACED = "placed"  # of what is wanted as it is stored, at a place
 _SCALARS: dict[Any, str] = {
     bool: "bool",
     int: "int",
@@ -47,8 +51,8 @@ class Leaf:
     Attributes:
         path: Names from the root to the leaf.
         kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
-            `int`, `float`, `complex`, `str`, `bytes`, or `static` (a function within
-            an Equinox module, which is not stored).
+            `int`, `float`, `complex`, `str`, `bytes`. Not stored are `static` (within an
+            Equinox module, what is no array, number or text) and `function`.
         dtype: Name of the dtype, for arrays and keys.
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.
@@ -95,7 +99,12 @@ class Leaf:
     @property
     def in_orbax(self) -> bool:
         """Whether Orbax holds it: it takes no arrays without elements."""
-        return self.kind != "static" and 0 not in self.shape
+        return not self.is_from_like and 0 not in self.shape
+
+    @property
+    def is_from_like(self) -> bool:
+        """Whether it is no value, and comes from the tree that a load is given."""
+        return self.kind in _FROM_LIKE
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -266,10 +275,10 @@ def describe(
     leaves: list[Leaf] = []
     stored: list[Any] = []
     refused: list[tuple[str, str]] = []
-    for value, path, skippable in zip(
+    for value, path, in_equinox in zip(
         jax.tree_util.tree_leaves(tree),
         structure.paths,
-        structure.skippable,
+        structure.in_equinox,
         strict=True,
     ):
         if type(value) in _ARRAY_TYPES:  # the short way for what there may be many of
@@ -278,8 +287,9 @@ def describe(
                 leaves.append(leaf)
                 stored.append(value)
                 continue
-        if skippable and callable(value):
-            leaves.append(Leaf(path, "static"))
+        kind = _from_like(value, in_equinox=in_equinox)
+        if kind:
+            leaves.append(Leaf(path, kind))
             stored.append(None)
             continue
         try:
@@ -310,11 +320,23 @@ class Wanted:
         leaf: The wanted kind, dtype and shape.
         sharding: Where to place it; None for JAX's default device, uncommitted.
         is_weak: Whether the dtype is but JAX's guess for a Python number.
+        type: Of a Python number or text, its own type, such as an `enum.IntEnum`.
+        is_struct: Whether `like` describes the leaf, and has no value of it.
     """
 
     leaf: Leaf
     sharding: jax.sharding.Sharding | None = None
     is_weak: bool = False
+    type: Callable[[Any], Any] | None = None
+    is_struct: bool = False
+
+    def resolved(self, have: Leaf | None) -> "Wanted":
+        """Return what a leaf is wanted as that `like` gives only a place for."""
+        if self.leaf.kind != _PLACED or have is None:
+            return self
+        if have.kind == "jax" or (have.kind in _ARRAYS and _is_of_jax(have.dtype)):
+            return Wanted(replace(have, kind="jax"), self.sharding)
+        return Wanted(have, self.sharding if have.kind == "key" else None)
 
     @property
     def is_in_one_piece(self) -> bool:
@@ -337,28 +359,37 @@ def match(
     Args:
         path: The checkpoint, for the error.
         layout: What is stored.
-        like: A tree of arrays, `jax.ShapeDtypeStruct`s or scalars; None, for the stored
-            tree as it is.
+        like: A tree of arrays, `jax.ShapeDtypeStruct`s, shardings or scalars; None, for
+            the stored tree as it is.
         cast: Whether differences between numeric dtypes are allowed.
 
     Returns:
-        For each leaf that is wanted, in order, its index in `layout` (None for a
-        `static` one, to be taken from `like`) and what it is wanted as.
+        For each leaf that is wanted, in order, its index in `layout` (None for one
+        that is no value, to be taken from `like`) and what it is wanted as.
 
     Raises:
         CheckpointMismatchError: Listing every leaf in which the two differ.
+        UnsupportedLeafError: If `like` has no value where one is stored.
     """
     stored = {leaf.path: index for index, leaf in enumerate(layout.leaves)}
     found: list[tuple[int | None, Wanted]] = []
     differences: list[LeafDifference] = []
+    refused: list[tuple[str, str]] = []
     if like is None:
-        wanted = [Wanted(leaf) for leaf in layout.leaves]
+        wanted = [_as_stored(leaf, cast=cast) for leaf in layout.leaves]
     else:
         wanted = wanted_leaves(like)
     for want in wanted:
         index = stored.pop(want.leaf.path, None)
         have = None if index is None else layout.leaves[index]
-        if want.leaf.kind == "static" or (have is not None and have.kind == "static"):
+        want = want.resolved(have)
+        if want.leaf.is_from_like:
+            if have is not None and not have.is_from_like:
+                problem = f"a {want.leaf}, and the checkpoint has {have}"
+                refused.append((want.leaf.name, problem))
+            found.append((None, want))
+            continue
+        if have is not None and have.is_from_like and want.is_struct:
             found.append((None, want))
             continue
         problem = _difference(have, want, cast=cast)
@@ -366,30 +397,68 @@ def match(
             stored_as = "nothing" if have is None else str(have)
             differences.append(LeafDifference(want.leaf.name, stored_as, problem))
         found.append((index, want))
+    if refused:
+        raise UnsupportedLeafError(tuple(refused), "restored")
     for index in stored.values():
         leaf = layout.leaves[index]
-        if leaf.kind != "static":
+        if not leaf.is_from_like:
             differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
     if differences:
         raise CheckpointMismatchError(
-            path, differences, _advice(differences, cast=cast)
+            path,
+            differences,
+            _advice(differences, cast=cast, has_like=like is not None),
         )
     return found
 
 
+def spread(like: PyTree, layout: Layout) -> PyTree:
+    """Return `like` with a placement of a whole subtree given to each leaf of it."""
+    leaves, structure = jax.tree.flatten(like)
+    if not any(map(is_placement, leaves)):
+        return like
+    paths = _structure(like).paths
+
+    def spread_one(leaf: Any, path: tuple[str, ...]) -> Any:
+        node = _node_at(layout.skeleton, path) if is_placement(leaf) else 0
+        return (
+            leaf if isinstance(node, int) else _fill(node, [leaf] * len(layout.leaves))
+        )
+
+    return structure.unflatten(map(spread_one, leaves, paths))
+
+
+def _node_at(skeleton: Skeleton, path: Sequence[str]) -> Skeleton:
+    """Return the structure below a path; a number where there is none."""
+    for name in path:
+        match skeleton:
+            case {"dict": pairs}:
+                children = {str(key): child for key, child in pairs}
+            case {"list": children} | {"tuple": children}:
+                children = {str(i): child for i, child in enumerate(children)}
+            case _:
+                return 0
+        if name not in children:
+            return 0
+        skeleton = children[name]
+    return skeleton
+
+
 def wanted_leaves(like: PyTree) -> list[Wanted]:
-    """Describe what a tree of arrays or `ShapeDtypeStruct`s asks for."""
+    """Describe what a tree of arrays, `ShapeDtypeStruct`s or shardings asks for."""
     structure = _structure(like)
     wanted: list[Wanted] = []
     refused: list[tuple[str, str]] = []
-    for value, path, skippable in zip(
+    for value, path, in_equinox in zip(
         jax.tree_util.tree_leaves(like),
         structure.paths,
-        structure.skippable,
+        structure.in_equinox,
         strict=True,
     ):
-        if skippable and callable(value):
-            wanted.append(Wanted(Leaf(path, "static")))
+        is_struct = isinstance(value, jax.ShapeDtypeStruct) or is_placement(value)
+        kind = "" if is_struct else _from_like(value, in_equinox=in_equinox)
+        if kind:
+            wanted.append(Wanted(Leaf(path, kind)))
             continue
         try:
             wanted.append(_wanted(path, value))
@@ -420,10 +489,11 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         is_elsewhere = value.sharding.memory_kind != want.sharding.memory_kind
         return jax.device_put(value, want.sharding) if is_elsewhere else value
     if kind not in _ARRAYS:
+        own: Callable[[Any], Any] = want.type or _as_it_is
         if have.kind not in _ARRAYS and have.kind != "complex" and have.kind == kind:
-            return value
+            return own(value)
         number = np.asarray(value).item()
-        return _PYTHON[kind](number) if cast else number
+        return own(_PYTHON[kind](number) if cast else number)
     dtype = jnp.dtype(want.leaf.dtype)
     if have.kind not in _ARRAYS:
         exact = np.asarray(value)
@@ -451,7 +521,7 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
 class _Structure:
     skeleton: Skeleton
     paths: tuple[tuple[str, ...], ...]
-    skippable: tuple[bool, ...]
+    in_equinox: tuple[bool, ...]
     spelled: Mapping[int, tuple[str, ...]]
     refused: Sequence[tuple[str, str]]
 
@@ -474,7 +544,7 @@ _KNOWN: dict[Any, _Structure] = {}
 
 def _walk(tree: PyTree) -> _Structure:
     paths: list[tuple[str, ...]] = []
-    skippable: list[bool] = []
+    within: list[bool] = []
     refused: list[tuple[str, str]] = []
     equinox = sys.modules.get("equinox")
 
@@ -486,7 +556,7 @@ def _walk(tree: PyTree) -> _Structure:
         )
         if len(children) == 1 and not children[0][0]:
             paths.append(path)
-            skippable.append(in_equinox)
+            within.append(in_equinox)
             return len(paths) - 1
         inside = in_equinox or (
             equinox is not None and isinstance(node, equinox.Module)
@@ -503,7 +573,7 @@ def _walk(tree: PyTree) -> _Structure:
 
     skeleton = visit(tree, (), in_equinox=False)
     names = {} if refused else spelled(paths)
-    return _Structure(skeleton, tuple(paths), tuple(skippable), names, refused)
+    return _Structure(skeleton, tuple(paths), tuple(within), names, refused)
 
 
 def key_of(entry: Any) -> str | int:
@@ -620,6 +690,17 @@ class _RefusedError(Exception):
     """A leaf cannot be stored, for the reason given."""
 
 
+def _from_like(value: Any, *, in_equinox: bool) -> str:
+    """Return the kind of a leaf that is no value; empty for a value."""
+    if in_equinox and not is_value(value):
+        return "static"
+    return "function" if is_function(value) else ""
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 def _normal(
     path: tuple[str, ...],
     value: Any,
@@ -635,6 +716,9 @@ def _normal(
         leaf = _array_leaf(path, value)
     elif isinstance(value, np.ma.MaskedArray):
         raise _RefusedError("a masked array; save its data and mask as two arrays")
+    elif isinstance(value, np.ndarray) and type(value) not in _NUMPY_ARRAYS:
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise _RefusedError(f"a {name}; save numpy.asarray of it")
     elif isinstance(value, np.ndarray | np.generic):
         kind = "numpy_scalar" if isinstance(value, np.generic) else "numpy"
         value = np.array(value, dtype=value.dtype.newbyteorder("="))
@@ -687,6 +771,7 @@ def _array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
     return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
 
 
+_NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds know more than their elements
 # Leaves of arrays that were found fit to be stored, and the arrays' types.
 _ARRAY_LEAVES: dict[tuple[Any, ...], Leaf] = {}
 _ARRAY_TYPES: set[type] = set()
@@ -697,17 +782,19 @@ def _impl(key: jax.Array) -> str:
 
 
 def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
-    if isinstance(value, jax.ShapeDtypeStruct):
-        mesh = getattr(value.sharding, "mesh", None)
-        if isinstance(mesh, jax.sharding.AbstractMesh):
-            raise _RefusedError(
-                "a ShapeDtypeStruct whose sharding names no devices (its mesh is an "
-                "AbstractMesh); give it the sharding on a mesh of devices"
-            )
+    if isinstance(value, jax.ShapeDtypeStruct) or is_placement(value):
+        is_placed = is_placement(value)
+        try:
+            sharding = placed(value if is_placed else value.sharding)
+        except ValueError as error:
+            raise _RefusedError(str(error)) from error
+        if is_placed:
+            return Wanted(Leaf(path, _PLACED), sharding, is_struct=True)
         return Wanted(
             _array_leaf(path, value),
-            value.sharding,
+            sharding,
             is_weak=value.weak_type,
+            is_struct=True,
         )
     if isinstance(value, Tracer):
         raise _RefusedError("a value of a running trace")
@@ -718,7 +805,18 @@ def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
             is_weak=getattr(value, "weak_type", False),  # keys have none
         )
     leaf, _ = _normal(path, value, lambda dtype: True)
+    is_own = leaf.kind in (*_PYTHON, "str") and type(value) not in (*_SCALARS, str)
+    return Wanted(leaf, type=type(value) if is_own else None)
+
+
+def _as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
+    """Describe a leaf as wanted without `like`; cast to what JAX has, if it may be."""
+    if cast and leaf.kind == "jax":
+        leaf = replace(leaf, dtype=str(jax.dtypes.canonicalize_dtype(leaf.dtype)))
     return Wanted(leaf)
+
+
+_NEEDS_X64 = "(64 bits need jax_enable_x64)"
 
 
 def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
@@ -726,10 +824,8 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
     leaf = want.leaf
     if have is None:
         return str(leaf)
-    if leaf.kind == "jax" and leaf.dtype != str(
-        jax.dtypes.canonicalize_dtype(leaf.dtype)
-    ):
-        return f"{leaf} (64 bits need jax_enable_x64)"
+    if leaf.kind == "jax" and not _is_of_jax(leaf.dtype):
+        return f"{leaf} {_NEEDS_X64}"
     arrays = have.kind in _ARRAYS, leaf.kind in _ARRAYS
     if all(arrays):
         fits = have.shape == leaf.shape and (have.dtype == leaf.dtype or cast)
@@ -747,9 +843,14 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
     if want.sharding is not None:
         try:
             want.sharding.shard_shape(have.shape)
-        except ValueError:
+        except (ValueError, IndexError):
             return f"{leaf} in shards of {want.sharding}, which do not divide it"
     return None
+
+
+def _is_of_jax(dtype: str) -> bool:
+    """Tell whether JAX has arrays of a dtype, as it is set to now."""
+    return dtype == str(jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _converts(have: Leaf, want: Leaf) -> bool:
@@ -777,7 +878,16 @@ def _is_of_kind(dtype: str, kind: str) -> bool:
     return kind in families and jnp.issubdtype(jnp.dtype(dtype), families[kind])
 
 
-def _advice(differences: Sequence[LeafDifference], *, cast: bool) -> str:
+def _advice(
+    differences: Sequence[LeafDifference], *, cast: bool, has_like: bool
+) -> str:
+    if any(each.wanted.endswith(_NEEDS_X64) for each in differences):
+        cast_how = "a `like` of 32 bits and cast=True" if has_like else "cast=True"
+        return (
+            "Load it in `with jax.enable_x64(True):`, or pass a `like` of numpy arrays "
+            f"to get them on the host as stored, or {cast_how} to convert them to 32 "
+            "bits."
+        )
     if all("nothing" not in (each.stored, each.wanted) for each in differences):
         pairs = [(each.stored, each.wanted) for each in differences]
         if not cast and all(

@@ -26,6 +26,7 @@ _GUARDS = (
     jax.transfer_guard_device_to_device,
     jax.transfer_guard_device_to_host,
 )
+_CONFIG: Any = jax.config  # its settings have no types
 _UNGUARDED = (None, None, None)
 _NOTHING = contextlib.nullcontext()
 
@@ -37,8 +38,7 @@ def unguarded() -> AbstractContextManager[None]:
 
 def unchecked() -> AbstractContextManager[None]:
     """Allow all transfers, and have no value judged, in this thread."""
-    config = jax.config
-    if not (config.jax_debug_nans or config.jax_debug_infs):
+    if not (_CONFIG.jax_debug_nans or _CONFIG.jax_debug_infs):
         return unguarded()
     return _unjudged()
 
@@ -58,11 +58,10 @@ def _entered(settings: Iterable[Any], value: Any) -> Generator[None]:
 
 
 def _are_guarded() -> bool:
-    config = jax.config
     levels = (
-        config.jax_transfer_guard_host_to_device,
-        config.jax_transfer_guard_device_to_device,
-        config.jax_transfer_guard_device_to_host,
+        _CONFIG.jax_transfer_guard_host_to_device,
+        _CONFIG.jax_transfer_guard_device_to_device,
+        _CONFIG.jax_transfer_guard_device_to_host,
     )
     return levels != _UNGUARDED
 
@@ -86,8 +85,7 @@ def unchecked_pool(
         name: Prefix of the threads' names.
         begin: What each thread calls first; None for nothing.
     """
-
-    is_wide = jax.config.jax_enable_x64  # this thread may have its own setting
+    is_wide = _CONFIG.jax_enable_x64  # this thread may have its own setting
 
     def initialize() -> None:
         stay_unchecked()
@@ -120,7 +118,7 @@ def as_arguments(tree: T, *beside: Any) -> T:
         tree: The tree; its numpy leaves are small.
         *beside: Trees that go to the same programs.
     """
-    level = jax.config.jax_transfer_guard_host_to_device
+    level = _CONFIG.jax_transfer_guard_host_to_device
     if level not in ("disallow", "disallow_explicit"):
         return tree
     meshes = [

@@ -36,7 +36,9 @@ def all_checked(check):
 def holding(value, sharding=None):
     """Return a tree of small and large arrays of all dtypes that hold a value."""
     with jax.enable_x64(True):
-        names = [n for n in (*FLOATS, *COMPLEX) if np.isnan(value) or n != "float8_e4m3fn"]
+        names = [
+            n for n in (*FLOATS, *COMPLEX) if np.isnan(value) or n != "float8_e4m3fn"
+        ]
         arrays = {
             f"{name} {size}": np.full((8, size), value).astype(jnp.dtype(name))
             for name in names
@@ -57,7 +59,10 @@ def sharding_of(where):
 def test_a_tree_with_them_is_saved_and_loaded(tmp_path, check, where, copy):
     value = np.nan if check == "nans" else -np.inf
     tree = holding(value, sharding_of(where))
-    with all_checked(check), ModelCheckpoint(tmp_path / "{epoch}", snapshot=copy) as ckpt:
+    with (
+        all_checked(check),
+        ModelCheckpoint(tmp_path / "{epoch}", snapshot=copy) as ckpt,
+    ):
         state = ckpt.init()
         for epoch in range(2):
             state = ckpt.update(state, tree, {"loss": jnp.float32(1)}, epoch)
@@ -118,7 +123,7 @@ def test_the_users_own_programs_are_judged_all_the_same(tmp_path):
             for one in (0.0, 1.0):
                 with pytest.raises(FloatingPointError):
                     bad(jnp.float32(one))
-        zero, body = jnp.float32(0), lambda carry, x: (carry / 0.0, x)  # noqa: E731
+        zero, body = jnp.float32(0), lambda carry, x: (carry / 0.0, x)
         with pytest.raises(FloatingPointError):
             next(flaxckpt.scan_in_chunks(body, zero, jnp.arange(4.0), chunk=2))
 
@@ -207,9 +212,11 @@ def test_guarded_saves_and_loads(tmp_path, where, guard):
         found = ckpt.restore(tree)
         flaxckpt.load_weights(path, tree)
         structs = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-            if isinstance(x, jax.Array)
-            else x,
+            lambda x: (
+                jax.ShapeDtypeStruct(x.shape, x.dtype)
+                if isinstance(x, jax.Array)
+                else x
+            ),
             tree,
         )
         assert_same(flaxckpt.load(path, structs), plain)

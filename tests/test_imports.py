@@ -37,6 +37,8 @@ LAYERS = [
     "_state",
     "_chunks",
     "_slots",
+    "_placing",
+    "_values",
     "_names",
     "_tree",
     "_weights",

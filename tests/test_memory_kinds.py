@@ -24,7 +24,9 @@ def placement(kind, where):
     if where == "one":
         sharding = SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
         return lambda value: jax.device_put(value, sharding)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
     def place(value):
         fits = np.ndim(value) and np.shape(value)[0] % 4 == 0
@@ -107,9 +109,11 @@ def test_restored_to_another_memory_than_it_was_saved_from(tmp_path, where, into
         wanted = make_tree(into, other)
         assert_same_places(flaxckpt.load(tmp_path / "a", wanted), wanted)
         structs = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            if isinstance(x, jax.Array)
-            else x,
+            lambda x: (
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                if isinstance(x, jax.Array)
+                else x
+            ),
             wanted,
         )
         assert_same_places(flaxckpt.load(tmp_path / "a", structs), wanted)
@@ -138,7 +142,9 @@ def test_what_was_copied_may_be_donated(tmp_path, kind, where):
 
 @pytest.mark.parametrize("save_last", [False, True])
 @pytest.mark.parametrize("where", ["one", "eight"])
-def test_a_metric_that_a_device_computes_decides(tmp_path, monkeypatch, where, save_last):
+def test_a_metric_that_a_device_computes_decides(
+    tmp_path, monkeypatch, where, save_last
+):
     """As if each metric were still being computed at the call."""
     from flaxckpt import _saves
 
@@ -199,7 +205,10 @@ def test_saved_from_within_jit(tmp_path, where, by):
 def test_slots_of_a_snapshot(tmp_path, where, slots, traced):
     """Offloaded, or offloaded by the snapshot, or brought back by it."""
     mu = np.arange(8, dtype=np.float32)
-    tree = {"mu": placement("pinned_host", where)(mu), "w": placement("device", where)(mu)}
+    tree = {
+        "mu": placement("pinned_host", where)(mu),
+        "w": placement("device", where)(mu),
+    }
     like = jax.tree.map(placement(slots, where), {"mu": mu, "w": mu})
     snapshot = Snapshot.like(like, {"loss": 0.0}, keep=2)
     take = lambda s, t, loss, epoch: s.take(True, t, {"loss": loss}, epoch)  # noqa: E731

@@ -1,0 +1,60 @@
+"""Where the leaves of a wanted tree go: shardings, and the mesh that gives them devices.
+
+`jax.eval_shape` names the axes of a mesh and none of its devices. The mesh that the
+caller has set, with `jax.set_mesh` or `with mesh:`, has the devices.
+"""
+
+import contextlib
+from typing import Any, TypeGuard
+
+import jax
+from jax._src.mesh import thread_resources
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+
+
+def is_placement(leaf: Any) -> TypeGuard[Sharding | PartitionSpec]:
+    """Tell whether a leaf only says where a value goes."""
+    return isinstance(leaf, Sharding | PartitionSpec)
+
+
+def placed(sharding: Any) -> Any:
+    """Return a sharding on devices.
+
+    Args:
+        sharding: A sharding, which may be on a mesh that names no devices, or a
+            `PartitionSpec`; None for none.
+
+    Raises:
+        ValueError: If it names no devices, and no mesh with its axes is set.
+    """
+    if isinstance(sharding, PartitionSpec):
+        mesh = next(iter(_meshes()), None)
+        if mesh is None:
+            raise ValueError(
+                "a PartitionSpec, and no mesh is set; pass a NamedSharding, or call "
+                "within jax.set_mesh(mesh)"
+            )
+        return NamedSharding(mesh, sharding)
+    if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return sharding
+    for mesh in _meshes():
+        if dict(mesh.shape) == dict(sharding.mesh.shape):
+            kind = sharding.memory_kind
+            return NamedSharding(mesh, sharding.spec, memory_kind=kind)
+    raise ValueError(
+        "a ShapeDtypeStruct whose sharding names no devices (its mesh is an "
+        "AbstractMesh); call within jax.set_mesh(mesh) with a mesh of the same axes "
+        f"({_axes(sharding.mesh)}), or give it the sharding on a mesh of devices"
+    )
+
+
+def _meshes() -> list[Mesh]:
+    """Return the meshes that this thread has set."""
+    found = [thread_resources.env.physical_mesh]
+    with contextlib.suppress(ValueError):  # within a trace
+        found.insert(0, jax.sharding.get_mesh())
+    return [mesh for mesh in found if not mesh.empty]
+
+
+def _axes(mesh: AbstractMesh) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
