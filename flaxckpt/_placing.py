@@ -1,4 +1,4 @@
-"""Where the leaves of a wanted tree go: shardings, and the mesh that gives them devices.
+"""Where the leaves of a wanted tree go: shardings, and the mesh with the devices.
 
 `jax.eval_shape` names the axes of a mesh and none of its devices. The mesh that the
 caller has set, with `jax.set_mesh` or `with mesh:`, has the devices.

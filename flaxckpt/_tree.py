@@ -51,8 +51,8 @@ class Leaf:
     Attributes:
         path: Names from the root to the leaf.
         kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
-            `int`, `float`, `complex`, `str`, `bytes`. Not stored are `static` (within an
-            Equinox module, what is no array, number or text) and `function`.
+            `int`, `float`, `complex`, `str`, `bytes`. Not stored are `function`, and
+            `static`: in an Equinox module, what is no array, number or text.
         dtype: Name of the dtype, for arrays and keys.
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.

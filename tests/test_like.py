@@ -149,7 +149,7 @@ def test_a_sharding_for_a_whole_subtree(path):
 
 def test_a_sharding_that_does_not_fit(path):
     rows = NamedSharding(mesh_of("x", "y"), P("x"))
-    with pytest.raises(CheckpointMismatchError, match="do not divide|shards of"):
+    with pytest.raises(CheckpointMismatchError, match="which do not divide it"):
         flaxckpt.load(path, {"w": NamedSharding(rows.mesh, P(None, "x")), "sub": rows,
                              "key": rows, "n": 0, "text": "", "scalar": 0.0, "wide": rows})  # fmt: skip
     with pytest.raises(CheckpointMismatchError, match="nothing"):
@@ -264,13 +264,14 @@ def test_what_is_no_value_in_an_equinox_module_is_of_like(tmp_path):
         elif name == "name":
             assert got == "m2.0"  # text, which Equinox leaves out, is stored
         else:
-            assert got == value and type(got) is type(value), name
+            assert (got, type(got)) == (value, type(value)), name
     assert found.marker is fresh.marker
     assert found.nested["mode"] is Mode.TEST
     structs = eqx.filter_eval_shape(lambda: module(1.0, Mode.TEST))
     assert eqx.tree_equal(flaxckpt.load(path, structs).weight, model.weight)
     plain = flaxckpt.load(path)
-    assert plain["mode"] is None and plain["weight"].tolist() == [2, 2, 2]
+    assert plain["mode"] is None
+    assert plain["weight"].tolist() == [2, 2, 2]
     assert plain["level"] == 2
 
 
@@ -278,7 +279,8 @@ def test_a_struct_in_an_equinox_module_is_of_like(tmp_path):
     struct = jax.ShapeDtypeStruct((2,), jnp.float32)
     path = saved(tmp_path, module(2.0, Mode.TRAIN, struct))
     found = flaxckpt.load(path, module(1.0, Mode.TRAIN, struct))
-    assert found.struct is struct and found.weight.tolist() == [2, 2, 2]
+    assert found.struct is struct
+    assert found.weight.tolist() == [2, 2, 2]
 
 
 def test_an_equinox_leaf_that_holds_an_array_is_not_left_out(tmp_path):
