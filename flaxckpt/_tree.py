@@ -782,20 +782,18 @@ def _impl(key: jax.Array) -> str:
 
 
 def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
-    if isinstance(value, jax.ShapeDtypeStruct) or is_placement(value):
-        is_placed = is_placement(value)
-        try:
-            sharding = placed(value if is_placed else value.sharding)
-        except ValueError as error:
-            raise _RefusedError(str(error)) from error
-        if is_placed:
-            return Wanted(Leaf(path, _PLACED), sharding, is_struct=True)
-        return Wanted(
-            _array_leaf(path, value),
-            sharding,
-            is_weak=value.weak_type,
-            is_struct=True,
-        )
+    try:
+        if is_placement(value):
+            return Wanted(Leaf(path, _PLACED), placed(value), is_struct=True)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return Wanted(
+                _array_leaf(path, value),
+                placed(value.sharding),
+                is_weak=value.weak_type,
+                is_struct=True,
+            )
+    except ValueError as error:
+        raise _RefusedError(str(error)) from error
     if isinstance(value, Tracer):
         raise _RefusedError("a value of a running trace")
     if isinstance(value, jax.Array):

@@ -192,7 +192,7 @@ def test_small_floats_and_ints(tmp_path, name, where):
         ckpt.save(tree, 0)
     except UnsupportedLeafError as error:
         ((leaf, _),) = error.leaves
-        assert leaf == "a"  # noqa: PT017
+        assert leaf == "a"
         assert not list(tmp_path.iterdir())
         return
     ckpt.save(tree, 1)
@@ -216,5 +216,7 @@ def test_numbers_and_texts_of_own_types(tmp_path):
     found = flaxckpt.load(path, like)
     assert found == tree
     assert list(map(type, found.values())) == list(map(type, tree.values()))
-    with pytest.raises(flaxckpt.CheckpointMismatchError, match="3 is not a valid Level"):
+    with pytest.raises(
+        flaxckpt.CheckpointMismatchError, match="3 is not a valid Level"
+    ):
         flaxckpt.load(path, {**like, "e": Level.LOW})
