@@ -63,6 +63,6 @@ def _space(value: jax.Array) -> Any:
     return getattr(jax.typeof(value), "memory_space", jax.memory.Space.Device)
 
 
-def part_of(sharding: Any, device: jax.Device) -> jax.sharding.Sharding:
+def part_of(sharding: Any, device: Any) -> jax.sharding.Sharding:
     """Return where a device's shard of an array with this sharding lies."""
     return jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
