@@ -477,19 +477,19 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
             `cast` does not allow that.
     """
     kind = want.leaf.kind
+    own: Callable[[Any], Any] = want.type or _as_it_is
     if 0 in have.shape:
         value = _empty(have)
     if have.kind == "bytes":
         return np.asarray(value).tobytes()
     if have.kind == "str" and not have.is_text:
-        return np.asarray(value).tobytes().decode(errors="surrogatepass")
+        return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))
     if kind == "key":
         if want.sharding is None:
             return _uncommitted_key(value)
         is_elsewhere = value.sharding.memory_kind != want.sharding.memory_kind
         return jax.device_put(value, want.sharding) if is_elsewhere else value
     if kind not in _ARRAYS:
-        own: Callable[[Any], Any] = want.type or _as_it_is
         if have.kind not in _ARRAYS and have.kind != "complex" and have.kind == kind:
             return own(value)
         number = np.asarray(value).item()
