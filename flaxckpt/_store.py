@@ -13,7 +13,6 @@ import stat
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from orbax.checkpoint import v1
 
 from flaxckpt import _tree
 from flaxckpt._alias import plainly
@@ -45,6 +43,7 @@ from flaxckpt._open import (
 )
 from flaxckpt._pieces import is_shared
 from flaxckpt._processes import are_several, gathered, is_leader
+from flaxckpt._quiet import quiet
 from flaxckpt._record import (
     FORMAT,
     LEAVES_FILE,
@@ -73,6 +72,9 @@ from flaxckpt.errors import (
     LeafDifference,
     SettingError,
 )
+
+with quiet():  # it logs when it is imported
+    from orbax.checkpoint import v1
 
 T = TypeVar("T")
 # Orbax types its paths as a class of its own, and takes any.
@@ -289,7 +291,7 @@ def learn(
     if exchanged is not None:
         context.multiprocessing.primary_host = None
         context.array.saving.use_replica_parallel = False  # which needs one directory
-    with _SAVING, context:
+    with _SAVING, quiet(), context:
         ocp.save(directory, layout.fill_for_orbax(keyed))
     if exchanged is not None:
         for name, content in exchanged(_small_files(directory)).items():
@@ -473,7 +475,7 @@ def _write_by_orbax(
     leaves, values, handed_over = _unpacked(leaves), _unpacked(held), _thawed(held)
     keyed = list(map(_with_key, layout.leaves, leaves))
     context = _context(is_database=is_database, compress=compress)
-    with _SAVING, context, plainly(written) as plain:
+    with _SAVING, quiet(), context, plainly(written) as plain:
         ocp.save(plain, layout.fill_for_orbax(keyed))
     form = None if compress else recognized(written, layout, values)
     if form is None:
@@ -926,7 +928,7 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         _complete(path)
         _check_names(path, [layout.leaves[index] for index in wanted])
         check_plain(path, sum(layout.leaves[index].nbytes for index in wanted))
-        with _context(), plainly(located(path)) as plain:
+        with quiet(), _context(), plainly(located(path)) as plain:
             tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError, CheckpointError):
@@ -1028,18 +1030,26 @@ def _read_foreign(path: Path) -> PyTree:
     """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
     check_plain(path)
     try:
-        with warnings.catch_warnings(), _context(), plainly(path) as plain:
-            warnings.filterwarnings("ignore", message="Sharding info not provided")
+        with quiet(), _context(), plainly(path) as plain:
+            described = ocp.metadata(plain).metadata
             try:
-                return ocp.load(plain)
+                return ocp.load(plain, jax.tree.map(_placed_form, described))
             except (ValueError, TypeError, KeyError):
-                described = ocp.metadata(plain).metadata
                 return ocp.load(plain, jax.tree.map(_host_form, described))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         check_readable(path)
         raise CheckpointCorruptError(str(path), _cause(error)) from error
+
+
+def _placed_form(described: Any) -> Any:
+    """Describe to Orbax where an array was; left to find that out, it warns."""
+    placed = getattr(described, "sharding_metadata", None)
+    if placed is None:
+        return described
+    shape, dtype = described.shape, described.dtype
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed.to_jax_sharding())
 
 
 def _host_form(described: Any) -> Any:
@@ -1122,7 +1132,8 @@ def _is_ours(path: Path) -> bool:
 
 def _is_orbax(path: Path) -> bool:
     try:
-        return os.path.isdir(path) and ocp.is_orbax_checkpoint(path)
+        with quiet():
+            return os.path.isdir(path) and ocp.is_orbax_checkpoint(path)
     except Exception:  # as where this process may not look
         return False
 

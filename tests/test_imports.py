@@ -51,6 +51,7 @@ LAYERS = [
     "_lease",
     "_background",
     "_processes",
+    "_quiet",
     "_interval",
     "_draft",
     "_commit",
