@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._interval import AgreedInterval, Interval
+from flaxckpt._patience import looks
 from flaxckpt._mirror import mirrored
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
@@ -621,7 +622,7 @@ class ModelCheckpoint:
     @property
     def latest(self) -> CheckpointInfo | None:
         """What was saved last, of what is on disk, the last slot included, or None."""
-        infos = self._series.by_age()
+        infos, _ = self._series.by_age()
         return self._shown(infos[-1]) if infos else None
 
     @property
@@ -687,19 +688,31 @@ class ModelCheckpoint:
             return self._loaded(path, like, cast=cast, verify=verify)
         if which == "best":
             self._need_mode()
-        # All processes of a run go by what one of them sees.
-        names = _processes.from_leader("restore", lambda: self._candidates(which))
-        errors: list[CheckpointError] = []
-        for name in names:
-            try:
-                return self._loaded(name, like, cast=cast, verify=verify)
-            except (CheckpointCorruptError, CheckpointNotFoundError) as error:
-                errors.append(error)
-                warnings.warn(
-                    f"PASSED OVER, and the next one tried: {error}", stacklevel=2
-                )
+        candidates, told = self._candidates(which), set[str]()
+        errors: dict[str, CheckpointCorruptError] = {}
+        is_deleted = True
+        while is_deleted:
+            # All processes of a run go by what one of them sees.
+            found, damaged = _processes.from_leader("restore", lambda: next(candidates))
+            is_deleted = False
+            for problem in sorted(set(damaged) - told):
+                warnings.warn(problem, stacklevel=2)
+            told.update(damaged)
+            for mark, path in found:
+                if mark in errors:
+                    continue
+                try:
+                    return self._loaded(path, like, cast=cast, verify=verify)
+                except CheckpointNotFoundError:
+                    is_deleted = True  # by a writer that has saved a newer one
+                    break
+                except CheckpointCorruptError as error:
+                    errors[mark] = error
+                    warnings.warn(
+                        f"PASSED OVER, and the next one tried: {error}", stacklevel=2
+                    )
         if errors:
-            raise errors[0]
+            raise next(iter(errors.values()))
         self._warn_of_others()
         return None
 
@@ -876,27 +889,48 @@ class ModelCheckpoint:
                 shown = latest.path
             raise Preempted(str(self._watch.signal), str(shown))
 
-    def _candidates(self, which: Any) -> list[str]:
-        """Return the paths to try to restore from, in order.
+    def _candidates(
+        self, which: Any
+    ) -> Iterator[tuple[list[tuple[str, str]], list[str]]]:
+        """List what to try to restore from, in order, anew each time.
+
+        Yields:
+            For each checkpoint what tells it from any other, and its path; and what is
+            wrong with those that cannot be listed.
 
         Raises:
             CheckpointCorruptError: If there are none, and some are damaged.
             CheckpointPathError: If what may be the one to restore cannot be read.
+            CheckpointError: If they were deleted as fast as they were listed.
         """
-        infos, damaged = self._series.listed()
-        for error in damaged:
-            if isinstance(error, CheckpointPathError):
-                if self._series.may_be_ours(error.path):
+        for _ in looks():
+            if which == "best":
+                infos, left_out = self._series.listed()
+                infos = ranked(infos, self._monitor, self._mode)
+            else:
+                infos, left_out = self._series.by_age()
+                infos = infos[::-1]
+            ours = [e for e in left_out if self._series.may_be_ours(e.path)]
+            for error in ours:
+                if isinstance(error, CheckpointPathError):
                     raise error
-                warnings.warn(f"Left out: {error}", stacklevel=4)
-        damaged = [e for e in damaged if isinstance(e, CheckpointCorruptError)]
-        if which == "latest":
-            infos = self._series.by_age()[::-1]
-        else:
-            infos = ranked(infos, self._monitor, self._mode)
-        if not infos and damaged:
-            raise damaged[0]
-        return [str(self._series.area.shown(info.path)) for info in infos]
+            damaged = [e for e in left_out if isinstance(e, CheckpointCorruptError)]
+            if not infos and damaged:
+                raise damaged[0]
+            shown = self._series.area.shown
+            places = [(str(info.time), str(shown(info.path))) for info in infos]
+            yield (
+                places,
+                [
+                    f"{'PASSED OVER' if e in ours else 'Left out'}: {e}"
+                    for e in left_out
+                ],
+            )
+        raise CheckpointError(
+            f"The checkpoints in {str(self._series.area.shown(self._root))!r} were "
+            "deleted faster than they could be loaded. Restore again, or keep more of "
+            "them (max_to_keep)."
+        )
 
     def _shown(self, info: CheckpointInfo) -> CheckpointInfo:
         return replace(info, path=self._series.area.shown(info.path))

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from etils import epath
 
 from flaxckpt._commit import Area
 from flaxckpt._lease import Lease, acquire, release
+from flaxckpt._patience import looks
 from flaxckpt._objects import Objects
 from flaxckpt._open import is_inside
 from flaxckpt._record import (
@@ -191,16 +192,16 @@ class Mirror(Area):
                 found = _read_pointers(self._objects, [_key_of(name) for name in names])
                 gone = set(names) - found.keys()
             else:
-                keys = self._objects.keys_below(_CURRENT)
-                found = _read_pointers(self._objects, keys)
+                found = _read_pointers(self._objects, None)
                 gone = _KNOWN[self._root] - found.keys()
                 self._is_current = True
+            # First what is new: another thread may be listing what is here.
+            for name, pointer in found.items():
+                _write_record(self._root / name, pointer)
             for name in gone & _KNOWN[self._root]:
                 shutil.rmtree(self._root / name, ignore_errors=True)
             _KNOWN[self._root] -= gone
             _KNOWN[self._root] |= found.keys()
-            for name, pointer in found.items():
-                _write_record(self._root / name, pointer)
 
     def shown(self, path: Path) -> Path:
         """Return a path as its users know it."""
@@ -371,12 +372,38 @@ def _key_of(name: str) -> str:
     return f"{_CURRENT}/{name}"
 
 
-def _read_pointers(objects: Objects, keys: Sequence[str]) -> dict[str, Pointer]:
-    """Read pointers, by the names of what they point to."""
+def _read_pointers(objects: Objects, keys: Sequence[str] | None) -> dict[str, Pointer]:
+    """Read pointers, by the names of what they point to; all if `keys` is None."""
+    if keys is None:
+        found = _read_listed(objects, lambda: objects.keys_below(_CURRENT))
+    else:
+        found = objects.read_all(keys)
     return {
         key.removeprefix(f"{_CURRENT}/"): Pointer.parse(content)
-        for key, content in objects.read_all(keys).items()
+        for key, content in found.items()
     }
+
+
+def _read_listed(
+    objects: Objects, listed: Callable[[], Sequence[str]]
+) -> dict[str, bytes]:
+    """Read the objects that a listing names, in which nothing is missing.
+
+    If a writer has deleted one before it is read, it may have written another one since
+    the listing.
+
+    Raises:
+        CheckpointError: If that goes on.
+    """
+    for _ in looks():
+        keys = listed()
+        found = objects.read_all(keys)
+        if len(found) == len(keys):
+            return found
+    raise CheckpointError(
+        f"The checkpoints in {objects.url} were deleted faster than they could be "
+        "read. List them again, or keep more of them (max_to_keep)."
+    )
 
 
 def _write_record(directory: Path, pointer: Pointer) -> None:
@@ -406,9 +433,12 @@ def listed(url: str) -> tuple[Infos, list[LeftOut]]:
     Lists all objects there.
     """
     objects = Objects(url)
-    keys = [key for key in objects.keys_below("") if _CURRENT in key.split("/")]
+
+    def pointers() -> list[str]:
+        return [key for key in objects.keys_below("") if _CURRENT in key.split("/")]
+
     with scratch() as here:
-        for key, content in objects.read_all(keys).items():
+        for key, content in _read_listed(objects, pointers).items():
             parts = [part for part in key.split("/") if part != _CURRENT]
             _write_record(here.joinpath(*parts), Pointer.parse(content))
         infos, damaged = list_below(str(here), None)

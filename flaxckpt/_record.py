@@ -10,10 +10,11 @@ import errno
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from flaxckpt._patience import looks, pause
 from flaxckpt._open import NoFileError, is_there, read_small, unreadable
 from flaxckpt._parsing import (
     MalformedError,
@@ -126,11 +127,25 @@ def located(path: Path) -> Path:
 def is_checkpoint(path: Path) -> bool:
     """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not.
 
+    Where directories cannot be exchanged, a writer sets the old checkpoint aside for a
+    moment: one look at `path` and one aside may both miss it, so there are two of each.
+
     Raises:
         CheckpointPathError: If this process cannot know.
     """
-    there = located(path)
-    return is_there(there / RECORD_FILE) or is_there(there / LEAVES_FILE)
+    aside = path.with_name(REPLACED_PREFIX + path.name)
+    for _ in range(2):
+        if _holds_checkpoint(path):
+            return True
+        if is_there(path):  # something else, unless it has come in between
+            return _holds_checkpoint(path)
+        if _holds_checkpoint(aside):
+            return True
+    return False
+
+
+def _holds_checkpoint(directory: Path) -> bool:
+    return is_there(directory / RECORD_FILE) or is_there(directory / LEAVES_FILE)
 
 
 def read_leaves(path: Path) -> dict[str, Any]:
@@ -173,9 +188,9 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
         CheckpointPathError: If this process cannot read it.
     """
     path = Path(path)
-    if not is_checkpoint(path):
+    fields = _read_fields_of_one(path)
+    if fields is None:
         return None
-    fields = _read_fields(path)
     return CheckpointInfo(
         path=path,
         epoch=fields["epoch"],
@@ -187,6 +202,21 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
         series=fields["series"],
         state=fields["state"],
     )
+
+
+def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
+    """Read the fields of the record of one checkpoint, the old or the new one.
+
+    None where there is none by now: one that a writer deletes is not damaged.
+    """
+    for _ in range(2):
+        if not is_checkpoint(path):
+            return None
+        try:
+            return _read_fields(path)
+        except CheckpointCorruptError:
+            continue
+    return _read_fields(path) if is_checkpoint(path) else None
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -219,11 +249,40 @@ def _read_fields(path: Path) -> dict[str, Any]:
 def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints exactly `depth` directories below `root`; None for any.
 
+    A writer may delete and replace checkpoints meanwhile. What goes between two looks
+    is left out, and nothing is called damaged, and no directory empty, by one look.
+
     Returns:
         Those whose records are whole, oldest first, and what is wrong with the others,
         and with what cannot be read beside them.
+
+    Raises:
+        CheckpointError: If each checkpoint that was seen was gone before it was read.
     """
-    return _sorted(_find(Path(root), depth))
+    known: dict[Path, CheckpointInfo] = {}
+    problems, was_empty = set[str](), False
+    infos: Infos = ()
+    damaged: list[LeftOut] = []
+    for _ in looks():
+        look = _Look(known)
+        infos, damaged = _sorted(_find(Path(root), depth, look))
+        damaged, before = (
+            [error for error in damaged if str(error) in problems],
+            damaged,
+        )
+        is_settled = len(damaged) == len(before) and not look.has_missed
+        is_empty = not infos and not before
+        if is_settled and (was_empty or not is_empty):
+            return infos, damaged
+        problems, was_empty = set(map(str, before)), is_settled and is_empty
+        if problems:
+            pause()
+    if infos:
+        return infos, damaged
+    raise CheckpointError(
+        f"The checkpoints in {root!r} were deleted faster than they could be read. "
+        "List them again, or keep more of them (max_to_keep)."
+    )
 
 
 def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -243,14 +302,39 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
     return kept
 
 
-def _find(root: Path, depth: int | None) -> Iterator[CheckpointInfo | LeftOut]:
+@dataclasses.dataclass
+class _Look:
+    """One look at a directory that a writer may be changing.
+
+    Attributes:
+        known: The records that this look has read, or one before it, by path.
+        has_missed: Whether a directory was gone before its record was read.
+    """
+
+    known: dict[Path, CheckpointInfo]
+    has_missed: bool = False
+
+    def read(self, path: Path) -> CheckpointInfo | None:
+        """Read the record of a directory that was seen, as `read_record` does."""
+        if path not in self.known:
+            info = read_record(path)
+            if info is None:
+                self.has_missed |= not is_there(located(path)) or is_checkpoint(path)
+                return None
+            self.known[path] = info
+        return self.known[path]
+
+
+def _find(
+    root: Path, depth: int | None, look: _Look
+) -> Iterator[CheckpointInfo | LeftOut]:
     """Yield the checkpoints, and what is left out, in the order of their paths."""
-    left: list[tuple[Path, int | None]] = [(root, depth)]
+    left: list[tuple[Path, int | None]] = [(root, depth)] if is_there(root) else []
     while left:
         directory, below = left.pop()
         if below is None or below == 0:
             try:
-                info = read_record(directory)
+                info = look.read(directory)
             except (CheckpointCorruptError, CheckpointPathError) as error:
                 yield error
                 continue
@@ -267,9 +351,10 @@ def _find(root: Path, depth: int | None) -> Iterator[CheckpointInfo | LeftOut]:
                 yield unreadable(directory, error)
             continue
         deeper: list[tuple[Path, int | None]] = []
+        names = {entry.name for entry in entries}
         for entry in entries:
             try:
-                deeper += _candidates(directory, entry, below)
+                deeper += _candidates(directory, entry, below, names)
             except OSError as error:
                 yield unreadable(entry.path, error)
             except CheckpointPathError as error:
@@ -278,14 +363,15 @@ def _find(root: Path, depth: int | None) -> Iterator[CheckpointInfo | LeftOut]:
 
 
 def _candidates(
-    directory: Path, entry: os.DirEntry[str], depth: int | None
+    directory: Path, entry: os.DirEntry[str], depth: int | None, names: Container[str]
 ) -> list[tuple[Path, int | None]]:
     """Return where to look for checkpoints, because of an entry of a directory."""
     name = entry.name
     if name.startswith(REPLACED_PREFIX):
-        path = directory / name.removeprefix(REPLACED_PREFIX)
-        if path != directory and depth in (None, 1) and not is_there(path):
-            return [(path, 0)]
+        name = name.removeprefix(REPLACED_PREFIX)
+        # What has that name, if it was not seen, may be there by now.
+        if name and depth in (None, 1) and name not in names:
+            return [(directory / name, 0)]
     elif not name.startswith(HIDDEN_PREFIX):
         if depth is not None:
             return [(Path(entry.path), depth - 1)] if entry.is_dir() else []

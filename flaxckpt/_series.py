@@ -165,11 +165,16 @@ class Series:
     def _is_slot(self, info: CheckpointInfo) -> bool:
         return info.series == self.name + _SLOT_SERIES
 
-    def by_age(self) -> Infos:
-        """Return what can be resumed from, oldest first: the slot's beside the rest."""
-        infos, slot = self.listed()[0], self.slot_info()
+    def by_age(self) -> tuple[Infos, list[LeftOut]]:
+        """List what can be resumed from, oldest first: the slot's beside the rest.
+
+        The slot is read first: it is deleted after something newer is in the series, so
+        a state that moves from the one to the other is in one of the two.
+        """
+        slot = self.slot_info()
+        infos, damaged = self.listed()
         infos = infos if slot is None else (*infos, slot)
-        return tuple(sorted(infos, key=lambda info: info.time))
+        return tuple(sorted(infos, key=lambda info: info.time)), damaged
 
     def best_of(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
         """Return the best of some checkpoints, None where it is not known which is."""

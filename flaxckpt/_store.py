@@ -41,6 +41,7 @@ from flaxckpt._open import (
     read_small,
     unreadable,
 )
+from flaxckpt._patience import LOOKS, looks, pause
 from flaxckpt._pieces import is_shared
 from flaxckpt._processes import are_several, gathered, is_leader
 from flaxckpt._quiet import quiet
@@ -82,7 +83,6 @@ ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
 _SAVING = threading.Lock()
 _BATCH_BYTES = 256 * 2**20
-_READ_TRIES = 20
 _SHOWN = 8  # leaves that a warning lists
 _NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
@@ -120,7 +120,7 @@ def check_target(path: Path, root: Path) -> None:
             "another filepath.",
         )
     if there == path:
-        if not is_checkpoint(path) and _holds_anything(path):
+        if _holds_other_things(path):
             raise CheckpointPathError(
                 str(path),
                 "is there and is no checkpoint: it would be replaced. Give the "
@@ -134,11 +134,14 @@ def check_target(path: Path, root: Path) -> None:
         )
 
 
-def _holds_anything(path: Path) -> bool:
+def _holds_other_things(path: Path) -> bool:
+    if is_checkpoint(path):
+        return False
     try:
-        return any(path.iterdir())
+        has_any = any(path.iterdir())
     except FileNotFoundError:  # the thread that writes has deleted it by now
         return False
+    return has_any and not is_checkpoint(path)  # which that thread has put there by now
 
 
 def check_root(root: Path) -> None:
@@ -687,13 +690,13 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     """
     if is_url(path):
         return _from_store(os.fspath(path), read)
-    for _ in range(_READ_TRIES):
+    for _ in looks():
         found = _found(path)
         before = _stamp(found)
         try:
             result = _shallow(found, read)
-        except (CheckpointCorruptError, CheckpointNotFoundError):
-            if _stamp(found) == before:
+        except (CheckpointCorruptError, CheckpointNotFoundError, OSError):
+            if _stamp(found) == before and _stays(found):
                 raise
             continue
         if _stamp(found) == before:
@@ -713,14 +716,26 @@ def _shallow(path: Path, read: Callable[[Path], T]) -> T:
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
     return CheckpointError(
-        f"Checkpoint {str(path)!r} was replaced {_READ_TRIES} times while it was read. "
-        "Read it when it is not being written, or save less often."
+        f"Checkpoint {str(path)!r} was replaced {LOOKS} times or more while it was "
+        "read. Read it when it is not being written, or save less often."
     )
+
+
+def _stays(path: Path) -> bool:
+    """Tell whether a checkpoint stays as it is: none of its files is on its way out."""
+    before = _files_of(path)
+    pause()
+    return _files_of(path) == before != []
+
+
+def _files_of(path: Path) -> list[str]:
+    found = os.walk(located(path))
+    return [f"{directory}/{name}" for directory, _, names in found for name in names]
 
 
 def _from_store(url: str, read: Callable[[Path], T]) -> T:
     """Read a checkpoint in an object store, as `_undisturbed` does."""
-    for _ in range(_READ_TRIES):
+    for _ in looks():
         with fetched(url) as source:
             try:
                 source.begin()
@@ -735,12 +750,17 @@ def _from_store(url: str, read: Callable[[Path], T]) -> T:
     raise _replaced_too_often(url)
 
 
-def _stamp(path: Path) -> bytes:
-    """Return what differs between any two checkpoints; b"" where there is none."""
+def _stamp(path: Path) -> tuple[Any, ...]:
+    """Return what differs between any two checkpoints, and if one was moved meanwhile.
+
+    Empty where there is none.
+    """
+    there = located(path)
     try:
-        return read_small(located(path) / RECORD_FILE)
-    except (NoFileError, CheckpointPathError):
-        return b""
+        content, status = read_small(there / RECORD_FILE), there.stat()
+    except (NoFileError, CheckpointPathError, OSError):
+        return ()
+    return content, there, status.st_ino, status.st_ctime_ns
 
 
 @functools.cache

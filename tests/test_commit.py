@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _commit, _store
+from flaxckpt import ModelCheckpoint, _commit, _patience, _store
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ def test_reading_what_is_always_replaced_ends(tmp_path, files, monkeypatch):
             return read(*args, **kwargs)
 
         monkeypatch.setattr(_store, "_load", replaced)
+        monkeypatch.setattr(_patience, "SECS", 0)
         with pytest.raises(flaxckpt.CheckpointError, match="was replaced 20 times"):
             flaxckpt.load(tmp_path / "best")
 

@@ -29,6 +29,7 @@ LAYERS = [
     "_template",
     "_open",
     "_parsing",
+    "_patience",
     "_record",
     "_vetting",
     "_retention",
