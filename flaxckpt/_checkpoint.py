@@ -605,6 +605,9 @@ class ModelCheckpoint:
         try:
             self.close()
         except CheckpointError as failure:
+            if isinstance(error, CheckpointError):  # they are told together
+                error.add_note(f"And: {failure}")
+                return
             warnings.warn(
                 f"While another error ended the loop: {failure}", stacklevel=2
             )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _snapshot, _store
+from flaxckpt._failures import in_one_line
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series, Together
@@ -541,8 +542,7 @@ class Saves:
         try:
             self._series.area.open()
         except OSError as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise CheckpointWriteError(str(where), cause) from error
+            raise CheckpointWriteError(str(where), in_one_line(error)) from error
 
     def _path(self, entry: Entry) -> Path | None:
         """Fill the template in, unless it shows a value that is still computed.

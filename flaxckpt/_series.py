@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from flaxckpt import _store
 from flaxckpt._commit import Area
+from flaxckpt._failures import space_told
 from flaxckpt._frozen import Frozen
 from flaxckpt._looks import Looks
 from flaxckpt._mirror import Mirror
@@ -231,17 +232,18 @@ class Series:
         )
         self._known = None  # until it is known that nothing failed half-way
         what = info, self.area, page.layout, page.leaves, page.weights
-        if together is None:
-            earlier = list(known.infos.values())[-1:]
-            _store.write(
-                *what,
-                compress=self._compress,
-                frozen=self._frozen,
-                earlier=earlier[0].path if earlier else None,
-                looks=self._looks,
-            )
-        else:
-            _store.write_together(*what, together, looks=self._looks)
+        with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
+            if together is None:
+                earlier = list(known.infos.values())[-1:]
+                _store.write(
+                    *what,
+                    compress=self._compress,
+                    frozen=self._frozen,
+                    earlier=earlier[0].path if earlier else None,
+                    looks=self._looks,
+                )
+            else:
+                _store.write_together(*what, together, looks=self._looks)
         self._known = known
         known.newest = info.time
         if page.in_slot:

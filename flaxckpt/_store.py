@@ -5,6 +5,7 @@ its managers: listing, retention and replacement are ours. Orbax's exceptions do
 leave this room.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -29,7 +30,8 @@ from flaxckpt._background import give_way
 from flaxckpt._commit import Area
 from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
-from flaxckpt._form import Form, Reader, Share, recognized
+from flaxckpt._failures import in_one_line, listed
+from flaxckpt._form import STATE, Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._looks import Looks
 from flaxckpt._mirror import fetched, source_of
@@ -90,6 +92,10 @@ _READ_THREADS = 8
 _NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
 _PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300  # less what is below
 _ELSEWHERE = "Choose another filepath."
+# Plain Orbax warns that there are no arrays where no directory has a file of this name,
+# as Zarr 2 has; it writes Zarr 3 itself.
+_ZARR_MARK = f"{STATE}/array_metadatas/.zarray"
+_OURS = {LEAVES_FILE, RECORD_FILE, _ZARR_MARK}
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -244,9 +250,9 @@ def write(
             else:
                 assert form is not None
                 _adopt(form, frozen, earlier)
-                draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
+                draft.keep_only(form.names | _OURS)
                 found, sums = form.write(draft, written, held, frozen)
-            _finish(draft, info, _table(layout, weights, found, sums))
+            _finish(draft, written, info, _table(layout, weights, found, sums))
         if area.sync and not is_ours:
             sync_tree(written)
         if looks is not None:
@@ -376,11 +382,11 @@ def write_together(
     with area.staging(reuse=True) as directory:
         written = directory / "new"
         with Draft(written, sync=area.sync) as draft:
-            draft.keep_only(form.names | {LEAVES_FILE, RECORD_FILE})
+            draft.keep_only(form.names | _OURS)
             form.begin(draft, held)
             share = functools.partial(form.write_share, draft, held, leads=True)
             found, sums = form.joined(meet(written, share))
-            _finish(draft, info, _table(layout, weights, found, sums))
+            _finish(draft, written, info, _table(layout, weights, found, sums))
         if looks is not None and not area.is_mirror:  # where all shares are here
             shown = area.shown(info.path)
             _look(written, shown, looks, ("together", layout, _placements(held)))
@@ -425,8 +431,10 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
     looks.note(*what)
 
 
-def _finish(draft: Draft, info: CheckpointInfo, table: bytes) -> None:
+def _finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
     """Add the table of leaves and the record, and have all of it on disk."""
+    if not (written / STATE / "manifest.ocdbt").exists():
+        draft.write(_ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
     draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
     draft.finish()
@@ -882,8 +890,8 @@ def _read(
         damaged += _differing(unchecked, values)
     if damaged:
         _complete(path)
-        names = ", ".join(leaf.name for leaf in damaged)
-        files = ", ".join(_data_files(located(path), damaged))
+        names = listed([leaf.name for leaf in damaged])
+        files = listed(_data_files(located(path), damaged))
         raise CheckpointCorruptError(
             str(path), f"not what was saved: {names} (in one of the files {files})"
         )
@@ -955,7 +963,16 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         raise
     except Exception as error:
         check_readable(path)
-        raise CheckpointCorruptError(str(path), _cause(error)) from error
+        leaves = [layout.leaves[index] for index in wanted]
+        names, files = (
+            [leaf.name for leaf in leaves],
+            _data_files(located(path), leaves),
+        )
+        problem = f"cannot be read: {listed(names)} (in one of the files "
+        problem += f"{listed(files) or 'that hold it, which are missing'})"
+        raise CheckpointCorruptError(
+            str(path), f"{problem}: {in_one_line(error)}"
+        ) from error
 
 
 def _check_names(path: Path, leaves: Sequence[Leaf]) -> None:
@@ -991,11 +1008,13 @@ def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, as against what describes them."""
     names = [leaf.stored_name for leaf in leaves]
     own = [path / "state" / name for name in names if is_inside(name)]
-    found = [file for each in own for file in each.rglob("*") if file.is_file()]
-    found = [file for file in found if file.name != "zarr.json"]
-    if any(leaf.is_text for leaf in leaves):
-        found += path.glob("state/_strings.json")
-    found = found or list(path.glob("state/**/d/*"))  # a database has them all
+    found: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # they may be on their way out
+        found += [file for each in own for file in each.rglob("*") if file.is_file()]
+        found = [file for file in found if file.name != "zarr.json"]
+        if any(leaf.is_text for leaf in leaves):
+            found += path.glob("state/_strings.json")
+        found = found or list(path.glob("state/**/d/*"))  # a database has them all
     return [str(file.relative_to(path)) for file in sorted(found)]
 
 
@@ -1060,7 +1079,7 @@ def _read_foreign(path: Path) -> PyTree:
         raise
     except Exception as error:
         check_readable(path)
-        raise CheckpointCorruptError(str(path), _cause(error)) from error
+        raise CheckpointCorruptError(str(path), in_one_line(error)) from error
 
 
 def _placed_form(described: Any) -> Any:
@@ -1092,7 +1111,7 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
             _check_known(leaf)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
-            str(path), f"its table of leaves does not parse ({_cause(error)})"
+            str(path), f"its table of leaves does not parse ({in_one_line(error)})"
         ) from error
     return layout, layout.skeleton if weights == "all" else weights
 
@@ -1194,7 +1213,3 @@ def _context(*, is_database: bool = True, compress: bool = False) -> v1.Context:
     context.array.saving.enable_post_merge_validation = False
     context.memory.deepcopy_host_arrays = False
     return context
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

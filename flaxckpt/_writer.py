@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._background import stand_back
+from flaxckpt._failures import in_one_line
 from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
@@ -133,7 +134,7 @@ class Writer:
             self._errors.clear()
             self._more_errors = self._ended = 0
         for other in others:
-            first.add_note(f"And: {other}")
+            first.add_note(f"And: {_briefly(other)}")
         if more:
             first.add_note(f"And {more} more.")
         raise first
@@ -251,9 +252,16 @@ def translated(error: BaseException, path: str, where: str = "") -> CheckpointEr
     """
     if isinstance(error, CheckpointError):
         return error
-    failure = CheckpointWriteError(path, f"{type(error).__name__}: {error}{where}")
+    failure = CheckpointWriteError(path, f"{in_one_line(error)}{where}")
     failure.__cause__ = error
     return failure
+
+
+def _briefly(error: CheckpointError) -> str:
+    """Return what a note says of an error, behind another one that says the rest."""
+    if isinstance(error, CheckpointWriteError):
+        return f"Saving {error.path!r} failed: {error.cause}."
+    return str(error)
 
 
 def ending(error: BaseException) -> CheckpointError:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _commit, _looks, _mirror, _record, _store
+from flaxckpt import ModelCheckpoint, _commit, _patience, _mirror, _record, _store
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 ROUNDS = 1500 if FULL else 40
@@ -265,7 +265,9 @@ def test_what_is_replaced_at_any_step_is_read_once_more(
         prepare=lambda: None,
         strike=strike,
         read=lambda: READS_IN_PLACE[read](ckpt, runs),
-        check=lambda found: read == "verify" or found is not None or pytest.fail(str(found)),
+        check=lambda found: (
+            read == "verify" or found is not None or pytest.fail(str(found))
+        ),
     )
 
 
@@ -311,7 +313,8 @@ def test_a_state_that_moves_between_slot_and_series_is_not_missed(
         for epoch, loss in enumerate((0.5, 0.9, 0.4)):
             state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
             ckpt.wait()
-            shutil.copytree(runs, tmp_path / f"after {epoch}")
+            hidden = shutil.ignore_patterns(".flaxckpt-*")
+            shutil.copytree(runs, tmp_path / f"after {epoch}", ignore=hidden)
     first = 1 if way == "out of the slot" else 0
 
     def take(name, epoch):
@@ -402,7 +405,7 @@ def test_damage_that_stays_is_damage(tmp_path):
 def test_what_is_replaced_for_ever_is_an_error_and_no_first_run(
     tmp_path, kept, monkeypatch
 ):
-    monkeypatch.setattr(_looks, "SECS", 0)
+    monkeypatch.setattr(_patience, "SECS", 0)
     newest = [1]
     strike, read = next_one(tmp_path, newest), _record.read_record
 
@@ -420,7 +423,7 @@ def test_what_is_replaced_for_ever_is_an_error_and_no_first_run(
 def test_loaded_too_late_for_ever_is_an_error_and_no_first_run(
     tmp_path, kept, monkeypatch
 ):
-    monkeypatch.setattr(_looks, "SECS", 0)
+    monkeypatch.setattr(_patience, "SECS", 0)
     strike, restore = next_one(tmp_path, [1]), _store.restore
 
     def late(*args, **kwargs):

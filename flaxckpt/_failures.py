@@ -1,0 +1,102 @@
+"""What went wrong, in one line that a user can read.
+
+TensorStore adds whole specifications to its errors, and Orbax adds advice about its own
+settings. The error itself stays the cause of the one that is raised.
+"""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from flaxckpt.errors import CheckpointError, CheckpointWriteError
+
+_HEAD, _TAIL = 220, 80  # characters that are kept of a long line
+_SHOWN = 5  # of a long list
+_ADDED = re.compile(r"""\s*\[[a-z_ \[\]0-9]+=('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\]""")
+_SPACE = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+}
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error's type and what it says, shortened to one line."""
+    text = _ADDED.sub("", str(error)).strip()
+    line = " ".join(text.splitlines()[0].split()) if text else ""
+    if len(line) > _HEAD + _TAIL:
+        line = f"{line[:_HEAD]} ... {line[-_TAIL:]}"
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence, the first few of many."""
+    shown = ", ".join(names[:_SHOWN])
+    more = len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+@contextlib.contextmanager
+def space_told(path: object, nbytes: int, directory: Path) -> Generator[None]:
+    """Have a save that fails for want of space say how much it needs.
+
+    Args:
+        path: The checkpoint, as its users know it.
+        nbytes: How much its values need.
+        directory: Where it is written.
+
+    Raises:
+        CheckpointWriteError: In place of the error of a full disk.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        problem = _lack_of_space(error, nbytes, directory)
+        if problem is None:
+            raise
+        raise CheckpointWriteError(str(path), problem) from error
+
+
+def _lack_of_space(error: BaseException, nbytes: int, directory: Path) -> str | None:
+    code = next(filter(None, map(_code_of, _chain(error))), None)
+    if code is None:
+        return None
+    problem = f"{_SPACE[code]}: it needs about {_size(nbytes)}"
+    if code == errno.EDQUOT:
+        return f"{problem}, and the quota of this user on {str(directory)!r} is used up"
+    try:
+        there = os.statvfs(directory)
+    except OSError:
+        return problem
+    free = there.f_bavail * there.f_frsize
+    if free > 2 * nbytes and there.f_files and not there.f_favail:
+        return f"{problem}, and no more files can be made on {str(directory)!r}"
+    return f"{problem}, and {_size(free)} are free on {str(directory)!r}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def _code_of(error: BaseException) -> int | None:
+    """Return the number of an error that speaks of space; TensorStore's are texts."""
+    if isinstance(error, OSError) and error.errno in _SPACE:
+        return error.errno
+    text = str(error)
+    return next((code for code, said in _SPACE.items() if said in text), None)
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"
