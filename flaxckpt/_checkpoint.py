@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._interval import AgreedInterval, Interval
-from flaxckpt._patience import looks
 from flaxckpt._mirror import mirrored
+from flaxckpt._patience import looks
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._processes import Channel

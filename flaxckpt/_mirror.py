@@ -35,9 +35,9 @@ from etils import epath
 
 from flaxckpt._commit import Area
 from flaxckpt._lease import Lease, acquire, release
-from flaxckpt._patience import looks
 from flaxckpt._objects import Objects
 from flaxckpt._open import is_inside
+from flaxckpt._patience import looks
 from flaxckpt._record import (
     HIDDEN_PREFIX,
     LEAVES_FILE,

@@ -14,7 +14,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flaxckpt._patience import looks, pause
 from flaxckpt._open import NoFileError, is_there, read_small, unreadable
 from flaxckpt._parsing import (
     MalformedError,
@@ -24,6 +23,7 @@ from flaxckpt._parsing import (
     parse_record,
     parse_table,
 )
+from flaxckpt._patience import looks, pause
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
