@@ -705,7 +705,11 @@ class ModelCheckpoint:
                 if mark in errors:
                     continue
                 try:
-                    return self._loaded(path, like, cast=cast, verify=verify)
+                    loaded = self._loaded(path, like, cast=cast, verify=verify)
+                    if loaded.epoch is not None:
+                        return loaded
+                    is_deleted = True  # its record was, and it was loaded without
+                    break
                 except CheckpointNotFoundError:
                     is_deleted = True  # by a writer that has saved a newer one
                     break
