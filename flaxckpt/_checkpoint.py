@@ -428,6 +428,7 @@ class ModelCheckpoint:
                 self._never_due = self._by_epoch or batch is None
             return state
         self._never_due = False
+        self._saves.check_parent()
         check_state(state, self._fresh)
         if self._has_policy:
             self._check_policy(logs)
@@ -474,6 +475,7 @@ class ModelCheckpoint:
             CheckpointError: As `update`.
         """
         self._saves.check()
+        self._saves.check_parent()
         preempted = self._is_newly_preempted()
         if _is_traced(epoch, batch, logs, tree, state):
             raise CheckpointError(
@@ -549,15 +551,21 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If a save failed.
         """
+        if self._series.area.is_inherited:
+            return
         self._finish_streams()
         self._saves.wait()
 
     def close(self) -> None:
         """Wait as `wait` does, and release thread, lock and signal handlers.
 
+        In a process that was forked from the one that made the object, does nothing.
+
         Raises:
             CheckpointWriteError: If a save failed.
         """
+        if self._series.area.is_inherited:
+            return
         try:
             try:
                 self._finish_streams()
@@ -568,6 +576,7 @@ class ModelCheckpoint:
         except Exception:
             self._release()
             raise
+        self._release()  # but not where an interrupt left a save under way
         if self._never_due:
             how = "without `batch`" if self._by_epoch else "with `batch`"
             warnings.warn(
@@ -575,18 +584,21 @@ class ModelCheckpoint:
                 f"{self._fresh.save_freq!r} only calls of update {how} count.",
                 stacklevel=2,
             )
-        self._release()  # but not where an interrupt left a save under way
 
     def _release(self) -> None:
-        if self._is_newly_preempted() and self._watch is not None:
+        watch = self._watch
+        is_late = self._is_newly_preempted()
+        try:
+            self._series.area.close()
+        finally:
+            if watch is not None:
+                watch.close()
+        if is_late and watch is not None:
             warnings.warn(
-                f"{self._watch.signal} came after the last update outside of jit, and "
+                f"{watch.signal} came after the last update outside of jit, and "
                 "no state was saved for it. End the program now.",
                 stacklevel=3,
             )
-        self._series.area.close()
-        if self._watch is not None:
-            self._watch.close()
 
     def __enter__(self) -> Self:
         return self

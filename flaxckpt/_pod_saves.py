@@ -116,7 +116,8 @@ class PodSaves(Saves):
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry, path)
+        self._prepare(job, save, entry, path)
+        self._submit(job)
         if self._snapshot == "none":
             self._writer.wait()
         return path
@@ -221,9 +222,8 @@ class PodSaves(Saves):
             value = entry.logs[state.monitor]
             if is_on_device and plan.is_on_one_mesh(value, state.best):
                 always = save.whole is not None
-                entry.decide_on_device(
-                    state, value, leaves, memory, plan, always=always
-                )
+                entry.copies = _snapshot.unfilled(leaves, plan)
+                entry.decide_on_device(state, value, leaves, memory, always=always)
                 return
             entry.judge()  # each process has a value of its own, and waits for it
             self.tell_decided(entry)
@@ -293,7 +293,8 @@ class PodSaves(Saves):
                 entry, pages = settled
                 self._open(pages[0].path)
                 self._targets(entry, lasts=any(page.in_slot for page in pages))
-                self._put(entry, pages, together)
+                with self._series.area.turn:
+                    self._put(entry, pages, together)
         except BaseException as error:
             failure = self._translated(error)
             for subject in (f"where {index}", f"where {index + 1}", "done"):

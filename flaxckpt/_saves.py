@@ -9,6 +9,7 @@ save; the thread that writes learns of it in its own time.
 import datetime
 import functools
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,7 +168,6 @@ class Entry:
         value: jax.Array,
         leaves: list[Any],
         into: Copies | None,
-        plan: _snapshot.Plan,
         *,
         always: bool,
     ) -> None:
@@ -176,17 +176,24 @@ class Entry:
         Args:
             state: The decision state after `tick`.
             value: The monitored value.
-            leaves: What to copy.
-            into: As for `snapshot_if_better`.
-            plan: Likewise.
+            leaves: What to copy to `copies`.
+            into: As for `fill_if_better`.
             always: Likewise.
         """
-        (best, kept, before), self.save, self.copies = _snapshot.snapshot_if_better(
-            state, value, leaves, into, plan, always=always
-        )
-        self.before = with_leaves(state, best=before)
-        self.state = with_leaves(state, best=best)
-        self.kept = with_leaves(state, best=kept)
+        assert self.copies is not None
+        _snapshot.fill_if_better(self.copies, state, value, leaves, into, always=always)
+        self.take_verdict()
+
+    def take_verdict(self) -> None:
+        """Take up what a device was asked to decide, once."""
+        verdict = None if self.copies is None else self.copies.verdict
+        if self.save is None and verdict is not None and self.state is not None:
+            (best, kept, before), save = verdict[:2]
+            state = self.state
+            self.before = with_leaves(state, best=before)
+            self.kept = with_leaves(state, best=kept)
+            self.state = with_leaves(state, best=best)
+            self.save = save
 
 
 @dataclass
@@ -353,6 +360,7 @@ class Saves:
         self._frozen, self._tell = frozen, tell
         self._writer = Writer()
         self._is_first = True
+        weakref.finalize(self, self._writer.abandon)
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
@@ -406,11 +414,11 @@ class Saves:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
             self._take_up_frozen(save, entry)
-            entry.copies = self._copied(save.leaves(entry), job)
+            self._copy_all(save, entry, job, where)
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry, where)
+        self._submit(job)
         if self._snapshot == "none":
             self._writer.wait()
         return where
@@ -465,6 +473,7 @@ class Saves:
             entry: The call.
             lasts: Whether to save in the slot, if nothing else holds it.
         """
+        self.check_parent()
         path, slot = self._targets(entry, lasts=lasts)
         where = path if entry.save else slot
         self._open(where)
@@ -500,7 +509,16 @@ class Saves:
         ]
         incoming.entry.copies = Copies(None, [], leaves)
         reuse = Copies(None, [], memory)
-        self._submit(incoming.job, save, incoming.entry, incoming.where, reuse)
+        self._prepare(incoming.job, save, incoming.entry, incoming.where, reuse)
+        self._submit(incoming.job)
+
+    def hold(self, incoming: "Incoming") -> None:
+        """Note that several threads hand over what is expected."""
+        self._writer.hold(incoming.job)
+
+    def give_up_all(self) -> None:
+        """Forget what this thread has expected, and has not come."""
+        self._writer.take_back()
 
     def give_up(self, incoming: "Incoming") -> None:
         """Forget what was expected, and has not come."""
@@ -510,6 +528,15 @@ class Saves:
         """Have an error raised by the next call; `ends` if it ends a program, too."""
         self.counts.failed += 1
         self._writer.fail(error, self._shown(self._series.root), ends=ends)
+
+    def check_parent(self) -> None:
+        """Check that this process was not forked from the one that saves.
+
+        Raises:
+            CheckpointLockedError: If it was.
+        """
+        if self._writer.is_inherited:
+            raise self._series.area.inherited()
 
     @property
     def tells(self) -> bool:
@@ -657,8 +684,10 @@ class Saves:
         if not fits and (job.content is not None or not self._is_on_device(leaves)):
             return False
         into, always = memory if fits else None, save.whole is not None
-        entry.decide_on_device(state, value, leaves, into, plan, always=always)
-        self._submit(job, save, entry, save.path)
+        entry.copies = _snapshot.unfilled(leaves, plan)
+        self._prepare(job, save, entry, save.path)
+        entry.decide_on_device(state, value, leaves, into, always=always)
+        self._submit(job)
         return True
 
     def _claim(self, save: Save, entry: Entry) -> tuple[Job, float]:
@@ -674,7 +703,7 @@ class Saves:
         assert job is not None
         return job, waited
 
-    def _submit(
+    def _prepare(
         self,
         job: Job,
         save: Save,
@@ -682,23 +711,38 @@ class Saves:
         where: Path | None,
         memory: Copies | None = None,
     ) -> None:
-        job.key = self._key(save, entry)
+        """Tell a job what it does once the entry's copies are filled."""
+        key = self._key(save, entry)
         for part in (save.part, save.whole):
             if part is not None:
                 part.leaves = []  # from now on, the copies count
-        if job.content is None:
-            job.content = save
-        if entry.save is True or (entry.save is False and save.whole is not None):
-            for earlier in job.content.entries:
-                earlier.copies = None  # superseded
-        job.content.entries.append(entry)
-        job.memory = memory
-        if memory is None and entry.copies is not None and self._snapshot != "none":
-            job.memory = entry.copies.memory()
-        job.path = self._shown(where or self._series.root)
-        job.run = functools.partial(self._run, job.content)
-        job.after = self._series.area.sweep
+        earlier: Save | None = job.content
+        content = replace(earlier or save, entries=[entry])
+        if earlier is not None:
+            content.entries[:0] = earlier.entries
+        copies = entry.copies
+        assert copies is not None
+        if memory is None and self._snapshot != "none":
+            memory = copies.memory()
+        job.then = Job(
+            key,
+            self._shown(where or self._series.root),
+            functools.partial(self._run, content),
+            self._series.area.sweep,
+            content,
+            memory,
+            is_filled=lambda: copies.is_filled,
+        )
+
+    def _submit(self, job: Job) -> None:
+        content: Save = job.then.content if job.then is not None else job.content
+        *earlier, entry = content.entries
+        is_sure = entry.save is True or (
+            entry.save is False and content.whole is not None
+        )
         self._writer.submit(job)
+        for each in earlier if is_sure else ():
+            each.copies = None  # superseded
 
     def _key(self, save: Save, entry: Entry) -> Any:
         """Return what a job writes: jobs of equal keys supersede each other."""
@@ -719,18 +763,26 @@ class Saves:
             size += save.whole.layout.nbytes
         return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
 
-    def _copied(self, leaves: list[Any], job: Job) -> Copies:
+    def _copy_all(self, save: Save, entry: Entry, job: Job, where: Path | None) -> None:
+        """Copy, and prepare the job before what it writes now may be written over."""
+        leaves, memory = save.leaves(entry), job.memory
         if self._snapshot == "none":
-            return Copies(None, [], leaves)
-        memory: Copies | None = job.memory
+            entry.copies = Copies(None, [], leaves)
+            self._prepare(job, save, entry, where)
+            return
         plan = _snapshot.planned(leaves)
-        if memory is not None and memory.plan is plan:
-            return _snapshot.snapshot(leaves, memory, plan)
-        if self._is_on_device(leaves):
+        fits = memory is not None and memory.plan is plan
+        if not (fits or self._is_on_device(leaves)):
+            # Not into what waits to be written, which would be torn by an error
+            # half-way.
+            entry.copies = _snapshot.on_host(leaves, None if job.content else memory)
+            self._prepare(job, save, entry, where)
+            return
+        if not fits or (job.content and len(plan.groups) > 1):  # likewise
             job.memory = memory = None  # before more is taken
-            return _snapshot.snapshot(leaves, None, plan)
-        # Not into what waits to be written, which would be torn by an error half-way.
-        return _snapshot.on_host(leaves, None if job.content else memory)
+        entry.copies = _snapshot.unfilled(leaves, plan)
+        self._prepare(job, save, entry, where)
+        _snapshot.fill(entry.copies, leaves, memory)
 
     def _is_on_device(self, leaves: list[Any]) -> bool:
         return self._snapshot == "device" or (
@@ -753,7 +805,8 @@ class Saves:
         """
         settled = self._settled(save)
         if settled is not None:
-            self._put(*settled)
+            with self._series.area.turn:
+                self._put(*settled)
 
     def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:
         """Wait for the copies, and return the entry to write and what of it, if any."""
@@ -849,6 +902,7 @@ class Saves:
     def _chosen(self, save: Save) -> Entry | None:
         """Return the entry to write, learning what a device has decided."""
         for entry in save.entries:
+            entry.take_verdict()  # unless that was done, and not interrupted
             if isinstance(entry.save, jax.Array):
                 entry.save = bool(entry.save)
                 self.tell_decided(entry)

@@ -79,6 +79,8 @@ T = TypeVar("T")
 ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
 _SAVING = threading.Lock()
+# A forked process does not wait for threads, which are its parent's.
+os.register_at_fork(after_in_child=_SAVING._at_fork_reinit)  # pyright: ignore
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
 _SHOWN = 8  # leaves that a warning lists

@@ -300,18 +300,19 @@ class Stream:
     def _take(
         self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
     ) -> np.int32:
-        incoming = self._begin(scalars)
-        if incoming is None:
-            return np.int32(0)
         try:
-            for target, leaf in zip(incoming.memory, leaves, strict=True):
-                np.copyto(target, leaf)
-            self._saves.arrived(incoming)
-        except Exception as error:
-            self._saves.give_up(incoming)
-            self._fail(error)
-        except BaseException:  # an interrupt
-            self._saves.give_up(incoming)
+            incoming = self._begin(scalars)
+            if incoming is None:
+                return np.int32(0)
+            try:
+                for target, leaf in zip(incoming.memory, leaves, strict=True):
+                    np.copyto(target, leaf)
+                self._saves.arrived(incoming)
+            except Exception as error:
+                self._saves.give_up(incoming)
+                self._fail(error)
+        except BaseException:  # an interrupt, which may come to the main thread
+            self._saves.give_up_all()
             raise
         return np.int32(0)
 
@@ -332,6 +333,8 @@ class Stream:
         if is_first:
             try:
                 event.incoming = self._begin(scalars)
+                if event.incoming is not None:
+                    self._saves.hold(event.incoming)
             except BaseException as error:
                 event.error = error
             event.is_ready.set()

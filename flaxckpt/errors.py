@@ -127,13 +127,26 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
         directory: Where both want to write.
         host: The other process's machine; empty if not known.
         pid: Its process number there; 0 if not known.
+        is_parent: Whether this process was forked from that one, and uses an object
+            that was made there.
     """
 
-    def __init__(self, directory: str, host: str, pid: int) -> None:
-        super().__init__(directory, host, pid)
+    def __init__(
+        self, directory: str, host: str, pid: int, is_parent: bool = False
+    ) -> None:
+        super().__init__(directory, host, pid, is_parent)
         self.directory, self.host, self.pid = directory, host, pid
+        self.is_parent = is_parent
 
     def __str__(self) -> str:
+        if self.is_parent:
+            return (
+                f"This ModelCheckpoint for {self.directory!r} was made in process "
+                f"{self.pid}, and this process was forked from that one, without its "
+                "threads and locks: it cannot save or load with it. Do so in process "
+                f"{self.pid}, or make a ModelCheckpoint with another filepath here, in "
+                'a process that was started by multiprocessing\'s "spawn" method.'
+            )
         who = f"process {self.pid} on {self.host}" if self.host else "another process"
         return (
             f"The checkpoints in {self.directory!r} are being written by {who}. End "
