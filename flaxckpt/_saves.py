@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt import _snapshot, _store
+from flaxckpt._forks import use_threads
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._record import plain_scalars
 from flaxckpt._series import Page, Series, Together
@@ -530,13 +531,15 @@ class Saves:
         self._writer.fail(error, self._shown(self._series.root), ends=ends)
 
     def check_parent(self) -> None:
-        """Check that this process was not forked from the one that saves.
+        """Check that this process was not forked from one that saves.
 
         Raises:
-            CheckpointLockedError: If it was.
+            CheckpointLockedError: If it was from the one that has made this.
+            CheckpointError: If it was from another one that uses JAX.
         """
         if self._writer.is_inherited:
             raise self._series.area.inherited()
+        use_threads()
 
     @property
     def tells(self) -> bool:

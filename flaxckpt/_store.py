@@ -31,6 +31,7 @@ from flaxckpt._background import give_way
 from flaxckpt._commit import Area
 from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
+from flaxckpt._forks import use_threads
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._looks import Looks
@@ -685,6 +686,7 @@ def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
 
     A program that evaluates what another one trains reads paths that are written to.
     """
+    use_threads()
     if is_url(path):
         return _from_store(os.fspath(path), read)
     for _ in range(_READ_TRIES):

@@ -142,10 +142,10 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
         if self.is_parent:
             return (
                 f"This ModelCheckpoint for {self.directory!r} was made in process "
-                f"{self.pid}, and this process was forked from that one, without its "
-                "threads and locks: it cannot save or load with it. Do so in process "
-                f"{self.pid}, or make a ModelCheckpoint with another filepath here, in "
-                'a process that was started by multiprocessing\'s "spawn" method.'
+                f"{self.pid}, and this process was forked from that one: it saves "
+                f"nothing here. Save in process {self.pid}, or start this one by "
+                'multiprocessing\'s "spawn" method and make a ModelCheckpoint with '
+                "another filepath in it."
             )
         who = f"process {self.pid} on {self.host}" if self.host else "another process"
         return (

@@ -25,6 +25,7 @@ HEAVY = (
 # Each room imports only from rooms above it in this list.
 LAYERS = [
     "errors",
+    "_forks",
     "_direction",
     "_template",
     "_open",
