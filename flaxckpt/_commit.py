@@ -29,6 +29,7 @@ from typing import Any
 
 from flaxckpt import _lock
 from flaxckpt._draft import sync_path
+from flaxckpt._locks import new_lock
 from flaxckpt._open import is_there
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
@@ -48,22 +49,13 @@ class _Shared:
 
     def __init__(self) -> None:
         self.changes = 0
-        self.turn, self.committing = threading.RLock(), threading.Lock()
+        self.turn, self.committing = threading.RLock(), new_lock()
 
 
-_OPENING, _SHARING = threading.Lock(), threading.Lock()
+_OPENING, _SHARING = new_lock(), new_lock()
 _SHARED: "weakref.WeakValueDictionary[Path, _Shared]" = weakref.WeakValueDictionary()
-
-
-def _forget() -> None:
-    """Let a forked process not wait for threads, which are its parent's."""
-    shared = list(_SHARED.values())
-    locks = [lock for each in shared for lock in (each.turn, each.committing)]
-    for lock in (_OPENING, _SHARING, *locks):
-        lock._at_fork_reinit()  # pyright: ignore
-
-
-os.register_at_fork(after_in_child=_forget)
+# A forked process does not wait for threads, which are its parent's.
+os.register_at_fork(after_in_child=_SHARED.clear)
 
 
 class Area:
@@ -95,7 +87,7 @@ class Area:
         self._trash: list[Path] = []
         self._kept_aside: list[Path] = []
         self._reuses = False
-        self._sweeping = threading.Lock()
+        self._sweeping = new_lock()
         self.process, self._holder = os.getpid(), object()
         with _SHARING:
             self._shared = _SHARED.get(self._lock) or _Shared()

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Hashable
 from typing import Any
 
+from flaxckpt._locks import new_lock
 from flaxckpt._objects import Object, Objects
 from flaxckpt._parsing import parse_owner
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
@@ -45,7 +46,7 @@ class Lease:
         self._id, self._beats = uuid.uuid4().hex, 0
         self._generation: bytes | None = None
         self._process, self._is_lost, self._is_over = os.getpid(), False, False
-        self._changing, self._stop = threading.Lock(), threading.Event()
+        self._changing, self._stop = new_lock(), threading.Event()
         self._heart: threading.Thread | None = None
         self.holders: set[Hashable] = set()
         self.is_cleared = False
@@ -169,7 +170,7 @@ class Lease:
 
 
 _held: dict[str, Lease] = {}
-_guard = threading.Lock()
+_guard = new_lock()
 
 
 def acquire(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, bool]:
@@ -236,7 +237,6 @@ atexit.register(_release_all)
 
 def _forget() -> None:
     """Let a forked process not hold on to what its parent has locked."""
-    _guard._at_fork_reinit()  # pyright: ignore  # another thread may have held it
     _held.clear()
 
 

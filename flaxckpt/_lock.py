@@ -26,6 +26,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flaxckpt._locks import new_lock
 from flaxckpt._parsing import parse_owner
 from flaxckpt.errors import CheckpointLockedError, CheckpointPathError
 
@@ -53,7 +54,7 @@ class _Held:
 
 
 _held: dict[Path, _Held] = {}
-_guard = threading.Lock()
+_guard = new_lock()
 
 
 def acquire(path: Path, holder: Hashable = None) -> bool:
@@ -127,7 +128,7 @@ def drop(path: Path, holder: Hashable) -> None:
         return
     held.holders.discard(holder)
     held.wakes.set()
-    if _guard.acquire(blocking=False):
+    if not _guard._is_owned() and _guard.acquire(blocking=False):
         try:
             if not held.holders:
                 _let_go(path, held)
@@ -149,7 +150,6 @@ def _let_go(path: Path, held: _Held) -> None:
 
 def _forget() -> None:
     """Let a forked process not hold on to what its parent has locked."""
-    _guard._at_fork_reinit()  # pyright: ignore  # another thread may have held it
     for held in _held.values():
         held.file.close()
     _held.clear()
@@ -333,9 +333,10 @@ def _beat(path: Path, held: _Held) -> None:
     while not held.file.closed:
         if held.wakes.wait(HEARTBEAT_SECS):
             held.wakes.clear()
-            with _guard:
-                if not held.holders:
-                    _let_go(path, held)
+            if not held.holders and not held.file.closed:
+                with _guard:
+                    if not held.holders:
+                        _let_go(path, held)
         else:
             with contextlib.suppress(OSError, ValueError):  # it is closed by now
                 os.utime(held.file.fileno())

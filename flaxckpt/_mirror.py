@@ -24,7 +24,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
@@ -35,6 +34,7 @@ from etils import epath
 
 from flaxckpt import _lease
 from flaxckpt._commit import Area
+from flaxckpt._locks import new_lock
 from flaxckpt._objects import Objects
 from flaxckpt._open import is_inside
 from flaxckpt._record import (
@@ -58,10 +58,8 @@ _CURRENT = f"{HIDDEN_PREFIX}current"
 _BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # others' locks are not seen here
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
 # Held while a pointer is written and the directory follows, and while it is read anew.
-_MOVING = threading.RLock()
+_MOVING = new_lock()
 _KNOWN: defaultdict[Path, set[str]] = defaultdict(set)  # names with a record here
-# A forked process does not wait for threads, which are its parent's.
-os.register_at_fork(after_in_child=_MOVING._at_fork_reinit)  # pyright: ignore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +177,7 @@ class Mirror(Area):
         self._place: tuple[Path, str] | None = None
         self._unused: list[str] = []  # directories to delete
         self._certain: list[str] = []  # directories that are doubtful no more
-        self._deleting = threading.Lock()
+        self._deleting = new_lock()
 
     def refresh(self, *paths: Path) -> None:
         """Bring what is here to what is in the store, if others may have changed it.

@@ -34,6 +34,7 @@ from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._forks import use_threads
 from flaxckpt._form import Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
+from flaxckpt._locks import new_lock
 from flaxckpt._looks import Looks
 from flaxckpt._mirror import fetched, source_of
 from flaxckpt._open import (
@@ -79,9 +80,7 @@ T = TypeVar("T")
 # Orbax types its paths as a class of its own, and takes any.
 ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
-_SAVING = threading.Lock()
-# A forked process does not wait for threads, which are its parent's.
-os.register_at_fork(after_in_child=_SAVING._at_fork_reinit)  # pyright: ignore
+_SAVING = new_lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
 _SHOWN = 8  # leaves that a warning lists

@@ -20,6 +20,7 @@ from jax._src.dispatch import runtime_tokens
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from flaxckpt._callback import call_host
+from flaxckpt._locks import new_lock
 from flaxckpt._memory import on_device
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
@@ -218,7 +219,7 @@ class Stream:
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
         self._mesh = _common([place.mesh for place in places if place is not None])
         self._specs = [PartitionSpec() if p is None else p.spec for p in places]
-        self._guard = threading.Lock()
+        self._guard = new_lock()
         self._events: dict[int, _Event] = {}
         self._calls: Counter[int] = Counter()
         self._broken: CheckpointError | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._background import stand_back
+from flaxckpt._locks import new_lock, unlock_all
 from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
@@ -80,8 +81,7 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        # A thread may come here again, from a signal handler.
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         self._changed = threading.Condition(self._lock)
         self._jobs: list[Job] = []
         self._numbers = itertools.count(1)
@@ -157,6 +157,7 @@ class Writer:
 
     def take_back(self) -> None:
         """Give back what an interrupted call of this thread has left."""
+        unlock_all()
         own = threading.get_ident()
         for job in [job for job in self._jobs if job.holder == own]:
             self.give_back(job)

@@ -26,6 +26,7 @@ HEAVY = (
 LAYERS = [
     "errors",
     "_forks",
+    "_locks",
     "_direction",
     "_template",
     "_open",
