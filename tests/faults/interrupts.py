@@ -1,10 +1,12 @@
 """Raises KeyboardInterrupt at chosen lines of a call, and tells what does not go on.
 
-Reads the name of a scenario, a sample size (null for all lines) and a seed, as a line of
-JSON, and answers with one: how many lines the call has, at which ones it was
-interrupted, and the problems. A point that hangs ends the process, with all stacks.
+For each line of JSON, `{"scenario", "sample", "seed"}`, it answers with one: at how many
+lines of the source the call was interrupted, and the problems. `sample` is null for all
+lines. A call that hangs ends the process, with all stacks.
 
-    python tests/faults/interrupts.py                every line of every scenario
+    python tests/faults/interrupts.py             every line of every scenario
+    python tests/faults/interrupts.py wait close  of these
+    python tests/faults/interrupts.py orders      reads them
 """
 
 import collections
@@ -40,11 +42,12 @@ class Interrupt:
 
     Attributes:
         lines: How many there were.
-        where: The line that was not reached.
+        first: For each place in the source, the first line that was there.
+        where: The place that was not reached.
     """
 
     def __init__(self, at=None):
-        self.at, self.lines, self.where = at, 0, ""
+        self.at, self.lines, self.first, self.where = at, 0, {}, ""
 
     def __enter__(self):
         sys.settrace(self._trace)
@@ -58,9 +61,11 @@ class Interrupt:
             return None
         if event == "line":
             self.lines += 1
+            name = os.path.basename(frame.f_code.co_filename)
+            place = f"{name}:{frame.f_lineno}"
+            self.first.setdefault(place, self.lines)
             if self.lines == self.at:
-                name = os.path.basename(frame.f_code.co_filename)
-                self.where = f"{name}:{frame.f_lineno}"
+                self.where = place
                 raise KeyboardInterrupt
         return self._trace
 
@@ -274,9 +279,11 @@ def make(directory):
 
 def save_snapshot(directory):
     run = Run(directory)
-    snapshot = flaxckpt.Snapshot.like(tree_of(0), monitor="loss", mode="min", keep=2)
+    logs = {"loss": jnp.float32(0)}
+    snapshot = flaxckpt.Snapshot.like(tree_of(0), logs, 2)
     for epoch in range(2):
-        snapshot = snapshot.take(tree_of(epoch), {"loss": jnp.float32(-epoch)}, epoch)
+        logs = {"loss": jnp.float32(-epoch)}
+        snapshot = snapshot.take(True, tree_of(epoch), logs, epoch)
 
     def call():
         run.ckpt.save_snapshot(snapshot)
@@ -342,7 +349,7 @@ SCENARIOS = {
 
 
 def attempt(scenario, at):
-    """Interrupt a call; return its number of lines, where, and the problem, if any."""
+    """Interrupt a call; return the lines of its places, and the problem, if any."""
     handlers = {
         each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
     }
@@ -366,7 +373,7 @@ def attempt(scenario, at):
         shutil.rmtree(directory, ignore_errors=True)
         for each, handler in handlers.items():
             signal.signal(each, handler)
-    return interrupt.lines, interrupt.where, problem
+    return interrupt.first, problem
 
 
 def go_on(run):
@@ -417,29 +424,31 @@ def settled(run, handlers):
 
 
 def survey(scenario, sample=None, seed="0"):
-    """Interrupt a call at some of its lines, or all; return how many, and problems."""
+    """Interrupt a call at some places of the source that it comes to, or at all.
+
+    Returns:
+        How many there are, at how many it was interrupted, and the problems.
+    """
     attempt(scenario, None)  # compiles
-    lines, _, problem = attempt(scenario, None)
+    first, problem = attempt(scenario, None)
     problems = [problem] if problem else []
-    points = range(1, lines + 1)
+    points = sorted(first.values())
     if sample is not None:
-        points = sorted(random.Random(seed).sample(points, min(sample, lines)))
-    places = []
+        points = sorted(random.Random(seed).sample(points, min(sample, len(points))))
     for at in points:
-        _, where, problem = attempt(scenario, at)
-        places.append(where)
+        _, problem = attempt(scenario, at)
         problems += [problem] * bool(problem)
-    return {"lines": lines, "places": places, "problems": problems}
+    return {"places": len(first), "points": len(points), "problems": problems}
 
 
 def main():
-    if not sys.stdin.isatty() and len(sys.argv) > 1:
+    if sys.argv[1:] == ["orders"]:
         for line in sys.stdin:
             print(json.dumps(survey(**json.loads(line))), flush=True)
         return
-    for scenario in SCENARIOS:
+    for scenario in sys.argv[1:] or SCENARIOS:
         found = survey(scenario)
-        print(f"{scenario}: {found['lines']} lines, {len(found['problems'])} problems")
+        print(f"{scenario}: {found['points']} lines, {len(found['problems'])} problems")
         print("\n".join(found["problems"]), flush=True)
 
 
