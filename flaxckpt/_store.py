@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import sys
-import threading
 import time
 import warnings
 from collections import deque
