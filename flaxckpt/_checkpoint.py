@@ -926,6 +926,8 @@ class ModelCheckpoint:
         _processes.gathered("restored", problem)  # raises what any of them met
         assert found is not None
         tree, info = found
+        if like is not None:
+            self._note_shardings(tree)  # `like` may have placed whole subtrees
         if info is None:  # plain Orbax's
             state = self.init()
             return Restored(
