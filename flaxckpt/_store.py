@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,7 @@ _SAVING = new_lock()
 _BATCH_BYTES = 256 * 2**20
 _READ_TRIES = 20
 _SHOWN = 8  # leaves that a warning lists
+_CAUSE = 300  # letters of what another library says of an error
 _NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
 _READ_THREADS = 8
@@ -777,7 +778,8 @@ def _load(
         plan = _tree.match(str(path), view, like, cast=cast)
     except CheckpointMismatchError:
         if values is None:
-            _check_table(path, layout)  # it may be the table that is wrong
+            # It may be the table that is wrong.
+            _check_table(path, layout, layout.leaves)
         raise
     if like is None:
         _warn_of_functions(path, view)
@@ -796,6 +798,10 @@ def _load(
                 values[sources[index]], have, want, cast=cast
             )
         except (ValueError, TypeError, OverflowError) as error:
+            if like is None or isinstance(error, UnicodeError):
+                raise CheckpointCorruptError(
+                    str(path), f"{have.name} is no {have} ({_cause(error)})"
+                ) from error
             raise CheckpointMismatchError(
                 str(path),
                 [LeafDifference(have.name, str(have), str(want.leaf))],
@@ -818,27 +824,31 @@ def _warn_of_functions(path: Path, layout: Layout) -> None:
         )
 
 
-def _check_table(path: Path, layout: Layout) -> None:
-    """Check that the arrays are stored as the table of leaves says.
+def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
+    """Check that leaves are stored as the table of leaves says.
+
+    Orbax would take whatever it finds.
 
     Raises:
         CheckpointCorruptError: Naming those that are not.
     """
     if source_of(path) is not None:
         return  # nothing is fetched from an object store for that
-    check_plain(path)
-    reader = _reader(path)
+    check_plain(path, layout.nbytes, layout.nbytes)
+    reader = _reader(path, layout)
     if reader is None:
         return
-    wrong = [leaf.name for leaf in layout.leaves if reader.contradicts(leaf)]
+    wrong = [leaf.name for leaf in leaves if reader.contradicts(leaf)]
     if wrong:
         raise CheckpointCorruptError(
             str(path), f"not stored as its table says: {', '.join(wrong)}"
         )
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path, layout: Layout) -> Reader | None:
     """Return what reads a checkpoint's arrays; None where Orbax tells why it cannot."""
+    if is_there(located(path) / "state" / "manifest.ocdbt"):
+        check_plain(path, held=layout.nbytes)
     try:
         return Reader(located(path), source_of(path))
     except CheckpointPathError:
@@ -852,9 +862,10 @@ def _read(
 ) -> list[Any]:
     """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
-    values, damaged, unchecked = _read_files(path, read, wanted, check=check)
+    values, damaged, unchecked = _read_files(path, layout, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}
     if others:
+        _check_table(path, layout, others.values())
         by_orbax = _read_by_orbax(path, layout, {i: wanted[i] for i in others})
         values |= {index: by_orbax[index] for index in others}
     if check:
@@ -871,7 +882,12 @@ def _read(
 
 
 def _read_files(
-    path: Path, leaves: Mapping[int, Leaf], wanted: Mapping[int, Wanted], *, check: bool
+    path: Path,
+    layout: Layout,
+    leaves: Mapping[int, Leaf],
+    wanted: Mapping[int, Wanted],
+    *,
+    check: bool,
 ) -> tuple[dict[int, Any], list[Leaf], dict[int, Leaf]]:
     """Read what is stored in a known way; no other process has to come.
 
@@ -879,7 +895,7 @@ def _read_files(
         The values of those that could be read so, which of them differ from what was
         saved, and which of them are still to be checked.
     """
-    reader = _reader(path)
+    reader = _reader(path, layout)
     if reader is None:
         return {}, [], {}
     known = dict(leaves)
@@ -927,7 +943,8 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
     try:
         _complete(path)
         _check_names(path, [layout.leaves[index] for index in wanted])
-        check_plain(path, sum(layout.leaves[index].nbytes for index in wanted))
+        needed = sum(layout.leaves[index].nbytes for index in wanted)
+        check_plain(path, needed, layout.nbytes)
         with _context(), plainly(located(path)) as plain:
             tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
@@ -1168,4 +1185,7 @@ def _context(*, is_database: bool = True, compress: bool = False) -> v1.Context:
 
 
 def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Return an error in one line, less TensorStore's whole specification."""
+    text = " ".join(str(error).partition("[tensorstore_spec")[0].split())
+    text = text if len(text) <= _CAUSE else f"{text[:_CAUSE]}..."
+    return f"{type(error).__name__}: {text}"
