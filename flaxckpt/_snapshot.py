@@ -124,11 +124,11 @@ class _Group:
             slot: list[jax.Array],
             work: jax.Array,
         ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
-            before = jnp.copy(state.best)
+            before = jnp.copy(state.best_value), jnp.copy(state.has_best)
             state, save = judge(state, {state.monitor: value}, np.True_)
             copies = choose(save, lambda: _copied(alone, packs), lambda: slot)
-            best = state.best, state.best, before
-            return best, save, copies, jnp.sum(work * work)
+            best = state.best_value, state.has_best
+            return (best, best, before), save, copies, jnp.sum(work * work)
 
         return jax.jit(
             decide,
@@ -323,8 +323,8 @@ def fill_if_better(
     """Judge a due check on the device, and copy only if there is something to save.
 
     Returns at once, without waiting for `value`. Of `copies`, `verdict` then has the
-    best value after `judge`, twice, since its owner may donate one, and before; and
-    whether to save, bool[].
+    two leaves of the best after `judge`, twice, since their owner may donate them, and
+    before; and whether to save, bool[].
 
     Args:
         copies: What `unfilled` returns for the leaves.

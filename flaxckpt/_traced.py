@@ -24,7 +24,7 @@ from flaxckpt._locks import new_lock
 from flaxckpt._memory import on_device
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
-from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
+from flaxckpt._state import BEST, LEAVES, CheckpointState, index, with_leaves
 from flaxckpt._tree import PyTree, without_keys
 from flaxckpt._writer import before_end, ending
 from flaxckpt.errors import CheckpointError
@@ -138,7 +138,7 @@ def stream(
             and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         },
         "state": {name: getattr(state, name) for name in LEAVES},
-        "before": {"best": before.best},
+        "before": {name: getattr(before, name) for name in BEST},
     }
     scalars = jax.tree.map(jnp.asarray, sent)
     kept = {  # in their order

@@ -325,9 +325,7 @@ def test_every_bit_of_small_arrays_stays(tmp_path, dtype):
 
 def test_the_state_may_be_donated(tmp_path, late):
     """To a jitted loop, say, while its save is under way."""
-    renew = jax.jit(
-        lambda state: jax.tree.map(lambda x: x + 0, state), donate_argnums=0
-    )
+    renew = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
     settings = {"save_best_only": True, "save_freq": 2, "verbose": 1}
     with ModelCheckpoint(tmp_path / "{epoch}", "loss", **settings) as ckpt:
         state = renew(ckpt.init())
