@@ -22,13 +22,14 @@ from jax.sharding import NamedSharding
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._interval import AgreedInterval, Interval
+from flaxckpt._logs import find, left_out, normalized
 from flaxckpt._mirror import mirrored
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._processes import Channel
 from flaxckpt._record import CheckpointInfo
 from flaxckpt._retention import LatestN, PreservationPolicy, ranked
-from flaxckpt._saves import Entry, Saves, check_logs
+from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
 from flaxckpt._slots import Kept, Snapshot
 from flaxckpt._state import (
@@ -36,6 +37,7 @@ from flaxckpt._state import (
     check_state,
     is_real,
     judge,
+    outside,
     resumed,
     tick,
 )
@@ -338,6 +340,7 @@ class ModelCheckpoint:
         self._stop_on_error = bool(stop_on_error)
         self._stale: CheckpointState | None = None  # it has a new best by now
         self._is_warned = self._is_warned_of_best = False
+        self._left_out: set[str] = set()  # names in logs that were warned of
         self._by_epoch = save_freq == "epoch"
         self._never_due: bool | None = None  # whether the calls so far never will be
         self._interval: Interval | None = None
@@ -430,6 +433,7 @@ class ModelCheckpoint:
         self._never_due = False
         self._saves.check_parent()
         check_state(state, self._fresh)
+        logs = self._normalized(logs)
         if self._has_policy:
             self._check_policy(logs)
         if _is_traced(due, force, epoch, batch, logs, tree, state):
@@ -477,6 +481,7 @@ class ModelCheckpoint:
         self._saves.check()
         self._saves.check_parent()
         preempted = self._is_newly_preempted()
+        logs = self._normalized(logs)
         if _is_traced(epoch, batch, logs, tree, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "
@@ -729,7 +734,6 @@ class ModelCheckpoint:
         force: Any,
     ) -> CheckpointState:
         """Update within a program that is being traced, after `tick`."""
-        check_logs(logs)
         state, save = judge(state, logs, due)
         state, stream = _traced.stream(
             self._saves,
@@ -834,12 +838,30 @@ class ModelCheckpoint:
                 stacklevel=3,
             )
 
+    def _normalized(self, logs: Logs | None) -> dict[str, Any]:
+        """Return metrics in one form, and say once what no record keeps of them."""
+        flat = normalized(logs)
+        new = {
+            name: problem
+            for name, problem in left_out(flat).items()
+            if name not in self._left_out
+        }
+        if new:
+            self._left_out |= new.keys()
+            each = ", ".join(f"{name!r} {problem}" for name, problem in new.items())
+            warnings.warn(
+                f"Not all of logs is saved with a checkpoint: {each}, and a record "
+                "keeps numbers and text. Reduce it to a scalar, or leave it out.",
+                stacklevel=outside(),
+            )
+        return flat
+
     def _check_policy(self, logs: Logs | None) -> None:
         """Warn if the best, which retention spares, cannot be known."""
         if self._is_warned_of_best or not logs:
             return
         name = self._monitor
-        if name not in logs:
+        if find(logs, name) not in logs:
             problem = f"logs has no {name!r}, only {', '.join(map(repr, logs))}"
         elif self._mode == "auto":
             problem = f"whether {name!r} is better low or high is not known: pass mode"
@@ -870,7 +892,7 @@ class ModelCheckpoint:
 
         Between the ends of epochs there often is no value to compare.
         """
-        has_value = self._monitor in (logs or {})
+        has_value = find(logs or {}, self._monitor) in (logs or {})
         return has_value or not (self._save_last and self._fresh.save_best_only)
 
     def _restart_interval(self) -> None:

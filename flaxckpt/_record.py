@@ -226,23 +226,6 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     return _sorted(_find(Path(root), depth))
 
 
-def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what of `logs` a record can keep: numbers, booleans and text.
-
-    Waits for values that a device is still computing.
-    """
-    kept: dict[str, Any] = {}
-    for key, value in (logs or {}).items():
-        if getattr(value, "shape", None) == ():
-            value = value.item()
-            if isinstance(value, complex):
-                continue
-            value = value if isinstance(value, int | float | bool) else float(value)
-        if isinstance(value, bool | int | float | str):
-            kept[str(key)] = value
-    return kept
-
-
 def _find(root: Path, depth: int | None) -> Iterator[CheckpointInfo | LeftOut]:
     """Yield the checkpoints, and what is left out, in the order of their paths."""
     left: list[tuple[Path, int | None]] = [(root, depth)]

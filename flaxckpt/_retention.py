@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flaxckpt._logs import find
 from flaxckpt._record import CheckpointInfo
 from flaxckpt.errors import SettingError
 
@@ -72,7 +73,7 @@ def ranked(
 
 def monitored_value(logs: Mapping[str, Any], monitor: str) -> float | None:
     """Return the number that a record's logs hold for `monitor`; None for none."""
-    value = logs.get(monitor)
+    value = logs.get(find(logs, monitor))
     if not isinstance(value, numbers.Real):
         return None
     try:

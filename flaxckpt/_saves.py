@@ -22,10 +22,11 @@ import numpy as np
 from flaxckpt import _snapshot, _store
 from flaxckpt._forks import use_threads
 from flaxckpt._frozen import Frozen, FrozenLeaf
-from flaxckpt._record import plain_scalars
+from flaxckpt._logs import find, plain_scalars
 from flaxckpt._series import Page, Series, Together
 from flaxckpt._snapshot import Copies
 from flaxckpt._state import (
+    BEST,
     LEAVES,
     CheckpointState,
     judge,
@@ -43,7 +44,6 @@ from flaxckpt.errors import (
     CheckpointPathError,
     CheckpointWriteError,
     MetricError,
-    SettingError,
 )
 
 Logs: TypeAlias = Mapping[str, Any]
@@ -99,11 +99,10 @@ class Entry:
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> None:
-        """Take down the arguments of the call."""
+        """Take down the arguments of the call; `logs` are normalized, see `_logs`."""
         self.save: Any = save
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
-        check_logs(logs)
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
@@ -116,9 +115,14 @@ class Entry:
         """The value that a due check depends on, if a device still computes it."""
         if self.state is None or not self.state.save_best_only:
             return None
-        name = self.state.monitor
-        value = monitored(name, self.logs.get(name, 0))
+        value = monitored(self.metric, self.logs.get(self.metric, 0))
         return value if _is_unknown(value) else None
+
+    @property
+    def metric(self) -> str:
+        """The name in `logs` of the monitored value, whether it is there or not."""
+        assert self.state is not None
+        return find(self.logs, self.state.monitor)
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
         """Return what of logs and state is on devices, where it may be donated.
@@ -137,7 +141,7 @@ class Entry:
         for name in LEAVES:
             value = getattr(self.state, name, None)
             if isinstance(value, jax.Array) and (
-                name != "best" or self.save is not None
+                name not in BEST or self.save is not None
             ):
                 found["state", name] = value  # but what a device is to decide by
         return found
@@ -154,9 +158,10 @@ class Entry:
     def judge(self) -> None:
         """Decide a due check here and now, waiting for the metric if it counts."""
         assert self.state is not None
-        forced, name = self.save, self.state.monitor
+        forced, name = self.save, self.metric
         if self.state.save_best_only:
-            self.state = with_leaves(self.state, best=_fetched(self.state.best))
+            fetched = {name: _fetched(getattr(self.state, name)) for name in BEST}
+            self.state = with_leaves(self.state, **fetched)
             if name in self.logs:
                 self.logs[name] = _fetched(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)
@@ -189,11 +194,12 @@ class Entry:
         """Take up what a device was asked to decide, once."""
         verdict = None if self.copies is None else self.copies.verdict
         if self.save is None and verdict is not None and self.state is not None:
-            (best, kept, before), save = verdict[:2]
-            state = self.state
-            self.before = with_leaves(state, best=before)
-            self.kept = with_leaves(state, best=kept)
-            self.state = with_leaves(state, best=best)
+            bests, save = verdict[:2]
+            after, kept, before = (
+                with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
+                for best in bests
+            )
+            self.before, self.kept, self.state = before, kept, after
             self.save = save
 
 
@@ -581,7 +587,7 @@ class Saves:
             TemplateError: If it cannot be filled in, with any value.
         """
         logs, known = dict(entry.logs), True
-        for name in self._template.fields:
+        for name in [find(logs, each) for each in self._template.fields]:
             value = logs.get(name)
             if _is_unknown(value):
                 logs[name], known = np.zeros(value.shape, value.dtype), False
@@ -680,7 +686,7 @@ class Saves:
         self._take_up_frozen(save, entry)
         leaves = save.leaves(entry)
         plan = _snapshot.planned(leaves)
-        if not plan.is_on_one_mesh(value, state.best):
+        if not plan.is_on_one_mesh(value, state.best_value, state.has_best):
             return False
         memory: Copies | None = job.memory
         fits = memory is not None and memory.plan is plan
@@ -941,18 +947,11 @@ class Saves:
         new = np.asarray(state.best)
         if entry.save and new != before and not np.isnan(new):
             entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
-        elif not entry.save and entry.logs.get(state.monitor) is not None:
-            self._say(entry, f"{state.monitor} did not improve from {old}")
-
-
-def check_logs(logs: Any) -> None:
-    """Check that metrics are a mapping, or None.
-
-    Raises:
-        SettingError: If they are anything else.
-    """
-    if logs is not None and not isinstance(logs, Mapping):
-        raise SettingError("logs", logs, "pass a mapping of names to metrics, or None.")
+        elif not entry.save and entry.metric in entry.logs:
+            if np.isnan(float(entry.logs[entry.metric])):
+                self._say(entry, f"{state.monitor} is nan, which is no improvement")
+            else:
+                self._say(entry, f"{state.monitor} did not improve from {old}")
 
 
 def _refuse_processes() -> None:

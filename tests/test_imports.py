@@ -27,6 +27,7 @@ LAYERS = [
     "errors",
     "_forks",
     "_locks",
+    "_logs",
     "_direction",
     "_template",
     "_open",
