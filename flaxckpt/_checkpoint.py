@@ -28,7 +28,7 @@ from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._processes import Channel
 from flaxckpt._record import CheckpointInfo
-from flaxckpt._retention import LatestN, PreservationPolicy, ranked
+from flaxckpt._retention import LatestN, PreservationPolicy
 from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
 from flaxckpt._slots import Kept, Snapshot
@@ -135,6 +135,7 @@ class ModelCheckpoint:
         save_interval_secs: float | None = None,
         max_to_keep: int | None = None,
         preserve: PreservationPolicy | None = None,
+        overwrite: bool = False,
         weights: Weights | None = None,
         save_last: bool | str = False,
         save_on_preemption: bool | str = False,
@@ -172,6 +173,10 @@ class ModelCheckpoint:
                 beside them if it is not among them. None keeps all.
             preserve: A preservation policy, such as Orbax's, in place of
                 `max_to_keep`. The newest and the best are kept whatever it says.
+            overwrite: With `save_best_only`, whether a run that did not `restore` may
+                replace a better checkpoint of an earlier run at the same path. False:
+                the better one stays, and what is not better is saved beside it, at the
+                path with `.aside` added, until the run has something better.
             weights: Picks the weights from a tree; None for `default_weights`, which
                 knows Flax's `TrainState`, NNX and Equinox.
             save_last: At due checks that save nothing else, save the whole tree in a
@@ -257,6 +262,7 @@ class ModelCheckpoint:
             )
         switches = {
             "save_weights_only": save_weights_only,
+            "overwrite": overwrite,
             "sync": sync,
             "compress": compress,
             "stop_on_error": stop_on_error,
@@ -310,6 +316,7 @@ class ModelCheckpoint:
             policy=preserve,
             monitor=monitor,
             mode=self._mode,
+            dtype=np.asarray(self._fresh.best_value).dtype,
             sync=bool(sync),
             compress=bool(compress),
             frozen=stored_once,
@@ -329,6 +336,7 @@ class ModelCheckpoint:
             snapshot=snapshot,
             max_in_flight=max_in_flight,
             frozen=stored_once,
+            overwrite=bool(overwrite),
             tell=_print if verbose else None,
         )
         self.counts = self._saves.counts
@@ -452,7 +460,8 @@ class ModelCheckpoint:
             self._finish_preempted(path)
         assert entry.state is not None
         improved = entry.save is True and given.save_best_only and not force
-        self._stale = given if improved else None
+        counted = bool(due) and not self._by_epoch
+        self._stale = given if improved or counted else None
         return as_arguments(entry.state, tree)
 
     def save(
@@ -492,6 +501,7 @@ class ModelCheckpoint:
         self._finish_programs()
         with unchecked():
             entry = Entry(True, epoch, batch, logs, state)
+            entry.by_hand = True
             path = Path(self._template.render(entry.epoch, entry.batch, logs))
             self._saves.start(tree, entry, lasts=preempted)
         self._restart_interval()
@@ -673,8 +683,8 @@ class ModelCheckpoint:
             verify: Check each leaf against the digest of what was saved.
 
         Returns:
-            What was found; None if there is no checkpoint (for `"best"`: none with a
-            monitored value).
+            What was found; None if there is no checkpoint. For `"best"` also if none
+            has a number for `monitor`, which warns.
 
         Raises:
             CheckpointNotFoundError: If `which` is a path and there is none.
@@ -685,7 +695,9 @@ class ModelCheckpoint:
             CheckpointError: As `flaxckpt.load`.
 
         Warns:
-            UserWarning: Naming each damaged checkpoint that was passed over.
+            UserWarning: Naming each damaged checkpoint that was passed over; or the
+                metrics that there are, if there are checkpoints and none of them has
+                the monitored one.
         """
         self.wait()
         _store.check_like(like)
@@ -717,6 +729,8 @@ class ModelCheckpoint:
                 )
         if errors:
             raise errors[0]
+        if which == "best":
+            self._warn_of_no_value()
         self._warn_of_others()
         return None
 
@@ -927,7 +941,7 @@ class ModelCheckpoint:
         if which == "latest":
             infos = self._series.by_age()[::-1]
         else:
-            infos = ranked(infos, self._monitor, self._mode)
+            infos = self._series.ranked(infos)
         if not infos and damaged:
             raise damaged[0]
         return [str(self._series.area.shown(info.path)) for info in infos]
@@ -950,23 +964,37 @@ class ModelCheckpoint:
         tree, info = found
         if like is not None:
             self._note_shardings(tree)  # `like` may have placed whole subtrees
-        if info is None:  # plain Orbax's
-            state = self.init()
-            return Restored(
-                tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
-            )
         durable = _processes.from_leader(
             "best", lambda: self._series.durable_best(info)
         )
         with unchecked():
-            state = resumed(self.init(), info.state, durable)
+            state = resumed(self.init(), info and info.state, durable)
+        state = as_arguments(state, tree)
+        if info is None:  # plain Orbax's
+            return Restored(
+                tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
+            )
         return Restored(
             tree=tree,
-            state=as_arguments(state, tree),
+            state=state,
             epoch=info.epoch,
             batch=info.batch,
             logs=info.logs,
             path=where,
+        )
+
+    def _warn_of_no_value(self) -> None:
+        """Warn if there are checkpoints, but none has a value to be the best by."""
+        infos = self._series.listed()[0]
+        if not infos:
+            return
+        there = sorted({name for info in infos for name in info.logs})
+        warnings.warn(
+            f"No best checkpoint to restore: none of the {len(infos)} there are has a "
+            f"number for {self._monitor!r} in its logs (there: "
+            f"{', '.join(map(repr, there)) or 'nothing'}). Pass one of those as "
+            'monitor, or restore(which="latest").',
+            stacklevel=3,
         )
 
     def _warn_of_others(self) -> None:

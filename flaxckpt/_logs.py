@@ -113,6 +113,21 @@ def settled(value: Any) -> Any:
     return _converted(value)
 
 
+def rounded(value: Any, dtype: Any) -> Any:
+    """Return a number of the host as it is compared, a numpy scalar of `dtype`.
+
+    XLA takes numbers below the smallest normal one for zero on some devices, so they
+    are zero here.
+    """
+    dtype = np.dtype(dtype)
+    try:
+        with np.errstate(all="ignore"):
+            value = dtype.type(value)
+    except OverflowError:  # an integer beyond all floats
+        return dtype.type(math.inf if value > 0 else -math.inf)
+    return dtype.type(0) if abs(value) < np.finfo(dtype).tiny else value
+
+
 def left_out(logs: Mapping[str, Any]) -> dict[str, str]:
     """Name what a record cannot keep of normalized logs, and say what it is."""
     return {name: what for name, value in logs.items() if (what := _excess(value))}

@@ -87,6 +87,10 @@ class Entry:
         state: The state after.
         news: What to say of the decision before saying that it is saved.
         kept: The state to record, of which nobody else donates a value.
+        by_hand: Whether it saves because it was told to, and may replace what is
+            better.
+        line: Of those of one number, each is better than the one before. None where
+            that does not count.
         copies: Copies of the leaves of what it saves, and of scalars on devices.
         frozen: Which of those leaves are frozen, by their positions.
     """
@@ -107,6 +111,7 @@ class Entry:
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
         self.news = ""
+        self.by_hand, self.line = False, None
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
 
@@ -123,6 +128,17 @@ class Entry:
         """The name in `logs` of the monitored value, whether it is there or not."""
         assert self.state is not None
         return find(self.logs, self.state.monitor)
+
+    @property
+    def improves(self) -> bool:
+        """Whether the decision, once it is known, has found a new best."""
+        before, state = self.before, self.state
+        if before is None or state is None or not np.asarray(state.has_best):
+            return False
+        is_new = not np.asarray(before.has_best)
+        return is_new or bool(
+            np.asarray(before.best_value) != np.asarray(state.best_value)
+        )
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
         """Return what of logs and state is on devices, where it may be donated.
@@ -346,6 +362,7 @@ class Saves:
         snapshot: str,
         max_in_flight: int | None,
         frozen: Frozen | None,
+        overwrite: bool,
         tell: Callable[[str], None] | None,
     ) -> None:
         """Start nothing yet.
@@ -358,6 +375,7 @@ class Saves:
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
             max_in_flight: How many there may be at a time; None to tell by the size.
             frozen: Which leaves are frozen; None if none are.
+            overwrite: Whether a run may replace a better best that it does not know of.
             tell: Says what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
@@ -365,9 +383,11 @@ class Saves:
         self._weights, self._weights_only = weights, weights_only
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
+        self._overwrite = overwrite
         self._writer = Writer()
         self._is_first = True
         weakref.finalize(self, self._writer.abandon)
+        self._line, self._head = 0, None
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
@@ -399,6 +419,7 @@ class Saves:
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
         """
+        self._number(entry)
         if entry.save is False and not lasts:
             return None
         _refuse_processes()
@@ -481,6 +502,7 @@ class Saves:
             lasts: Whether to save in the slot, if nothing else holds it.
         """
         self.check_parent()
+        self._number(entry)
         path, slot = self._targets(entry, lasts=lasts)
         where = path if entry.save else slot
         self._open(where)
@@ -749,6 +771,8 @@ class Saves:
         is_sure = entry.save is True or (
             entry.save is False and content.whole is not None
         )
+        if entry.state is not None:
+            self._head = entry.state.best_value
         self._writer.submit(job)
         for each in earlier if is_sure else ():
             each.copies = None  # superseded
@@ -762,7 +786,29 @@ class Saves:
             return None
         where = None if entry.save is False else save.path
         parts = [p for p in (save.part, save.whole) if p is not None]
-        return where, save.scalars, [(part.layout, part.weights) for part in parts]
+        layouts = [(part.layout, part.weights) for part in parts]
+        return where, entry.line, save.scalars, layouts
+
+    def _spares(self, entry: Entry) -> bool:
+        """Tell whether an entry may not replace a better checkpoint."""
+        state = entry.state
+        by_policy = state is not None and state.save_best_only and not entry.by_hand
+        return by_policy and not self._overwrite
+
+    def _number(self, entry: Entry) -> None:
+        """Note which earlier saves an entry may supersede: those that it improves on.
+
+        It does if its state is the one that was returned last, and it has a new best.
+        """
+        if entry.state is None or entry.before is None or not self._spares(entry):
+            return
+        best, head = entry.before.best_value, self._head
+        goes_on = best is head or (isinstance(head, np.generic) and bool(best == head))
+        if entry.save is not False and not (
+            goes_on and (entry.save is None or entry.improves)
+        ):
+            self._line += 1
+        entry.line, self._head = self._line, entry.state.best_value
 
     def _limit(self, save: Save) -> int:
         if self._max_in_flight is not None:
@@ -859,51 +905,74 @@ class Saves:
 
         Args:
             entry: The entry.
-            pages: What of it; not changed.
+            pages: What of it; their paths are changed where they go aside.
             together: How several processes write each page; None where only one does.
         """
-        state = entry.kept
-        if self._is_first and entry.save:
-            self._is_first = False
-            self._compare_with_earlier(state)
+        state, logs = entry.kept, plain_scalars(entry.logs)
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
-        for page in pages:
-            self._series.put(
-                page,
-                entry.epoch,
-                entry.batch,
-                plain_scalars(entry.logs),
-                None if state is None else plain_state(state),
-                step=step,
-                time=entry.time,
-                weights_only=self._weights_only and not page.in_slot,
-                together=together,
-            )
-            self._say(entry, f"finished saving model to {self._shown(page.path)}")
-        if entry.save:
-            self._series.prune(resumable=not self._weights_only)
+        with self._series.writing:
+            for page in pages:
+                rest: list[Path] = []
+                if not page.in_slot:
+                    rest = self._place(page, entry, logs)
+                self._series.put(
+                    page,
+                    entry.epoch,
+                    entry.batch,
+                    logs,
+                    None if state is None else plain_state(state),
+                    step=step,
+                    time=entry.time,
+                    weights_only=self._weights_only and not page.in_slot,
+                    together=together,
+                )
+                self._series.drop(rest)
+                self._say(entry, f"finished saving model to {self._shown(page.path)}")
+            if entry.save:
+                self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
 
-    def _compare_with_earlier(self, state: CheckpointState | None) -> None:
-        """Warn if a run that saves only the best does not know of a better one."""
+    def _place(self, page: Page, entry: Entry, logs: Logs) -> list[Path]:
+        """Have a page go aside where something better is at its path.
+
+        Returns:
+            What is superfluous once it is there.
+        """
+        state, path = entry.kept, page.path
         if state is None or not state.save_best_only:
+            return []
+        rest: list[Path] = []
+        if self._overwrite or self._spares(entry):
+            page.path, rest = self._series.place(path, logs, overwrite=self._overwrite)
+        if self._is_first and not self._overwrite:
+            self._warn_of_better(state, page.path if page.path != path else None)
+        self._is_first = False
+        return rest
+
+    def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
+        """Warn if a run that saves only the best does not know of a better one."""
+        best, own = self._series.best_value(), plain_state(state)["best"]
+        if best is None or (
+            own is not None and (best >= own if state.mode == "min" else best <= own)
+        ):
             return
-        best, new = self._series.best_value(), float(np.asarray(state.best))
-        is_better = best is not None and (
-            best < new if state.mode == "min" else best > new
-        )
-        if is_better:
-            root = self._shown(self._series.root)
-            self._writer.warn(
-                f"{root!r} has a checkpoint of an earlier run with {state.monitor} "
-                f"{best:.5g}, which this run does not know of: its own "
-                f"best is {new:.5g}. To go on from there, and not save what is worse, "
-                "begin with ckpt.restore(like=tree)."
+        of_run = "it has none yet" if own is None else f"its own best is {own:.5g}"
+        there, how = self._shown(self._series.root), ""
+        if aside is not None:
+            how = (
+                "The better one stays, and this run's is saved aside until it is "
+                f"better, at {self._shown(aside)!r}; to replace the better one, pass "
+                "overwrite=True. "
             )
+        self._writer.warn(
+            f"{there!r} has a checkpoint of an earlier run with {state.monitor} "
+            f"{best:.5g}, which this run does not know of: {of_run}. {how}To go on "
+            "from the better one, begin with ckpt.restore(like=tree)."
+        )
 
     def _check(self, path: Path) -> None:
         _store.check_target(path, self._series.root)

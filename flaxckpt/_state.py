@@ -25,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
-from flaxckpt._logs import Unusable, normalized, value_of
+from flaxckpt._logs import Unusable, normalized, rounded, value_of
 from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
@@ -528,15 +528,6 @@ def _to_int32(value: Any) -> jax.Array:
 def _pick(condition: Any, true: Any, false: Any) -> Any:
     """Choose as `numpy.where` does, one value, a hundred times faster."""
     return true if condition else false
-
-
-def rounded(value: Any, dtype: Any) -> Any:
-    """Return a number of the host as it is compared: of `dtype`, a numpy scalar."""
-    try:
-        with np.errstate(all="ignore"):
-            return _flushed(np.dtype(dtype).type(value), _pick)
-    except OverflowError:  # an integer beyond all floats
-        return np.dtype(dtype).type(math.copysign(math.inf, value > 0 or -1))
 
 
 def _known_best(value: Any, has_best: Any) -> Any:

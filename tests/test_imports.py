@@ -32,6 +32,7 @@ LAYERS = [
     "_template",
     "_open",
     "_parsing",
+    "_aside",
     "_record",
     "_vetting",
     "_retention",

@@ -69,7 +69,7 @@ SCALARS = {
     "(1, 1)": lambda x: jnp.full((1, 1), x),
     "list": lambda x: [x],
     "Decimal": lambda x: decimal.Decimal(str(x)),
-    "Fraction": lambda x: fractions.Fraction(x),
+    "Fraction": fractions.Fraction,
     "nnx metric": average,
     "clu metric": lambda x: Clu(jnp.float32(x)),
     "nnx variable": lambda x: nnx.Variable(jnp.float32(x)),
