@@ -111,7 +111,8 @@ class Entry:
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
         self.news = ""
-        self.by_hand, self.line = False, None
+        self.by_hand = False
+        self.line: int | None = None
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
 
@@ -387,7 +388,8 @@ class Saves:
         self._writer = Writer()
         self._is_first = True
         weakref.finalize(self, self._writer.abandon)
-        self._line, self._head = 0, None
+        self._line = 0
+        self._head: Any = None  # the best value in the state that was returned last
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
@@ -803,7 +805,8 @@ class Saves:
         if entry.state is None or entry.before is None or not self._spares(entry):
             return
         best, head = entry.before.best_value, self._head
-        goes_on = best is head or (isinstance(head, np.generic) and bool(best == head))
+        on_host = isinstance(best, np.generic) and isinstance(head, np.generic)
+        goes_on = best is head or (on_host and best == head)
         if entry.save is not False and not (
             goes_on and (entry.save is None or entry.improves)
         ):

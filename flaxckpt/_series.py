@@ -221,9 +221,9 @@ class Series:
             CheckpointPathError: If it cannot be written there.
         """
         infos = self._ledger().infos
-        for aside in places_aside(path, self._tag):
-            if str(aside) in infos or not os.path.lexists(aside):
-                break
+        aside, other = places_aside(path, self._tag)
+        if str(aside) not in infos and os.path.lexists(aside):
+            aside = other
         if overwrite:
             return path, [aside] if str(aside) in infos else []
         there = {
