@@ -58,7 +58,7 @@ from flaxckpt._record import (
     read_record,
 )
 from flaxckpt._snapshot import HostCopy
-from flaxckpt._state import _outside
+from flaxckpt._state import outside
 from flaxckpt._template import is_url
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._unchecked import runs_unchecked, unchecked_pool
@@ -820,7 +820,7 @@ def _warn_of_functions(path: Path, layout: Layout) -> None:
             f"Checkpoint {str(path)!r} holds no functions, and the saved tree had "
             f"{len(names)}: {shown}. The loaded tree has None there. Pass a `like` "
             "that has the functions.",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
 
 
