@@ -441,13 +441,15 @@ class ModelCheckpoint:
         self._never_due = False
         self._saves.check_parent()
         check_state(state, self._fresh)
-        logs = self._normalized(logs)
+        logs = normalized(logs)
         if self._has_policy:
             self._check_policy(logs)
         if _is_traced(due, force, epoch, batch, logs, tree, state):
-            return self._update_traced(
+            state = self._update_traced(
                 given, state, due, tree, logs, epoch, batch, force
             )
+            self._warn_of_left_out(logs)
+            return state
         self._finish_programs()
         with unchecked():
             entry = Entry(bool(force), epoch, batch, logs, state)
@@ -462,6 +464,7 @@ class ModelCheckpoint:
         improved = entry.save is True and given.save_best_only and not force
         counted = bool(due) and not self._by_epoch
         self._stale = given if improved or counted else None
+        self._warn_of_left_out(logs)
         return as_arguments(entry.state, tree)
 
     def save(
@@ -490,7 +493,7 @@ class ModelCheckpoint:
         self._saves.check()
         self._saves.check_parent()
         preempted = self._is_newly_preempted()
-        logs = self._normalized(logs)
+        logs = normalized(logs)
         if _is_traced(epoch, batch, logs, tree, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "
@@ -507,6 +510,7 @@ class ModelCheckpoint:
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)
+        self._warn_of_left_out(logs)
         return self._series.area.shown(path)
 
     def save_snapshot(
@@ -852,12 +856,11 @@ class ModelCheckpoint:
                 stacklevel=3,
             )
 
-    def _normalized(self, logs: Logs | None) -> dict[str, Any]:
-        """Return metrics in one form, and say once what no record keeps of them."""
-        flat = normalized(logs)
+    def _warn_of_left_out(self, logs: Logs) -> None:
+        """Say once what of metrics no record keeps."""
         new = {
             name: problem
-            for name, problem in left_out(flat).items()
+            for name, problem in left_out(logs).items()
             if name not in self._left_out
         }
         if new:
@@ -868,7 +871,6 @@ class ModelCheckpoint:
                 "keeps numbers and text. Reduce it to a scalar, or leave it out.",
                 stacklevel=outside(),
             )
-        return flat
 
     def _check_policy(self, logs: Logs | None) -> None:
         """Warn if the best, which retention spares, cannot be known."""
