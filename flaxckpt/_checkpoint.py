@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Never, Self, TypeAlias
 
-import jax
 import numpy as np
 from etils import epath
 from jax.core import Tracer
@@ -42,6 +41,7 @@ from flaxckpt._state import (
     tick,
 )
 from flaxckpt._template import Template, is_url
+from flaxckpt._ties import flatten, leaves_of
 from flaxckpt._tree import PyTree
 from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt._weights import Weights, default_weights
@@ -682,7 +682,8 @@ class ModelCheckpoint:
         Args:
             like: A tree of the wanted structure, of arrays or
                 `jax.ShapeDtypeStruct`s with shardings; see `flaxckpt.load`.
-            which: `"latest"`, `"best"`, or a checkpoint's path or URL.
+            which: `"latest"`, `"best"`, or a checkpoint's path or URL; its
+                `CheckpointInfo` for that very one.
             cast: Convert where only dtypes differ, rather than raise.
             verify: Check each leaf against the digest of what was saved.
 
@@ -709,7 +710,7 @@ class ModelCheckpoint:
         if not isinstance(which, str | os.PathLike):
             advice = 'pass "latest", "best" or the path of a checkpoint.'
             raise SettingError("which", f"<{type(which).__name__}>", advice)
-        if is_url(which):
+        if is_url(which) or isinstance(which, CheckpointInfo):
             return self._loaded(which, like, cast=cast, verify=verify)
         if which not in ("latest", "best"):
             path = Path(os.path.abspath(os.path.expanduser(which)))
@@ -773,7 +774,8 @@ class ModelCheckpoint:
 
     def _places(self, tree: PyTree) -> list[_traced.Place | None]:
         """Tell how a tree of traced values is sharded, as far as that is known."""
-        leaves, structure = jax.tree.flatten(tree)
+        flat = flatten(tree)
+        leaves, structure = flat.leaves, flat.key
         if self._shardings and structure not in self._shardings:
             warnings.warn(
                 "update saves a tree of another structure than `like` of init or "
@@ -785,10 +787,10 @@ class ModelCheckpoint:
         return list(map(_traced.place_of, leaves, known))
 
     def _note_shardings(self, like: PyTree) -> None:
-        leaves = jax.tree.leaves(like)
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        flat = flatten(like)
+        shardings = [getattr(leaf, "sharding", None) for leaf in flat.leaves]
         if any(isinstance(each, NamedSharding) for each in shardings):
-            self._shardings = {jax.tree.structure(like): shardings}
+            self._shardings = {flat.key: shardings}
 
     def _finish_programs(self) -> None:
         """Let what programs save come before what is saved outside of them.
@@ -955,7 +957,8 @@ class ModelCheckpoint:
         self, path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
     ) -> Restored:
         """Load a checkpoint, in all processes or in none."""
-        where: Any = epath.Path(path) if is_url(path) else Path(path)
+        shown = os.fspath(path)
+        where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
         found, problem = None, None
         try:
             found = _store.restore(path, like, cast=cast, verify=verify)
@@ -963,7 +966,7 @@ class ModelCheckpoint:
             problem = error
         _processes.gathered("restored", problem)  # raises what any of them met
         assert found is not None
-        tree, info = found
+        tree, info = found.tree, found.info
         if like is not None:
             self._note_shardings(tree)  # `like` may have placed whole subtrees
         durable = _processes.from_leader(
@@ -1020,7 +1023,7 @@ def _is_traced(*values: PyTree) -> bool:
     """Tell whether a trace is running, or any value is that of one."""
     if get_opaque_trace_state(convention="nnx") != _OUTSIDE:
         return True
-    kinds = set(map(type, jax.tree.leaves(values)))
+    kinds = set(map(type, leaves_of(values)))
     return any(issubclass(kind, Tracer) for kind in kinds)
 
 

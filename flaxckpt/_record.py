@@ -117,6 +117,24 @@ def encode_record(
     return record
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A tree that was loaded, and what is known of the checkpoint that it is from.
+
+    Attributes:
+        tree: The tree.
+        info: The record of that very checkpoint; None for one of plain Orbax's.
+    """
+
+    tree: Any
+    info: CheckpointInfo | None
+
+
+def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
+    """Tell whether two records are of one checkpoint, wherever it is now."""
+    return encode_record(one, {}, b"") == encode_record(other, {}, b"")
+
+
 def located(path: Path) -> Path:
     """Return where a checkpoint's files are: at `path`, or set aside beside it."""
     aside = path.with_name(REPLACED_PREFIX + path.name)

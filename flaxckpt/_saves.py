@@ -9,6 +9,7 @@ save; the thread that writes learns of it in its own time.
 import datetime
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,13 +38,19 @@ from flaxckpt._state import (
 )
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
-from flaxckpt._weights import Weights, weights_skeleton
+from flaxckpt._weights import (
+    Weights,
+    are_unknown,
+    default_weights,
+    weights_skeleton,
+)
 from flaxckpt._writer import Job, Writer
 from flaxckpt.errors import (
     CheckpointError,
     CheckpointPathError,
     CheckpointWriteError,
     MetricError,
+    SettingError,
 )
 
 Logs: TypeAlias = Mapping[str, Any]
@@ -386,7 +393,7 @@ class Saves:
         self._frozen, self._tell = frozen, tell
         self._overwrite = overwrite
         self._writer = Writer()
-        self._is_first = True
+        self._is_first = self._is_new_to_weights = True
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
         self._head: Any = None  # the best value in the state that was returned last
@@ -489,6 +496,7 @@ class Saves:
         part = whole
         if self._weights_only or part is None:
             part = self._part(self._weights(tree), None, is_traced=True)
+            self._warn_of_unknown(tree)
         if self._frozen is not None and not (part.frozen or (whole and whole.frozen)):
             raise self._frozen.refuse_all(tree)
         return Parts(part, whole if lasts else None)
@@ -627,6 +635,7 @@ class Saves:
         part = whole
         if self._weights_only and (entry.save is not False or whole is None):
             part = self._part(self._weights(tree), None)
+            self._warn_of_unknown(tree)
         assert part is not None
         save = Save(part, whole if lasts else None, path)
         if self._frozen is not None and not any(part.frozen for part in save.parts):
@@ -642,9 +651,24 @@ class Saves:
         is_traced: bool = False,
     ) -> _Part:
         layout, leaves = describe(tree, _store.storable, is_traced=is_traced)
+        if all(leaf.is_from_like for leaf in layout.leaves):
+            raise _refusal_of_nothing(tree, is_picked=weights is None)
         skeleton = layout.skeleton if weights is None else weights(tree)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
+
+    def _warn_of_unknown(self, tree: PyTree) -> None:
+        """Warn, once, if all of a tree passes for its weights."""
+        if self._is_new_to_weights and self._weights is default_weights:
+            self._is_new_to_weights = False
+            if are_unknown(tree):
+                warnings.warn(
+                    "save_weights_only=True leaves nothing out of this "
+                    f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
+                    "metrics are known in it. If all of it is weights, pass "
+                    "weights=lambda tree: tree, and else a function that picks them.",
+                    stacklevel=5,
+                )
 
     def _take_up_frozen(self, save: Save, entry: Entry) -> None:
         """Note which leaves are frozen, once a job is claimed.
@@ -1024,6 +1048,23 @@ class Saves:
                 self._say(entry, f"{state.monitor} is nan, which is no improvement")
             else:
                 self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def _refusal_of_nothing(tree: PyTree, *, is_picked: bool) -> SettingError:
+    """Make the error for a tree that has no values to save."""
+    is_short = tree is None or (isinstance(tree, dict | list | tuple) and not tree)
+    shown = tree if is_short else f"<{type(tree).__name__}>"
+    if is_picked:
+        advice = (
+            "these are the weights of the tree, and hold no array, number or text. "
+            "Pass save_weights_only=False, or a `weights` that picks some."
+        )
+        return SettingError("weights(tree)", shown, advice)
+    advice = (
+        "it holds no array, number or text, so a checkpoint of it would be empty. If "
+        "a filter made it, the filter matched nothing."
+    )
+    return SettingError("tree", shown, advice)
 
 
 def _refuse_processes() -> None:

@@ -22,6 +22,7 @@ from flaxckpt._direction import direction
 from flaxckpt._logs import Unusable, find, normalized
 from flaxckpt._memory import beside, is_offloaded, zeros
 from flaxckpt._state import _flushed, improves, index, monitored
+from flaxckpt._ties import has_ties
 from flaxckpt._unchecked import as_arguments, runs_unchecked, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
@@ -130,6 +131,13 @@ class Snapshot:
                 monitor,
                 "whether this metric is better low or high is not known by its name. "
                 'Pass mode="min" or mode="max".',
+            )
+        if has_ties(tree):
+            raise SettingError(
+                "tree",
+                _Shown(type(tree).__name__),
+                "a part of it is in two places, and JAX would make two of it. Pass "
+                "nnx.state(model), here and to take.",
             )
         if unfit := [
             f"{path}: a {type(leaf).__name__}"

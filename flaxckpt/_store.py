@@ -5,6 +5,7 @@ its managers: listing, retention and replacement are ours. Orbax's exceptions do
 leave this room.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import stat
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from etils import epath
 from orbax.checkpoint import v1
 
 from flaxckpt import _tree
@@ -51,8 +53,10 @@ from flaxckpt._record import (
     LEAVES_FILE,
     RECORD_FILE,
     CheckpointInfo,
+    Loaded,
     encode_record,
     is_checkpoint,
+    is_same,
     located,
     read_leaves,
     read_record,
@@ -60,10 +64,11 @@ from flaxckpt._record import (
 from flaxckpt._snapshot import HostCopy
 from flaxckpt._state import outside
 from flaxckpt._template import is_url
+from flaxckpt._ties import flatten
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._unchecked import runs_unchecked, unchecked_pool
 from flaxckpt._vetting import check_plain, check_readable
-from flaxckpt._weights import plain_weights
+from flaxckpt._weights import is_weights_name, plain_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -90,6 +95,7 @@ _READ_THREADS = 8
 _NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
 _PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300  # less what is below
 _ELSEWHERE = "Choose another filepath."
+_DEFAULT_ITEMS = ("state", "pytree", "default")
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -544,30 +550,40 @@ def load(
     *,
     cast: bool = False,
     verify: bool = True,
-) -> PyTree:
+    with_info: bool = False,
+) -> Any:
     """Load the tree of a checkpoint, of flaxckpt's or of plain Orbax's.
+
+    A checkpoint of plain Orbax with several items, none of which has a default name
+    (`state`, `pytree` or `default`), is a dict of them all by their names. `path/name`
+    is one of them.
 
     In several processes, every one must call it.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
+        path: The checkpoint's directory; a `gs://` or `s3://` URL, too. A
+            `CheckpointInfo` stands for the very checkpoint that it is of.
         like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
             each leaf is restored with its dtype and shape, as its kind of value, onto
             its sharding, in that memory, whatever mesh wrote it. A struct whose
             sharding names no devices goes to those of `jax.set_mesh`. A sharding in
             the place of a leaf, or of a subtree, places what is stored there. Functions
-            are taken from it. Not changed. None: the tree as plain dicts, lists and
-            tuples, JAX arrays on the default device, None for functions.
+            are taken from it. Not changed. What is shared in an NNX module is shared in
+            what is returned. None: the tree as plain dicts, lists and tuples, JAX
+            arrays on the default device, None for functions; NNX modules and states as
+            the dicts that `nnx.update` and `nnx.replace_by_pure_dict` take.
         cast: Convert where only the dtypes of stored and wanted arrays differ, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax
             records none.
+        with_info: Return a `Loaded`, which has the record of what was loaded, too.
 
     Returns:
         The tree, with the structure of `like` if that is given.
 
     Raises:
-        CheckpointNotFoundError: If there is no checkpoint at `path`.
+        CheckpointNotFoundError: If there is no checkpoint at `path`, or `path` is a
+            `CheckpointInfo` and another checkpoint has taken its place.
         CheckpointMismatchError: Listing every leaf in which structure, shape or dtype
             differ from `like`; nothing was read.
         CheckpointCorruptError: If it cannot be read, or is not what was saved.
@@ -581,21 +597,32 @@ def load(
         >>> flaxckpt.load(path)
         {'b': (1, 2), 'w': array([0, 1, 2])}
     """
-    return restore(path, like, cast=cast, verify=verify)[0]
+    loaded = restore(path, like, cast=cast, verify=verify)
+    return loaded if with_info else loaded.tree
 
 
 def restore(
     path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
-) -> tuple[PyTree, CheckpointInfo | None]:
-    """Load a tree as `load` does, and its record; None for plain Orbax's."""
+) -> Loaded:
+    """Load a tree as `load` does, and its record."""
     check_like(like)
 
-    def read(path: Path) -> tuple[PyTree, CheckpointInfo | None]:
-        info = read_record(path)
-        layout, _ = _read_table(path)
-        return _load(path, layout, None, like, cast=cast, check=verify), info
+    def read(where: Path) -> Loaded:
+        info = _info_of(path, where)
+        layout, _ = _read_table(where)
+        tree = _load(where, layout, None, like, cast=cast, check=verify)
+        return Loaded(tree, info)
 
     return _undisturbed(path, read)
+
+
+def _info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
+    """Read the record of a checkpoint whose files are at `where`."""
+    info = read_record(where)
+    if info is None or not is_url(path):
+        return info
+    url: Any = epath.Path(os.fspath(path))
+    return dataclasses.replace(info, path=url)
 
 
 def load_weights(
@@ -604,24 +631,28 @@ def load_weights(
     *,
     cast: bool = False,
     verify: bool = True,
-) -> PyTree:
+    with_info: bool = False,
+) -> Any:
     """Load the weights alone, from a checkpoint of weights or of a whole state.
 
     What the weights are was settled by `weights` when it was saved. In a checkpoint
     that plain Orbax wrote they are `params` and the mappings beside it, if there is
-    an `opt_state`, and otherwise all.
+    an `opt_state`, and otherwise all; of several items, those whose names are not those
+    of an optimizer, metrics and the like.
 
     In several processes, every one must call it.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
+        path: As for `load`.
         like: A tree of the weights' structure; as for `load`.
         cast: As for `load`.
         verify: As for `load`.
+        with_info: As for `load`.
 
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
-        beside it, which `Module.apply` takes.
+        beside it, which `Module.apply` takes; for an NNX model a dict that
+        `nnx.update` takes.
 
     Raises:
         CheckpointError: If the weights were computed when saving, not picked, so that
@@ -629,18 +660,25 @@ def load_weights(
     """
     check_like(like)
 
-    def read(path: Path) -> PyTree:
-        layout, weights = _read_table(path)
+    def read(where: Path) -> Loaded:
+        info = _info_of(path, where)
+        layout, weights = _read_table(where)
         if layout is not None and weights is None:
             raise CheckpointError(
                 f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
                 "`weights` computed them from the tree. Save with "
                 "save_weights_only=True, or load the whole tree and compute them."
             )
+        if layout is not None and layout.leaves and not layout.part(weights)[1]:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} holds no weights: the tree that was saved "
+                "had none. Load the whole tree with load."
+            )
         part = plain_weights if layout is None else weights
-        return _load(path, layout, part, like, cast=cast, check=verify)
+        return Loaded(_load(where, layout, part, like, cast=cast, check=verify), info)
 
-    return _undisturbed(path, read)
+    loaded = _undisturbed(path, read)
+    return loaded if with_info else loaded.tree
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -683,9 +721,12 @@ def _verify(path: Path) -> None:
 def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     """Read a checkpoint, once more if it is replaced or deleted meanwhile.
 
-    A program that evaluates what another one trains reads paths that are written to.
+    A program that evaluates what another one trains reads paths that are written to. A
+    `CheckpointInfo` is read only while the checkpoint that it is of is there.
     """
     use_threads()
+    if isinstance(path, CheckpointInfo):
+        read = functools.partial(_read_listed, path, read)
     if is_url(path):
         return _from_store(os.fspath(path), read)
     for _ in range(_READ_TRIES):
@@ -710,6 +751,20 @@ def _shallow(path: Path, read: Callable[[Path], T]) -> T:
         raise CheckpointCorruptError(
             str(path), "its tree is nested more deeply than can be read"
         ) from error
+
+
+def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) -> T:
+    """Read a checkpoint if it still is the one of a record.
+
+    Raises:
+        CheckpointNotFoundError: If it is another one.
+    """
+    there = read_record(path)
+    if there is None or not is_same(info, there):
+        when = "by one of plain Orbax" if there is None else f"at {there.time}"
+        problem = f"it was saved at {info.time}, and what is there now {when}"
+        raise CheckpointNotFoundError(str(path), (), problem)
+    return read(path)
 
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
@@ -769,24 +824,29 @@ def _load(
     """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
     values: list[Any] | None = None
     if layout is None:
-        layout, values = _tree.describe(_read_foreign(path), storable)
+        foreign = _read_foreign(path, weights_only=callable(part))
+        layout, values = _tree.describe(foreign, storable)
     if callable(part):
         part = part(layout)
     view, sources = layout.part(layout.skeleton if part is None else part)
     like = _tree.spread(like, view)
     try:
-        plan = _tree.match(str(path), view, like, cast=cast)
-    except CheckpointMismatchError:
+        plan, twins = _tree.match(str(path), view, like, cast=cast)
+    except CheckpointMismatchError as error:
         if values is None:
             # It may be the table that is wrong.
             _check_table(path, layout, layout.leaves)
-        raise
+        raise _naming_items(path, error) from None
     if like is None:
         _warn_of_functions(path, view)
+    asked = [(i if i is None else sources[i], want) for i, want in plan]
+    asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     if values is None:
-        wanted = {sources[i]: want for i, want in plan if i is not None}
-        values = _read(path, layout, wanted, check=check)
-    given = [None] * len(plan) if like is None else jax.tree.leaves(like)
+        found = _read_each(path, layout, asked, check=check)
+    else:
+        found = [None if i is None else values[i] for i, _ in asked]
+    flat = flatten(like)
+    given = [None] * len(plan) if like is None else list(flat.leaves)
     for position, (index, want) in enumerate(plan):
         if index is None:
             if _tree.is_placement(given[position]):
@@ -794,9 +854,7 @@ def _load(
             continue
         have = view.leaves[index]
         try:
-            given[position] = _tree.convert(
-                values[sources[index]], have, want, cast=cast
-            )
+            given[position] = _tree.convert(found[position], have, want, cast=cast)
         except (ValueError, TypeError, OverflowError) as error:
             if like is None or isinstance(error, UnicodeError):
                 raise CheckpointCorruptError(
@@ -807,9 +865,61 @@ def _load(
                 [LeafDifference(have.name, str(have), str(want.leaf))],
                 f"{error}. Pass a `like` of the stored kind.",
             ) from error
-    if like is None:
-        return view.fill(given)
-    return jax.tree.unflatten(jax.tree.structure(like), given)
+    differing = [
+        _tree.difference_of_twins(
+            view.leaves[plan[twin.position][0] or 0], view.leaves[twin.index]
+        )
+        for twin, other in zip(twins, found[len(plan) :], strict=True)
+        if not _are_same(found[twin.position], other)
+    ]
+    if differing:
+        raise CheckpointMismatchError(
+            str(path),
+            differing,
+            "What `like` shares between several places was stored as several values. "
+            "Pass a `like` that shares nothing there, or none.",
+        )
+    return view.fill(given) if like is None else flat.rebuilt(given)
+
+
+def _read_each(
+    path: Path,
+    layout: Layout,
+    asked: Sequence[tuple[int | None, Wanted]],
+    *,
+    check: bool,
+) -> list[Any]:
+    """Read leaves as they are wanted, one that is wanted several times as often.
+
+    So each place gets an array of its own, which may be donated.
+    """
+    rounds: list[dict[int, int]] = []
+    times: Counter[int] = Counter()
+    for position, (index, _) in enumerate(asked):
+        if index is not None:
+            if times[index] == len(rounds):
+                rounds.append({})
+            rounds[times[index]][index] = position
+            times[index] += 1
+    found: list[Any] = [None] * len(asked)
+    for each in rounds or [{}]:
+        wanted = {index: asked[position][1] for index, position in each.items()}
+        values = _read(path, layout, wanted, check=check)
+        for index, position in each.items():
+            found[position] = values[index]
+    return found
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Tell whether two leaves are equal, bit for bit, in what this process has."""
+
+    def parts(value: Any) -> list[bytes]:
+        value = _tree.without_keys(value)
+        if not isinstance(value, jax.Array):
+            return [np.asarray(value).tobytes()]
+        return [np.asarray(each.data).tobytes() for each in value.addressable_shards]
+
+    return parts(one) == parts(other)
 
 
 def _warn_of_functions(path: Path, layout: Layout) -> None:
@@ -1043,22 +1153,99 @@ def _complete(path: Path) -> None:
         source.complete()
 
 
-def _read_foreign(path: Path) -> PyTree:
-    """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
+def _read_foreign(path: Path, *, weights_only: bool) -> PyTree:
+    """Read what plain Orbax wrote: a tree, or a dict of its items by their names."""
     check_plain(path)
+    if not ocp.is_orbax_checkpoint(path):
+        return _read_item(path.parent, path.name)
+    items = _items(path)
+    for name in _DEFAULT_ITEMS:
+        if name in items:
+            return _read_item(path, name)
+    if len(items) < 2:
+        return _read_item(path, None)
+    if weights_only:
+        chosen = [
+            name
+            for name, handler in items.items()
+            if is_weights_name(name) and "json" not in handler.lower()
+        ]
+        if not chosen:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} has no weights among its items: "
+                f"{', '.join(items)}. Load one by its path, as in "
+                f"load({str(path / next(iter(items)))!r})."
+            )
+        return {name: _read_item(path, name) for name in chosen}
+    return {name: _read_item(path, name) for name in items}
+
+
+def _naming_items(
+    path: Path, error: CheckpointMismatchError
+) -> CheckpointMismatchError:
+    """Add what the items are called, where a checkpoint of plain Orbax has several."""
+    items = {} if is_checkpoint(path) else _items(path)
+    if len(items) < 2 or items.keys() & set(_DEFAULT_ITEMS):
+        return error
+    advice = (
+        f"It has the items {', '.join(items)}: pass a `like` with these keys, or load "
+        f"one by its path, as in load({str(path / next(iter(items)))!r})."
+    )
+    return CheckpointMismatchError(error.path, error.differences, advice)
+
+
+def _items(path: Path) -> dict[str, str]:
+    """Name the items of a checkpoint of plain Orbax; none where it is one tree.
+
+    Returns:
+        For each name, that of the class in Orbax that has written it.
+    """
+    try:
+        described = json.loads(read_small(path / "_CHECKPOINT_METADATA"))
+        handlers = described["item_handlers"]
+    except (NoFileError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        names = [each.parent.name for each in path.glob("*/_METADATA")]
+        handlers = dict.fromkeys(names, "")
+    if not isinstance(handlers, dict):
+        return {}
+    named: dict[Any, Any] = handlers
+    return {
+        name: str(handler)
+        for name, handler in named.items()
+        if name != "metrics" and (path / name).is_dir()
+    }
+
+
+def _read_item(path: Path, name: str | None) -> PyTree:
+    """Read an item, or the only tree: as it was placed, or, on other devices, to host.
+
+    Raises:
+        CheckpointCorruptError: Naming it, if Orbax cannot read it.
+    """
+
+    def read(plain: Any, form: Any = None) -> PyTree:
+        if name is None:
+            return ocp.load(plain, form)
+        return ocp.load_checkpointables(plain, {name: form})[name]
+
+    def described(plain: Any) -> Any:
+        if name is None:
+            return ocp.metadata(plain).metadata
+        return ocp.checkpointables_metadata(plain).metadata[name]
+
     try:
         with warnings.catch_warnings(), _context(), plainly(path) as plain:
             warnings.filterwarnings("ignore", message="Sharding info not provided")
             try:
-                return ocp.load(plain)
+                return read(plain)
             except (ValueError, TypeError, KeyError):
-                described = ocp.metadata(plain).metadata
-                return ocp.load(plain, jax.tree.map(_host_form, described))
+                return read(plain, jax.tree.map(_host_form, described(plain)))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         check_readable(path)
-        raise CheckpointCorruptError(str(path), _cause(error)) from error
+        item = "" if name is None else f"its item {name!r} cannot be read: "
+        raise CheckpointCorruptError(str(path), item + _cause(error)) from error
 
 
 def _host_form(described: Any) -> Any:
@@ -1079,11 +1266,13 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
         layout, weights = Layout.from_json(fields), fields["weights"]
         for leaf in layout.leaves:
             _check_known(leaf)
+        if weights == "all":
+            weights = layout.skeleton
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             str(path), f"its table of leaves does not parse ({_cause(error)})"
         ) from error
-    return layout, layout.skeleton if weights == "all" else weights
+    return layout, weights
 
 
 def _check_known(leaf: Leaf) -> None:
@@ -1153,6 +1342,13 @@ def _found(path: str | os.PathLike[str]) -> Path:
         )
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or _is_orbax(found):
+        return found
+    if (
+        found.is_dir()
+        and not is_checkpoint(found.parent)
+        and _is_orbax(found.parent)
+        and found.name in _items(found.parent)
+    ):
         return found
     beside = found if found.is_dir() else found.parent
     names = [each.name for each in _entries(beside) if _is_ours(each)]

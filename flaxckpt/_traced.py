@@ -25,6 +25,7 @@ from flaxckpt._memory import on_device
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
 from flaxckpt._state import BEST, LEAVES, CheckpointState, index, with_leaves
+from flaxckpt._ties import leaves_of
 from flaxckpt._tree import PyTree, without_keys
 from flaxckpt._writer import before_end, ending
 from flaxckpt.errors import CheckpointError
@@ -148,8 +149,7 @@ def stream(
         or not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     }
     by_id = {
-        id(leaf): place
-        for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
+        id(leaf): place for leaf, place in zip(leaves_of(tree), places, strict=True)
     }
     handed, parts.sent = parts.sent, []  # of this trace only
     leaf_places = [by_id.get(id(leaf)) for leaf in handed]

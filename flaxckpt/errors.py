@@ -160,13 +160,23 @@ class CheckpointNotFoundError(CheckpointError, LookupError):
     Attributes:
         path: Where it was looked for.
         found: Names of the checkpoints that are in the directory around it.
+        replaced: What became of the one that was asked for, where another one has
+            taken its place since it was listed; else empty.
     """
 
-    def __init__(self, path: str, found: tuple[str, ...] = ()) -> None:
-        super().__init__(path, found)
-        self.path, self.found = path, found
+    def __init__(
+        self, path: str, found: tuple[str, ...] = (), replaced: str = ""
+    ) -> None:
+        super().__init__(path, found, replaced)
+        self.path, self.found, self.replaced = path, found, replaced
 
     def __str__(self) -> str:
+        if self.replaced:
+            return (
+                f"The checkpoint at {self.path!r} was replaced since it was listed: "
+                f"{self.replaced}. List the directory again, or pass the path to get "
+                "the one that is there."
+            )
         there = ", ".join(self.found) or "none"
         return (
             f"No checkpoint at {self.path!r} (checkpoints beside it: {there}). "

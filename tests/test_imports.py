@@ -36,6 +36,7 @@ LAYERS = [
     "_record",
     "_vetting",
     "_retention",
+    "_ties",
     "_unchecked",
     "_memory",
     "_state",

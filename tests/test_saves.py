@@ -128,7 +128,9 @@ def test_deciding_later_changes_nothing(losses, template, settings, tmp_path_fac
         with pytest.MonkeyPatch.context() as patch:
             if late:
                 patch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
-            with ModelCheckpoint(path, save_best_only=True, **settings) as ckpt:
+            with ModelCheckpoint(
+                path, save_best_only=True, weights=lambda tree: tree, **settings
+            ) as ckpt:
                 state = ckpt.init()
                 for epoch, loss in enumerate(losses):
                     loss = jnp.float32(loss) if late else loss
