@@ -29,8 +29,8 @@ from flaxckpt import (
     ModelCheckpoint,
     SettingError,
     TemplateError,
-    _record,
 )
+from flaxckpt._parsing import checksum, dumped
 from flaxckpt._state import plain_state, resumed
 
 TREE = {"w": np.arange(3.0)}
@@ -70,7 +70,7 @@ def shown(directory):
 def rewrite(record, fields):
     """Change a record as if it had been written so."""
     fields.pop("sha256")
-    record.write_bytes(_record._dumped({**fields, "sha256": _record._checksum(fields)}))
+    record.write_bytes(dumped({**fields, "sha256": checksum(fields)}))
 
 
 # ---- the loop --------------------------------------------------------------------------
