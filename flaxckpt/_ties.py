@@ -180,11 +180,14 @@ class _Watch:
         self.stops_at = self._made()
 
     def _made(self) -> Callable[[PyTree], bool]:
-        numbers, nodes = self.numbers, self._nodes
+        numbers, nodes, plain = self.numbers, self._nodes, set[type]()
 
         def stops_at(node: PyTree) -> bool:
+            if type(node) in plain:  # as nearly all nodes are
+                return False
             role = _role(type(node))
             if not role:
+                plain.add(type(node))
                 return False
             if role != STATE and numbers.setdefault(id(node), len(nodes)) == len(nodes):
                 nodes.append(node)

@@ -193,6 +193,10 @@ def test_ties_between_the_parts_of_a_tree(tmp_path):
     got = flaxckpt.load(saved(tmp_path, tree), like)
     assert got["optimizer"].model is got["model"]
     assert got["rngs"][0] is got["model"].rngs
+    pure = flaxckpt.load(tmp_path / "1")  # where each has its own, which may be donated
+    values = [pure["rngs"][0], pure["model"]["rngs"]]
+    assert jax.tree.structure(values[0]) == jax.tree.structure(values[1])
+    assert values[0]["default"]["key"] is not values[1]["default"]["key"]
     assert_same_graph(got["model"], model)
 
 
@@ -327,7 +331,8 @@ def test_what_was_stored_twice_is_shared_again_if_it_is_the_same(tmp_path):
 def test_a_state_holds_values_which_are_tied_to_nothing(tmp_path):
     model = Tied(nnx.Rngs(0))
     tree = {"model": nnx.state(model), "best": nnx.state(Tied(nnx.Rngs(5)))}
-    like = {"model": nnx.state(model), "best": nnx.state(model)}
+    one = nnx.state(model)
+    like = {"model": one, "best": one}
     got = flaxckpt.load(saved(tmp_path, tree), like)
     for name in tree:
         assert_same_graph(got[name], tree[name])
