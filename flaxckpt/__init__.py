@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flaxckpt import errors as errors
 from flaxckpt._chunks import Chunk, scan_in_chunks
 from flaxckpt._listing import list_checkpoints
-from flaxckpt._record import CheckpointInfo
+from flaxckpt._record import CheckpointInfo, Loaded
 from flaxckpt._slots import Snapshot
 from flaxckpt._state import CheckpointState, step
 from flaxckpt.errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "CheckpointState",
     "CheckpointWriteError",
     "Chunk",
+    "Loaded",
     "MetricError",
     "ModelCheckpoint",
     "Preempted",

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Never, Self, TypeAlias
 
-import jax
 import numpy as np
 from etils import epath
 from jax.core import Tracer
@@ -22,14 +21,15 @@ from jax.sharding import NamedSharding
 from flaxckpt import _processes, _store, _traced
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._interval import AgreedInterval, Interval
+from flaxckpt._logs import find, left_out, normalized
 from flaxckpt._mirror import mirrored
 from flaxckpt._patience import looks
 from flaxckpt._pod_saves import PodSaves
 from flaxckpt._preemption import AgreedWatch, Watch
 from flaxckpt._processes import Channel
 from flaxckpt._record import CheckpointInfo
-from flaxckpt._retention import LatestN, PreservationPolicy, ranked
-from flaxckpt._saves import Entry, Saves, check_logs
+from flaxckpt._retention import LatestN, PreservationPolicy
+from flaxckpt._saves import Entry, Saves
 from flaxckpt._series import Series
 from flaxckpt._slots import Kept, Snapshot
 from flaxckpt._state import (
@@ -37,10 +37,12 @@ from flaxckpt._state import (
     check_state,
     is_real,
     judge,
+    outside,
     resumed,
     tick,
 )
 from flaxckpt._template import Template, is_url
+from flaxckpt._ties import flatten, leaves_of
 from flaxckpt._tree import PyTree
 from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt._weights import Weights, default_weights
@@ -134,6 +136,7 @@ class ModelCheckpoint:
         save_interval_secs: float | None = None,
         max_to_keep: int | None = None,
         preserve: PreservationPolicy | None = None,
+        overwrite: bool = False,
         weights: Weights | None = None,
         save_last: bool | str = False,
         save_on_preemption: bool | str = False,
@@ -171,6 +174,10 @@ class ModelCheckpoint:
                 beside them if it is not among them. None keeps all.
             preserve: A preservation policy, such as Orbax's, in place of
                 `max_to_keep`. The newest and the best are kept whatever it says.
+            overwrite: With `save_best_only`, whether a run that did not `restore` may
+                replace a better checkpoint of an earlier run at the same path. False:
+                the better one stays, and what is not better is saved beside it, at the
+                path with `.aside` added, until the run has something better.
             weights: Picks the weights from a tree; None for `default_weights`, which
                 knows Flax's `TrainState`, NNX and Equinox.
             save_last: At due checks that save nothing else, save the whole tree in a
@@ -256,6 +263,7 @@ class ModelCheckpoint:
             )
         switches = {
             "save_weights_only": save_weights_only,
+            "overwrite": overwrite,
             "sync": sync,
             "compress": compress,
             "stop_on_error": stop_on_error,
@@ -309,6 +317,7 @@ class ModelCheckpoint:
             policy=preserve,
             monitor=monitor,
             mode=self._mode,
+            dtype=np.asarray(self._fresh.best_value).dtype,
             sync=bool(sync),
             compress=bool(compress),
             frozen=stored_once,
@@ -328,6 +337,7 @@ class ModelCheckpoint:
             snapshot=snapshot,
             max_in_flight=max_in_flight,
             frozen=stored_once,
+            overwrite=bool(overwrite),
             tell=_print if verbose else None,
         )
         self.counts = self._saves.counts
@@ -339,6 +349,7 @@ class ModelCheckpoint:
         self._stop_on_error = bool(stop_on_error)
         self._stale: CheckpointState | None = None  # it has a new best by now
         self._is_warned = self._is_warned_of_best = False
+        self._left_out: set[str] = set()  # names in logs that were warned of
         self._by_epoch = save_freq == "epoch"
         self._never_due: bool | None = None  # whether the calls so far never will be
         self._interval: Interval | None = None
@@ -429,13 +440,17 @@ class ModelCheckpoint:
                 self._never_due = self._by_epoch or batch is None
             return state
         self._never_due = False
+        self._saves.check_parent()
         check_state(state, self._fresh)
+        logs = normalized(logs)
         if self._has_policy:
             self._check_policy(logs)
         if _is_traced(due, force, epoch, batch, logs, tree, state):
-            return self._update_traced(
+            state = self._update_traced(
                 given, state, due, tree, logs, epoch, batch, force
             )
+            self._warn_of_left_out(logs)
+            return state
         self._finish_programs()
         with unchecked():
             entry = Entry(bool(force), epoch, batch, logs, state)
@@ -448,7 +463,9 @@ class ModelCheckpoint:
             self._finish_preempted(path)
         assert entry.state is not None
         improved = entry.save is True and given.save_best_only and not force
-        self._stale = given if improved else None
+        counted = bool(due) and not self._by_epoch
+        self._stale = given if improved or counted else None
+        self._warn_of_left_out(logs)
         return as_arguments(entry.state, tree)
 
     def save(
@@ -475,7 +492,9 @@ class ModelCheckpoint:
             CheckpointError: As `update`.
         """
         self._saves.check()
+        self._saves.check_parent()
         preempted = self._is_newly_preempted()
+        logs = normalized(logs)
         if _is_traced(epoch, batch, logs, tree, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "
@@ -486,11 +505,13 @@ class ModelCheckpoint:
         self._finish_programs()
         with unchecked():
             entry = Entry(True, epoch, batch, logs, state)
+            entry.by_hand = True
             path = Path(self._template.render(entry.epoch, entry.batch, logs))
             self._saves.start(tree, entry, lasts=preempted)
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)
+        self._warn_of_left_out(logs)
         return self._series.area.shown(path)
 
     def save_snapshot(
@@ -550,15 +571,21 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If a save failed.
         """
+        if self._series.area.is_inherited:
+            return
         self._finish_streams()
         self._saves.wait()
 
     def close(self) -> None:
         """Wait as `wait` does, and release thread, lock and signal handlers.
 
+        In a process that was forked from the one that made the object, does nothing.
+
         Raises:
             CheckpointWriteError: If a save failed.
         """
+        if self._series.area.is_inherited:
+            return
         try:
             try:
                 self._finish_streams()
@@ -569,6 +596,7 @@ class ModelCheckpoint:
         except Exception:
             self._release()
             raise
+        self._release()  # but not where an interrupt left a save under way
         if self._never_due:
             how = "without `batch`" if self._by_epoch else "with `batch`"
             warnings.warn(
@@ -576,18 +604,21 @@ class ModelCheckpoint:
                 f"{self._fresh.save_freq!r} only calls of update {how} count.",
                 stacklevel=2,
             )
-        self._release()  # but not where an interrupt left a save under way
 
     def _release(self) -> None:
-        if self._is_newly_preempted() and self._watch is not None:
+        watch = self._watch
+        is_late = self._is_newly_preempted()
+        try:
+            self._series.area.close()
+        finally:
+            if watch is not None:
+                watch.close()
+        if is_late and watch is not None:
             warnings.warn(
-                f"{self._watch.signal} came after the last update outside of jit, and "
+                f"{watch.signal} came after the last update outside of jit, and "
                 "no state was saved for it. End the program now.",
                 stacklevel=3,
             )
-        self._series.area.close()
-        if self._watch is not None:
-            self._watch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -655,13 +686,14 @@ class ModelCheckpoint:
         Args:
             like: A tree of the wanted structure, of arrays or
                 `jax.ShapeDtypeStruct`s with shardings; see `flaxckpt.load`.
-            which: `"latest"`, `"best"`, or a checkpoint's path or URL.
+            which: `"latest"`, `"best"`, or a checkpoint's path or URL; its
+                `CheckpointInfo` for that very one.
             cast: Convert where only dtypes differ, rather than raise.
             verify: Check each leaf against the digest of what was saved.
 
         Returns:
-            What was found; None if there is no checkpoint (for `"best"`: none with a
-            monitored value).
+            What was found; None if there is no checkpoint. For `"best"` also if none
+            has a number for `monitor`, which warns.
 
         Raises:
             CheckpointNotFoundError: If `which` is a path and there is none.
@@ -672,7 +704,9 @@ class ModelCheckpoint:
             CheckpointError: As `flaxckpt.load`.
 
         Warns:
-            UserWarning: Naming each damaged checkpoint that was passed over.
+            UserWarning: Naming each damaged checkpoint that was passed over; or the
+                metrics that there are, if there are checkpoints and none of them has
+                the monitored one.
         """
         self.wait()
         _store.check_like(like)
@@ -680,7 +714,7 @@ class ModelCheckpoint:
         if not isinstance(which, str | os.PathLike):
             advice = 'pass "latest", "best" or the path of a checkpoint.'
             raise SettingError("which", f"<{type(which).__name__}>", advice)
-        if is_url(which):
+        if is_url(which) or isinstance(which, CheckpointInfo):
             return self._loaded(which, like, cast=cast, verify=verify)
         if which not in ("latest", "best"):
             path = Path(os.path.abspath(os.path.expanduser(which)))
@@ -720,6 +754,8 @@ class ModelCheckpoint:
                     )
         if errors:
             raise next(iter(errors.values()))
+        if which == "best":
+            self._warn_of_no_value()
         self._warn_of_others()
         return None
 
@@ -737,7 +773,6 @@ class ModelCheckpoint:
         force: Any,
     ) -> CheckpointState:
         """Update within a program that is being traced, after `tick`."""
-        check_logs(logs)
         state, save = judge(state, logs, due)
         state, stream = _traced.stream(
             self._saves,
@@ -759,7 +794,8 @@ class ModelCheckpoint:
 
     def _places(self, tree: PyTree) -> list[_traced.Place | None]:
         """Tell how a tree of traced values is sharded, as far as that is known."""
-        leaves, structure = jax.tree.flatten(tree)
+        flat = flatten(tree)
+        leaves, structure = flat.leaves, flat.key
         if self._shardings and structure not in self._shardings:
             warnings.warn(
                 "update saves a tree of another structure than `like` of init or "
@@ -771,10 +807,10 @@ class ModelCheckpoint:
         return list(map(_traced.place_of, leaves, known))
 
     def _note_shardings(self, like: PyTree) -> None:
-        leaves = jax.tree.leaves(like)
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        flat = flatten(like)
+        shardings = [getattr(leaf, "sharding", None) for leaf in flat.leaves]
         if any(isinstance(each, NamedSharding) for each in shardings):
-            self._shardings = {jax.tree.structure(like): shardings}
+            self._shardings = {flat.key: shardings}
 
     def _finish_programs(self) -> None:
         """Let what programs save come before what is saved outside of them.
@@ -842,12 +878,28 @@ class ModelCheckpoint:
                 stacklevel=3,
             )
 
+    def _warn_of_left_out(self, logs: Logs) -> None:
+        """Say once what of metrics no record keeps."""
+        new = {
+            name: problem
+            for name, problem in left_out(logs).items()
+            if name not in self._left_out
+        }
+        if new:
+            self._left_out |= new.keys()
+            each = ", ".join(f"{name!r} {problem}" for name, problem in new.items())
+            warnings.warn(
+                f"Not all of logs is saved with a checkpoint: {each}, and a record "
+                "keeps numbers and text. Reduce it to a scalar, or leave it out.",
+                stacklevel=outside(),
+            )
+
     def _check_policy(self, logs: Logs | None) -> None:
         """Warn if the best, which retention spares, cannot be known."""
         if self._is_warned_of_best or not logs:
             return
         name = self._monitor
-        if name not in logs:
+        if find(logs, name) not in logs:
             problem = f"logs has no {name!r}, only {', '.join(map(repr, logs))}"
         elif self._mode == "auto":
             problem = f"whether {name!r} is better low or high is not known: pass mode"
@@ -878,7 +930,7 @@ class ModelCheckpoint:
 
         Between the ends of epochs there often is no value to compare.
         """
-        has_value = self._monitor in (logs or {})
+        has_value = find(logs or {}, self._monitor) in (logs or {})
         return has_value or not (self._save_last and self._fresh.save_best_only)
 
     def _restart_interval(self) -> None:
@@ -912,26 +964,23 @@ class ModelCheckpoint:
         """
         for _ in looks():
             if which == "best":
-                infos, left_out = self._series.listed()
-                infos = ranked(infos, self._monitor, self._mode)
+                infos, beside = self._series.listed()
+                infos = self._series.ranked(infos)
             else:
-                infos, left_out = self._series.by_age()
+                infos, beside = self._series.by_age()
                 infos = infos[::-1]
-            ours = [e for e in left_out if self._series.may_be_ours(e.path)]
+            ours = [e for e in beside if self._series.may_be_ours(e.path)]
             for error in ours:
                 if isinstance(error, CheckpointPathError):
                     raise error
-            damaged = [e for e in left_out if isinstance(e, CheckpointCorruptError)]
+            damaged = [e for e in beside if isinstance(e, CheckpointCorruptError)]
             if not infos and damaged:
                 raise damaged[0]
             shown = self._series.area.shown
             places = [(str(info.time), str(shown(info.path))) for info in infos]
             yield (
                 places,
-                [
-                    f"{'PASSED OVER' if e in ours else 'Left out'}: {e}"
-                    for e in left_out
-                ],
+                [f"{'PASSED OVER' if e in ours else 'Left out'}: {e}" for e in beside],
             )
         raise CheckpointError(
             f"The checkpoints in {str(self._series.area.shown(self._root))!r} were "
@@ -946,7 +995,8 @@ class ModelCheckpoint:
         self, path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
     ) -> Restored:
         """Load a checkpoint, in all processes or in none."""
-        where: Any = epath.Path(path) if is_url(path) else Path(path)
+        shown = os.fspath(path)
+        where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
         found, problem = None, None
         try:
             found = _store.restore(path, like, cast=cast, verify=verify)
@@ -954,24 +1004,40 @@ class ModelCheckpoint:
             problem = error
         _processes.gathered("restored", problem)  # raises what any of them met
         assert found is not None
-        tree, info = found
-        if info is None:  # plain Orbax's
-            state = self.init()
-            return Restored(
-                tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
-            )
+        tree, info = found.tree, found.info
+        if like is not None:
+            self._note_shardings(tree)  # `like` may have placed whole subtrees
         durable = _processes.from_leader(
             "best", lambda: self._series.durable_best(info)
         )
         with unchecked():
-            state = resumed(self.init(), info.state, durable)
+            state = resumed(self.init(), info and info.state, durable)
+        state = as_arguments(state, tree)
+        if info is None:  # plain Orbax's
+            return Restored(
+                tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
+            )
         return Restored(
             tree=tree,
-            state=as_arguments(state, tree),
+            state=state,
             epoch=info.epoch,
             batch=info.batch,
             logs=info.logs,
             path=where,
+        )
+
+    def _warn_of_no_value(self) -> None:
+        """Warn if there are checkpoints, but none has a value to be the best by."""
+        infos = self._series.listed()[0]
+        if not infos:
+            return
+        there = sorted({name for info in infos for name in info.logs})
+        warnings.warn(
+            f"No best checkpoint to restore: none of the {len(infos)} there are has a "
+            f"number for {self._monitor!r} in its logs (there: "
+            f"{', '.join(map(repr, there)) or 'nothing'}). Pass one of those as "
+            'monitor, or restore(which="latest").',
+            stacklevel=3,
         )
 
     def _warn_of_others(self) -> None:
@@ -995,7 +1061,7 @@ def _is_traced(*values: PyTree) -> bool:
     """Tell whether a trace is running, or any value is that of one."""
     if get_opaque_trace_state(convention="nnx") != _OUTSIDE:
         return True
-    kinds = set(map(type, jax.tree.leaves(values)))
+    kinds = set(map(type, leaves_of(values)))
     return any(issubclass(kind, Tracer) for kind in kinds)
 
 

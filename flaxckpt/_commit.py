@@ -13,35 +13,56 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import uuid
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flaxckpt import _lock
 from flaxckpt._draft import sync_path
+from flaxckpt._locks import new_lock
 from flaxckpt._open import is_there
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
-from flaxckpt.errors import CheckpointError
+from flaxckpt.errors import CheckpointError, CheckpointLockedError
 
-_CHANGES: Counter[Path] = Counter()
-_OPENING = threading.Lock()
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+class _Shared:
+    """What the areas of one series in this process have in common.
+
+    Attributes:
+        turn: Held by the one that changes the series.
+        committing: Held while a checkpoint is put in its place and not yet synced.
+        changes: How often it was changed.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.turn, self.committing = threading.RLock(), new_lock()
+
+
+_OPENING, _SHARING = new_lock(), new_lock()
+_SHARED: "weakref.WeakValueDictionary[Path, _Shared]" = weakref.WeakValueDictionary()
+# A forked process does not wait for threads, which are its parent's.
+os.register_at_fork(after_in_child=_SHARED.clear)
 
 
 class Area:
     """Where one series of checkpoints is written.
 
     Attributes:
-        committing: Held while a checkpoint is put in its place and not yet synced.
+        process: The process that has made it.
         is_mirror: Whether it only mirrors where the checkpoints are.
     """
 
@@ -66,14 +87,28 @@ class Area:
         self._trash: list[Path] = []
         self._kept_aside: list[Path] = []
         self._reuses = False
-        self._sweeping = threading.Lock()
-        weakref.finalize(self, _discard, self._trash, os.getpid())
-        self.committing = threading.Lock()
+        self._sweeping = new_lock()
+        self.process, self._holder = os.getpid(), object()
+        with _SHARING:
+            self._shared = _SHARED.get(self._lock) or _Shared()
+            _SHARED[self._lock] = self._shared
+        weakref.finalize(self, _discard, self._trash, self.process)
+        weakref.finalize(self, self._drop())
 
     @property
     def changes(self) -> int:
         """How often this process has changed the series."""
-        return _CHANGES[self._lock]
+        return self._shared.changes
+
+    @property
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """Held while the series is changed; other objects of it here wait."""
+        return self._shared.turn
+
+    @property
+    def committing(self) -> contextlib.AbstractContextManager[Any]:
+        """Held while a checkpoint is put in its place and not yet synced."""
+        return self._shared.committing
 
     def open(self) -> None:
         """Make the directory, take the lock, and clear up what a crash left behind.
@@ -85,16 +120,17 @@ class Area:
             return
         self._make(self._root)
         with _OPENING:  # so that nobody writes what is cleared up here
-            if self._acquire():
-                try:
+            try:
+                if self._acquire():
                     self._clear_up()
-                except BaseException:
-                    self._release()
-                    raise
+                    self._note_cleared()
+            except BaseException:
+                self._release()
+                raise
         self._owner = os.getpid()
 
     def _clear_up(self) -> None:
-        _CHANGES[self._lock] += 1  # others may have
+        self._shared.changes += 1  # others may have
         self._finish_replacements()
         for entry in list(os.scandir(self._root)):
             if entry.name.startswith(self._staging):
@@ -103,20 +139,40 @@ class Area:
                     os.unlink(entry.path)
         self._trash.clear()
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from."""
+        return self.process != os.getpid()
+
+    def inherited(self) -> CheckpointLockedError:
+        """Make the error for what only the process that has made it can do."""
+        root, host = str(self.shown(self._root)), socket.gethostname()
+        return CheckpointLockedError(root, host, self.process, True)
+
     def close(self) -> None:
-        """Give the lock back."""
-        if self._owner == os.getpid():
-            try:
+        """Give the lock back. Where that is interrupted, the next call goes on."""
+        try:
+            if self._owner == os.getpid():
                 self.sweep(spare=False)
-            finally:
-                self._owner = 0
-                self._release()
+        except Exception:
+            self._owner = 0
+            self._release()
+            raise
+        self._owner = 0
+        self._release()
 
     def _acquire(self) -> bool:
-        return _lock.acquire(self._lock)
+        return _lock.acquire(self._lock, self._holder)
+
+    def _note_cleared(self) -> None:
+        _lock.settle(self._lock)
 
     def _release(self) -> None:
-        _lock.release(self._lock)
+        _lock.release(self._lock, self._holder)
+
+    def _drop(self) -> Callable[[], None]:
+        """Return what gives the lock back when the area is collected as garbage."""
+        return functools.partial(_lock.drop, self._lock, self._holder)
 
     def refresh(self, *paths: Path) -> None:
         """Have on the disk what others have changed elsewhere: nothing, here."""
@@ -198,7 +254,7 @@ class Area:
             target: Its place.
         """
         self._make(target.parent)
-        _CHANGES[self._lock] += 1
+        self._shared.changes += 1
         with self.committing:
             replaces = False
             try:
@@ -227,7 +283,7 @@ class Area:
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint: it is gone at once, however long its files take."""
-        _CHANGES[self._lock] += 1
+        self._shared.changes += 1
         if path.is_symlink():  # to where somebody else keeps it
             path.unlink()
             self._sync_directory(path.parent)

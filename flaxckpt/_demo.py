@@ -160,15 +160,16 @@ def train(
     """
     digits = Digits.load()
     best, last = checkpoints(directory)
-    # `best` saves at the end of an epoch, `last` anywhere in it. So what `best` knows
-    # goes into the tree of `last`: a resumed run finds both as of the same batch.
-    tree: dict[str, Any] = {"train": new_state(), "best": best.init()}
-    last_state = last.init()
+    state, best_state, last_state = new_state(), best.init(), last.init()
     first_epoch, first_batch = 0, 0
 
-    found = last.restore(like=tree)
+    # Each knows from its own checkpoints what to go on from.
+    kept = best.restore(like=state, which="best")
+    if kept is not None:
+        best_state = kept.state
+    found = last.restore(like=state)
     if found is not None:
-        tree, last_state = found.tree, found.state
+        state, last_state = found.tree, found.state
         if found.batch is None:
             first_epoch = found.epoch + 1
         else:
@@ -177,24 +178,22 @@ def train(
 
     with best, last:
         for epoch in range(first_epoch, epochs):
-            batches = shuffled(tree["train"].key, epoch, digits.train[1])
+            batches = shuffled(state.key, epoch, digits.train[1])
             for batch in range(first_batch, digits.batches):
-                tree["train"] = train_step(tree["train"], digits.train, batches[batch])
-                last_state = last.update(last_state, tree, None, epoch, batch)
+                state = train_step(state, digits.train, batches[batch])
+                last_state = last.update(last_state, state, None, epoch, batch)
                 if (epoch, batch) == kill_at:
                     tell(f"epoch {epoch + 1:2}: killed after batch {batch + 1}")
                     os.kill(os.getpid(), signal.SIGKILL)
             first_batch = 0
 
-            logs = {"val_accuracy": accuracy(tree["train"], digits.validation)}
-            before = tree["best"].best
-            tree["best"] = best.update(tree["best"], tree["train"], logs, epoch)
-            # The next `last` may not tell of a best that is not yet on disk.
-            best.wait()
-            news = "" if tree["best"].best == before else "  best so far, kept"
+            logs = {"val_accuracy": accuracy(state, digits.validation)}
+            before = best_state.best
+            best_state = best.update(best_state, state, logs, epoch)
+            news = "" if best_state.best == before else "  best so far, kept"
             tell(f"epoch {epoch + 1:2}: val_accuracy {logs['val_accuracy']:.4f}{news}")
-        last.update(last_state, tree, None, epochs - 1, force=True)
-    return tree
+        last.update(last_state, state, None, epochs - 1, force=True)
+    return {"train": state, "best": best_state}
 
 
 # ---- the story -----------------------------------------------------------------------

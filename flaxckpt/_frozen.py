@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax
 
 from flaxckpt._draft import Draft, Stamp
+from flaxckpt._ties import flatten, nodes_with_paths
 from flaxckpt._tree import PyTree, key_of
 from flaxckpt.errors import SettingError
 
@@ -87,7 +88,7 @@ class Frozen:
 
     def indices(self, tree: PyTree) -> list[int]:
         """Tell which leaves of a tree are frozen: once for each structure."""
-        structure = jax.tree_util.tree_structure(tree)
+        structure = flatten(tree).key
         try:
             found = self._indices.get(structure)
         except TypeError:  # static data that does not hash
@@ -101,12 +102,9 @@ class Frozen:
     def _choose(self, tree: PyTree) -> list[int]:
         nnx = sys.modules.get("flax.nnx")
         whole = () if nnx is None else (nnx.Variable,)
-        nodes, _ = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=lambda node: isinstance(node, whole)
-        )
         found: list[int] = []
         first = 0
-        for entries, node in nodes:
+        for entries, node in nodes_with_paths(tree, whole):
             after = first + len(jax.tree_util.tree_leaves(node))
             path = tuple(str(key_of(entry)) for entry in entries)
             try:
@@ -124,8 +122,8 @@ class Frozen:
 
     def refuse_all(self, tree: PyTree) -> SettingError:
         """Make the error for a filter that no leaf passes."""
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0][:4]
-        names = ["/".join(str(key_of(entry)) for entry in path) for path, _ in paths]
+        paths = [path for path, _ in nodes_with_paths(tree, ())][:4]
+        names = ["/".join(str(key_of(entry)) for entry in path) for path in paths]
         return SettingError(
             "frozen",
             self._chosen,

@@ -14,8 +14,10 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Hashable
 from typing import Any
 
+from flaxckpt._locks import new_lock
 from flaxckpt._objects import Object, Objects
 from flaxckpt._parsing import parse_owner
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
@@ -26,28 +28,46 @@ _TRIES = 5
 
 
 class Lease:
-    """A lock that this process has taken, shared by all that write the series here."""
+    """A lock that this process has taken, shared by all that write the series here.
+
+    Attributes:
+        holders: Those that share it.
+        is_cleared: Whether what a writer before has left is cleared up.
+    """
 
     def __init__(self, objects: Objects, key: str) -> None:
-        """Take the lock.
-
-        Where it seems to be taken, waits until that is known.
+        """Describe the lock; `take` takes it.
 
         Args:
             objects: Where.
             key: The lock's key.
+        """
+        self._objects, self._key, self._url = objects, key, _url(objects, key)
+        self._id, self._beats = uuid.uuid4().hex, 0
+        self._generation: bytes | None = None
+        self._process, self._is_lost, self._is_over = os.getpid(), False, False
+        self._changing, self._stop = new_lock(), threading.Event()
+        self._heart: threading.Thread | None = None
+        self.holders: set[Hashable] = set()
+        self.is_cleared = False
+
+    def take(self) -> None:
+        """Take the lock, unless it is taken; an interrupted call can be made again.
+
+        Where another process seems to have it, waits until that is known.
 
         Raises:
             CheckpointLockedError: If another process has it.
             CheckpointError: If the store cannot be reached.
         """
-        self._objects, self._key = objects, key
-        self._id, self._beats = uuid.uuid4().hex, 0
-        self._generation = self._take()
-        self.owner, self.count, self._is_lost = os.getpid(), 1, False
-        self._changing, self._stop = threading.Lock(), threading.Event()
-        beat = threading.Thread(target=self._beat, name="flaxckpt-lease", daemon=True)
-        beat.start()
+        if self._generation is None:
+            self._generation = self._take()
+        if self._heart is None:
+            heart = threading.Thread(
+                target=self._beat, name="flaxckpt-lease", daemon=True
+            )
+            heart.start()
+            self._heart = heart
 
     def check(self) -> None:
         """Check that the lock is this process's now, and has been since it was taken.
@@ -66,19 +86,33 @@ class Lease:
     @property
     def is_good(self) -> bool:
         """Whether it is this process's, as far as is known."""
-        return self.owner == os.getpid() and not self._is_lost
+        gone = self._is_lost or self._is_over
+        return self._process == os.getpid() and not gone
 
     def end(self) -> None:
         """Give the lock back."""
         self._stop.set()
         with self._changing:
             if self.is_good:
-                self._objects.write_over(self._key, None, self._generation)
+                if self._generation is None:  # an interrupt came while it was taken
+                    found = self._objects.read(self._key)
+                    if _fields(found).get("id") == self._id:
+                        self._generation = found.generation
+                if self._generation is not None:
+                    self._objects.write_over(self._key, None, self._generation)
+                self._is_over = True
+        with _guard:
+            if _held.get(self._url) is self:
+                del _held[self._url]
+
+    def end_soon(self) -> None:
+        """Have the heart give the lock back."""
+        self._stop.set()
 
     def _take(self) -> bytes:
         for _ in range(_TRIES):
             found = self._objects.read(self._key)
-            if found.content is not None:
+            if found.content is not None and _fields(found).get("id") != self._id:
                 self._watch(found)
             taken = self._sign(found.generation)
             if taken is not None:
@@ -101,13 +135,17 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECS):
             with self._changing:
-                if self._stop.is_set() or self._is_lost:
+                if self._is_lost:
                     return
+                if self._stop.is_set():
+                    break
                 with contextlib.suppress(CheckpointError):  # what is saved will tell
                     self._give_sign()
+        with contextlib.suppress(CheckpointError):
+            self.end()
 
     def _give_sign(self) -> None:
-        now = self._sign(self._generation)
+        now = self._sign(self._generation or b"")
         self._is_lost = now is None
         self._generation = now or b""
 
@@ -132,40 +170,59 @@ class Lease:
 
 
 _held: dict[str, Lease] = {}
-_guard = threading.Lock()
+_guard = new_lock()
 
 
-def acquire(objects: Objects, key: str) -> tuple[Lease, bool]:
+def acquire(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, bool]:
     """Take a lock, or share it if this process has it already.
 
+    An interrupt may leave it taken, or not; the same call again goes on from there.
+
+    Args:
+        objects: Where.
+        key: The lock's key.
+        holder: Who takes it, the same for `release`.
+
     Returns:
-        The lock, and whether it was not held before: then what is left of a writer
-        before is stale.
+        The lock, and whether what a writer before has left is to be cleared up, until
+        `is_cleared` says that it is.
 
     Raises:
-        CheckpointError: As `Lease`.
+        CheckpointError: As `Lease.take`.
     """
-    url = f"{objects.url}/{key}"
+    url = _url(objects, key)
     with _guard:
-        held = _held.get(url)
-        if held is not None and held.is_good:
-            held.count += 1
-            return held, False
-    lease = Lease(objects, key)
-    with _guard:
-        _held[url] = lease
-    return lease, True
+        lease = _held.get(url)
+        if lease is None or not lease.is_good or not lease.holders:
+            lease = _held[url] = Lease(objects, key)
+        lease.holders.add(holder)
+    lease.take()
+    return lease, not lease.is_cleared
 
 
-def release(lease: Lease) -> None:
-    """Give a lock back; it goes when the last holder in this process did."""
-    with _guard:
-        lease.count -= 1
-        if lease.count:
-            return
-        for url in [url for url, held in _held.items() if held is lease]:
-            del _held[url]
-    lease.end()
+def release(objects: Objects, key: str, holder: Hashable) -> None:
+    """Give a lock back; it goes when the last holder in this process did.
+
+    Nothing happens if the holder does not have it.
+    """
+    lease = _held.get(_url(objects, key))
+    if lease is not None:
+        lease.holders.discard(holder)
+        if not lease.holders:
+            lease.end()
+
+
+def drop(url: str, holder: Hashable) -> None:
+    """Give back the lock of a holder that is collected as garbage; wait for nothing."""
+    lease = _held.get(url)
+    if lease is not None:
+        lease.holders.discard(holder)
+        if not lease.holders:
+            lease.end_soon()
+
+
+def _url(objects: Objects, key: str) -> str:
+    return f"{objects.url}/{key}"
 
 
 def _release_all() -> None:
@@ -176,6 +233,14 @@ def _release_all() -> None:
 
 
 atexit.register(_release_all)
+
+
+def _forget() -> None:
+    """Let a forked process not hold on to what its parent has locked."""
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _fields(found: Object) -> dict[str, Any]:

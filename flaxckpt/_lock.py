@@ -14,6 +14,7 @@ directory takes it over by putting a new file in its place.
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import socket
@@ -21,9 +22,11 @@ import stat
 import threading
 import time
 import uuid
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flaxckpt._locks import new_lock
 from flaxckpt._parsing import parse_owner
 from flaxckpt.errors import CheckpointLockedError, CheckpointPathError
 
@@ -33,25 +36,40 @@ WATCH_SECS = 3 * HEARTBEAT_SECS
 
 @dataclass
 class _Held:
-    descriptor: int
-    count: int
-    stop: threading.Event = field(default_factory=threading.Event)
+    """A lock that this process has.
+
+    Attributes:
+        file: The open file, locked.
+        holders: Those in this process that share it; nobody's if there are none.
+        is_cleared: Whether what a writer before has left is cleared up.
+        wakes: Set when a holder is gone.
+        heart: The thread that touches the file.
+    """
+
+    file: io.FileIO
+    holders: set[Hashable]
+    is_cleared: bool = False
+    wakes: threading.Event = field(default_factory=threading.Event)
+    heart: threading.Thread | None = None
 
 
 _held: dict[Path, _Held] = {}
-_guard = threading.Lock()
+_guard = new_lock()
 
 
-def acquire(path: Path) -> bool:
+def acquire(path: Path, holder: Hashable = None) -> bool:
     """Take the lock, or share it if this process has it already.
 
-    Waits, for a few seconds at most, only where another machine seems to hold it.
+    Waits, for a few seconds at most, only where another machine seems to hold it. An
+    interrupt may leave it taken, or not; the same call again goes on from there.
 
     Args:
         path: The lock's file; its directory exists.
+        holder: Who takes it, the same for `release`.
 
     Returns:
-        Whether it was not held before: then what is left of a writer before is stale.
+        Whether what a writer before has left is to be cleared up, until `settle` says
+        that it is.
 
     Raises:
         CheckpointLockedError: If another process has it.
@@ -59,61 +77,109 @@ def acquire(path: Path) -> bool:
     """
     with _guard:
         held = _held.get(path)
-        if held is not None:
-            held.count += 1
-            return False
-        descriptor = _take(path)
-        held = _held[path] = _Held(descriptor, 1)
-    beat = threading.Thread(
-        target=_beat, args=(descriptor, held.stop), name="flaxckpt-lock", daemon=True
-    )
-    beat.start()
-    return True
+        if held is not None and not held.holders:
+            _let_go(path, held)  # an interrupt has come before it was
+            held = None
+        if held is None:
+            opened: list[io.FileIO] = []
+            try:
+                _take(path, opened)
+                held = _held[path] = _Held(opened[0], {holder})
+            except BaseException:
+                for file in opened:
+                    file.close()
+                raise
+        held.holders.add(holder)
+        if held.heart is None:
+            heart = threading.Thread(
+                target=_beat, args=(path, held), name="flaxckpt-lock", daemon=True
+            )
+            heart.start()
+            held.heart = heart
+        return not held.is_cleared
 
 
-def release(path: Path) -> None:
-    """Give the lock back; the file goes when the last holder in this process did."""
+def settle(path: Path) -> None:
+    """Note that what a writer before has left is cleared up. The lock is held."""
+    _held[path].is_cleared = True
+
+
+def release(path: Path, holder: Hashable = None) -> None:
+    """Give the lock back; the file goes when the last holder in this process did.
+
+    Nothing happens if the holder does not have it.
+    """
     with _guard:
-        held = _held[path]
-        held.count -= 1
-        if held.count:
-            return
-        del _held[path]
-        held.stop.set()
+        held = _held.get(path)
+        if held is not None:
+            held.holders.discard(holder)
+            if not held.holders:
+                _let_go(path, held)
+
+
+def drop(path: Path, holder: Hashable) -> None:
+    """Give back the lock of a holder that is collected as garbage.
+
+    That may be at any moment, in any thread, so it waits for nothing: if the lock is
+    just taken or given back, the heart does this.
+    """
+    held = _held.get(path)
+    if held is None:
+        return
+    held.holders.discard(holder)
+    held.wakes.set()
+    if not _guard._is_owned() and _guard.acquire(blocking=False):
+        try:
+            if not held.holders:
+                _let_go(path, held)
+        finally:
+            _guard.release()
+
+
+def _let_go(path: Path, held: _Held) -> None:
+    """Give a lock back that nobody holds. If that is interrupted, do it again."""
+    if not held.file.closed:
         with contextlib.suppress(OSError):  # it is nobody's when it is closed
-            if _is_still(path, held.descriptor):
+            if _is_still(path, held.file.fileno()):
                 path.unlink()
-        os.close(held.descriptor)
+        held.file.close()
+    held.wakes.set()
+    if _held.get(path) is held:
+        del _held[path]
 
 
-def _let_go() -> None:
+def _forget() -> None:
     """Let a forked process not hold on to what its parent has locked."""
     for held in _held.values():
-        os.close(held.descriptor)
+        held.file.close()
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_forget)
 
 
-def _take(path: Path) -> int:
+def _take(path: Path, opened: list[io.FileIO]) -> None:
+    """Lock the file.
+
+    Args:
+        path: The lock's file.
+        opened: For all files that are opened. Whatever interrupts this, they are in it;
+            in the end, the locked one alone.
+    """
     while True:
-        descriptor, is_ours = _opened(path)
-        try:
-            _flock(path, descriptor)
-            _watch(path, descriptor)
-            if _is_still(path, descriptor):
-                if is_ours:
-                    _sign(descriptor)
-                    return descriptor
-                return _succeed(path, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its owner took the file away meanwhile
+        descriptor, is_ours = _opened(path, opened)
+        _flock(path, descriptor)
+        _watch(path, descriptor)
+        if _is_still(path, descriptor):
+            if is_ours:
+                _sign(descriptor)
+            else:
+                _succeed(path, opened)
+            return
+        opened.pop().close()  # its owner took the file away meanwhile
 
 
-def _opened(path: Path) -> tuple[int, bool]:
+def _opened(path: Path, opened: list[io.FileIO]) -> tuple[int, bool]:
     """Open the lock's file, or make it; tell whether this process may write into it.
 
     Anybody who can write in the directory can put something else there. So a link is
@@ -126,14 +192,14 @@ def _opened(path: Path) -> tuple[int, bool]:
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     while True:
         try:
-            return _made(path), True
+            return _made(path, opened), True
         except FileExistsError:
             pass
         try:
             try:
-                descriptor = os.open(path, os.O_RDWR | flags)
+                opened.append(io.FileIO(os.open(path, os.O_RDWR | flags), "r+"))
             except PermissionError:  # reading another user's suffices to lock it
-                descriptor = os.open(path, os.O_RDONLY | flags)
+                opened.append(io.FileIO(os.open(path, os.O_RDONLY | flags), "r"))
             break
         except FileNotFoundError:  # its owner has just taken it away
             continue
@@ -145,17 +211,18 @@ def _opened(path: Path) -> tuple[int, bool]:
                 f"cannot be opened: {error.strerror}. It is the lock of the "
                 "checkpoints: have its owner remove it, or choose another filepath.",
             ) from error
+    descriptor = opened[-1].fileno()
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
         what = "a file with other names (hard links)"
         raise _no_lock(path, what if stat.S_ISREG(found.st_mode) else "no plain file")
     return descriptor, found.st_uid == os.geteuid()
 
 
-def _made(path: Path) -> int:
+def _made(path: Path, opened: list[io.FileIO]) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    opened.append(io.FileIO(os.open(path, flags, 0o666), "r+"))
+    descriptor = opened[-1].fileno()
     # Whoever shares the directory has to be able to see whether the lock is held.
     with contextlib.suppress(OSError):
         os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o444)
@@ -170,37 +237,34 @@ def _no_lock(path: Path, what: str) -> CheckpointPathError:
     )
 
 
-def _succeed(path: Path, held: int) -> int:
+def _succeed(path: Path, opened: list[io.FileIO]) -> None:
     """Replace the lock of another user, which nobody holds any more, by a new one.
+
+    Where the directory lets only its owner replace the old file, that one stays: it is
+    locked, but names the owner of before.
 
     Args:
         path: The lock's file.
-        held: That file, which this process has locked.
-
-    Returns:
-        The new file, locked. Where the directory lets only its owner replace the old
-        file, that one: it is locked, but names the owner of before.
+        opened: That file, which this process has locked; then the one that stays.
     """
     new = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        descriptor = _made(new)
+        descriptor = _made(new, opened)
     except PermissionError:
-        return held
+        return
     try:
         _flock(path, descriptor)
         _sign(descriptor)
         os.rename(new, path)
     except PermissionError:
-        os.close(descriptor)
+        opened.pop().close()
         new.unlink()
-        return held
+        return
     except BaseException:
-        os.close(descriptor)
         with contextlib.suppress(OSError):
             new.unlink()
         raise
-    os.close(held)
-    return descriptor
+    opened.pop(0).close()
 
 
 def _sign(descriptor: int) -> None:
@@ -265,9 +329,14 @@ def _owner(descriptor: int) -> tuple[str, int]:
         return "", 0
 
 
-def _beat(descriptor: int, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT_SECS):
-        try:
-            os.utime(descriptor)
-        except OSError:
-            return
+def _beat(path: Path, held: _Held) -> None:
+    while not held.file.closed:
+        if held.wakes.wait(HEARTBEAT_SECS):
+            held.wakes.clear()
+            if not held.holders and not held.file.closed:
+                with _guard:
+                    if not held.holders:
+                        _let_go(path, held)
+        else:
+            with contextlib.suppress(OSError, ValueError):  # it is closed by now
+                os.utime(held.file.fileno())

@@ -24,7 +24,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
@@ -33,8 +32,9 @@ from pathlib import Path
 
 from etils import epath
 
+from flaxckpt import _lease
 from flaxckpt._commit import Area
-from flaxckpt._lease import Lease, acquire, release
+from flaxckpt._locks import new_lock
 from flaxckpt._objects import Objects
 from flaxckpt._open import is_inside
 from flaxckpt._patience import looks
@@ -59,7 +59,7 @@ _CURRENT = f"{HIDDEN_PREFIX}current"
 _BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # others' locks are not seen here
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
 # Held while a pointer is written and the directory follows, and while it is read anew.
-_MOVING = threading.RLock()
+_MOVING = new_lock()
 _KNOWN: defaultdict[Path, set[str]] = defaultdict(set)  # names with a record here
 
 
@@ -169,23 +169,29 @@ class Mirror(Area):
         self, root: Path, series: Sequence[str], depth: int, *, sync: bool
     ) -> None:
         """Describe the area; see `Area`."""
+        self._objects = Objects(url_of(root))
         super().__init__(root, series, depth, sync=False)
         del sync  # what counts is what the store has
-        self._objects = Objects(url_of(root))
         self._doubtful = f"{self._staging}doubtful"
-        self._lease: Lease | None = None
+        self._lease: _lease.Lease | None = None
         self._is_current = False
         self._place: tuple[Path, str] | None = None
         self._unused: list[str] = []  # directories to delete
         self._certain: list[str] = []  # directories that are doubtful no more
-        self._deleting = threading.Lock()
+        self._deleting = new_lock()
 
     def refresh(self, *paths: Path) -> None:
         """Bring what is here to what is in the store, if others may have changed it.
 
         Args:
             *paths: Of what; if not given, of all.
+
+        Raises:
+            CheckpointLockedError: If this process was forked from the one that has made
+                this: what reaches the store has threads.
         """
+        if self.is_inherited:
+            raise self.inherited()
         with _MOVING:
             if paths or (self._is_current and self._owner == os.getpid()):
                 names = [path.relative_to(self._root).as_posix() for path in paths]
@@ -205,7 +211,8 @@ class Mirror(Area):
 
     def shown(self, path: Path) -> Path:
         """Return a path as its users know it."""
-        return epath.Path(url_of(path))  # pyright: ignore
+        below = path.relative_to(self._root).parts
+        return epath.Path("/".join([self._objects.url, *below]))  # pyright: ignore
 
     def put(self, written: Path, target: Path) -> None:
         """Move a finished directory to the store; see `Area.put`."""
@@ -270,13 +277,21 @@ class Mirror(Area):
     # ---- the lock --------------------------------------------------------------------
 
     def _acquire(self) -> bool:
-        self._lease, is_new = acquire(self._objects, self._lock.name)
+        key, holder = self._lock.name, self._holder
+        self._lease, is_new = _lease.acquire(self._objects, key, holder)
         return is_new
 
+    def _note_cleared(self) -> None:
+        assert self._lease is not None
+        self._lease.is_cleared = True
+
     def _release(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            release(lease)
+        self._lease = None
+        _lease.release(self._objects, self._lock.name, self._holder)
+
+    def _drop(self) -> Callable[[], None]:
+        url = f"{self._objects.url}/{self._lock.name}"
+        return functools.partial(_lease.drop, url, self._holder)
 
     def _check_lease(self) -> None:
         if self._lease is None:  # by a save before
@@ -519,11 +534,11 @@ def fetched(url: str) -> Generator[Source]:
     """Have a checkpoint at hand for as long as it is read; see `Source`."""
     with scratch() as directory:
         source = Source(url, directory)
-        _SOURCES[source.directory] = source
         try:
+            _SOURCES[source.directory] = source
             yield source
         finally:
-            del _SOURCES[source.directory]
+            _SOURCES.pop(source.directory, None)
 
 
 def source_of(path: Path) -> Source | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorstore
 
+from flaxckpt._forks import use_threads
 from flaxckpt._template import split_url
 from flaxckpt.errors import CheckpointError
 
@@ -48,6 +49,7 @@ class Objects:
             url: `gs://bucket/path` or `s3://bucket/path`. For S3, where another server
                 than Amazon's is meant, the environment has `AWS_ENDPOINT_URL`.
         """
+        use_threads()
         self.url = url.rstrip("/")
         scheme, bucket, path = split_url(self.url)
         spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else scheme}

@@ -253,12 +253,12 @@ def _table(fields: Any, newest: int) -> dict[str, Any]:
             _fail(f"leaf {_shown(paths[index])} is at {_shown(path)}")
         seen[index] = True
 
-    _visit(fields.get("tree"), [], len(leaves), place)
+    _Skeleton(len(leaves), place).visit(fields.get("tree"), [], ())
     if not all(seen):
         _fail(f"leaf {_shown(paths[seen.index(False)])} has no place in the tree")
     weights = fields.get("weights", "")
     if weights not in ("all", None):
-        _visit(weights, [], len(leaves), lambda index, path: None)
+        _Skeleton(len(leaves), lambda index, path: None).visit(weights, [], ())
     if version > 1:
         for digest in _list(fields, "digests"):
             _match(_DIGEST, digest, "a digest")
@@ -269,33 +269,66 @@ def _table(fields: Any, newest: int) -> dict[str, Any]:
     return fields
 
 
-def _visit(
-    node: Any, path: list[str], count: int, place: Callable[[int, list[str]], None]
-) -> None:
-    """Check a skeleton, and tell of each leaf's index where it is."""
-    if node is None:
-        return
-    if type(node) is int:
-        if not 0 <= node < count:
-            _fail(f"leaf {_shown(node)} of {count} is at {_shown(path)}")
-        place(node, path)
-        return
-    if type(node) is not dict or len(node) != 1:
-        _fail(f"there is no structure at {_shown(path)}")
-    ((kind, children),) = node.items()
-    if kind in ("list", "tuple"):
-        for index, child in enumerate(_items(children, kind)):
-            _visit(child, [*path, str(index)], count, place)
-        return
-    if kind != "dict":
-        _fail(f"there is a structure of kind {_shown(kind)}")
-    keys: set[str] = set()
-    for pair in _items(children, kind):
-        key, child = _items(pair, "a pair", 2)
-        if type(key) not in (str, int) or str(key) in keys:
-            _fail(f"a key at {_shown(path)} is {_shown(key)}")
-        keys.add(str(key))
-        _visit(child, [*path, str(key)], count, place)
+class _Skeleton:
+    """A walk through a skeleton, see `_tree.Skeleton`, that checks it."""
+
+    def __init__(self, count: int, place: Callable[[int, list[str]], None]) -> None:
+        """Begin at the root.
+
+        Args:
+            count: How many leaves there are.
+            place: Is told of each leaf's index where it is.
+        """
+        self._count, self._place = count, place
+        self._shared: set[tuple[int, ...]] = set()
+
+    def visit(self, node: Any, path: list[str], spot: tuple[int, ...]) -> None:
+        """Check a node.
+
+        Args:
+            node: The node.
+            path: The names from the root to it.
+            spot: The positions from the root to it, as `same` gives them.
+        """
+        if node is None:
+            return
+        if type(node) is int:
+            if not 0 <= node < self._count:
+                _fail(f"leaf {_shown(node)} of {self._count} is at {_shown(path)}")
+            self._place(node, path)
+            return
+        if type(node) is not dict or len(node) != 1:
+            _fail(f"there is no structure at {_shown(path)}")
+        ((kind, children),) = node.items()
+        if kind == "same":
+            # Of what comes earlier in the walk: then no walk is endless.
+            target = _items(children, kind)
+            if any(type(each) is not int for each in target) or (
+                tuple(target) not in self._shared
+            ):
+                _fail(f"{_shown(path)} is the same as nothing that is before it")
+            return
+        if kind in ("module", "variable"):
+            self._shared.add(spot)
+        if kind == "variable":
+            self.visit(children, [*path, "value"], (*spot, 0))
+        elif kind in ("list", "tuple"):
+            for index, child in enumerate(_items(children, kind)):
+                self.visit(child, [*path, str(index)], (*spot, index))
+        elif kind in ("dict", "module"):
+            for index, (key, child) in enumerate(self._pairs(children, kind, path)):
+                self.visit(child, [*path, str(key)], (*spot, index))
+        else:
+            _fail(f"there is a structure of kind {_shown(kind)}")
+
+    def _pairs(self, children: Any, kind: str, path: list[str]) -> list[Any]:
+        keys: set[str] = set()
+        pairs = [_items(pair, "a pair", 2) for pair in _items(children, kind)]
+        for key, _ in pairs:
+            if type(key) not in (str, int) or str(key) in keys:
+                _fail(f"a key at {_shown(path)} is {_shown(key)}")
+            keys.add(str(key))
+        return pairs
 
 
 def _check_leaf(leaf: Any, *, has_digest: bool) -> None:

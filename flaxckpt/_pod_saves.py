@@ -26,6 +26,7 @@ import numpy as np
 
 from flaxckpt import _processes, _snapshot, _store
 from flaxckpt._alias import DESCRIPTORS, is_plain
+from flaxckpt._logs import Unusable, find
 from flaxckpt._mirror import scratch
 from flaxckpt._pieces import Shards
 from flaxckpt._processes import Channel, Round
@@ -75,7 +76,7 @@ class PodSaves(Saves):
         assert state is not None
         value = None
         if state.save_best_only:
-            value = monitored(state.monitor, entry.logs.get(state.monitor, 0))
+            value = monitored(entry.metric, entry.logs.get(entry.metric, 0))
         # Not by whether it is there yet, which is not the same in all processes.
         can_wait = self._snapshot != "none" and not (now or entry.save)
         if isinstance(value, jax.Array) and can_wait:
@@ -116,7 +117,8 @@ class PodSaves(Saves):
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry, path)
+        self._prepare(job, save, entry, path)
+        self._submit(job)
         if self._snapshot == "none":
             self._writer.wait()
         return path
@@ -204,7 +206,7 @@ class PodSaves(Saves):
         """Copy, where this process has room: it need not be the same in all of them."""
         state, memory = entry.state, job.memory
         if entry.save is None and state is not None:  # others may donate it
-            entry.logs[state.monitor] = jnp.copy(entry.logs[state.monitor])
+            entry.logs[entry.metric] = jnp.copy(entry.logs[entry.metric])
         if entry.save is False and not lasts:
             entry.copies = memory or Copies(None, [], [])
             return
@@ -218,12 +220,12 @@ class PodSaves(Saves):
         if is_on_device and not has_memory:
             job.memory = memory = None  # before more is taken
         if entry.save is None and state is not None:
-            value = entry.logs[state.monitor]
-            if is_on_device and plan.is_on_one_mesh(value, state.best):
+            value = entry.logs[entry.metric]
+            best = state.best_value, state.has_best
+            if is_on_device and plan.is_on_one_mesh(value, *best):
                 always = save.whole is not None
-                entry.decide_on_device(
-                    state, value, leaves, memory, plan, always=always
-                )
+                entry.copies = _snapshot.unfilled(leaves, plan)
+                entry.decide_on_device(state, value, leaves, memory, always=always)
                 return
             entry.judge()  # each process has a value of its own, and waits for it
             self.tell_decided(entry)
@@ -293,7 +295,8 @@ class PodSaves(Saves):
                 entry, pages = settled
                 self._open(pages[0].path)
                 self._targets(entry, lasts=any(page.in_slot for page in pages))
-                self._put(entry, pages, together)
+                with self._series.area.turn:
+                    self._put(entry, pages, together)
         except BaseException as error:
             failure = self._translated(error)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
@@ -341,14 +344,21 @@ def _placed(copy: Any, leaf: Any) -> Any:
 def _summary(entry: Entry, paths: list[str]) -> dict[str, Any]:
     """Return what has to be the same in all processes."""
     state, values = entry.kept, dict[str, Any]()
-    if state is not None and state.monitor in entry.logs:
-        values[state.monitor] = float(np.asarray(entry.logs[state.monitor]))
+    if state is not None and (name := find(entry.logs, state.monitor)) in entry.logs:
+        values[name] = _comparable(entry.logs[name])
     return {
         "epoch": entry.epoch,
         "batch": entry.batch,
         "values": values,
         "paths": paths,
     }
+
+
+def _comparable(value: Any) -> Any:
+    """Return a metric as the processes compare it, if it is a number."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return value if isinstance(value, str | Unusable) else float(value)
+    return float(np.asarray(value)) if not value.shape else str(value.shape)
 
 
 def _agree(summaries: Sequence[dict[str, Any]]) -> None:

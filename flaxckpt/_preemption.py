@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -36,11 +37,11 @@ class Watch:
                 "signals are handled in the main thread only. Make the object there.",
             )
         self.signal: str | None = None
-        _watches.append(self)
-        if len(_watches) == 1:
-            for number in _SIGNALS:
-                _earlier[number] = signal.getsignal(number)
-                signal.signal(number, _remember)
+        weakref.finalize(self, _give_back)
+        _watches.add(self)
+        for number in _SIGNALS:
+            if number not in _earlier:
+                _earlier[number] = signal.signal(number, _remember)
 
     def look(self) -> str | None:
         """Return `signal`."""
@@ -48,11 +49,8 @@ class Watch:
 
     def close(self) -> None:
         """Give the signals back, unless somebody else has taken them since."""
-        if self not in _watches:
-            return
-        if len(_watches) == 1:
-            _give_back()
-        _watches.remove(self)
+        _watches.discard(self)
+        _give_back()
 
 
 class AgreedWatch:
@@ -81,34 +79,43 @@ class AgreedWatch:
         """Do nothing: there is nothing to give back."""
 
 
-_watches: list[Watch] = []
-_earlier: dict[int, Any] = {}
+_watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+_earlier: dict[int, Any] = {}  # the handlers of before, of the signals taken over
 
 
 def _give_back() -> None:
-    for number in _SIGNALS:
+    """Give the signals back if nobody watches. If that is interrupted, do it again.
+
+    Another thread, which may be collecting garbage, cannot: then the next signal does.
+    """
+    if _watches or threading.current_thread() is not threading.main_thread():
+        return
+    for number in list(_earlier):
         if signal.getsignal(number) is _remember:
             signal.signal(number, _earlier[number])
+        del _earlier[number]
 
 
 def _forget() -> None:
     """Let a forked process, which has a loop of its own or none, end as ever."""
-    if _watches:
-        _give_back()
-        _watches.clear()
+    _watches.clear()
+    _give_back()
 
 
 os.register_at_fork(after_in_child=_forget)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    if any(watch.signal is not None for watch in _watches):
-        handler = _earlier[number]
+    watches = list(_watches)
+    if any(watch.signal is not None for watch in watches) or not watches:
+        handler = _earlier.get(number)
+        if not watches:
+            _give_back()
         if callable(handler):
             handler(number, frame)
         elif handler == signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         return
-    for watch in _watches:
+    for watch in watches:
         watch.signal = signal.Signals(number).name

@@ -118,6 +118,24 @@ def encode_record(
     return record
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A tree that was loaded, and what is known of the checkpoint that it is from.
+
+    Attributes:
+        tree: The tree.
+        info: The record of that very checkpoint; None for one of plain Orbax's.
+    """
+
+    tree: Any
+    info: CheckpointInfo | None
+
+
+def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
+    """Tell whether two records are of one checkpoint, wherever it is now."""
+    return encode_record(one, {}, b"") == encode_record(other, {}, b"")
+
+
 def located(path: Path) -> Path:
     """Return where a checkpoint's files are: at `path`, or set aside beside it."""
     aside = path.with_name(REPLACED_PREFIX + path.name)
@@ -283,23 +301,6 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
         f"The checkpoints in {root!r} were deleted faster than they could be read. "
         "List them again, or keep more of them (max_to_keep)."
     )
-
-
-def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what of `logs` a record can keep: numbers, booleans and text.
-
-    Waits for values that a device is still computing.
-    """
-    kept: dict[str, Any] = {}
-    for key, value in (logs or {}).items():
-        if getattr(value, "shape", None) == ():
-            value = value.item()
-            if isinstance(value, complex):
-                continue
-            value = value if isinstance(value, int | float | bool) else float(value)
-        if isinstance(value, bool | int | float | str):
-            kept[str(key)] = value
-    return kept
 
 
 @dataclasses.dataclass

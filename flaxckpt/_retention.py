@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flaxckpt._logs import find, rounded
 from flaxckpt._record import CheckpointInfo
 from flaxckpt.errors import SettingError
 
@@ -45,7 +46,7 @@ class LatestN:
 
 
 def best_of(
-    infos: Sequence[CheckpointInfo], monitor: str, mode: str
+    infos: Sequence[CheckpointInfo], monitor: str, mode: str, dtype: Any = "float32"
 ) -> CheckpointInfo | None:
     """Return the checkpoint with the best monitored value, the oldest of equals.
 
@@ -53,30 +54,37 @@ def best_of(
         infos: Checkpoints, oldest first.
         monitor: Key in their logs.
         mode: `"min"` or `"max"`.
+        dtype: As what the decision compares the values: of two that are equal as such,
+            neither is better.
 
     Returns:
         The best; None where none has a number to compare. NaN is none.
     """
-    return next(iter(ranked(infos, monitor, mode)), None)
+    return next(iter(ranked(infos, monitor, mode, dtype)), None)
 
 
 def ranked(
-    infos: Sequence[CheckpointInfo], monitor: str, mode: str
+    infos: Sequence[CheckpointInfo], monitor: str, mode: str, dtype: Any = "float32"
 ) -> tuple[CheckpointInfo, ...]:
     """Return the checkpoints that have a number to compare, the best first."""
     sign = 1 if mode == "min" else -1
-    values = [(monitored_value(info.logs, monitor), info) for info in infos]
+    values = [(monitored_value(info.logs, monitor, dtype), info) for info in infos]
     known = [(sign * value, info) for value, info in values if value is not None]
     return tuple(info for _, info in sorted(known, key=lambda pair: pair[0]))
 
 
-def monitored_value(logs: Mapping[str, Any], monitor: str) -> float | None:
-    """Return the number that a record's logs hold for `monitor`; None for none."""
-    value = logs.get(monitor)
+def monitored_value(
+    logs: Mapping[str, Any], monitor: str, dtype: Any = "float32"
+) -> float | None:
+    """Return the number that a record's logs hold for `monitor`, as it is compared.
+
+    None if there is none, or a NaN.
+    """
+    value = logs.get(find(logs, monitor))
     if not isinstance(value, numbers.Real):
         return None
     try:
-        number = float(value)
+        number = float(rounded(float(value), dtype))
     except OverflowError:  # an integer that no float is as large as
         return None
     return None if math.isnan(number) else number

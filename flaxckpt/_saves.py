@@ -9,6 +9,8 @@ save; the thread that writes learns of it in its own time.
 import datetime
 import functools
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +22,13 @@ import numpy as np
 
 from flaxckpt import _snapshot, _store
 from flaxckpt._failures import in_one_line
+from flaxckpt._forks import use_threads
 from flaxckpt._frozen import Frozen, FrozenLeaf
-from flaxckpt._record import plain_scalars
+from flaxckpt._logs import find, plain_scalars
 from flaxckpt._series import Page, Series, Together
 from flaxckpt._snapshot import Copies
 from flaxckpt._state import (
+    BEST,
     LEAVES,
     CheckpointState,
     judge,
@@ -35,7 +39,12 @@ from flaxckpt._state import (
 )
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
-from flaxckpt._weights import Weights, weights_skeleton
+from flaxckpt._weights import (
+    Weights,
+    are_unknown,
+    default_weights,
+    weights_skeleton,
+)
 from flaxckpt._writer import Job, Writer
 from flaxckpt.errors import (
     CheckpointError,
@@ -86,6 +95,10 @@ class Entry:
         state: The state after.
         news: What to say of the decision before saying that it is saved.
         kept: The state to record, of which nobody else donates a value.
+        by_hand: Whether it saves because it was told to, and may replace what is
+            better.
+        line: Of those of one number, each is better than the one before. None where
+            that does not count.
         copies: Copies of the leaves of what it saves, and of scalars on devices.
         frozen: Which of those leaves are frozen, by their positions.
     """
@@ -98,15 +111,16 @@ class Entry:
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> None:
-        """Take down the arguments of the call."""
+        """Take down the arguments of the call; `logs` are normalized, see `_logs`."""
         self.save: Any = save
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
-        check_logs(logs)
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
         self.news = ""
+        self.by_hand = False
+        self.line: int | None = None
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
 
@@ -115,9 +129,25 @@ class Entry:
         """The value that a due check depends on, if a device still computes it."""
         if self.state is None or not self.state.save_best_only:
             return None
-        name = self.state.monitor
-        value = monitored(name, self.logs.get(name, 0))
+        value = monitored(self.metric, self.logs.get(self.metric, 0))
         return value if _is_unknown(value) else None
+
+    @property
+    def metric(self) -> str:
+        """The name in `logs` of the monitored value, whether it is there or not."""
+        assert self.state is not None
+        return find(self.logs, self.state.monitor)
+
+    @property
+    def improves(self) -> bool:
+        """Whether the decision, once it is known, has found a new best."""
+        before, state = self.before, self.state
+        if before is None or state is None or not np.asarray(state.has_best):
+            return False
+        is_new = not np.asarray(before.has_best)
+        return is_new or bool(
+            np.asarray(before.best_value) != np.asarray(state.best_value)
+        )
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
         """Return what of logs and state is on devices, where it may be donated.
@@ -136,7 +166,7 @@ class Entry:
         for name in LEAVES:
             value = getattr(self.state, name, None)
             if isinstance(value, jax.Array) and (
-                name != "best" or self.save is not None
+                name not in BEST or self.save is not None
             ):
                 found["state", name] = value  # but what a device is to decide by
         return found
@@ -153,9 +183,10 @@ class Entry:
     def judge(self) -> None:
         """Decide a due check here and now, waiting for the metric if it counts."""
         assert self.state is not None
-        forced, name = self.save, self.state.monitor
+        forced, name = self.save, self.metric
         if self.state.save_best_only:
-            self.state = with_leaves(self.state, best=_fetched(self.state.best))
+            fetched = {name: _fetched(getattr(self.state, name)) for name in BEST}
+            self.state = with_leaves(self.state, **fetched)
             if name in self.logs:
                 self.logs[name] = _fetched(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)
@@ -168,7 +199,6 @@ class Entry:
         value: jax.Array,
         leaves: list[Any],
         into: Copies | None,
-        plan: _snapshot.Plan,
         *,
         always: bool,
     ) -> None:
@@ -177,17 +207,25 @@ class Entry:
         Args:
             state: The decision state after `tick`.
             value: The monitored value.
-            leaves: What to copy.
-            into: As for `snapshot_if_better`.
-            plan: Likewise.
+            leaves: What to copy to `copies`.
+            into: As for `fill_if_better`.
             always: Likewise.
         """
-        (best, kept, before), self.save, self.copies = _snapshot.snapshot_if_better(
-            state, value, leaves, into, plan, always=always
-        )
-        self.before = with_leaves(state, best=before)
-        self.state = with_leaves(state, best=best)
-        self.kept = with_leaves(state, best=kept)
+        assert self.copies is not None
+        _snapshot.fill_if_better(self.copies, state, value, leaves, into, always=always)
+        self.take_verdict()
+
+    def take_verdict(self) -> None:
+        """Take up what a device was asked to decide, once."""
+        verdict = None if self.copies is None else self.copies.verdict
+        if self.save is None and verdict is not None and self.state is not None:
+            bests, save = verdict[:2]
+            after, kept, before = (
+                with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
+                for best in bests
+            )
+            self.before, self.kept, self.state = before, kept, after
+            self.save = save
 
 
 @dataclass
@@ -333,6 +371,7 @@ class Saves:
         snapshot: str,
         max_in_flight: int | None,
         frozen: Frozen | None,
+        overwrite: bool,
         tell: Callable[[str], None] | None,
     ) -> None:
         """Start nothing yet.
@@ -345,6 +384,7 @@ class Saves:
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
             max_in_flight: How many there may be at a time; None to tell by the size.
             frozen: Which leaves are frozen; None if none are.
+            overwrite: Whether a run may replace a better best that it does not know of.
             tell: Says what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
@@ -352,8 +392,12 @@ class Saves:
         self._weights, self._weights_only = weights, weights_only
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
+        self._overwrite = overwrite
         self._writer = Writer()
-        self._is_first = True
+        self._is_first = self._is_new_to_weights = True
+        weakref.finalize(self, self._writer.abandon)
+        self._line = 0
+        self._head: Any = None  # the best value in the state that was returned last
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
@@ -385,6 +429,7 @@ class Saves:
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
         """
+        self._number(entry)
         if entry.save is False and not lasts:
             return None
         _refuse_processes()
@@ -407,11 +452,11 @@ class Saves:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
             self._take_up_frozen(save, entry)
-            entry.copies = self._copied(save.leaves(entry), job)
+            self._copy_all(save, entry, job, where)
         except BaseException:
             self._writer.give_back(job)
             raise
-        self._submit(job, save, entry, where)
+        self._submit(job)
         if self._snapshot == "none":
             self._writer.wait()
         return where
@@ -452,6 +497,7 @@ class Saves:
         part = whole
         if self._weights_only or part is None:
             part = self._part(self._weights(tree), None, is_traced=True)
+            self._warn_of_unknown(tree)
         if self._frozen is not None and not (part.frozen or (whole and whole.frozen)):
             raise self._frozen.refuse_all(tree)
         return Parts(part, whole if lasts else None)
@@ -466,6 +512,8 @@ class Saves:
             entry: The call.
             lasts: Whether to save in the slot, if nothing else holds it.
         """
+        self.check_parent()
+        self._number(entry)
         path, slot = self._targets(entry, lasts=lasts)
         where = path if entry.save else slot
         self._open(where)
@@ -501,7 +549,16 @@ class Saves:
         ]
         incoming.entry.copies = Copies(None, [], leaves)
         reuse = Copies(None, [], memory)
-        self._submit(incoming.job, save, incoming.entry, incoming.where, reuse)
+        self._prepare(incoming.job, save, incoming.entry, incoming.where, reuse)
+        self._submit(incoming.job)
+
+    def hold(self, incoming: "Incoming") -> None:
+        """Note that several threads hand over what is expected."""
+        self._writer.hold(incoming.job)
+
+    def give_up_all(self) -> None:
+        """Forget what this thread has expected, and has not come."""
+        self._writer.take_back()
 
     def give_up(self, incoming: "Incoming") -> None:
         """Forget what was expected, and has not come."""
@@ -511,6 +568,17 @@ class Saves:
         """Have an error raised by the next call; `ends` if it ends a program, too."""
         self.counts.failed += 1
         self._writer.fail(error, self._shown(self._series.root), ends=ends)
+
+    def check_parent(self) -> None:
+        """Check that this process was not forked from one that saves.
+
+        Raises:
+            CheckpointLockedError: If it was from the one that has made this.
+            CheckpointError: If it was from another one that uses JAX.
+        """
+        if self._writer.is_inherited:
+            raise self._series.area.inherited()
+        use_threads()
 
     @property
     def tells(self) -> bool:
@@ -551,7 +619,7 @@ class Saves:
             TemplateError: If it cannot be filled in, with any value.
         """
         logs, known = dict(entry.logs), True
-        for name in self._template.fields:
+        for name in [find(logs, each) for each in self._template.fields]:
             value = logs.get(name)
             if _is_unknown(value):
                 logs[name], known = np.zeros(value.shape, value.dtype), False
@@ -567,6 +635,7 @@ class Saves:
         part = whole
         if self._weights_only and (entry.save is not False or whole is None):
             part = self._part(self._weights(tree), None)
+            self._warn_of_unknown(tree)
         assert part is not None
         save = Save(part, whole if lasts else None, path)
         if self._frozen is not None and not any(part.frozen for part in save.parts):
@@ -582,9 +651,24 @@ class Saves:
         is_traced: bool = False,
     ) -> _Part:
         layout, leaves = describe(tree, _store.storable, is_traced=is_traced)
+        if all(leaf.is_from_like for leaf in layout.leaves):
+            raise _refusal_of_nothing(tree, is_picked=weights is None)
         skeleton = layout.skeleton if weights is None else weights(tree)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
+
+    def _warn_of_unknown(self, tree: PyTree) -> None:
+        """Warn, once, if all of a tree passes for its weights."""
+        if self._is_new_to_weights and self._weights is default_weights:
+            self._is_new_to_weights = False
+            if are_unknown(tree):
+                warnings.warn(
+                    "save_weights_only=True leaves nothing out of this "
+                    f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
+                    "metrics are known in it. If all of it is weights, pass "
+                    "weights=lambda tree: tree, and else a function that picks them.",
+                    stacklevel=5,
+                )
 
     def _take_up_frozen(self, save: Save, entry: Entry) -> None:
         """Note which leaves are frozen, once a job is claimed.
@@ -650,15 +734,17 @@ class Saves:
         self._take_up_frozen(save, entry)
         leaves = save.leaves(entry)
         plan = _snapshot.planned(leaves)
-        if not plan.is_on_one_mesh(value, state.best):
+        if not plan.is_on_one_mesh(value, state.best_value, state.has_best):
             return False
         memory: Copies | None = job.memory
         fits = memory is not None and memory.plan is plan
         if not fits and (job.content is not None or not self._is_on_device(leaves)):
             return False
         into, always = memory if fits else None, save.whole is not None
-        entry.decide_on_device(state, value, leaves, into, plan, always=always)
-        self._submit(job, save, entry, save.path)
+        entry.copies = _snapshot.unfilled(leaves, plan)
+        self._prepare(job, save, entry, save.path)
+        entry.decide_on_device(state, value, leaves, into, always=always)
+        self._submit(job)
         return True
 
     def _claim(self, save: Save, entry: Entry) -> tuple[Job, float]:
@@ -674,7 +760,7 @@ class Saves:
         assert job is not None
         return job, waited
 
-    def _submit(
+    def _prepare(
         self,
         job: Job,
         save: Save,
@@ -682,23 +768,40 @@ class Saves:
         where: Path | None,
         memory: Copies | None = None,
     ) -> None:
-        job.key = self._key(save, entry)
+        """Tell a job what it does once the entry's copies are filled."""
+        key = self._key(save, entry)
         for part in (save.part, save.whole):
             if part is not None:
                 part.leaves = []  # from now on, the copies count
-        if job.content is None:
-            job.content = save
-        if entry.save is True or (entry.save is False and save.whole is not None):
-            for earlier in job.content.entries:
-                earlier.copies = None  # superseded
-        job.content.entries.append(entry)
-        job.memory = memory
-        if memory is None and entry.copies is not None and self._snapshot != "none":
-            job.memory = entry.copies.memory()
-        job.path = self._shown(where or self._series.root)
-        job.run = functools.partial(self._run, job.content)
-        job.after = self._series.area.sweep
+        earlier: Save | None = job.content
+        content = replace(earlier or save, entries=[entry])
+        if earlier is not None:
+            content.entries[:0] = earlier.entries
+        copies = entry.copies
+        assert copies is not None
+        if memory is None and self._snapshot != "none":
+            memory = copies.memory()
+        job.then = Job(
+            key,
+            self._shown(where or self._series.root),
+            functools.partial(self._run, content),
+            self._series.area.sweep,
+            content,
+            memory,
+            is_filled=lambda: copies.is_filled,
+        )
+
+    def _submit(self, job: Job) -> None:
+        content: Save = job.then.content if job.then is not None else job.content
+        *earlier, entry = content.entries
+        is_sure = entry.save is True or (
+            entry.save is False and content.whole is not None
+        )
+        if entry.state is not None:
+            self._head = entry.state.best_value
         self._writer.submit(job)
+        for each in earlier if is_sure else ():
+            each.copies = None  # superseded
 
     def _key(self, save: Save, entry: Entry) -> Any:
         """Return what a job writes: jobs of equal keys supersede each other."""
@@ -709,7 +812,30 @@ class Saves:
             return None
         where = None if entry.save is False else save.path
         parts = [p for p in (save.part, save.whole) if p is not None]
-        return where, save.scalars, [(part.layout, part.weights) for part in parts]
+        layouts = [(part.layout, part.weights) for part in parts]
+        return where, entry.line, save.scalars, layouts
+
+    def _spares(self, entry: Entry) -> bool:
+        """Tell whether an entry may not replace a better checkpoint."""
+        state = entry.state
+        by_policy = state is not None and state.save_best_only and not entry.by_hand
+        return by_policy and not self._overwrite
+
+    def _number(self, entry: Entry) -> None:
+        """Note which earlier saves an entry may supersede: those that it improves on.
+
+        It does if its state is the one that was returned last, and it has a new best.
+        """
+        if entry.state is None or entry.before is None or not self._spares(entry):
+            return
+        best, head = entry.before.best_value, self._head
+        on_host = isinstance(best, np.generic) and isinstance(head, np.generic)
+        goes_on = best is head or (on_host and best == head)
+        if entry.save is not False and not (
+            goes_on and (entry.save is None or entry.improves)
+        ):
+            self._line += 1
+        entry.line, self._head = self._line, entry.state.best_value
 
     def _limit(self, save: Save) -> int:
         if self._max_in_flight is not None:
@@ -719,18 +845,26 @@ class Saves:
             size += save.whole.layout.nbytes
         return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)
 
-    def _copied(self, leaves: list[Any], job: Job) -> Copies:
+    def _copy_all(self, save: Save, entry: Entry, job: Job, where: Path | None) -> None:
+        """Copy, and prepare the job before what it writes now may be written over."""
+        leaves, memory = save.leaves(entry), job.memory
         if self._snapshot == "none":
-            return Copies(None, [], leaves)
-        memory: Copies | None = job.memory
+            entry.copies = Copies(None, [], leaves)
+            self._prepare(job, save, entry, where)
+            return
         plan = _snapshot.planned(leaves)
-        if memory is not None and memory.plan is plan:
-            return _snapshot.snapshot(leaves, memory, plan)
-        if self._is_on_device(leaves):
+        fits = memory is not None and memory.plan is plan
+        if not (fits or self._is_on_device(leaves)):
+            # Not into what waits to be written, which would be torn by an error
+            # half-way.
+            entry.copies = _snapshot.on_host(leaves, None if job.content else memory)
+            self._prepare(job, save, entry, where)
+            return
+        if not fits or (job.content and len(plan.groups) > 1):  # likewise
             job.memory = memory = None  # before more is taken
-            return _snapshot.snapshot(leaves, None, plan)
-        # Not into what waits to be written, which would be torn by an error half-way.
-        return _snapshot.on_host(leaves, None if job.content else memory)
+        entry.copies = _snapshot.unfilled(leaves, plan)
+        self._prepare(job, save, entry, where)
+        _snapshot.fill(entry.copies, leaves, memory)
 
     def _is_on_device(self, leaves: list[Any]) -> bool:
         return self._snapshot == "device" or (
@@ -753,7 +887,8 @@ class Saves:
         """
         settled = self._settled(save)
         if settled is not None:
-            self._put(*settled)
+            with self._series.area.turn:
+                self._put(*settled)
 
     def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:
         """Wait for the copies, and return the entry to write and what of it, if any."""
@@ -797,51 +932,74 @@ class Saves:
 
         Args:
             entry: The entry.
-            pages: What of it; not changed.
+            pages: What of it; their paths are changed where they go aside.
             together: How several processes write each page; None where only one does.
         """
-        state = entry.kept
-        if self._is_first and entry.save:
-            self._is_first = False
-            self._compare_with_earlier(state)
+        state, logs = entry.kept, plain_scalars(entry.logs)
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
-        for page in pages:
-            self._series.put(
-                page,
-                entry.epoch,
-                entry.batch,
-                plain_scalars(entry.logs),
-                None if state is None else plain_state(state),
-                step=step,
-                time=entry.time,
-                weights_only=self._weights_only and not page.in_slot,
-                together=together,
-            )
-            self._say(entry, f"finished saving model to {self._shown(page.path)}")
-        if entry.save:
-            self._series.prune(resumable=not self._weights_only)
+        with self._series.writing:
+            for page in pages:
+                rest: list[Path] = []
+                if not page.in_slot:
+                    rest = self._place(page, entry, logs)
+                self._series.put(
+                    page,
+                    entry.epoch,
+                    entry.batch,
+                    logs,
+                    None if state is None else plain_state(state),
+                    step=step,
+                    time=entry.time,
+                    weights_only=self._weights_only and not page.in_slot,
+                    together=together,
+                )
+                self._series.drop(rest)
+                self._say(entry, f"finished saving model to {self._shown(page.path)}")
+            if entry.save:
+                self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
 
-    def _compare_with_earlier(self, state: CheckpointState | None) -> None:
-        """Warn if a run that saves only the best does not know of a better one."""
+    def _place(self, page: Page, entry: Entry, logs: Logs) -> list[Path]:
+        """Have a page go aside where something better is at its path.
+
+        Returns:
+            What is superfluous once it is there.
+        """
+        state, path = entry.kept, page.path
         if state is None or not state.save_best_only:
+            return []
+        rest: list[Path] = []
+        if self._overwrite or self._spares(entry):
+            page.path, rest = self._series.place(path, logs, overwrite=self._overwrite)
+        if self._is_first and not self._overwrite:
+            self._warn_of_better(state, page.path if page.path != path else None)
+        self._is_first = False
+        return rest
+
+    def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
+        """Warn if a run that saves only the best does not know of a better one."""
+        best, own = self._series.best_value(), plain_state(state)["best"]
+        if best is None or (
+            own is not None and (best >= own if state.mode == "min" else best <= own)
+        ):
             return
-        best, new = self._series.best_value(), float(np.asarray(state.best))
-        is_better = best is not None and (
-            best < new if state.mode == "min" else best > new
-        )
-        if is_better:
-            root = self._shown(self._series.root)
-            self._writer.warn(
-                f"{root!r} has a checkpoint of an earlier run with {state.monitor} "
-                f"{best:.5g}, which this run does not know of: its own "
-                f"best is {new:.5g}. To go on from there, and not save what is worse, "
-                "begin with ckpt.restore(like=tree)."
+        of_run = "it has none yet" if own is None else f"its own best is {own:.5g}"
+        there, how = self._shown(self._series.root), ""
+        if aside is not None:
+            how = (
+                "The better one stays, and this run's is saved aside until it is "
+                f"better, at {self._shown(aside)!r}; to replace the better one, pass "
+                "overwrite=True. "
             )
+        self._writer.warn(
+            f"{there!r} has a checkpoint of an earlier run with {state.monitor} "
+            f"{best:.5g}, which this run does not know of: {of_run}. {how}To go on "
+            "from the better one, begin with ckpt.restore(like=tree)."
+        )
 
     def _check(self, path: Path) -> None:
         _store.check_target(path, self._series.root)
@@ -849,6 +1007,7 @@ class Saves:
     def _chosen(self, save: Save) -> Entry | None:
         """Return the entry to write, learning what a device has decided."""
         for entry in save.entries:
+            entry.take_verdict()  # unless that was done, and not interrupted
             if isinstance(entry.save, jax.Array):
                 entry.save = bool(entry.save)
                 self.tell_decided(entry)
@@ -884,18 +1043,28 @@ class Saves:
         new = np.asarray(state.best)
         if entry.save and new != before and not np.isnan(new):
             entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
-        elif not entry.save and entry.logs.get(state.monitor) is not None:
-            self._say(entry, f"{state.monitor} did not improve from {old}")
+        elif not entry.save and entry.metric in entry.logs:
+            if np.isnan(float(entry.logs[entry.metric])):
+                self._say(entry, f"{state.monitor} is nan, which is no improvement")
+            else:
+                self._say(entry, f"{state.monitor} did not improve from {old}")
 
 
-def check_logs(logs: Any) -> None:
-    """Check that metrics are a mapping, or None.
-
-    Raises:
-        SettingError: If they are anything else.
-    """
-    if logs is not None and not isinstance(logs, Mapping):
-        raise SettingError("logs", logs, "pass a mapping of names to metrics, or None.")
+def _refusal_of_nothing(tree: PyTree, *, is_picked: bool) -> SettingError:
+    """Make the error for a tree that has no values to save."""
+    is_short = tree is None or (isinstance(tree, dict | list | tuple) and not tree)
+    shown = tree if is_short else f"<{type(tree).__name__}>"
+    if is_picked:
+        advice = (
+            "these are the weights of the tree, and hold no array, number or text. "
+            "Pass save_weights_only=False, or a `weights` that picks some."
+        )
+        return SettingError("weights(tree)", shown, advice)
+    advice = (
+        "it holds no array, number or text, so a checkpoint of it would be empty. If "
+        "a filter made it, the filter matched nothing."
+    )
+    return SettingError("tree", shown, advice)
 
 
 def _refuse_processes() -> None:

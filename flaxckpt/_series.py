@@ -9,12 +9,15 @@ checkpoints, reading all records anew takes a second.
 import datetime
 import hashlib
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from flaxckpt import _store
+from flaxckpt._aside import places_aside, target
 from flaxckpt._commit import Area
 from flaxckpt._failures import space_told
 from flaxckpt._frozen import Frozen
@@ -32,6 +35,7 @@ from flaxckpt._retention import (
     best_of,
     expired,
     monitored_value,
+    ranked,
 )
 from flaxckpt._template import Template
 from flaxckpt._tree import Layout, Skeleton
@@ -43,6 +47,7 @@ Together: TypeAlias = Callable[
 ]
 # What the slot's own series is called, behind the name of the checkpoints'.
 _SLOT_SERIES = " (last)"
+_WRITING: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 _TICK = datetime.timedelta(microseconds=1)
 
 
@@ -83,6 +88,7 @@ class Series:
         policy: PreservationPolicy | None,
         monitor: str,
         mode: str,
+        dtype: Any,
         sync: bool,
         compress: bool,
         frozen: Frozen | None,
@@ -96,6 +102,7 @@ class Series:
             policy: Which of its checkpoints to keep.
             monitor: Key in their logs of the value by which one is the best.
             mode: `"min"`, `"max"`, or `"auto"` where there is no best.
+            dtype: As what the values are compared.
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
             frozen: Which leaves are frozen; None if none are.
@@ -103,9 +110,10 @@ class Series:
         """
         self.root = Path(template.root)
         self._template, self.name = template, template.name
-        tag = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
-        self.slots = slot, slot.with_name(f"{slot.name}-{tag}")
+        self._tag = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
+        self.slots = slot, slot.with_name(f"{slot.name}-{self._tag}")
         self._policy, self._monitor, self._mode = policy, monitor, mode
+        self._dtype = dtype
         self._compress, self._frozen = compress, frozen
         self._looks = Looks()
         make = Mirror if in_store else Area
@@ -181,7 +189,11 @@ class Series:
         """Return the best of some checkpoints, None where it is not known which is."""
         if self._mode == "auto":
             return None
-        return best_of(infos, self._monitor, self._mode)
+        return best_of(infos, self._monitor, self._mode, self._dtype)
+
+    def ranked(self, infos: Sequence[CheckpointInfo]) -> Infos:
+        """Return those checkpoints that have a number to compare, the best first."""
+        return ranked(infos, self._monitor, self._mode, self._dtype)
 
     def others(self) -> list[str]:
         """Name the checkpoints of other series in the same place."""
@@ -189,6 +201,59 @@ class Series:
         return [info.path.name for info in infos if info.series != self.name]
 
     # ---- writing ---------------------------------------------------------------------
+
+    @property
+    def writing(self) -> threading.RLock:
+        """Held from the choice of a place until the checkpoint is there.
+
+        Several objects of one process may write the series.
+        """
+        return _WRITING[self.root / self.name]
+
+    def place(
+        self, path: Path, logs: Mapping[str, Any], *, overwrite: bool
+    ) -> tuple[Path, list[Path]]:
+        """Choose where a save goes that may not replace a better one. The area is open.
+
+        Args:
+            path: Where it is to go.
+            logs: Its scalar metrics.
+            overwrite: Whether it may all the same, and what is aside goes.
+
+        Returns:
+            Its place, and what is superfluous once it is there; see `_aside`.
+
+        Raises:
+            CheckpointPathError: If it cannot be written there.
+        """
+        infos = self._ledger().infos
+        aside, other = places_aside(path, self._tag)
+        if str(aside) not in infos and os.path.lexists(aside):
+            aside = other
+        if overwrite:
+            return path, [aside] if str(aside) in infos else []
+        there = {
+            place: self._value(infos[str(place)].logs)
+            for place in (path, aside)
+            if str(place) in infos and os.path.lexists(place)
+        }
+        chosen, rest = target(path, aside, there, self._value(logs), self._mode)
+        if chosen != path:
+            _store.check_target(chosen, self.root)
+        return chosen, rest
+
+    def drop(self, paths: Sequence[Path]) -> None:
+        """Delete checkpoints, once what is new is in its place.
+
+        Raises:
+            CheckpointError: If one could not be deleted.
+        """
+        known = self._ledger()
+        for path in paths:
+            self._remove(path)
+            if known.infos.pop(str(path), None) is known.best:
+                known.best = None
+        known.changes = self.area.changes
 
     def put(
         self,
@@ -321,7 +386,10 @@ class Series:
     def best_value(self) -> float | None:
         """Return the best monitored value on disk. The area is open."""
         best = self._best(self._ledger())
-        return None if best is None else monitored_value(best.logs, self._monitor)
+        return None if best is None else self._value(best.logs)
+
+    def _value(self, logs: Mapping[str, Any]) -> float | None:
+        return monitored_value(logs, self._monitor, self._dtype)
 
     def _best(self, known: "_Known") -> CheckpointInfo | None:
         """Return the best that is on disk, whatever somebody has deleted by hand."""
@@ -336,10 +404,18 @@ class Series:
             known.best = self.best_of(tuple(known.infos.values()))
         return known.best
 
-    def durable_best(self, info: CheckpointInfo) -> float | None:
-        """Return the best monitored value on disk, that of `info` included."""
-        best = self.best_of((*self.listed()[0], info))
-        return None if best is None else monitored_value(best.logs, self._monitor)
+    def durable_best(self, info: CheckpointInfo | None) -> float | None:
+        """Return the best monitored value on disk.
+
+        Args:
+            info: What was loaded, and counts as well, wherever it is; but not a last
+                state, which is not there to stay. None for plain Orbax's checkpoint.
+        """
+        infos = self.listed()[0]
+        if info is not None and not info.series.endswith(_SLOT_SERIES):
+            infos = (*infos, info)
+        best = self.best_of(infos)
+        return None if best is None else self._value(best.logs)
 
 
 @dataclass

@@ -6,7 +6,6 @@ is a tree of its own, so that leaves keep their shardings, and a step that does 
 passes all of them on as they are.
 """
 
-import math
 import numbers
 import operator
 import typing
@@ -20,8 +19,10 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
+from flaxckpt._logs import Unusable, find, normalized
 from flaxckpt._memory import beside, is_offloaded, zeros
 from flaxckpt._state import _flushed, improves, index, monitored
+from flaxckpt._ties import has_ties
 from flaxckpt._unchecked import as_arguments, runs_unchecked, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
@@ -58,7 +59,7 @@ class Snapshot:
 
     Attributes:
         trees: A tree for each slot; zeros where nothing was taken yet.
-        values: The monitored value in each slot, f32[keep] (f64[keep] under x64); NaN
+        values: The monitored value in each slot, f32[keep] (f64[keep] under x64); 0
             where nothing was taken yet.
         epochs: Zero-based epochs, i32[keep]; -1 where nothing was taken.
         batches: Zero-based batches, i32[keep]; -1 at the end of an epoch.
@@ -117,8 +118,8 @@ class Snapshot:
         """
         if isinstance(keep, bool) or not isinstance(keep, numbers.Integral) or keep < 1:
             raise SettingError("keep", keep, "pass a number of trees of at least 1.")
-        _check_logs(logs)
-        monitor = _monitor_of(logs) if monitor is None else monitor
+        logs = _checked_logs(logs)
+        monitor = _monitor_of(logs) if monitor is None else find(logs, monitor)
         if monitor not in logs:
             raise SettingError("monitor", monitor, f"pass {_one_of(logs)}.")
         if mode not in ("auto", "min", "max"):
@@ -130,6 +131,13 @@ class Snapshot:
                 monitor,
                 "whether this metric is better low or high is not known by its name. "
                 'Pass mode="min" or mode="max".',
+            )
+        if has_ties(tree):
+            raise SettingError(
+                "tree",
+                _Shown(type(tree).__name__),
+                "a part of it is in two places, and JAX would make two of it. Pass "
+                "nnx.state(model), here and to take.",
             )
         if unfit := [
             f"{path}: a {type(leaf).__name__}"
@@ -146,7 +154,7 @@ class Snapshot:
             trees = tuple(jax.tree.map(_zeros, tree) for _ in range(keep))
         snapshot = cls(
             trees=trees,
-            values=np.full(keep, math.nan, jax.dtypes.canonicalize_dtype(np.float64)),
+            values=np.zeros(keep, jax.dtypes.canonicalize_dtype(np.float64)),
             epochs=none,
             batches=none.copy(),
             order=none.copy(),
@@ -193,7 +201,7 @@ class Snapshot:
     def _taken(
         self, save: Any, tree: Any, logs: Mapping[str, Any], epoch: Any, batch: Any
     ) -> "Snapshot":
-        self._check(save, tree, logs)
+        logs = self._check(save, tree, logs)
         epoch = index("epoch", epoch)
         batch = -1 if batch is None else index("batch", batch)
         told = (self.values, self.order, save, epoch, batch, dict(logs))
@@ -297,7 +305,10 @@ class Snapshot:
             )
         return jax.tree.map(lambda leaf: leaf[number], self)
 
-    def _check(self, save: Any, tree: Any, logs: Mapping[str, Any]) -> None:
+    def _check(
+        self, save: Any, tree: Any, logs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Check what is to be taken, and return the metrics in one form."""
         if self.order.ndim != 1:
             raise SettingError(
                 "snapshot",
@@ -306,7 +317,8 @@ class Snapshot:
             )
         if np.shape(save) != ():
             raise SettingError("save", save, "pass one truth value, of shape ().")
-        if not isinstance(logs, Mapping) or self.monitor not in logs:
+        logs = normalized(logs)
+        if self.monitor not in logs:
             there = ", ".join(map(repr, logs or {})) or "none"
             raise MetricError(
                 self.monitor, f"is what is compared, and is missing (there: {there})."
@@ -316,7 +328,7 @@ class Snapshot:
             raise SettingError(
                 "logs", sorted(logs), f"the snapshot was made for {sorted(self.logs)}."
             )
-        _check_logs(logs)
+        logs = _checked_logs(logs)
         for name, old in self.logs.items():
             kept, given = np.dtype(old.dtype), np.dtype(_form(logs[name])[1])
             if not _holds(kept, given, is_weak=_is_weak(logs[name])):
@@ -326,6 +338,7 @@ class Snapshot:
                     "Snapshot.like logs of the dtypes to come.",
                 )
         _check_tree(tree, self.trees[0])
+        return logs
 
 
 class _Shown(str):
@@ -343,16 +356,13 @@ def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
     """
     values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
     empty = order < 0
-    bad = xp.where(empty, -xp.inf, values if snapshot.mode == "min" else -values)
-    worst = xp.max(bad)
-    is_room = xp.any(empty)
-    last = xp.where(bad == worst, order, -1)
-    at = xp.where(is_room, xp.argmax(empty), xp.argmax(last)).astype(np.int32)
-    best = worst if snapshot.mode == "min" else -worst
-    best = xp.where(is_room, xp.asarray(xp.nan, values.dtype), best)
+    is_full = ~xp.any(empty)
+    worst = xp.max(values) if snapshot.mode == "min" else xp.min(values)
+    last = xp.where(values == worst, order, -1)
+    at = xp.where(is_full, xp.argmax(last), xp.argmax(empty)).astype(np.int32)
     with np.errstate(all="ignore"):
         value = _flushed(xp.asarray(value).astype(values.dtype), xp.where)
-    return value, improves(value, best, snapshot.mode, 0.0, xp.where), at
+    return value, improves(value, worst, is_full, snapshot.mode, 0.0, xp.where), at
 
 
 def _noted(old: Any, new: Any, xp: Any = jnp) -> Any:
@@ -509,26 +519,32 @@ def _rank(dtype: Any) -> int:
     return [jnp.issubdtype(dtype, kind) for kind in _ORDERED].index(True)
 
 
-def _check_logs(logs: Any) -> None:
-    """Check that metrics are real scalars, or structs of them."""
-    if not isinstance(logs, Mapping) or not logs:
+def _checked_logs(logs: Any) -> dict[str, Any]:
+    """Return metrics in one form, real scalars or structs of them.
+
+    Raises:
+        SettingError: If they are no mapping, or there are none.
+        MetricError: If one is something else.
+    """
+    flat = normalized(logs) if isinstance(logs, Mapping) else {}
+    if not flat:
         raise SettingError("logs", logs, "pass a mapping of names to metrics.")
-    for name, value in logs.items():
-        if not isinstance(value, jax.ShapeDtypeStruct):
-            value = value if hasattr(value, "dtype") else np.asarray(value)
-        if value.shape != ():
+    for name, value in flat.items():
+        if isinstance(value, str | Unusable):
+            problem = "is a text" if isinstance(value, str) else value.problem
+            raise MetricError(name, f"{problem}, and must be a real number.")
+        if np.shape(value) != ():
             raise MetricError(
                 name,
-                f"has shape {value.shape}, and a snapshot keeps scalars. Reduce it "
+                f"has shape {np.shape(value)}, and a snapshot keeps scalars. Reduce it "
                 "first, say with .mean(), or leave it out.",
             )
-        if not any(jnp.issubdtype(value.dtype, kind) for kind in _ORDERED):
-            raise MetricError(name, f"is {value.dtype}, and must be a real number.")
+    return flat
 
 
 def _monitor_of(logs: Mapping[str, Any]) -> str:
-    if "val_loss" in logs:
-        return "val_loss"
+    if (name := find(logs, "val_loss")) in logs:
+        return name
     if len(logs) != 1:
         raise SettingError(
             "monitor", None, f"which metric to compare is not clear. Pass monitor= "

@@ -124,11 +124,11 @@ class _Group:
             slot: list[jax.Array],
             work: jax.Array,
         ) -> tuple[Any, Any, list[jax.Array], jax.Array]:
-            before = jnp.copy(state.best)
+            before = jnp.copy(state.best_value), jnp.copy(state.has_best)
             state, save = judge(state, {state.monitor: value}, np.True_)
             copies = choose(save, lambda: _copied(alone, packs), lambda: slot)
-            best = state.best, state.best, before
-            return best, save, copies, jnp.sum(work * work)
+            best = state.best_value, state.has_best
+            return (best, best, before), save, copies, jnp.sum(work * work)
 
         return jax.jit(
             decide,
@@ -195,16 +195,31 @@ class Copies:
         plan: How they are held; None if nothing was copied on a device.
         arrays: The copies on devices, group by group.
         beside: The other leaves, and copies of offloaded arrays, each in its position.
+        verdict: What the device was asked to decide; see `fill_if_better`. None for
+            nothing.
     """
 
     plan: Plan | None
     arrays: list[jax.Array]
     beside: list[Any]
+    verdict: Any = None
+
+    def settle(self) -> None:
+        """Take up what a device has decided: if that is interrupted, do it again."""
+        if self.verdict is not None:
+            self.arrays[:] = self.verdict[2]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all of them are there."""
+        self.settle()
+        groups = () if self.plan is None else self.plan.groups
+        return len(self.arrays) == sum(len(group.shardings) for group in groups)
 
     def memory(self) -> "Copies":
         """Return what of these copies the next ones can use the memory of."""
         if self.plan is not None:
-            return Copies(self.plan, self.arrays, [])
+            return Copies(self.plan, self.arrays, [])  # the same list, to be filled
         kinds = np.ndarray, Shards
         held = [leaf if isinstance(leaf, kinds) else None for leaf in self.beside]
         return Copies(None, [], held)
@@ -271,50 +286,65 @@ def snapshot(
             the same plan.
         plan: What `planned` returns for the leaves, if it is there already.
     """
-    plan = plan or planned(leaves)
-    slots = iter(into.arrays) if into is not None and into.plan is plan else None
-    arrays: list[jax.Array] = []
-    for group in plan.groups:
-        slot = slots and [next(slots) for _ in group.shardings]
-        arrays += group.copy(*group.pick(leaves), slot, group.work)[0]
+    copies = unfilled(leaves, plan or planned(leaves))
+    fill(copies, leaves, into)
+    return copies
+
+
+def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
+    """Return copies for `fill` or `fill_if_better` to fill."""
     beside = _beside(leaves)
     for index in plan.offloaded:
         beside[index] = copied(leaves[index])
-    return Copies(plan, arrays, beside)
+    return Copies(plan, [], beside)
 
 
-def snapshot_if_better(
+def fill(copies: Copies, leaves: Sequence[Any], into: Copies | None = None) -> None:
+    """Copy leaves; see `snapshot`."""
+    assert copies.plan is not None
+    reuse = into is not None and into.plan is copies.plan
+    slots = iter(list(into.arrays)) if into is not None and reuse else None
+    for group in copies.plan.groups:
+        slot = slots and [next(slots) for _ in group.shardings]
+        alone, packs = group.pick(leaves)
+        # Whatever interrupts this: what is copied is there. The slot is no more.
+        copies.arrays += group.copy(alone, packs, slot, group.work)[0]
+
+
+def fill_if_better(
+    copies: Copies,
     state: CheckpointState,
     value: jax.Array,
     leaves: Sequence[Any],
     into: Copies | None,
-    plan: Plan,
     *,
     always: bool,
-) -> tuple[tuple[jax.Array, ...], jax.Array, Copies]:
+) -> None:
     """Judge a due check on the device, and copy only if there is something to save.
 
-    Returns at once, without waiting for `value`.
+    Returns at once, without waiting for `value`. Of `copies`, `verdict` then has the
+    two leaves of the best after `judge`, twice, since their owner may donate them, and
+    before; and whether to save, bool[].
 
     Args:
+        copies: What `unfilled` returns for the leaves.
         state: The decision state after `tick`.
         value: The monitored value.
         leaves: Leaves of a tree, on one mesh with `value`.
-        into: Earlier copies of the same plan; returned as they were if there is nothing
+        into: Earlier copies of the same plan; taken as they were if there is nothing
             to save, or else refilled. None for none.
-        plan: What `planned` returns for the leaves.
         always: Whether to copy whatever is decided, for a slot that takes what does
             not improve.
-
-    Returns:
-        The best value after `judge`, twice, since its owner may donate one, and before;
-        whether to save, bool[]; and the copies.
     """
-    (group,) = plan.groups
-    slot = (into or snapshot(leaves, None, plan)).arrays
+    assert copies.plan is not None
+    (group,) = copies.plan.groups
+    slot = (into or snapshot(leaves, None, copies.plan)).arrays
     decide = group.decide_and_copy if always else group.decide
-    best, save, arrays, _ = decide(state, value, *group.pick(leaves), slot, group.work)
-    return best, save, Copies(plan, arrays, _beside(leaves))
+    alone, packs = group.pick(leaves)
+    work = group.work
+    # As in `fill`: one line, and what is decided is there.
+    copies.verdict = decide(state, value, alone, packs, slot, work)
+    copies.settle()
 
 
 def on_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:

@@ -25,6 +25,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
+from flaxckpt._logs import Unusable, normalized, rounded, value_of
 from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt.errors import MetricError, SettingError
 
@@ -36,9 +37,9 @@ _INT32_MAX = 2**31 - 1
 _LARGEST = 2**30  # of what is counted: the sum of two is an int32 still
 _HOST_INTS = frozenset((int, np.int32, np.int64))
 _COUNTERS = ("seen", "batches", "last_epoch", "last_batch")
-LEAVES = ("best", *_COUNTERS)
+BEST = ("best_value", "has_best")
+LEAVES = (*BEST, *_COUNTERS)
 _SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
-_REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 class _Once:
@@ -72,7 +73,10 @@ class CheckpointState:
 
     Attributes:
         best: Best monitored value so far, f32[] (f64[] under x64); NaN while there is
-            none. Moves only under `save_best_only`.
+            none. Moves only under `save_best_only`. Made of the two leaves below.
+        best_value: The same as a leaf, but zero while there is none: no leaf is a NaN,
+            at which `jax_debug_nans` would end a program.
+        has_best: Whether there is a best, bool[].
         seen: Batches since the last due check, i32[]. Moves, as the next three do,
             only where `save_freq` is a number.
         batches: Batches seen in all, i32[]; stays at its largest value once there.
@@ -85,7 +89,8 @@ class CheckpointState:
         min_delta: By more than how much an improvement must improve.
     """
 
-    best: Scalar
+    best_value: Scalar
+    has_best: Scalar
     seen: Scalar
     batches: Scalar
     last_epoch: Scalar
@@ -96,6 +101,11 @@ class CheckpointState:
     save_freq: str | int = field(metadata=_STATIC)
     min_delta: float = field(metadata=_STATIC)
     _warned: _Once = field(metadata=_STATIC, default_factory=_Once, repr=False)
+
+    @property
+    def best(self) -> Any:
+        """Best monitored value so far; NaN while there is none."""
+        return _known_best(self.best_value, self.has_best)
 
     @classmethod
     def create(
@@ -143,7 +153,6 @@ class CheckpointState:
                 "whether this metric is better low or high is not known by its name. "
                 'Pass mode="min" or mode="max".',
             )
-        best = math.nan
         if initial_value_threshold is not None:
             if not is_real(initial_value_threshold) or math.isnan(
                 initial_value_threshold
@@ -153,11 +162,11 @@ class CheckpointState:
                     initial_value_threshold,
                     "pass a number to improve on, or None for none.",
                 )
-            best = initial_value_threshold
-        with np.errstate(over="ignore"):
-            best = jax.dtypes.canonicalize_dtype(np.float64).type(best)
+        threshold = initial_value_threshold
+        dtype = jax.dtypes.canonicalize_dtype(np.float64)
         state = cls(
-            best=_flushed(best, _pick),
+            best_value=rounded(0 if threshold is None else threshold, dtype),
+            has_best=np.bool_(threshold is not None),
             seen=np.int32(0),
             batches=np.int32(0),
             last_epoch=np.int32(-1),
@@ -279,23 +288,26 @@ def _judged(
     state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> tuple[CheckpointState, Any]:
     traced = isinstance(due, jax.Array)
-    value = (logs or {}).get(state.monitor)
+    value = value_of(logs, state.monitor)
     if value is None:
         if isinstance(due, Tracer) or due:
             _warn_missing(state, logs)
         return state, np.False_
-    value, best = monitored(state.monitor, value), _array(state.best)
+    value = monitored(state.monitor, value)
+    best, has_best = _array(state.best_value), _array(state.has_best)
     dtype = np.dtype(best.dtype)
-    if traced or any(isinstance(x, jax.Array) for x in (value, best)):
+    if traced or any(isinstance(x, jax.Array) for x in (value, best, has_best)):
         where = jnp.where
         value = _flushed(jnp.asarray(value).astype(dtype), where)
-        save = due & improves(value, best, state.mode, state.min_delta, where)
+        save = due & improves(value, best, has_best, state.mode, state.min_delta, where)
+        known = has_best | save
     else:
         where = _pick
         with np.errstate(all="ignore"):
-            value = _flushed(dtype.type(value), where)
-            save = improves(value, best, state.mode, state.min_delta, where)
-    return with_leaves(state, best=where(save, value, best)), save
+            value = rounded(value, dtype)
+            save = improves(value, best, has_best, state.mode, state.min_delta, where)
+        known = np.bool_(has_best or save)
+    return with_leaves(state, best_value=where(save, value, best), has_best=known), save
 
 
 def check_state(state: Any, own: CheckpointState) -> None:
@@ -330,8 +342,8 @@ def plain_state(state: CheckpointState) -> dict[str, Any]:
     plain = {name: getattr(state, name) for name in _SETTINGS}
     for name in _COUNTERS:
         plain[name] = np.asarray(getattr(state, name)).item()
-    best = np.asarray(state.best).item()
-    plain["best"] = None if math.isnan(best) else best
+    has_best = bool(np.asarray(state.has_best))
+    plain["best"] = np.asarray(state.best_value).item() if has_best else None
     return plain
 
 
@@ -348,9 +360,11 @@ def resumed(
         durable: The best monitored value among the checkpoints on disk; None for none.
 
     Returns:
-        The stored state, under the settings of now. Its best is not believed where no
-        checkpoint on disk is as good, as after a failed write, and is of no use where
-        another metric is monitored: then it is the best on disk.
+        The stored state, under the settings of now. Its best is the best on disk: that
+        is what has to be beaten, whether the checkpoint knew of it or not, and a better
+        one that the checkpoint knew of was not saved, as after a failed write. Where no
+        checkpoint on disk has a value to compare, the stored best counts, if it is that
+        of the same metric.
     """
     state = fresh
     if stored is not None:
@@ -359,38 +373,44 @@ def resumed(
         )
     if not state.save_best_only:
         return state
-    as_best = _array(state.best).dtype.type
+    dtype = np.dtype(_array(state.best_value).dtype)
     better, worse = (min, max) if state.mode == "min" else (max, min)
-    threshold = None if np.isnan(fresh.best) else fresh.best
-    on_disk = [as_best(value) for value in (threshold, durable) if value is not None]
-    if stored is None or any(
-        stored[name] != getattr(state, name)
-        for name in ("monitor", "mode", "save_best_only")
-    ):
-        best = better(on_disk) if on_disk else fresh.best
-    elif stored["best"] is None:
-        best = fresh.best
+    known = [_array(fresh.best_value)] if fresh.has_best else []
+    if durable is not None:
+        best = better([rounded(durable, dtype), *known])
+    elif stored is None or stored["best"] is None or not _decides_alike(stored, state):
+        return state
     else:
-        best = as_best(stored["best"])
-        best = worse(best, better(on_disk)) if on_disk else best
-    return with_leaves(state, best=best)
+        best = worse([rounded(stored["best"], dtype), *known])
+    return with_leaves(state, best_value=best, has_best=np.True_)
 
 
-def improves(value: Any, best: Any, mode: str, min_delta: float, where: Where) -> Any:
+def _decides_alike(stored: Mapping[str, Any], state: CheckpointState) -> bool:
+    names = ("monitor", "mode", "save_best_only")
+    return all(stored[name] == getattr(state, name) for name in names)
+
+
+def improves(
+    value: Any, best: Any, has_best: Any, mode: str, min_delta: float, where: Where
+) -> Any:
     """Tell whether `value` is better than `best` by more than `min_delta`.
 
-    Any number is better than no best, which is NaN; NaN is never better.
+    Any number is better than no best, and a NaN is never better.
     """
     delta = _flushed(value.dtype.type(min_delta), _pick)
     if mode == "min":
         better = value < _flushed(best - delta, where)
     else:
         better = value > _flushed(best + delta, where)
-    return better | ((best != best) & (value == value))
+    return where(has_best, better, value == value)
 
 
 def monitored(monitor: str, value: Any) -> Any:
     """Check that a monitored value is a real scalar, without waiting for it.
+
+    Args:
+        monitor: Its name.
+        value: As `_logs.settled` returns it.
 
     Returns:
         A Python number, a numpy scalar or a JAX array of shape ().
@@ -400,23 +420,32 @@ def monitored(monitor: str, value: Any) -> Any:
     """
     if isinstance(value, numbers.Real):
         return value
-    if not isinstance(value, jax.Array):
-        try:
-            value = np.asarray(value)[()]
-        except ValueError as error:  # a ragged list
-            raise MetricError(monitor, f"is no number: {error}.") from error
+    if isinstance(value, str | Unusable):
+        problem = "is a text" if isinstance(value, str) else value.problem
+        advice = "and a monitored value must be a real number."
+        raise MetricError(monitor, f"{problem}, {advice}")
     if value.shape != ():
+        advice = "Reduce it first, say with .mean()."
+        if _is_of_pmap(value):
+            advice = (
+                "It has one value for each device, as pmap returns it: reduce it there "
+                "with jax.lax.pmean, and pass x[0]."
+            )
         raise MetricError(
             monitor,
             f"has shape {value.shape}, and a monitored value must be a scalar. "
-            "Reduce it first, say with .mean().",
-        )
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in _REAL):
-        raise MetricError(
-            monitor,
-            f"is of dtype {value.dtype}, and a monitored value must be a real number.",
+            f"{advice}",
         )
     return value
+
+
+def _is_of_pmap(value: Any) -> bool:
+    """Tell whether an array may be what `pmap` returns for a scalar."""
+    if len(value.shape) != 1 or isinstance(value, Tracer):
+        return False
+    sharding = getattr(value, "sharding", None)
+    parts = len(sharding.device_set) if sharding is not None else 1
+    return parts == value.shape[0] or jax.local_device_count() == value.shape[0] > 1
 
 
 def _check_settings(
@@ -501,6 +530,27 @@ def _pick(condition: Any, true: Any, false: Any) -> Any:
     return true if condition else false
 
 
+def _known_best(value: Any, has_best: Any) -> Any:
+    """Return the best of a state, from its two leaves: NaN where there is none.
+
+    Waits for no device, where that is possible: then JAX chooses. It must not where it
+    looks for NaNs, nor on arrays of several processes, of which one alone may ask.
+    """
+    if not hasattr(has_best, "dtype"):  # a spec, say, in the place of a leaf
+        return value
+    if isinstance(has_best, Tracer) or (
+        isinstance(has_best, jax.Array)
+        and has_best.is_fully_addressable
+        and not typing.cast(Any, has_best).is_ready()
+        and not (jax.config.jax_debug_nans or jax.config.jax_debug_infs)  # pyright: ignore
+    ):
+        return jnp.where(has_best, value, np.dtype(value.dtype).type(math.nan))
+    has_best = np.asarray(has_best)
+    if has_best.all():
+        return value
+    return np.where(has_best, value, np.dtype(value.dtype).type(math.nan))[()]
+
+
 def _flushed(value: Any, where: Where) -> Any:
     """Return zero for a number below the smallest normal one, as XLA may see it."""
     tiny = jnp.finfo(value.dtype).tiny
@@ -511,15 +561,15 @@ def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> 
     if state._warned.done:
         return
     state._warned.done = True
-    there = ", ".join(map(repr, logs or {})) or "none"
+    there = ", ".join(map(repr, normalized(logs))) or "none"
     warnings.warn(
         f"Nothing is saved: save_best_only needs {state.monitor!r}, and it is not in "
         f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
 
 
-def _outside() -> int:
+def outside() -> int:
     """Stack level, for the function that calls this, of the caller's caller."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals["__name__"].startswith("flaxckpt"):

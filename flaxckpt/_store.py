@@ -6,17 +6,17 @@ leave this room.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
 import stat
 import sys
-import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from etils import epath
 
 from flaxckpt import _tree
 from flaxckpt._alias import plainly
@@ -32,8 +33,10 @@ from flaxckpt._commit import Area
 from flaxckpt._digest import agree, digests, is_sum, part_of
 from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._failures import in_one_line, listed
+from flaxckpt._forks import use_threads
 from flaxckpt._form import STATE, Form, Reader, Share, recognized
 from flaxckpt._frozen import Frozen, FrozenLeaf
+from flaxckpt._locks import new_lock
 from flaxckpt._looks import Looks
 from flaxckpt._mirror import fetched, source_of
 from flaxckpt._open import (
@@ -53,19 +56,22 @@ from flaxckpt._record import (
     LEAVES_FILE,
     RECORD_FILE,
     CheckpointInfo,
+    Loaded,
     encode_record,
     is_checkpoint,
+    is_same,
     located,
     read_leaves,
     read_record,
 )
 from flaxckpt._snapshot import HostCopy
-from flaxckpt._state import _outside
+from flaxckpt._state import outside
 from flaxckpt._template import is_url
+from flaxckpt._ties import flatten
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host
 from flaxckpt._unchecked import runs_unchecked, unchecked_pool
 from flaxckpt._vetting import check_plain, check_readable
-from flaxckpt._weights import plain_weights
+from flaxckpt._weights import is_weights_name, plain_weights
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -84,7 +90,7 @@ T = TypeVar("T")
 # Orbax types its paths as a class of its own, and takes any.
 ocp: Any = v1
 # Several objects save from threads of their own, and Orbax counts its saves globally.
-_SAVING = threading.Lock()
+_SAVING = new_lock()
 _BATCH_BYTES = 256 * 2**20
 _SHOWN = 8  # leaves that a warning lists
 _NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
@@ -97,6 +103,7 @@ _ELSEWHERE = "Choose another filepath."
 # as Zarr 2 has; it writes Zarr 3 itself.
 _ZARR_MARK = f"{STATE}/array_metadatas/.zarray"
 _OURS = {LEAVES_FILE, RECORD_FILE, _ZARR_MARK}
+_DEFAULT_ITEMS = ("state", "pytree", "default")
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
 
@@ -556,30 +563,40 @@ def load(
     *,
     cast: bool = False,
     verify: bool = True,
-) -> PyTree:
+    with_info: bool = False,
+) -> Any:
     """Load the tree of a checkpoint, of flaxckpt's or of plain Orbax's.
+
+    A checkpoint of plain Orbax with several items, none of which has a default name
+    (`state`, `pytree` or `default`), is a dict of them all by their names. `path/name`
+    is one of them.
 
     In several processes, every one must call it.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
+        path: The checkpoint's directory; a `gs://` or `s3://` URL, too. A
+            `CheckpointInfo` stands for the very checkpoint that it is of.
         like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
             each leaf is restored with its dtype and shape, as its kind of value, onto
             its sharding, in that memory, whatever mesh wrote it. A struct whose
             sharding names no devices goes to those of `jax.set_mesh`. A sharding in
             the place of a leaf, or of a subtree, places what is stored there. Functions
-            are taken from it. Not changed. None: the tree as plain dicts, lists and
-            tuples, JAX arrays on the default device, None for functions.
+            are taken from it. Not changed. What is shared in an NNX module is shared in
+            what is returned. None: the tree as plain dicts, lists and tuples, JAX
+            arrays on the default device, None for functions; NNX modules and states as
+            the dicts that `nnx.update` and `nnx.replace_by_pure_dict` take.
         cast: Convert where only the dtypes of stored and wanted arrays differ, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax
             records none.
+        with_info: Return a `Loaded`, which has the record of what was loaded, too.
 
     Returns:
         The tree, with the structure of `like` if that is given.
 
     Raises:
-        CheckpointNotFoundError: If there is no checkpoint at `path`.
+        CheckpointNotFoundError: If there is no checkpoint at `path`, or `path` is a
+            `CheckpointInfo` and another checkpoint has taken its place.
         CheckpointMismatchError: Listing every leaf in which structure, shape or dtype
             differ from `like`; nothing was read.
         CheckpointCorruptError: If it cannot be read, or is not what was saved.
@@ -593,21 +610,32 @@ def load(
         >>> flaxckpt.load(path)
         {'b': (1, 2), 'w': array([0, 1, 2])}
     """
-    return restore(path, like, cast=cast, verify=verify)[0]
+    loaded = restore(path, like, cast=cast, verify=verify)
+    return loaded if with_info else loaded.tree
 
 
 def restore(
     path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
-) -> tuple[PyTree, CheckpointInfo | None]:
-    """Load a tree as `load` does, and its record; None for plain Orbax's."""
+) -> Loaded:
+    """Load a tree as `load` does, and its record."""
     check_like(like)
 
-    def read(path: Path) -> tuple[PyTree, CheckpointInfo | None]:
-        info = read_record(path)
-        layout, _ = _read_table(path)
-        return _load(path, layout, None, like, cast=cast, check=verify), info
+    def read(where: Path) -> Loaded:
+        info = _info_of(path, where)
+        layout, _ = _read_table(where)
+        tree = _load(where, layout, None, like, cast=cast, check=verify)
+        return Loaded(tree, info)
 
     return _undisturbed(path, read)
+
+
+def _info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
+    """Read the record of a checkpoint whose files are at `where`."""
+    info = read_record(where)
+    if info is None or not is_url(path):
+        return info
+    url: Any = epath.Path(os.fspath(path))
+    return dataclasses.replace(info, path=url)
 
 
 def load_weights(
@@ -616,24 +644,28 @@ def load_weights(
     *,
     cast: bool = False,
     verify: bool = True,
-) -> PyTree:
+    with_info: bool = False,
+) -> Any:
     """Load the weights alone, from a checkpoint of weights or of a whole state.
 
     What the weights are was settled by `weights` when it was saved. In a checkpoint
     that plain Orbax wrote they are `params` and the mappings beside it, if there is
-    an `opt_state`, and otherwise all.
+    an `opt_state`, and otherwise all; of several items, those whose names are not those
+    of an optimizer, metrics and the like.
 
     In several processes, every one must call it.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
+        path: As for `load`.
         like: A tree of the weights' structure; as for `load`.
         cast: As for `load`.
         verify: As for `load`.
+        with_info: As for `load`.
 
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
-        beside it, which `Module.apply` takes.
+        beside it, which `Module.apply` takes; for an NNX model a dict that
+        `nnx.update` takes.
 
     Raises:
         CheckpointError: If the weights were computed when saving, not picked, so that
@@ -641,18 +673,25 @@ def load_weights(
     """
     check_like(like)
 
-    def read(path: Path) -> PyTree:
-        layout, weights = _read_table(path)
+    def read(where: Path) -> Loaded:
+        info = _info_of(path, where)
+        layout, weights = _read_table(where)
         if layout is not None and weights is None:
             raise CheckpointError(
                 f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
                 "`weights` computed them from the tree. Save with "
                 "save_weights_only=True, or load the whole tree and compute them."
             )
+        if layout is not None and layout.leaves and not layout.part(weights)[1]:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} holds no weights: the tree that was saved "
+                "had none. Load the whole tree with load."
+            )
         part = plain_weights if layout is None else weights
-        return _load(path, layout, part, like, cast=cast, check=verify)
+        return Loaded(_load(where, layout, part, like, cast=cast, check=verify), info)
 
-    return _undisturbed(path, read)
+    loaded = _undisturbed(path, read)
+    return loaded if with_info else loaded.tree
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -695,8 +734,12 @@ def _verify(path: Path) -> None:
 def _undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     """Read a checkpoint, once more if it is replaced or deleted meanwhile.
 
-    A program that evaluates what another one trains reads paths that are written to.
+    A program that evaluates what another one trains reads paths that are written to. A
+    `CheckpointInfo` is read only while the checkpoint that it is of is there.
     """
+    use_threads()
+    if isinstance(path, CheckpointInfo):
+        read = functools.partial(_read_listed, path, read)
     if is_url(path):
         return _from_store(os.fspath(path), read)
     for _ in looks():
@@ -721,6 +764,20 @@ def _shallow(path: Path, read: Callable[[Path], T]) -> T:
         raise CheckpointCorruptError(
             str(path), "its tree is nested more deeply than can be read"
         ) from error
+
+
+def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) -> T:
+    """Read a checkpoint if it still is the one of a record.
+
+    Raises:
+        CheckpointNotFoundError: If it is another one.
+    """
+    there = read_record(path)
+    if there is None or not is_same(info, there):
+        when = "by one of plain Orbax" if there is None else f"at {there.time}"
+        problem = f"it was saved at {info.time}, and what is there now {when}"
+        raise CheckpointNotFoundError(str(path), (), problem)
+    return read(path)
 
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
@@ -797,23 +854,29 @@ def _load(
     """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
     values: list[Any] | None = None
     if layout is None:
-        layout, values = _tree.describe(_read_foreign(path), storable)
+        foreign = _read_foreign(path, weights_only=callable(part))
+        layout, values = _tree.describe(foreign, storable)
     if callable(part):
         part = part(layout)
     view, sources = layout.part(layout.skeleton if part is None else part)
     like = _tree.spread(like, view)
     try:
-        plan = _tree.match(str(path), view, like, cast=cast)
-    except CheckpointMismatchError:
+        plan, twins = _tree.match(str(path), view, like, cast=cast)
+    except CheckpointMismatchError as error:
         if values is None:
-            _check_table(path, layout)  # it may be the table that is wrong
-        raise
+            # It may be the table that is wrong.
+            _check_table(path, layout, layout.leaves)
+        raise _naming_items(path, error) from None
     if like is None:
         _warn_of_functions(path, view)
+    asked = [(i if i is None else sources[i], want) for i, want in plan]
+    asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     if values is None:
-        wanted = {sources[i]: want for i, want in plan if i is not None}
-        values = _read(path, layout, wanted, check=check)
-    given = [None] * len(plan) if like is None else jax.tree.leaves(like)
+        found = _read_each(path, layout, asked, check=check)
+    else:
+        found = [None if i is None else values[i] for i, _ in asked]
+    flat = flatten(like)
+    given = [None] * len(plan) if like is None else list(flat.leaves)
     for position, (index, want) in enumerate(plan):
         if index is None:
             if _tree.is_placement(given[position]):
@@ -821,18 +884,72 @@ def _load(
             continue
         have = view.leaves[index]
         try:
-            given[position] = _tree.convert(
-                values[sources[index]], have, want, cast=cast
-            )
+            given[position] = _tree.convert(found[position], have, want, cast=cast)
         except (ValueError, TypeError, OverflowError) as error:
+            if like is None or isinstance(error, UnicodeError):
+                raise CheckpointCorruptError(
+                    str(path), f"{have.name} is no {have} ({in_one_line(error)})"
+                ) from error
             raise CheckpointMismatchError(
                 str(path),
                 [LeafDifference(have.name, str(have), str(want.leaf))],
                 f"{error}. Pass a `like` of the stored kind.",
             ) from error
-    if like is None:
-        return view.fill(given)
-    return jax.tree.unflatten(jax.tree.structure(like), given)
+    differing = [
+        _tree.difference_of_twins(
+            view.leaves[plan[twin.position][0] or 0], view.leaves[twin.index]
+        )
+        for twin, other in zip(twins, found[len(plan) :], strict=True)
+        if not _are_same(found[twin.position], other)
+    ]
+    if differing:
+        raise CheckpointMismatchError(
+            str(path),
+            differing,
+            "What `like` shares between several places was stored as several values. "
+            "Pass a `like` that shares nothing there, or none.",
+        )
+    return view.fill(given) if like is None else flat.rebuilt(given)
+
+
+def _read_each(
+    path: Path,
+    layout: Layout,
+    asked: Sequence[tuple[int | None, Wanted]],
+    *,
+    check: bool,
+) -> list[Any]:
+    """Read leaves as they are wanted, one that is wanted several times as often.
+
+    So each place gets an array of its own, which may be donated.
+    """
+    rounds: list[dict[int, int]] = []
+    times: Counter[int] = Counter()
+    for position, (index, _) in enumerate(asked):
+        if index is not None:
+            if times[index] == len(rounds):
+                rounds.append({})
+            rounds[times[index]][index] = position
+            times[index] += 1
+    found: list[Any] = [None] * len(asked)
+    for each in rounds or [{}]:
+        wanted = {index: asked[position][1] for index, position in each.items()}
+        values = _read(path, layout, wanted, check=check)
+        for index, position in each.items():
+            found[position] = values[index]
+    return found
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Tell whether two leaves are equal, bit for bit, in what this process has."""
+
+    def parts(value: Any) -> list[bytes]:
+        value = _tree.without_keys(value)
+        if not isinstance(value, jax.Array):
+            return [np.asarray(value).tobytes()]
+        return [np.asarray(each.data).tobytes() for each in value.addressable_shards]
+
+    return parts(one) == parts(other)
 
 
 def _warn_of_functions(path: Path, layout: Layout) -> None:
@@ -843,31 +960,38 @@ def _warn_of_functions(path: Path, layout: Layout) -> None:
             f"Checkpoint {str(path)!r} holds no functions, and the saved tree had "
             f"{len(names)}: {shown}. The loaded tree has None there. Pass a `like` "
             "that has the functions.",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
 
 
-def _check_table(path: Path, layout: Layout) -> None:
-    """Check that the arrays are stored as the table of leaves says.
+def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
+    """Check that leaves are stored as the table of leaves says.
+
+    Orbax would take whatever it finds.
 
     Raises:
         CheckpointCorruptError: Naming those that are not.
     """
     if source_of(path) is not None:
         return  # nothing is fetched from an object store for that
-    check_plain(path)
-    reader = _reader(path)
+    check_plain(path, layout.nbytes, layout.nbytes)
+    reader = _reader(path, layout)
     if reader is None:
         return
-    wrong = [leaf.name for leaf in layout.leaves if reader.contradicts(leaf)]
+    wrong = [leaf for leaf in leaves if reader.contradicts(leaf)]
     if wrong:
+        names = listed([leaf.name for leaf in wrong])
+        files = listed(_files_of(located(path), wrong))
         raise CheckpointCorruptError(
-            str(path), f"not stored as its table says: {', '.join(wrong)}"
+            str(path),
+            f"not stored as its table says: {names} (in one of the files {files})",
         )
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path, layout: Layout) -> Reader | None:
     """Return what reads a checkpoint's arrays; None where Orbax tells why it cannot."""
+    if is_there(located(path) / "state" / "manifest.ocdbt"):
+        check_plain(path, held=layout.nbytes)
     try:
         return Reader(located(path), source_of(path))
     except CheckpointPathError:
@@ -881,9 +1005,10 @@ def _read(
 ) -> list[Any]:
     """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
-    values, damaged, unchecked = _read_files(path, read, wanted, check=check)
+    values, damaged, unchecked = _read_files(path, layout, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}
     if others:
+        _check_table(path, layout, others.values())
         by_orbax = _read_by_orbax(path, layout, {i: wanted[i] for i in others})
         values |= {index: by_orbax[index] for index in others}
     if check:
@@ -900,7 +1025,12 @@ def _read(
 
 
 def _read_files(
-    path: Path, leaves: Mapping[int, Leaf], wanted: Mapping[int, Wanted], *, check: bool
+    path: Path,
+    layout: Layout,
+    leaves: Mapping[int, Leaf],
+    wanted: Mapping[int, Wanted],
+    *,
+    check: bool,
 ) -> tuple[dict[int, Any], list[Leaf], dict[int, Leaf]]:
     """Read what is stored in a known way; no other process has to come.
 
@@ -908,7 +1038,7 @@ def _read_files(
         The values of those that could be read so, which of them differ from what was
         saved, and which of them are still to be checked.
     """
-    reader = _reader(path)
+    reader = _reader(path, layout)
     if reader is None:
         return {}, [], {}
     known = dict(leaves)
@@ -956,7 +1086,8 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
     try:
         _complete(path)
         _check_names(path, [layout.leaves[index] for index in wanted])
-        check_plain(path, sum(layout.leaves[index].nbytes for index in wanted))
+        needed = sum(layout.leaves[index].nbytes for index in wanted)
+        check_plain(path, needed, layout.nbytes)
         with quiet(), _context(), plainly(located(path)) as plain:
             tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
@@ -1006,16 +1137,22 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
-    """Name the files that hold the values of leaves, as against what describes them."""
+    """Name the files that hold the values of leaves, and not what describes them."""
+    found = _files_of(path, leaves)
+    values = [name for name in found if not name.endswith("/zarr.json")]
+    return values or found
+
+
+def _files_of(path: Path, leaves: Sequence[Leaf]) -> list[str]:
+    """Name the files of leaves; those of the database, where one holds them all."""
     names = [leaf.stored_name for leaf in leaves]
     own = [path / "state" / name for name in names if is_inside(name)]
     found: list[Path] = []
     with contextlib.suppress(FileNotFoundError):  # they may be on their way out
         found += [file for each in own for file in each.rglob("*") if file.is_file()]
-        found = [file for file in found if file.name != "zarr.json"]
         if any(leaf.is_text for leaf in leaves):
             found += path.glob("state/_strings.json")
-        found = found or list(path.glob("state/**/d/*"))  # a database has them all
+        found = found or [*path.glob("state/*.ocdbt"), *path.glob("state/**/d/*")]
     return [str(file.relative_to(path)) for file in sorted(found)]
 
 
@@ -1066,21 +1203,98 @@ def _complete(path: Path) -> None:
         source.complete()
 
 
-def _read_foreign(path: Path) -> PyTree:
-    """Read what plain Orbax wrote: as it was placed, or, on other devices, to host."""
+def _read_foreign(path: Path, *, weights_only: bool) -> PyTree:
+    """Read what plain Orbax wrote: a tree, or a dict of its items by their names."""
     check_plain(path)
+    if not ocp.is_orbax_checkpoint(path):
+        return _read_item(path.parent, path.name)
+    items = _items(path)
+    for name in _DEFAULT_ITEMS:
+        if name in items:
+            return _read_item(path, name)
+    if len(items) < 2:
+        return _read_item(path, None)
+    if weights_only:
+        chosen = [
+            name
+            for name, handler in items.items()
+            if is_weights_name(name) and "json" not in handler.lower()
+        ]
+        if not chosen:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} has no weights among its items: "
+                f"{', '.join(items)}. Load one by its path, as in "
+                f"load({str(path / next(iter(items)))!r})."
+            )
+        return {name: _read_item(path, name) for name in chosen}
+    return {name: _read_item(path, name) for name in items}
+
+
+def _naming_items(
+    path: Path, error: CheckpointMismatchError
+) -> CheckpointMismatchError:
+    """Add what the items are called, where a checkpoint of plain Orbax has several."""
+    items = {} if is_checkpoint(path) else _items(path)
+    if len(items) < 2 or items.keys() & set(_DEFAULT_ITEMS):
+        return error
+    advice = (
+        f"It has the items {', '.join(items)}: pass a `like` with these keys, or load "
+        f"one by its path, as in load({str(path / next(iter(items)))!r})."
+    )
+    return CheckpointMismatchError(error.path, error.differences, advice)
+
+
+def _items(path: Path) -> dict[str, str]:
+    """Name the items of a checkpoint of plain Orbax; none where it is one tree.
+
+    Returns:
+        For each name, that of the class in Orbax that has written it.
+    """
+    try:
+        described = json.loads(read_small(path / "_CHECKPOINT_METADATA"))
+        handlers = described["item_handlers"]
+    except (NoFileError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        names = [each.parent.name for each in path.glob("*/_METADATA")]
+        handlers = dict.fromkeys(names, "")
+    if not isinstance(handlers, dict):
+        return {}
+    named: dict[Any, Any] = handlers
+    return {
+        name: str(handler)
+        for name, handler in named.items()
+        if name != "metrics" and (path / name).is_dir()
+    }
+
+
+def _read_item(path: Path, name: str | None) -> PyTree:
+    """Read an item, or the only tree: as it was placed, or, on other devices, to host.
+
+    Raises:
+        CheckpointCorruptError: Naming it, if Orbax cannot read it.
+    """
+
+    def read(plain: Any, form: Any = None) -> PyTree:
+        if name is None:
+            return ocp.load(plain, form)
+        return ocp.load_checkpointables(plain, {name: form})[name]
+
+    def described(plain: Any) -> Any:
+        if name is None:
+            return ocp.metadata(plain).metadata
+        return ocp.checkpointables_metadata(plain).metadata[name]
+
     try:
         with quiet(), _context(), plainly(path) as plain:
-            described = ocp.metadata(plain).metadata
             try:
-                return ocp.load(plain, jax.tree.map(_placed_form, described))
+                return read(plain, jax.tree.map(_placed_form, described(plain)))
             except (ValueError, TypeError, KeyError):
-                return ocp.load(plain, jax.tree.map(_host_form, described))
+                return read(plain, jax.tree.map(_host_form, described(plain)))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         check_readable(path)
-        raise CheckpointCorruptError(str(path), in_one_line(error)) from error
+        item = "" if name is None else f"its item {name!r} cannot be read: "
+        raise CheckpointCorruptError(str(path), item + in_one_line(error)) from error
 
 
 def _placed_form(described: Any) -> Any:
@@ -1110,11 +1324,13 @@ def _read_table(path: Path) -> tuple[Layout | None, Skeleton]:
         layout, weights = Layout.from_json(fields), fields["weights"]
         for leaf in layout.leaves:
             _check_known(leaf)
+        if weights == "all":
+            weights = layout.skeleton
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             str(path), f"its table of leaves does not parse ({in_one_line(error)})"
         ) from error
-    return layout, layout.skeleton if weights == "all" else weights
+    return layout, weights
 
 
 def _check_known(leaf: Leaf) -> None:
@@ -1185,6 +1401,13 @@ def _found(path: str | os.PathLike[str]) -> Path:
         )
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or _is_orbax(found):
+        return found
+    if (
+        found.is_dir()
+        and not is_checkpoint(found.parent)
+        and _is_orbax(found.parent)
+        and found.name in _items(found.parent)
+    ):
         return found
     beside = found if found.is_dir() else found.parent
     names = [each.name for each in _entries(beside) if _is_ours(each)]

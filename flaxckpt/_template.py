@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flaxckpt._logs import Unusable, find, normalized
 from flaxckpt.errors import CheckpointPathError, TemplateError
 
 _SCHEMES = ("gs://", "s3://")
@@ -91,9 +92,9 @@ class Template:
             epoch: Zero-based; shown one-based.
             batch: Zero-based, shown one-based; None at the end of an epoch, where
                 `{batch}` has nothing to show.
-            logs: The other fields' values: numbers, scalar arrays or text. Only those
-                that are shown are looked at, and so waited for. Keys `epoch` and
-                `batch` are passed over.
+            logs: The other fields' values: numbers, scalar arrays or text; see `_logs`.
+                Only those that are shown are waited for. Keys `epoch` and `batch` are
+                passed over.
 
         Returns:
             The checkpoint's absolute path.
@@ -102,9 +103,10 @@ class Template:
             TemplateError: If a field has no value, a value does not fit its format
                 spec, or the result would leave `root`.
         """
-        values = {
-            key: value for key, value in (logs or {}).items() if value is not None
-        }
+        values = normalized(logs)
+        for field in self.fields:
+            if (name := find(values, field)) != field:
+                values[field] = values[name]
         values["epoch"] = epoch + 1
         values.pop("batch", None)
         if batch is not None:
@@ -151,8 +153,14 @@ class Template:
         conversion: str | None,
         values: Mapping[str, Any],
     ) -> str:
+        value = values[field]
+        if isinstance(value, Unusable):
+            raise TemplateError(
+                self.label,
+                f"what {{{field}}} should show {value.problem}. Put a number or a text "
+                "into `logs`, or take the field out of the filepath.",
+            )
         try:
-            value = values[field]
             if spec or conversion:
                 numbers = {key: values[key] for key in self.fields}
                 numbers = {key: _number(each) for key, each in numbers.items()}

@@ -20,10 +20,12 @@ from jax._src.dispatch import runtime_tokens
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from flaxckpt._callback import call_host
+from flaxckpt._locks import new_lock
 from flaxckpt._memory import on_device
 from flaxckpt._packing import Packing
 from flaxckpt._saves import Entry, Incoming, Parts, Saves
-from flaxckpt._state import LEAVES, CheckpointState, index, with_leaves
+from flaxckpt._state import BEST, LEAVES, CheckpointState, index, with_leaves
+from flaxckpt._ties import leaves_of
 from flaxckpt._tree import PyTree, without_keys
 from flaxckpt._writer import before_end, ending
 from flaxckpt.errors import CheckpointError
@@ -137,7 +139,7 @@ def stream(
             and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         },
         "state": {name: getattr(state, name) for name in LEAVES},
-        "before": {"best": before.best},
+        "before": {name: getattr(before, name) for name in BEST},
     }
     scalars = jax.tree.map(jnp.asarray, sent)
     kept = {  # in their order
@@ -147,8 +149,7 @@ def stream(
         or not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     }
     by_id = {
-        id(leaf): place
-        for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
+        id(leaf): place for leaf, place in zip(leaves_of(tree), places, strict=True)
     }
     handed, parts.sent = parts.sent, []  # of this trace only
     leaf_places = [by_id.get(id(leaf)) for leaf in handed]
@@ -218,7 +219,7 @@ class Stream:
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
         self._mesh = _common([place.mesh for place in places if place is not None])
         self._specs = [PartitionSpec() if p is None else p.spec for p in places]
-        self._guard = threading.Lock()
+        self._guard = new_lock()
         self._events: dict[int, _Event] = {}
         self._calls: Counter[int] = Counter()
         self._broken: CheckpointError | None = None
@@ -300,18 +301,19 @@ class Stream:
     def _take(
         self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
     ) -> np.int32:
-        incoming = self._begin(scalars)
-        if incoming is None:
-            return np.int32(0)
         try:
-            for target, leaf in zip(incoming.memory, leaves, strict=True):
-                np.copyto(target, leaf)
-            self._saves.arrived(incoming)
-        except Exception as error:
-            self._saves.give_up(incoming)
-            self._fail(error)
-        except BaseException:  # an interrupt
-            self._saves.give_up(incoming)
+            incoming = self._begin(scalars)
+            if incoming is None:
+                return np.int32(0)
+            try:
+                for target, leaf in zip(incoming.memory, leaves, strict=True):
+                    np.copyto(target, leaf)
+                self._saves.arrived(incoming)
+            except Exception as error:
+                self._saves.give_up(incoming)
+                self._fail(error)
+        except BaseException:  # an interrupt, which may come to the main thread
+            self._saves.give_up_all()
             raise
         return np.int32(0)
 
@@ -332,6 +334,8 @@ class Stream:
         if is_first:
             try:
                 event.incoming = self._begin(scalars)
+                if event.incoming is not None:
+                    self._saves.hold(event.incoming)
             except BaseException as error:
                 event.error = error
             event.is_ready.set()

@@ -20,6 +20,17 @@ from jax.core import Tracer
 
 from flaxckpt._names import is_plain, is_recordable, spelled
 from flaxckpt._placing import is_placement, placed
+from flaxckpt._ties import (
+    MODULE,
+    STATE,
+    VARIABLE,
+    Flat,
+    Place,
+    Seen,
+    children_of,
+    flatten,
+    role_of,
+)
 from flaxckpt._values import is_function, is_value
 from flaxckpt.errors import (
     CheckpointMismatchError,
@@ -29,8 +40,14 @@ from flaxckpt.errors import (
 
 PyTree: TypeAlias = Any
 Skeleton: TypeAlias = Any
-"""Structure as JSON: a leaf's index, null, or one of {"dict": [[key, child], ...]},
-{"list": [child, ...]} and {"tuple": [child, ...]}."""
+"""Structure as JSON: a leaf's index, null, or an object with one key, which is one of
+
+- {"dict": [[key, child], ...]}, {"list": [child, ...]} and {"tuple": [child, ...]};
+- {"module": [[key, child], ...]}, an object or State of Flax NNX;
+- {"variable": child}, an NNX Variable. Paths have the name `value` for this level;
+- {"same": [position, ...]}, another place of a module or variable that comes earlier,
+  or that this place is in: the positions of a child of the root, of one in that, and so
+  on. Such a place has no leaves of its own."""
 
 _ARRAYS = ("jax", "numpy", "numpy_scalar")
 _FROM_LIKE = ("static", "function")
@@ -135,8 +152,14 @@ class Layout:
     leaves: tuple[Leaf, ...]
 
     def fill(self, values: Sequence[Any]) -> PyTree:
-        """Return the tree as dicts, lists and tuples, with these leaves."""
-        return _fill(self.skeleton, values)
+        """Return the tree as dicts, lists and tuples, with these leaves.
+
+        Modules, States and Variables of NNX become what `nnx.to_pure_dict` makes of
+        their state, which `nnx.update` and `nnx.replace_by_pure_dict` take: dicts of
+        values, each once, with integers for positions. What is shared by several of
+        them is in each.
+        """
+        return _Filling(self.skeleton, values).plain(self.skeleton, ())
 
     def fill_for_orbax(self, values: Sequence[Any]) -> PyTree:
         """Return the tree as Orbax stores it: keys as spelled, no tuples, never empty.
@@ -180,22 +203,14 @@ class Layout:
         sources: list[int] = []
 
         def visit(node: Skeleton, path: tuple[str, ...]) -> Skeleton:
-            match node:
-                case None:
-                    return None
-                case int():
-                    leaves.append(replace(self.leaves[node], path=path))
-                    sources.append(node)
-                    return len(leaves) - 1
-                case {"dict": pairs}:
-                    below = [
-                        [key, visit(each, (*path, str(key)))] for key, each in pairs
-                    ]
-                    return {"dict": below}
-                case _:
-                    pass
-            ((kind, children),) = node.items()
-            return {kind: [visit(e, (*path, str(i))) for i, e in enumerate(children)]}
+            if node is None:
+                return None
+            if isinstance(node, int):
+                leaves.append(replace(self.leaves[node], path=path))
+                sources.append(node)
+                return len(leaves) - 1
+            pairs = children_in(node)
+            return with_children(node, [visit(e, (*path, str(k))) for k, e in pairs])
 
         return Layout(visit(skeleton, ()), tuple(leaves)), sources
 
@@ -271,12 +286,13 @@ def describe(
     Raises:
         UnsupportedLeafError: Naming every leaf that cannot be stored.
     """
-    structure = _structure(tree)
+    flat = flatten(tree)
+    structure = _structure(flat, tree)
     leaves: list[Leaf] = []
     stored: list[Any] = []
     refused: list[tuple[str, str]] = []
     for value, path, in_equinox in zip(
-        jax.tree_util.tree_leaves(tree),
+        flat.leaves,
         structure.paths,
         structure.in_equinox,
         strict=True,
@@ -309,7 +325,7 @@ def describe(
 
 def skeleton_of(tree: PyTree) -> Skeleton:
     """Return the structure of a tree, with the indices of its leaves."""
-    return _structure(tree).skeleton
+    return _structure(flatten(tree), tree).skeleton
 
 
 @dataclass(frozen=True)
@@ -351,9 +367,22 @@ def on_host(leaf: Leaf) -> Wanted:
     return Wanted(replace(leaf, kind="numpy") if leaf.kind == "jax" else leaf)
 
 
+@dataclass(frozen=True)
+class Twin:
+    """A stored leaf that has to equal another one, for `like` has one for both.
+
+    Attributes:
+        position: Which of the wanted leaves it is.
+        index: The index in the layout of the other stored leaf.
+    """
+
+    position: int
+    index: int
+
+
 def match(
     path: str, layout: Layout, like: PyTree, *, cast: bool
-) -> list[tuple[int | None, Wanted]]:
+) -> tuple[list[tuple[int | None, Wanted]], list[Twin]]:
     """Compare a stored tree with the wanted one.
 
     Args:
@@ -365,23 +394,30 @@ def match(
 
     Returns:
         For each leaf that is wanted, in order, its index in `layout` (None for one
-        that is no value, to be taken from `like`) and what it is wanted as.
+        that is no value, to be taken from `like`) and what it is wanted as. A leaf that
+        is stored once and wanted in several places has its index at each. And the
+        stored leaves whose values still have to be compared.
 
     Raises:
         CheckpointMismatchError: Listing every leaf in which the two differ.
         UnsupportedLeafError: If `like` has no value where one is stored.
     """
-    stored = {leaf.path: index for index, leaf in enumerate(layout.leaves)}
+    unused = dict.fromkeys(range(len(layout.leaves)))
     found: list[tuple[int | None, Wanted]] = []
+    twins: list[Twin] = []
     differences: list[LeafDifference] = []
     refused: list[tuple[str, str]] = []
     if like is None:
         wanted = [_as_stored(leaf, cast=cast) for leaf in layout.leaves]
+        places: list[list[int]] = [[index] for index in range(len(wanted))]
     else:
         wanted = wanted_leaves(like)
-    for want in wanted:
-        index = stored.pop(want.leaf.path, None)
+        places = _places(layout, [want.leaf.path for want in wanted], like)
+    for want, indices in zip(wanted, places, strict=True):
+        index = indices[0] if indices else None
         have = None if index is None else layout.leaves[index]
+        for each in indices:
+            unused.pop(each, None)
         want = want.resolved(have)
         if want.leaf.is_from_like:
             if have is not None and not have.is_from_like:
@@ -396,10 +432,16 @@ def match(
         if problem is not None:
             stored_as = "nothing" if have is None else str(have)
             differences.append(LeafDifference(want.leaf.name, stored_as, problem))
+        for each in indices[1:]:
+            twin = layout.leaves[each]
+            if have is not None and (twin.kind, str(twin)) != (have.kind, str(have)):
+                differences.append(difference_of_twins(have, twin))
+            elif have is not None and not (have.digest and have.digest == twin.digest):
+                twins.append(Twin(len(found), each))
         found.append((index, want))
     if refused:
         raise UnsupportedLeafError(tuple(refused), "restored")
-    for index in stored.values():
+    for index in unused:
         leaf = layout.leaves[index]
         if not leaf.is_from_like:
             differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
@@ -409,48 +451,94 @@ def match(
             differences,
             _advice(differences, cast=cast, has_like=like is not None),
         )
-    return found
+    return found, twins
+
+
+def difference_of_twins(have: Leaf, twin: Leaf) -> LeafDifference:
+    """Describe two stored leaves that differ where `like` has one for both."""
+    return LeafDifference(
+        have.name, f"{have}, and other values as {twin.name}", "one shared by both"
+    )
+
+
+def _places(
+    layout: Layout, wanted: Sequence[tuple[str, ...]], like: PyTree
+) -> list[list[int]]:
+    """Find where each wanted leaf is stored: the indices in the layout, lowest first.
+
+    Usually that is one. Where `like` has something in several places that was stored
+    several times, it is one for each; it is none where nothing is stored.
+    """
+    skeleton = skeleton_of(like)
+    if not (_has_same(layout.skeleton) or _has_same(skeleton)):
+        stored = {leaf.path: index for index, leaf in enumerate(layout.leaves)}
+        if stored.keys() >= set(wanted):
+            return [[stored[path]] for path in wanted]
+    indices: list[set[int]] = [set() for _ in wanted]
+    seen: set[tuple[int, int]] = set()
+
+    def visit(have: Skeleton, want: Skeleton) -> None:
+        """Walk both trees along all paths that both have."""
+        have, want = _target(layout.skeleton, have), _target(skeleton, want)
+        # A pure dict has a Variable's value in the Variable's place.
+        if _is_variable(have) and _VALUE not in dict(children_in(want)):
+            have = have["variable"]
+        if _is_variable(want) and _VALUE not in dict(children_in(have)):
+            want = want["variable"]
+        if isinstance(have, int) and isinstance(want, int):
+            indices[want].add(have)
+        if isinstance(have, dict) and isinstance(want, dict):
+            pair = id(have), id(want)
+            if pair not in seen:
+                seen.add(pair)
+                there = {str(key): child for key, child in children_in(have)}
+                for key, child in children_in(want):
+                    if str(key) in there:
+                        visit(there[str(key)], child)
+
+    visit(layout.skeleton, skeleton)
+    return [sorted(each) for each in indices]
 
 
 def spread(like: PyTree, layout: Layout) -> PyTree:
     """Return `like` with a placement of a whole subtree given to each leaf of it."""
-    leaves, structure = jax.tree.flatten(like)
-    if not any(map(is_placement, leaves)):
+    flat = flatten(like)
+    if not any(map(is_placement, flat.leaves)):
         return like
-    paths = _structure(like).paths
 
     def spread_one(leaf: Any, path: tuple[str, ...]) -> Any:
-        node = _node_at(layout.skeleton, path) if is_placement(leaf) else 0
-        return (
-            leaf if isinstance(node, int) else _fill(node, [leaf] * len(layout.leaves))
-        )
+        found = _node_at(layout.skeleton, path) if is_placement(leaf) else None
+        if found is None or isinstance(found[0], int):
+            return leaf
+        return _Filling(layout.skeleton, [leaf] * len(layout.leaves)).plain(*found)
 
-    return structure.unflatten(map(spread_one, leaves, paths))
+    paths = _structure(flat, like).paths
+    return flat.rebuilt(list(map(spread_one, flat.leaves, paths)))
 
 
-def _node_at(skeleton: Skeleton, path: Sequence[str]) -> Skeleton:
-    """Return the structure below a path; a number where there is none."""
+def _node_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] | None:
+    """Return the structure below a path, and where it is; None where there is none."""
+    node, place = skeleton, ()
     for name in path:
-        match skeleton:
-            case {"dict": pairs}:
-                children = {str(key): child for key, child in pairs}
-            case {"list": children} | {"tuple": children}:
-                children = {str(i): child for i, child in enumerate(children)}
-            case _:
-                return 0
-        if name not in children:
-            return 0
-        skeleton = children[name]
-    return skeleton
+        names = [str(key) for key, _ in children_in(node)]
+        if name not in names:
+            return None
+        place = (*place, names.index(name))
+        node = children_in(node)[place[-1]][1]
+        if isinstance(node, dict) and "same" in node:
+            place = tuple(node["same"])
+            node = node_at(skeleton, place)
+    return node, place
 
 
 def wanted_leaves(like: PyTree) -> list[Wanted]:
     """Describe what a tree of arrays, `ShapeDtypeStruct`s or shardings asks for."""
-    structure = _structure(like)
+    flat = flatten(like)
+    structure = _structure(flat, like)
     wanted: list[Wanted] = []
     refused: list[tuple[str, str]] = []
     for value, path, in_equinox in zip(
-        jax.tree_util.tree_leaves(like),
+        flat.leaves,
         structure.paths,
         structure.in_equinox,
         strict=True,
@@ -526,16 +614,15 @@ class _Structure:
     refused: Sequence[tuple[str, str]]
 
 
-def _structure(tree: PyTree) -> _Structure:
-    treedef = jax.tree_util.tree_structure(tree)
+def _structure(flat: Flat, tree: PyTree) -> _Structure:
     try:
-        known = _KNOWN.get(treedef)
+        known = _KNOWN.get(flat.key)
     except TypeError:  # static data that does not hash
         return _walk(tree)
     if known is None:
         if len(_KNOWN) >= 64:
             _KNOWN.clear()
-        known = _KNOWN[treedef] = _walk(tree)
+        known = _KNOWN[flat.key] = _walk(tree)
     return known
 
 
@@ -547,13 +634,23 @@ def _walk(tree: PyTree) -> _Structure:
     within: list[bool] = []
     refused: list[tuple[str, str]] = []
     equinox = sys.modules.get("equinox")
+    seen = Seen()
 
-    def visit(node: PyTree, path: tuple[str, ...], in_equinox: bool) -> Skeleton:
+    def visit(
+        node: PyTree,
+        path: tuple[str, ...],
+        place: Place,
+        in_equinox: bool,
+        in_state: bool,
+    ) -> Skeleton:
         if node is None:
             return None
-        children, _ = jax.tree_util.tree_flatten_with_path(
-            node, is_leaf=lambda child: child is not node
-        )
+        role = role_of(node)
+        if role in (VARIABLE, MODULE) and not in_state:
+            before = seen.place_of(node, place)
+            if before is not None:
+                return {"same": list(before)}
+        children, _ = children_of(node)
         if len(children) == 1 and not children[0][0]:
             paths.append(path)
             within.append(in_equinox)
@@ -561,17 +658,23 @@ def _walk(tree: PyTree) -> _Structure:
         inside = in_equinox or (
             equinox is not None and isinstance(node, equinox.Module)
         )
+        values = in_state or role == STATE
         keys = [key_of(entries[0]) for entries, _ in children]
         refused.extend(_refused_keys(path, keys))
         below = [
-            visit(child, (*path, str(key)), inside)
-            for key, (_, child) in zip(keys, children, strict=True)
+            visit(child, (*path, str(key)), (*place, position), inside, values)
+            for position, (key, (_, child)) in enumerate(
+                zip(keys, children, strict=True)
+            )
         ]
+        if role == VARIABLE and keys == [_VALUE]:
+            return {"variable": below[0]}
         if type(node) in (list, tuple):
             return {type(node).__name__: below}
-        return {"dict": [list(pair) for pair in zip(keys, below, strict=True)]}
+        kind = "module" if role in (MODULE, STATE) else "dict"
+        return {kind: [list(pair) for pair in zip(keys, below, strict=True)]}
 
-    skeleton = visit(tree, (), in_equinox=False)
+    skeleton = visit(tree, (), (), in_equinox=False, in_state=False)
     names = {} if refused else spelled(paths)
     return _Structure(skeleton, tuple(paths), tuple(within), names, refused)
 
@@ -585,24 +688,138 @@ def key_of(entry: Any) -> str | int:
     return str(entry)
 
 
-def _fill(skeleton: Skeleton, values: Sequence[Any]) -> PyTree:
-    match skeleton:
-        case None:
-            return None
-        case int():
-            return values[skeleton]
-        case {"dict": pairs}:
-            # JAX sorts the keys of a dict, and cannot sort numbers among text.
-            are_mixed = len({type(key) for key, _ in pairs}) > 1
-            keys = [str(key) if are_mixed else key for key, _ in pairs]
-            children = [_fill(child, values) for _, child in pairs]
-            return dict(zip(keys, children, strict=True))
-        case {"list": children}:
-            return [_fill(child, values) for child in children]
-        case {"tuple": children}:
-            return tuple(_fill(child, values) for child in children)
+def children_in(node: Skeleton) -> list[tuple[str | int, Skeleton]]:
+    """Return the children of a skeleton's node with their names; none of a leaf."""
+    match node:
+        case {"dict": pairs} | {"module": pairs}:
+            return [(key, child) for key, child in pairs]
+        case {"list": children} | {"tuple": children}:
+            return list(enumerate(children))
+        case {"variable": child}:
+            return [(_VALUE, child)]
+        case None | int() | {"same": _}:
+            return []
         case _:
-            raise ValueError(f"no structure: {skeleton!r}")
+            raise ValueError(f"no structure: {node!r}")
+
+
+def with_children(node: Skeleton, children: Sequence[Skeleton]) -> Skeleton:
+    """Return a skeleton's node with other children, one for each that it has."""
+    match node:
+        case {"dict": pairs} | {"module": pairs}:
+            (kind,) = node
+            keys = [key for key, _ in pairs]
+            return {kind: [list(pair) for pair in zip(keys, children, strict=True)]}
+        case {"list": _} | {"tuple": _}:
+            (kind,) = node
+            return {kind: list(children)}
+        case {"variable": _}:
+            return {"variable": children[0]}
+        case _:
+            return node
+
+
+def node_at(skeleton: Skeleton, place: Iterable[int]) -> Skeleton:
+    """Return the node of a skeleton at a place, as `same` gives it."""
+    for position in place:
+        skeleton = children_in(skeleton)[position][1]
+    return skeleton
+
+
+def _target(skeleton: Skeleton, node: Skeleton) -> Skeleton:
+    """Return a node of a skeleton, or the one that it is another place of."""
+    is_same = isinstance(node, dict) and "same" in node
+    return node_at(skeleton, node["same"]) if is_same else node
+
+
+def _is_variable(node: Skeleton) -> bool:
+    return isinstance(node, dict) and "variable" in node
+
+
+def _has_same(skeleton: Skeleton) -> bool:
+    """Tell whether anything in a skeleton is in several places."""
+    if not isinstance(skeleton, dict):
+        return False
+    return "same" in skeleton or any(_has_same(e) for _, e in children_in(skeleton))
+
+
+_VALUE = "value"
+_ABSENT: Any = object()
+
+
+class _Filling:
+    """A skeleton on the way to dicts, lists and tuples of values."""
+
+    def __init__(self, skeleton: Skeleton, values: Sequence[Any]) -> None:
+        self._root, self._values = skeleton, values
+        self._used: set[int] = set()
+
+    def plain(
+        self, node: Skeleton, place: Place, seen: set[Place] | None = None
+    ) -> PyTree:
+        """Fill a node in.
+
+        Args:
+            node: The node.
+            place: Where it is.
+            seen: What is filled in already of the module that it is in.
+        """
+        match node:
+            case None:
+                return None
+            case int():
+                return self._value(node)
+            case {"same": target}:
+                place = tuple(target)
+                if seen is not None and place in seen:
+                    return None
+                return self.plain(node_at(self._root, place), place, seen)
+            case {"module": _} | {"variable": _}:
+                pure = self._pure(node, place, set() if seen is None else seen)
+                return {} if pure is _ABSENT else pure
+            case _:
+                pass
+        below = {
+            key: self.plain(child, (*place, position), seen)
+            for position, (key, child) in enumerate(children_in(node))
+        }
+        (kind,) = node
+        if kind == "dict":
+            # JAX sorts the keys of a dict, and cannot sort numbers among text.
+            are_mixed = len(set(map(type, below))) > 1
+            return {str(k): e for k, e in below.items()} if are_mixed else below
+        return list(below.values()) if kind == "list" else tuple(below.values())
+
+    def _pure(self, node: Skeleton, place: Place, seen: set[Place]) -> Any:
+        """Fill in a part of a module, as NNX flattens it: nothing empty or twice."""
+        match node:
+            case None:
+                return _ABSENT
+            case int():
+                return self._value(node)
+            case {"same": target}:
+                place = tuple(target)
+                return self._pure(node_at(self._root, place), place, seen)
+            case _ if place in seen:
+                return _ABSENT
+            case {"variable": child}:
+                seen.add(place)
+                return self.plain(child, (*place, 0), seen)
+            case _:
+                seen.add(place)
+        below = {
+            key: self._pure(child, (*place, position), seen)
+            for position, (key, child) in enumerate(children_in(node))
+        }
+        below = {key: value for key, value in below.items() if value is not _ABSENT}
+        return below or _ABSENT
+
+    def _value(self, index: int) -> Any:
+        value = self._values[index]
+        if index in self._used and isinstance(value, jax.Array | np.ndarray):
+            return value.copy()  # each place has its own, to change or to donate
+        self._used.add(index)
+        return value
 
 
 def _fill_plainly(
@@ -610,24 +827,27 @@ def _fill_plainly(
 ) -> PyTree:
     """Return the tree as Orbax stores it, less the leaves that are stored apart.
 
-    None stands for them in lists; dicts have no entry.
+    None stands for them in lists, and for other places of what is shared; dicts have no
+    entry.
     """
     match skeleton:
-        case None:
+        case None | {"same": _}:
             return None
         case int():
             return None if leaves[skeleton].is_apart else values[skeleton]
-        case {"dict": pairs}:
-            keys = [_stored_key(str(key), child, leaves, depth) for key, child in pairs]
-            return {
-                key: _fill_plainly(child, values, leaves, depth + 1)
-                for key, (_, child) in zip(keys, pairs, strict=True)
-                if key is not None
-            }
         case {"list": children} | {"tuple": children}:
             return [_fill_plainly(each, values, leaves, depth + 1) for each in children]
         case _:
-            raise ValueError(f"no structure: {skeleton!r}")
+            pairs = [
+                (_stored_key(str(key), child, leaves, depth), child)
+                for key, child in children_in(skeleton)
+                if not (isinstance(child, dict) and "same" in child)
+            ]
+            return {
+                key: _fill_plainly(child, values, leaves, depth + 1)
+                for key, child in pairs
+                if key is not None
+            }
 
 
 def _stored_key(
@@ -647,18 +867,10 @@ def _stored_key(
 
 def _indices(skeleton: Skeleton) -> Iterator[int]:
     """Yield the indices of a structure's leaves."""
-    match skeleton:
-        case None:
-            return
-        case int():
-            yield skeleton
-        case {"dict": pairs}:
-            for _, child in pairs:
-                yield from _indices(child)
-        case _:
-            for children in skeleton.values():
-                for child in children:
-                    yield from _indices(child)
+    if isinstance(skeleton, int):
+        yield skeleton
+    for _, child in children_in(skeleton):
+        yield from _indices(child)
 
 
 def _look_up(tree: PyTree, path: Iterable[str]) -> Any:

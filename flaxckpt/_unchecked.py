@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flaxckpt._ties import leaves_of
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -123,7 +125,7 @@ def as_arguments(tree: T, *beside: Any) -> T:
         return tree
     meshes = [
         leaf.sharding.mesh
-        for leaf in jax.tree.leaves((tree, beside))
+        for leaf in leaves_of((tree, beside))
         if isinstance(getattr(leaf, "sharding", None), NamedSharding)
         and isinstance(leaf.sharding.mesh, Mesh)
     ]

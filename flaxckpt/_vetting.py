@@ -19,26 +19,33 @@ from flaxckpt._record import located
 from flaxckpt.errors import CheckpointCorruptError
 
 _SMALL = (".json", ".ocdbt", ".checkpoint", "_METADATA", "_sharding")
+_EVERY = 256 * 2**20  # a file may have, whatever there is in it
 _PACKING = 2**16  # no compression makes so many bytes of one
 
 
-def check_plain(path: Path, needed: int = 0) -> None:
-    """Check that a checkpoint has nothing but plain files, and not too few bytes.
+def check_plain(path: Path, needed: int = 0, held: int | None = None) -> None:
+    """Check that a checkpoint has nothing but plain files, of sizes that can be.
+
+    TensorStore ends the process where it gets no memory for a file that it reads.
 
     Args:
         path: The checkpoint.
-        needed: How many bytes its arrays take in memory.
+        needed: How many bytes the arrays take in memory that are to be read.
+        held: How many all of its arrays take; None if that is not known.
 
     Raises:
-        CheckpointCorruptError: If there is something else, a small file that is large,
-            or an array that cannot be in files of this size.
+        CheckpointCorruptError: If there is something else, a file that is too large for
+            what it holds, or an array that cannot be in files of this size.
         CheckpointPathError: If this process cannot read one of the directories.
     """
+    largest = _EVERY + 2 * held if held is not None else None
     total = 0
     try:
         for entry in plain_files(located(path)):
             size = entry.stat().st_size
-            if size > SMALL_BYTES and entry.name.endswith(_SMALL):
+            if (size > SMALL_BYTES and entry.name.endswith(_SMALL)) or (
+                largest is not None and size > largest
+            ):
                 raise NoFileError(f"{entry.name} has {size} bytes")
             total += size
     except NoFileError as error:

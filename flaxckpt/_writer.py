@@ -1,22 +1,27 @@
 """Saves in the background: one after the other, none lost, no error unheard."""
 
 import concurrent.futures.thread
+import contextlib
+import itertools
 import os
+import sys
 import threading
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._background import stand_back
 from flaxckpt._failures import in_one_line
+from flaxckpt._locks import new_lock, unlock_all
 from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
 _MOST_ERRORS = 20
+# Who has a job, if it is not a thread that has claimed it.
+_NOBODY, _WRITER, _PROGRAM = 0, -1, -2
 
 
 def _nothing() -> None:
@@ -36,6 +41,10 @@ class Job:
         content: What a claimed job that was waiting already has to write.
         memory: What it works on, None for nothing that the next job could use when this
             one is done.
+        then: What it does instead, once that is filled; None for no change.
+        is_filled: Tells whether there is all that it has to write.
+        holder: The thread that has claimed it, or one of the values above.
+        number: Its place among those that wait.
     """
 
     key: Any = None
@@ -44,6 +53,18 @@ class Job:
     after: Callable[[], None] = _nothing
     content: Any = None
     memory: Any = None
+    then: "Job | None" = None
+    is_filled: Callable[[], bool] = bool
+    holder: int = _NOBODY
+    number: int = 0
+
+    def change(self) -> None:
+        """Become what `then` says. If that is interrupted, it can be done again."""
+        then = self.then
+        if then is not None:
+            self.key, self.path, self.content = then.key, then.path, then.content
+            self.run, self.after, self.memory = then.run, then.after, then.memory
+            self.then = None
 
 
 class Writer:
@@ -52,19 +73,31 @@ class Writer:
     A job is claimed, filled, and submitted. One that fails is remembered, and its error
     raised by the next call of `wait`, `check` or `close`, once; those of other jobs
     that failed by then are notes on it.
+
+    An interrupt (Ctrl-C) may end a call at any line. So each step is one assignment,
+    all jobs are in one list from the claim to the end, and each says who has it. What a
+    call has claimed and not submitted, the next call of the same thread gives back.
+
+    In a process that was forked from the one that made it, it does nothing.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
-        self._claimed = 0
+        self._lock = new_lock()
+        self._changed = threading.Condition(self._lock)
+        self._jobs: list[Job] = []
+        self._numbers = itertools.count(1)
         self._is_busy = False
         self._memory: list[Any] = []
         self._errors: list[CheckpointError] = []
         self._more_errors = self._ended = 0
         self._warnings: list[str] = []
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from."""
+        return self._process != os.getpid()
 
     def claim(self, key: Any, limit: int, *, wait: bool = True) -> Job | None:
         """Get a job to fill: a waiting one of the same key, or a new one.
@@ -77,40 +110,74 @@ class Writer:
         Returns:
             The job, which is not in the queue any more; None if there are too many.
         """
-        with self._changed:
+        own = threading.get_ident()
+        self.take_back()
+        with self._lock:
             for job in self._waiting:
                 if key is not None and job.key == key:
-                    self._waiting.remove(job)
-                    self._claimed += 1
+                    job.holder = own
                     return job
-            if not wait and self._count() >= limit:
+            if not wait and len(self._jobs) >= limit:
                 return None
-            self._changed.wait_for(lambda: self._count() < limit)
-            self._claimed += 1
-            return Job(key, memory=self._memory.pop() if self._memory else None)
+            self._changed.wait_for(lambda: len(self._jobs) < limit)
+            memory = self._memory.pop() if self._memory else None
+            job = Job(key, memory=memory, holder=own)
+            self._jobs.append(job)
+            return job
+
+    def hold(self, job: Job) -> None:
+        """Have a claimed job be that of a program, whichever thread calls next."""
+        job.holder = _PROGRAM
 
     def submit(self, job: Job) -> None:
         """Put a claimed job into the queue."""
-        with self._changed:
-            self._claimed -= 1
-            if self._thread is None:
-                thread = threading.Thread(
-                    target=self._work, name="flaxckpt", daemon=True
-                )
-                thread.start()  # which may fail, and then nothing has changed
-                self._thread = thread
-            self._waiting.append(job)
-            _UNHEARD.add(self)
+        _UNHEARD.add(self)
+        with self._lock:
+            self._start()  # which may fail, and then nothing has changed
+            job.change()
+            job.number = next(self._numbers)
+            job.holder = _NOBODY
             self._changed.notify_all()
 
     def give_back(self, job: Job) -> None:
-        """Return a claimed job as it was claimed, because it could not be filled."""
-        if job.run is not _nothing:
-            self.submit(job)
-            return
-        with self._changed:
-            self._claimed -= 1
+        """Return a claimed job: with what was filled, or else as it was claimed."""
+        if job.then is not None and job.then.is_filled():
+            job.change()
+        with self._lock:
+            if job.run is _nothing:
+                if job in self._jobs:
+                    self._jobs.remove(job)
+            else:
+                job.then = None
+                job.number = job.number or next(self._numbers)
+                job.holder = _NOBODY
+                _UNHEARD.add(self)
+                with contextlib.suppress(RuntimeError):  # `wait` tries again
+                    self._start()
             self._changed.notify_all()
+
+    def take_back(self) -> None:
+        """Give back what an interrupted call of this thread has left."""
+        unlock_all()
+        own = threading.get_ident()
+        for job in [job for job in self._jobs if job.holder == own]:
+            self.give_back(job)
+
+    def _start(self) -> None:
+        """Start the thread, unless it is there.
+
+        An interrupt may come between the steps. So the thread is noted before it
+        starts, and one that is not the one noted ends before it takes a job.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            thread = threading.Thread(target=self._work, name="flaxckpt", daemon=True)
+            self._thread = thread
+            thread.start()
+
+    @property
+    def _waiting(self) -> list[Job]:
+        waiting = [job for job in self._jobs if job.holder == _NOBODY]
+        return sorted(waiting, key=lambda job: job.number)
 
     def wait(self) -> None:
         """Wait until all jobs are done.
@@ -118,30 +185,42 @@ class Writer:
         Raises:
             CheckpointError: If one failed; once.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and self._running is None)
+        if self.is_inherited:
+            return
+        self.take_back()
+        with self._lock:
+            if self._is_working():
+                self._start()
+            self._changed.wait_for(lambda: not self._is_working())
         self.check()
         _UNHEARD.discard(self)
 
     def check(self) -> None:
         """Raise the errors of jobs that have failed by now, without waiting."""
+        if not (self._errors or self._warnings) or self.is_inherited:
+            return
         while self._warnings:
             warnings.warn(self._warnings.pop(0), stacklevel=4)
         if not self._errors:
             return
-        with self._changed:
-            (first, *others), more = self._errors, self._more_errors
-            self._errors.clear()
-            self._more_errors = self._ended = 0
-        for other in others:
-            first.add_note(f"And: {_briefly(other)}")
-        if more:
-            first.add_note(f"And {more} more.")
-        raise first
+        with self._lock:
+            told, more = len(self._errors), self._more_errors
+            first, *others = self._errors
+        notes = [f"And: {_briefly(other)}" for other in others]
+        notes += [f"And {more} more."] * bool(more)
+        if notes:
+            first.__notes__ = notes
+        try:
+            raise first
+        except CheckpointError:  # not if an interrupt comes instead: it is unheard then
+            with self._lock:
+                self._errors = self._errors[told:]
+                self._more_errors = self._ended = 0
+            raise
 
     def end_program(self) -> None:
         """Raise an error that has ended no program yet; `wait` raises it, too."""
-        with self._changed:
+        with self._lock:
             first, self._ended = self._ended, len(self._errors)
             if first < self._ended:
                 raise ending(self._errors[first])
@@ -158,7 +237,7 @@ class Writer:
             path: Where it was to write.
             ends: Whether it ends a program, too.
         """
-        with self._changed:
+        with self._lock:
             self._note(translated(error, path))
             _UNHEARD.add(self)
             if ends:
@@ -183,42 +262,58 @@ class Writer:
         Raises:
             CheckpointError: If a job failed.
         """
+        if self.is_inherited:
+            return
         try:
             self.wait()
         finally:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: not self._is_busy)
                 self._memory.clear()
 
+    def abandon(self) -> None:
+        """Forget what nobody saves with any more; errors are told at the end.
+
+        Takes no lock, for it is called where Python collects garbage. No job is there.
+        """
+        self._memory.clear()
+        if not (self._errors or self._warnings):
+            _UNHEARD.discard(self)
+
     def is_idle(self) -> bool:
         """Tell whether there is no job but the one that the caller has claimed."""
-        with self._changed:
-            return self._count() == 1
+        return len(self._jobs) == 1
 
-    def _count(self) -> int:
-        return len(self._waiting) + self._claimed + (self._running is not None)
+    def _is_working(self) -> bool:
+        return any(job.holder in (_NOBODY, _WRITER) for job in self._jobs)
 
     def _work(self) -> None:
         stand_back()
         stay_unchecked()
+        own = threading.current_thread()
         while True:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._waiting, _IDLE_SECS):
+            with self._lock:
+                self._changed.wait_for(
+                    lambda: self._waiting or self._thread is not own, _IDLE_SECS
+                )
+                if self._thread is not own:
+                    return
+                if not self._waiting:
                     self._thread = None
                     return
-                job = self._running = self._waiting.popleft()
-                self._is_busy = True
+                job = self._waiting[0]
+                job.holder, self._is_busy = _WRITER, True
             error = _error_of(job)
-            with self._changed:
+            with self._lock:
                 if error is not None:
                     self._note(error)
                 if error is None and job.memory is not None:  # of use
                     self._memory.append(job.memory)
-                self._running = None
+                self._jobs.remove(job)
                 self._changed.notify_all()
             self._do_after(job)
-            del job
-            with self._changed:
+            del job, error
+            with self._lock:
                 self._is_busy = False
                 self._changed.notify_all()
 
@@ -226,7 +321,7 @@ class Writer:
         try:
             job.after()
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 self._note(translated(error, job.path))
                 _UNHEARD.add(self)
 
@@ -277,22 +372,42 @@ def before_end(function: Callable[[], None]) -> None:
 
 _BEFORE_END: list[Callable[[], None]] = []
 _UNHEARD: set[Writer] = set()
-os.register_at_fork(after_in_child=_UNHEARD.clear)  # the threads are the parent's
+
+
+def _forget() -> None:
+    """Let a forked process not wait for threads, which are its parent's."""
+    _UNHEARD.clear()
+    _BEFORE_END.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _finish() -> None:
     """End well where the program ends without `wait` or `close`."""
     _join_others()
-    for function in _BEFORE_END:
+    for function in list(_BEFORE_END):
         try:
             function()
         except Exception as error:
-            warnings.warn(f"At the program's end: {error}", stacklevel=1)
+            _tell(error)
     for writer in list(_UNHEARD):
-        try:
-            writer.close()
-        except CheckpointError as error:
-            warnings.warn(f"At the program's end: {error}", stacklevel=1)
+        is_closed = False
+        while not is_closed:
+            try:
+                writer.close()
+                is_closed = True
+            except (CheckpointError, Warning) as error:  # each is raised once
+                _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    """Say what nobody can be raised any more; go on where a warning is an error."""
+    message = f"At the program's end: {error}"
+    try:
+        warnings.warn(message, stacklevel=1)
+    except Warning:
+        print(f"flaxckpt: {message}", file=sys.stderr)
 
 
 def _join_others() -> None:

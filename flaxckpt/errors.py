@@ -127,13 +127,26 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
         directory: Where both want to write.
         host: The other process's machine; empty if not known.
         pid: Its process number there; 0 if not known.
+        is_parent: Whether this process was forked from that one, and uses an object
+            that was made there.
     """
 
-    def __init__(self, directory: str, host: str, pid: int) -> None:
-        super().__init__(directory, host, pid)
+    def __init__(
+        self, directory: str, host: str, pid: int, is_parent: bool = False
+    ) -> None:
+        super().__init__(directory, host, pid, is_parent)
         self.directory, self.host, self.pid = directory, host, pid
+        self.is_parent = is_parent
 
     def __str__(self) -> str:
+        if self.is_parent:
+            return (
+                f"This ModelCheckpoint for {self.directory!r} was made in process "
+                f"{self.pid}, and this process was forked from that one: it saves "
+                f"nothing here. Save in process {self.pid}, or start this one by "
+                'multiprocessing\'s "spawn" method and make a ModelCheckpoint with '
+                "another filepath in it."
+            )
         who = f"process {self.pid} on {self.host}" if self.host else "another process"
         return (
             f"The checkpoints in {self.directory!r} are being written by {who}. End "
@@ -147,13 +160,23 @@ class CheckpointNotFoundError(CheckpointError, LookupError):
     Attributes:
         path: Where it was looked for.
         found: Names of the checkpoints that are in the directory around it.
+        replaced: What became of the one that was asked for, where another one has
+            taken its place since it was listed; else empty.
     """
 
-    def __init__(self, path: str, found: tuple[str, ...] = ()) -> None:
-        super().__init__(path, found)
-        self.path, self.found = path, found
+    def __init__(
+        self, path: str, found: tuple[str, ...] = (), replaced: str = ""
+    ) -> None:
+        super().__init__(path, found, replaced)
+        self.path, self.found, self.replaced = path, found, replaced
 
     def __str__(self) -> str:
+        if self.replaced:
+            return (
+                f"The checkpoint at {self.path!r} was replaced since it was listed: "
+                f"{self.replaced}. List the directory again, or pass the path to get "
+                "the one that is there."
+            )
         there = ", ".join(self.found) or "none"
         return (
             f"No checkpoint at {self.path!r} (checkpoints beside it: {there}). "

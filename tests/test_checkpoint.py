@@ -29,8 +29,8 @@ from flaxckpt import (
     ModelCheckpoint,
     SettingError,
     TemplateError,
-    _record,
 )
+from flaxckpt._parsing import checksum, dumped
 from flaxckpt._state import plain_state, resumed
 
 TREE = {"w": np.arange(3.0)}
@@ -70,7 +70,7 @@ def shown(directory):
 def rewrite(record, fields):
     """Change a record as if it had been written so."""
     fields.pop("sha256")
-    record.write_bytes(_record._dumped({**fields, "sha256": _record._checksum(fields)}))
+    record.write_bytes(dumped({**fields, "sha256": checksum(fields)}))
 
 
 # ---- the loop --------------------------------------------------------------------------
@@ -291,8 +291,10 @@ def test_a_better_best_of_an_earlier_run_is_not_replaced_without_a_word(tmp_path
     with pytest.warns(UserWarning, match=r"val_loss 0\.2, .* begin with ckpt\.restore"):
         run(again, [0.9])
         again.close()
+    assert names(again.checkpoints) == ["best", "best.aside"]
     with ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt:
         run(ckpt, [0.1], ckpt.restore().state)
+    assert names(again.checkpoints) == ["best"]
 
 
 def test_preserve_takes_policies_of_orbax(tmp_path):
@@ -413,10 +415,10 @@ def state_of(**stored):
         ({}, state_of(best=0.5), 0.5, 0.5),
         # After a failed write: what it would have saved is not on disk.
         ({}, state_of(best=0.25), 0.5, 0.5),
-        # Gone back to an earlier checkpoint: as it was then.
-        ({}, state_of(best=0.5), 0.25, 0.5),
+        # Gone back to an earlier checkpoint: the better one is still there.
+        ({}, state_of(best=0.5), 0.25, 0.25),
         ({}, state_of(best=0.5), None, 0.5),
-        ({}, state_of(best=None), 0.5, np.nan),
+        ({}, state_of(best=None), 0.5, 0.5),
         ({}, state_of(best=None), None, np.nan),
         # A threshold that nothing has reached.
         ({"initial_value_threshold": 0.125}, state_of(best=0.125), 0.5, 0.125),
@@ -473,7 +475,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
         ("period", "Did you mean 'save_freq'?"),
         ("train_time_interval", "Did you mean 'save_interval_secs'?"),
         ("monitr", "Did you mean 'monitor'?"),
-        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, save_interval_secs, max_to_keep, preserve, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress, frozen, stop_on_error, timeout_secs."),
+        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, save_interval_secs, max_to_keep, preserve, overwrite, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress, frozen, stop_on_error, timeout_secs."),
     ],
 )  # fmt: skip
 def test_unknown_arguments(tmp_path, name, hint):

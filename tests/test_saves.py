@@ -128,7 +128,9 @@ def test_deciding_later_changes_nothing(losses, template, settings, tmp_path_fac
         with pytest.MonkeyPatch.context() as patch:
             if late:
                 patch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
-            with ModelCheckpoint(path, save_best_only=True, **settings) as ckpt:
+            with ModelCheckpoint(
+                path, save_best_only=True, weights=lambda tree: tree, **settings
+            ) as ckpt:
                 state = ckpt.init()
                 for epoch, loss in enumerate(losses):
                     loss = jnp.float32(loss) if late else loss
@@ -325,9 +327,7 @@ def test_every_bit_of_small_arrays_stays(tmp_path, dtype):
 
 def test_the_state_may_be_donated(tmp_path, late):
     """To a jitted loop, say, while its save is under way."""
-    renew = jax.jit(
-        lambda state: jax.tree.map(lambda x: x + 0, state), donate_argnums=0
-    )
+    renew = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
     settings = {"save_best_only": True, "save_freq": 2, "verbose": 1}
     with ModelCheckpoint(tmp_path / "{epoch}", "loss", **settings) as ckpt:
         state = renew(ckpt.init())

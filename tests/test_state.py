@@ -159,8 +159,8 @@ def test_metric_that_is_no_number():
     for value in ("0.5", 1j):
         with pytest.raises(MetricError, match="must be a real number"):
             step(best_only(), {"val_loss": value}, 0)
-    with pytest.raises(MetricError, match=r"has shape \(1,\)"):
-        step(best_only(), {"val_loss": [0.5]}, 0)
+    with pytest.raises(MetricError, match=r"has shape \(2,\)"):
+        step(best_only(), {"val_loss": [0.5, 0.5]}, 0)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_counters_do_not_overflow():
 def test_state_is_a_pytree_of_scalars_with_static_settings():
     state = best_only()
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
-    assert dtypes == [np.float32] + [np.int32] * 4
+    assert dtypes == [np.float32, np.bool_] + [np.int32] * 4
     again = best_only()
     assert jax.tree.structure(state) == jax.tree.structure(again)
     assert hash(jax.tree.structure(state)) == hash(jax.tree.structure(again))

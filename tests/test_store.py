@@ -110,7 +110,9 @@ def test_round_trip_is_exact(tmp_path, tree, like):
 
 
 @pytest.mark.parametrize(
-    "tree", [None, {}, [], (), 3, "x", np.ones(2), [None, ()], np.zeros(0)], ids=repr
+    "tree",
+    [3, "x", np.ones(2), [None, (), 1], {"a": np.zeros(0)}, np.zeros(0)],
+    ids=repr,
 )
 def test_round_trip_of_the_smallest_trees(tmp_path, tree):
     path = saved(tmp_path, tree)
@@ -142,7 +144,7 @@ trees = st.recursive(
 )
 
 
-@given(trees)
+@given(trees.filter(jax.tree.leaves))
 @settings(max_examples=40)
 def test_round_trip_of_any_tree(tmp_path_factory, tree):
     path = saved(tmp_path_factory.mktemp("trees"), tree)
@@ -549,7 +551,7 @@ def test_weights_of_nnx(tmp_path, form):
     got = got["model"] if form in ("dict", "states") else got
     assert sorted(got) == ["linear", "norm"]
     kernel = model.linear.kernel[...]
-    assert_same(got["linear"]["kernel"], {"value": kernel})
+    assert_same(got["linear"]["kernel"], kernel)
     # Into a fresh model, and whole into a fresh tree.
     fresh = Model(nnx.Rngs(1))
     wanted = nnx.state(fresh, nnx.Not(nnx.RngState))

@@ -836,9 +836,11 @@ def test_logs_that_no_record_can_keep(tmp_path):
                 state, {"w": w}, {**logs, "z": w.sum().astype(jnp.complex64)}, 0
             )
 
-        jax.jit(step)(jnp.ones(3), jax.tree.map(jnp.asarray, ckpt.init()))
+        state = jax.tree.map(jnp.asarray, ckpt.init())
+        with pytest.warns(UserWarning, match=r"'k' is .*, 'z' is of dtype complex64"):
+            jax.jit(step)(jnp.ones(3), state)
         ckpt.wait()
-        assert ckpt.latest.logs == {"l": 3}
+        assert ckpt.latest.logs == {"l": 3, "m/a": 3}
 
 
 def test_an_error_while_copying_does_not_tear_what_waits(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -430,6 +431,25 @@ def trace(directory):
         jax.lax.scan(body, (tree, ckpt.init()), jnp.arange(3))
     except flaxckpt.CheckpointError as error:
         say(str(error))
+
+
+def keep_the_better(directory):
+    """Save the best of three runs at one path, none of which restores."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    _, tree = make_step(mesh)
+    decide = jax.jit(lambda tree, loss: loss + 0 * tree["w"].sum())
+    warnings.simplefilter("ignore", UserWarning)
+    for losses in ([0.2], [0.75, 0.5], [0.125]):
+        with flaxckpt.ModelCheckpoint(
+            f"{directory}/best", "loss", save_best_only=True, timeout_secs=20
+        ) as ckpt:
+            state = ckpt.init()
+            for epoch, loss in enumerate(losses):
+                logs = {"loss": decide(tree, np.float32(loss))}
+                state = ckpt.update(state, tree, logs, epoch)
+            ckpt.wait()
+        shown = {info.path.name: info.logs["loss"] for info in ckpt.checkpoints}
+        say(shown, float(ckpt.restore(tree, "best").state.best))
 
 
 def main():

@@ -1,0 +1,40 @@
+"""Processes that were forked from one in which JAX or TensorStore had threads.
+
+A forked process has none of its parent's threads: JAX waits for them for ever, and
+TensorStore aborts the process. An error comes before either.
+"""
+
+import os
+import sys
+from typing import Any
+
+from flaxckpt.errors import CheckpointError
+
+_facts: dict[str, int] = {}  # "used": TensorStore is; "parent": the process it was in
+
+
+def use_threads() -> None:
+    """Check that this process may use JAX and TensorStore, and note that it does.
+
+    Raises:
+        CheckpointError: If it was forked from one that had used them.
+    """
+    parent = _facts.get("parent")
+    if parent is not None:
+        raise CheckpointError(
+            f"This process was forked from process {parent}, where JAX or TensorStore "
+            "had started threads, and would wait for them for ever: it can neither "
+            'save nor load checkpoints. Start it by multiprocessing\'s "spawn" or '
+            f'"forkserver" method, or save and load in process {parent}.'
+        )
+    _facts["used"] = 1
+
+
+def _look_back() -> None:
+    bridge: Any = sys.modules.get("jax._src.xla_bridge")
+    has_backends = bridge is not None and bridge.backends_are_initialized()
+    if has_backends or "used" in _facts:
+        _facts.setdefault("parent", os.getppid())
+
+
+os.register_at_fork(after_in_child=_look_back)

@@ -1,0 +1,505 @@
+"""A worse best does not take the place of a better one, whatever a run knows."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from multiprocess import pod
+from orbax.checkpoint import v1 as ocp
+
+import flaxckpt
+from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
+from flaxckpt._aside import target
+
+FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
+OF_EARLIER = r"a checkpoint of an earlier run with val_loss"
+
+
+def tree_of(loss):
+    return {"w": np.full(3, float(loss))}
+
+
+def train(path, losses, restore=False, state=None, **settings):
+    """Run over epochs whose metric has these values; return what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ModelCheckpoint(path, save_best_only=True, **settings) as ckpt:
+            found = ckpt.restore() if restore else None
+            state = found.state if found else state or ckpt.init()
+            for epoch, loss in enumerate(losses):
+                logs = {"val_loss": loss}
+                state = ckpt.update(state, tree_of(loss), logs, epoch)
+    return [str(each.message) for each in caught], float(state.best)
+
+
+def there(directory):
+    """What can be loaded from each of the checkpoints in a directory."""
+    found = {}
+    for info in flaxckpt.list_checkpoints(directory):
+        if info.path.name == "last":
+            continue
+        loaded = float(flaxckpt.load(str(info.path))["w"][0])
+        assert loaded == info.logs["val_loss"]
+        found[info.path.name] = loaded
+    return found
+
+
+def best_of(path, **settings):
+    """What there is as the best, in all ways to ask for it."""
+    ckpt = ModelCheckpoint(path, save_best_only=True, **settings)
+    info, found = ckpt.best, ckpt.restore(which="best")
+    assert str(found.path) == str(info.path)
+    loaded = float(found.tree["w"][0])
+    assert (
+        float(flaxckpt.load(str(info.path))["w"][0]) == loaded == info.logs["val_loss"]
+    )
+    assert float(found.state.best) == np.float32(loaded)
+    return loaded
+
+
+# ---- a path without fields ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("save_last", [False, True])
+def test_a_run_that_did_not_restore_replaces_only_what_it_beats(
+    tmp_path, weights_only, save_last
+):
+    path = tmp_path / "best"
+    settings = {"save_weights_only": weights_only, "save_last": save_last}
+    assert train(path, [0.3, 0.2], **settings)[0] == []
+    said, best = train(path, [0.5, 0.4], **settings)
+    assert len(said) == 1
+    assert f"{OF_EARLIER[:20]}" in said[0]
+    assert f"saved aside until it is better, at {str(path) + '.aside'!r}" in said[0]
+    assert best == np.float32(0.4)
+    assert best_of(path) == 0.2
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.4}
+    assert ModelCheckpoint(path).latest.logs == {"val_loss": 0.4}
+    said, _ = train(path, [0.25], **settings)
+    assert len(said) == 1
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.25}
+    train(path, [0.1], **settings)
+    assert best_of(path) == 0.1
+    assert there(tmp_path) == {"best": 0.1}  # and nothing aside
+
+
+def test_overwrite_replaces_it(tmp_path):
+    path = tmp_path / "best"
+    train(path, [0.2])
+    train(path, [0.5])
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.5}
+    assert train(path, [0.6], overwrite=True)[0] == []
+    assert there(tmp_path) == {"best": 0.6}
+    for value in (1, "yes", None):
+        with pytest.raises(SettingError, match=r"overwrite=.* pass True or False"):
+            ModelCheckpoint(path, overwrite=value)
+
+
+def test_a_run_that_went_back_keeps_the_better_one(tmp_path):
+    """As after a kill between two objects' saves: the state is of before the best."""
+    path = tmp_path / "best"
+    state = CheckpointState.create(save_best_only=True, initial_value_threshold=0.5)
+    train(path, [0.4, 0.2], state=state)
+    said, _ = train(path, [0.3], state=state)
+    assert len(said) == 1
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.3}
+    train(path, [0.2], state=state)  # the very same once more
+    assert there(tmp_path) == {"best": 0.2}
+
+
+@pytest.mark.parametrize("metric", [0.3, 1 / 3, 1e-40, np.float64(0.1), 2**24 + 1])
+def test_what_is_equal_as_it_is_compared_is_not_warned_of(tmp_path, metric):
+    path = tmp_path / "best"
+    train(path, [metric])
+    as_float32 = float(np.float32(metric))
+    for state in (None, ModelCheckpoint(path, save_best_only=True).restore().state):
+        for value in (metric, as_float32, np.nextafter(metric, 0), metric):
+            assert train(path, [value], state=state)[0] == []
+    assert [*there(tmp_path)] == ["best"]
+    with ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+        for epoch, value in enumerate([as_float32, np.nextafter(metric, 0), 1e9]):
+            ckpt.save(tree_of(value), epoch, logs={"val_loss": value})
+    assert ckpt.best.epoch == 0  # of equals the first, as the decision has it
+
+
+def test_a_forced_save_goes_aside_and_one_by_hand_does_not(tmp_path):
+    path = tmp_path / "best"
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        state = ckpt.init()
+        state = ckpt.update(state, tree_of(0.2), {"val_loss": 0.2}, 0)
+        state = ckpt.update(state, tree_of(0.9), {"val_loss": 0.9}, 1, force=True)
+        ckpt.wait()
+        assert there(tmp_path) == {"best": 0.2, "best.aside": 0.9}
+        assert ckpt.latest.epoch == 1
+        ckpt.update(state, {"w": np.ones(3)}, {"val_loss": np.nan}, 2, force=True)
+        ckpt.wait()
+        assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, 2)
+        ckpt.save(tree_of(0.7), 3, logs={"val_loss": 0.7})
+        ckpt.wait()
+        assert ckpt.restore(which=path).epoch == 3
+        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 4)
+    assert there(tmp_path) == {"best": 0.1}
+
+
+def test_without_best_only_each_save_replaces_the_last(tmp_path):
+    with ModelCheckpoint(tmp_path / "best") as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.2, 0.5, 0.3]):
+            state = ckpt.update(state, tree_of(loss), {"val_loss": loss}, epoch)
+            ckpt.wait()
+            assert there(tmp_path) == {"best": loss}
+
+
+def test_a_better_one_that_waits_is_not_superseded(tmp_path):
+    """By one that was forced, or of a state that knows less."""
+    path, state = tmp_path / "best", None
+    with ModelCheckpoint(path, save_best_only=True, max_in_flight=8) as ckpt:
+        fresh = state = ckpt.init()
+        for loss, given_state, force in [
+            (0.5, None, False),
+            (0.2, None, False),
+            (0.9, None, True),
+            (0.4, fresh, False),
+            (0.3, None, False),
+        ]:
+            state = given_state or state
+            logs = {"val_loss": loss}
+            state = ckpt.update(state, tree_of(loss), logs, 0, force=force)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ckpt.wait()
+    assert best_of(path) == 0.2
+
+
+def test_what_is_aside_of_another_series_is_not_touched(tmp_path):
+    """Nor what is no checkpoint at all."""
+    (tmp_path / "a.aside").mkdir()
+    (tmp_path / "a.aside/mine").write_text("mine")
+    train(tmp_path / "b.aside", [0.7])
+    for name in "ab":
+        train(tmp_path / name, [0.2])
+        train(tmp_path / name, [0.5])
+        assert best_of(tmp_path / name) == 0.2
+        infos = ModelCheckpoint(tmp_path / name).checkpoints
+        assert [info.logs["val_loss"] for info in infos] == [0.2, 0.5]
+        assert infos[1].path.name.startswith(f"{name}.aside-")
+    assert (tmp_path / "a.aside/mine").read_text() == "mine"
+    assert best_of(tmp_path / "b.aside") == 0.7
+
+
+def test_what_was_deleted_by_hand_is_nothing_to_beat(tmp_path):
+    path = tmp_path / "best"
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        state = ckpt.update(ckpt.init(), tree_of(0.2), {"val_loss": 0.2}, 0)
+        ckpt.wait()
+        shutil.rmtree(path)
+        state = ckpt.init()
+        ckpt.update(state, tree_of(0.5), {"val_loss": 0.5}, 1)
+    assert there(tmp_path) == {"best": 0.5}
+
+
+# ---- in programs, on devices, of several objects -----------------------------------------
+
+
+def test_a_program_that_did_not_restore(tmp_path):
+    path = tmp_path / "best"
+    train(path, [0.2])
+    ckpt = ModelCheckpoint(path, save_best_only=True)
+
+    def body(state, loss):
+        logs = {"val_loss": loss}
+        return ckpt.update(state, {"w": jnp.full(3, loss)}, logs, 0), None
+
+    run = jax.jit(lambda state, xs: jax.lax.scan(body, state, xs)[0])
+    state = run(ckpt.init(), jnp.float32([0.75, 0.5]))
+    with pytest.warns(UserWarning, match=OF_EARLIER):
+        ckpt.wait()
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.5}
+    run(state, jnp.float32([0.125]))
+    ckpt.close()
+    assert there(tmp_path) == {"best": 0.125}
+
+
+def test_a_device_that_decides(tmp_path, monkeypatch):
+    path = tmp_path / "best"
+    train(path, [0.2])
+    is_array = lambda x: isinstance(x, jax.Array)  # noqa: E731
+    monkeypatch.setattr(flaxckpt._saves, "_is_unknown", is_array)
+    losses = [jnp.float32(x) for x in (0.75, 0.5, 0.625)]
+    said, _ = train(path, losses)
+    assert len(said) == 1
+    assert there(tmp_path) == {"best": 0.2, "best.aside": 0.5}
+
+
+def test_two_objects_of_one_series(tmp_path):
+    """At the same time, in one process, each with a state of its own."""
+    path = tmp_path / "best"
+    ckpts = [ModelCheckpoint(path, save_best_only=True) for _ in range(2)]
+    states = [ckpt.init() for ckpt in ckpts]
+    losses = [(0.9, 0.8), (0.5, 0.7), (0.3, 0.2), (0.25, 0.1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for epoch, pair in enumerate(losses):
+            for i, loss in enumerate(pair):
+                states[i] = ckpts[i].update(
+                    states[i], tree_of(loss), {"val_loss": loss}, epoch
+                )
+        for ckpt in ckpts:
+            ckpt.close()
+    assert best_of(path) == 0.1
+
+
+def test_several_processes(tmp_path):
+    """Process 0 knows what is there."""
+    said = pod.run(tmp_path, "keep_the_better", 2, tmp_path / "run", devices=4)
+    third = float(np.float32(0.2))
+    wanted = [
+        [{"best": third}, third],
+        [{"best": third, "best.aside": 0.5}, third],
+        [{"best": 0.125}, 0.125],
+    ]
+    assert said == [wanted] * 2
+
+
+def test_in_an_object_store(s3):
+    path = f"{s3}/best"
+    train(path, [0.2])
+    train(path, [0.5])
+    assert there(s3) == {"best": 0.2, "best.aside": 0.5}
+    assert best_of(path) == 0.2
+    train(path, [0.1])
+    assert there(s3) == {"best": 0.1}
+
+
+# ---- restoring brings the best along -----------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["best", "{epoch}"])
+def test_every_restore_knows_of_the_best(tmp_path, template):
+    run, other = tmp_path / "run", tmp_path / "other"
+    train(run / template, [0.5, 0.2, 0.4], save_last=True)
+    train(run / template, [0.9], save_last=True)  # which did not restore
+    train(other / "x", [0.7])
+    ocp.save(tmp_path / "orbax", tree_of(1.0))
+    with ModelCheckpoint(run / template, save_best_only=True, save_last=True) as ckpt:
+        for info in (*ckpt.checkpoints, ckpt.latest):
+            assert ckpt.restore(which=info.path).state.best == np.float32(0.2)
+        elsewhere = other / "x", tmp_path / "orbax"
+        for which in ("latest", "best", *elsewhere):
+            assert ckpt.restore(which=which).state.best == np.float32(0.2)
+        if template == "{epoch}":
+            ckpt.save(tree_of(3.0), 7)  # with no state, no metric
+        state = ckpt.restore().state
+        assert state.best == np.float32(0.2)
+        ckpt.update(state, tree_of(0.3), {"val_loss": 0.3}, 8)
+        ckpt.wait()
+        assert ckpt.best.logs == {"val_loss": 0.2}
+
+
+def test_a_last_state_is_nothing_to_beat(tmp_path):
+    """It is better by less than `min_delta`, and it is gone some time."""
+    with ModelCheckpoint(
+        tmp_path / "best", save_best_only=True, save_last=True, min_delta=0.1
+    ) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([0.5, 0.45]):
+            state = ckpt.update(state, tree_of(loss), {"val_loss": loss}, epoch)
+        found = ckpt.restore()
+        assert (found.epoch, found.state.best) == (1, 0.5)
+
+
+def test_a_best_of_no_metric_is_told_from_a_first_run(tmp_path):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", "val_los", mode="min")
+    assert ckpt.restore(which="best") is None  # with no warning: it is the first run
+    with ckpt:
+        for epoch in range(2):
+            ckpt.save(tree_of(0.5), epoch, logs={"val_loss": 0.5, "lr": 1.0})
+        with pytest.warns(UserWarning, match="No best") as caught:
+            assert ckpt.restore(which="best") is None
+    assert str(caught[0].message) == (
+        "No best checkpoint to restore: none of the 2 there are has a number for "
+        "'val_los' in its logs (there: 'lr', 'val_loss'). Pass one of those as "
+        'monitor, or restore(which="latest").'
+    )
+    assert caught[0].filename == __file__
+
+
+# ---- what update forgets, and what it says -----------------------------------------------
+
+
+@pytest.mark.parametrize("save_freq", [1, 3])
+def test_a_state_that_is_not_assigned_is_told(tmp_path, save_freq):
+    with ModelCheckpoint(tmp_path / "{batch}", save_freq=save_freq) as ckpt:
+        state = ckpt.init()
+        for batch in range(save_freq):
+            ckpt.update(state, tree_of(1), None, 0, batch)
+        with pytest.warns(UserWarning, match=r"state = ckpt\.update\(state") as caught:
+            for batch in range(save_freq, save_freq + 3):
+                ckpt.update(state, tree_of(1), None, 0, batch)
+        assert len(caught) == 1
+
+
+def test_a_state_that_is_assigned_is_not(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}-{batch}", save_freq=2) as ckpt:
+        state = ckpt.init()
+        for epoch in range(2):
+            for batch in range(3):
+                state = ckpt.update(state, tree_of(1), None, epoch, batch)
+            state = ckpt.update(state, tree_of(1), None, epoch)
+
+
+@pytest.mark.parametrize("wrap", [float, jnp.float32])
+def test_a_nan_is_called_one(tmp_path, capsys, wrap):
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True, verbose=1) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate([np.nan, 0.5, np.nan, 0.75]):
+            logs = {"val_loss": wrap(loss)}
+            state = ckpt.update(state, tree_of(loss), logs, epoch)
+    said = [line for line in capsys.readouterr().out.splitlines() if "ing" not in line]
+    assert said == [
+        "Epoch 1: val_loss is nan, which is no improvement",
+        "Epoch 3: val_loss is nan, which is no improvement",
+        "Epoch 4: val_loss did not improve from 0.50000",
+    ]
+
+
+# ---- killed in between -------------------------------------------------------------------
+
+PROGRAM = """
+    import os, sys
+    import absl.logging
+    absl.logging.set_verbosity("fatal")
+    import numpy as np
+    import flaxckpt
+    from flaxckpt._series import Series
+
+    path, losses, kill_before = sys.argv[1], sys.argv[2], sys.argv[3]
+    method = getattr(Series, kill_before, None)
+    if method is not None:
+        def killed(self, *arguments, **named):
+            if kill_before != "drop" or arguments[0]:
+                os._exit(9)
+            return method(self, *arguments, **named)
+        setattr(Series, kill_before, killed)
+    import warnings
+    warnings.simplefilter("ignore")
+    with flaxckpt.ModelCheckpoint(path, save_best_only=True) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate(map(float, losses.split(","))):
+            tree, logs = {"w": np.full(3, loss)}, {"val_loss": loss}
+            state = ckpt.update(state, tree, logs, epoch)
+            ckpt.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("losses", "kill_before", "left"),
+    [
+        ("0.5", "put", {"best": 0.2}),
+        ("0.5", "prune", {"best": 0.2, "best.aside": 0.5}),
+        ("0.5,0.1", "drop", {"best": 0.1, "best.aside": 0.5}),
+    ],
+)
+def test_a_kill_leaves_the_better_one(tmp_path, losses, kill_before, left):
+    path = tmp_path / "best"
+    train(path, [0.2])
+    code = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(path), losses]
+    done = subprocess.run([*code, kill_before], timeout=120, env={**os.environ})
+    assert done.returncode == 9
+    assert there(tmp_path) == left
+    train(path, [0.05])
+    assert there(tmp_path) == {"best": 0.05}
+
+
+# ---- the rule ----------------------------------------------------------------------------
+
+VALUES = st.sampled_from([0.1, 0.2, 0.3, 1 / 3, 0.5, float("nan"), float("inf")])
+RUNS = st.lists(
+    st.tuples(
+        st.sampled_from(["restore", "fresh", "old"]),
+        st.lists(st.tuples(VALUES, st.booleans()), min_size=1, max_size=3),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(
+    RUNS,
+    st.sampled_from(["best", "{epoch}", "{val_loss:.1f}"]),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["min", "max"]),
+    st.booleans(),
+)
+@settings(max_examples=200 if FULL else 15)
+@example(
+    [("fresh", [(0.1, False)]), ("fresh", [(0.5, False), (0.2, True)])],
+    "best", 1, "min", True,
+)  # fmt: skip
+def test_the_best_ever_decided_for_is_always_there(
+    tmp_path_factory, runs, template, max_to_keep, mode, waits
+):
+    path = tmp_path_factory.mktemp("run") / template
+    sign, best, old = 1 if mode == "min" else -1, None, None
+    for begins, calls in runs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with ModelCheckpoint(
+                path, save_best_only=True, mode=mode, max_to_keep=max_to_keep
+            ) as ckpt:
+                state = ckpt.init()
+                found = ckpt.restore() if begins == "restore" else None
+                if found:
+                    state = found.state
+                    assert best is None or state.best == np.float32(best)
+                elif begins == "old" and old is not None:
+                    state = old
+                for epoch, (loss, force) in enumerate(calls):
+                    before, logs = float(state.best), {"val_loss": loss}
+                    state = ckpt.update(state, tree_of(loss), logs, epoch, force=force)
+                    if epoch == 0:
+                        old = state
+                    improved = state.has_best and float(state.best) != before
+                    if improved or (force and loss == loss):
+                        if best is None or sign * loss < sign * best:
+                            best = loss
+                    if waits and best is not None:
+                        ckpt.wait()
+                        assert ckpt.best.logs["val_loss"] == best
+            if best is not None:
+                assert best_of(path, mode=mode) == best
+
+
+@given(
+    st.sampled_from(["min", "max"]),
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, None]), st.booleans()), max_size=6),
+)
+def test_of_two_places_the_best_stays(mode, saves):
+    """Also where some saves replace what is at the path, as those by hand do."""
+    there, sign = {}, 1 if mode == "min" else -1
+    for value, by_hand in saves:
+        known = [each for each in there.values() if each is not None]
+        place, rest = ("path", []) if by_hand else target(
+            "path", "aside", there, value, mode
+        )  # fmt: skip
+        there[place] = value
+        for each in rest:
+            del there[each]
+        assert rest in ([], ["aside"])
+        left = [each for each in there.values() if each is not None]
+        if not by_hand and known:
+            known += [] if value is None else [value]
+            best = min(known, key=lambda each: sign * each)
+            assert best in left
+        if not by_hand and place == "path" and "aside" in there:
+            assert there["aside"] is not None
