@@ -602,7 +602,7 @@ class ModelCheckpoint:
             warnings.warn(
                 "No check was ever due: with save_freq="
                 f"{self._fresh.save_freq!r} only calls of update {how} count.",
-                stacklevel=2,
+                stacklevel=outside(),
             )
 
     def _release(self) -> None:
@@ -617,7 +617,7 @@ class ModelCheckpoint:
             warnings.warn(
                 f"{watch.signal} came after the last update outside of jit, and "
                 "no state was saved for it. End the program now.",
-                stacklevel=3,
+                stacklevel=outside(),
             )
 
     def __enter__(self) -> Self:
@@ -640,7 +640,7 @@ class ModelCheckpoint:
                 error.add_note(f"And: {failure}")
                 return
             warnings.warn(
-                f"While another error ended the loop: {failure}", stacklevel=2
+                f"While another error ended the loop: {failure}", stacklevel=outside()
             )
 
     # ---- what there is ---------------------------------------------------------------
@@ -650,7 +650,7 @@ class ModelCheckpoint:
         """The checkpoints of this filepath that are on disk, oldest first."""
         infos, damaged = self._series.listed()
         for error in damaged:
-            warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
         return tuple(map(self._shown, infos))
 
     @property
@@ -733,7 +733,7 @@ class ModelCheckpoint:
             found, damaged = _processes.from_leader("restore", lambda: next(candidates))
             is_deleted = False
             for problem in sorted(set(damaged) - told):
-                warnings.warn(problem, stacklevel=2)
+                warnings.warn(problem, stacklevel=outside())
             told.update(damaged)
             for mark, path in found:
                 if mark in errors:
@@ -750,7 +750,8 @@ class ModelCheckpoint:
                 except CheckpointCorruptError as error:
                     errors[mark] = error
                     warnings.warn(
-                        f"PASSED OVER, and the next one tried: {error}", stacklevel=2
+                        f"PASSED OVER, and the next one tried: {error}",
+                        stacklevel=outside(),
                     )
         if errors:
             raise next(iter(errors.values()))
@@ -801,7 +802,7 @@ class ModelCheckpoint:
                 "update saves a tree of another structure than `like` of init or "
                 "restore has, so it is not known how it is sharded, and all of it is "
                 "gathered before it is saved. Pass init(like=...) what is saved.",
-                stacklevel=4,
+                stacklevel=outside(),
             )
         known = self._shardings.get(structure, [None] * len(leaves))
         return list(map(_traced.place_of, leaves, known))
@@ -875,7 +876,7 @@ class ModelCheckpoint:
             warnings.warn(
                 "update was given the same state as at the call before, and forgets "
                 "what it has decided. Write state = ckpt.update(state, ...).",
-                stacklevel=3,
+                stacklevel=outside(),
             )
 
     def _warn_of_left_out(self, logs: Logs) -> None:
@@ -909,7 +910,7 @@ class ModelCheckpoint:
         warnings.warn(
             f"{problem}. So it is not known which checkpoint is the best, and it is "
             "not kept beside those that max_to_keep or preserve keep.",
-            stacklevel=4,
+            stacklevel=outside(),
         )
 
     def _is_newly_preempted(self) -> bool:
@@ -1037,7 +1038,7 @@ class ModelCheckpoint:
             f"number for {self._monitor!r} in its logs (there: "
             f"{', '.join(map(repr, there)) or 'nothing'}). Pass one of those as "
             'monitor, or restore(which="latest").',
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
     def _warn_of_others(self) -> None:
@@ -1053,7 +1054,7 @@ class ModelCheckpoint:
                 f"No checkpoint of {path!r} to restore, but there are "
                 f"{' and '.join(there)}. Restore one of those by its path, as in "
                 "restore(which=path).",
-                stacklevel=3,
+                stacklevel=outside(),
             )
 
 

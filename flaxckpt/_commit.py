@@ -32,6 +32,7 @@ from flaxckpt._draft import sync_path
 from flaxckpt._locks import new_lock
 from flaxckpt._open import is_there
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
+from flaxckpt._state import outside
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
 
 _AT_FDCWD = -100
@@ -53,7 +54,8 @@ class _Shared:
 
 
 _OPENING, _SHARING = new_lock(), new_lock()
-_SHARED: "weakref.WeakValueDictionary[Path, _Shared]" = weakref.WeakValueDictionary()
+# By names, not by paths: Python compares those even when its modules are gone.
+_SHARED: "weakref.WeakValueDictionary[str, _Shared]" = weakref.WeakValueDictionary()
 # A forked process does not wait for threads, which are its parent's.
 os.register_at_fork(after_in_child=_SHARED.clear)
 
@@ -90,8 +92,7 @@ class Area:
         self._sweeping = new_lock()
         self.process, self._holder = os.getpid(), object()
         with _SHARING:
-            self._shared = _SHARED.get(self._lock) or _Shared()
-            _SHARED[self._lock] = self._shared
+            self._shared = _SHARED.setdefault(str(self._lock), _Shared())
         weakref.finalize(self, _discard, self._trash, self.process)
         weakref.finalize(self, self._drop())
 
@@ -313,7 +314,7 @@ class Area:
                     warnings.warn(
                         f"{str(aside)!r} is left as it is, and may be a checkpoint "
                         f"that was being replaced: {error}",
-                        stacklevel=2,
+                        stacklevel=outside(),
                     )
 
     def _finish_replacement(self, directory: Path, aside: Path) -> None:

@@ -32,8 +32,8 @@ def use_threads() -> None:
 
 def _look_back() -> None:
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
-    has_backends = bridge is not None and bridge.backends_are_initialized()
-    if has_backends or "used" in _facts:
+    are_initialized = getattr(bridge, "backends_are_initialized", bool)
+    if are_initialized() or "used" in _facts:
         _facts.setdefault("parent", os.getppid())
 
 

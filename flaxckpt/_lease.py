@@ -19,7 +19,7 @@ from typing import Any
 
 from flaxckpt._locks import new_lock
 from flaxckpt._objects import Object, Objects
-from flaxckpt._parsing import parse_owner
+from flaxckpt._parsing import MalformedError, parse_json, parse_owner
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
 
 HEARTBEAT_SECS = 5.0
@@ -245,6 +245,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def _fields(found: Object) -> dict[str, Any]:
     try:
-        return dict(json.loads(found.content or b"{}"))
-    except (ValueError, TypeError, RecursionError):
+        fields = parse_json(found.content or b"{}")
+    except MalformedError:
         return {}
+    return fields if isinstance(fields, dict) else {}

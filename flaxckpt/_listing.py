@@ -5,6 +5,7 @@ import warnings
 
 from flaxckpt._open import is_there
 from flaxckpt._record import RECORD_FILE, CheckpointInfo, list_below
+from flaxckpt._state import outside
 from flaxckpt._template import is_url
 from flaxckpt.errors import CheckpointPathError
 
@@ -54,5 +55,5 @@ def list_checkpoints(
             ):
                 raise error
     for error in damaged:
-        warnings.warn(f"Left out of the listing: {error}", stacklevel=2)
+        warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
     return infos

@@ -8,7 +8,6 @@ import contextlib
 from typing import Any, TypeGuard
 
 import jax
-from jax._src.mesh import thread_resources
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 
@@ -50,9 +49,13 @@ def placed(sharding: Any) -> Any:
 
 def _meshes() -> list[Mesh]:
     """Return the meshes that this thread has set."""
-    found = [thread_resources.env.physical_mesh]
+    found: list[Mesh] = []
     with contextlib.suppress(ValueError):  # within a trace
-        found.insert(0, jax.sharding.get_mesh())
+        found.append(jax.sharding.get_mesh())
+    with contextlib.suppress(ImportError, AttributeError):  # `with mesh:` is not seen
+        from jax._src.mesh import thread_resources
+
+        found.append(thread_resources.env.physical_mesh)
     return [mesh for mesh in found if not mesh.empty]
 
 

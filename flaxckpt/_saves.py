@@ -33,6 +33,7 @@ from flaxckpt._state import (
     CheckpointState,
     judge,
     monitored,
+    outside,
     plain_state,
     whole,
     with_leaves,
@@ -667,7 +668,7 @@ class Saves:
                     f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
                     "metrics are known in it. If all of it is weights, pass "
                     "weights=lambda tree: tree, and else a function that picks them.",
-                    stacklevel=5,
+                    stacklevel=outside(),
                 )
 
     def _take_up_frozen(self, save: Save, entry: Entry) -> None:
@@ -930,6 +931,8 @@ class Saves:
     ) -> None:
         """Write an entry, and delete what is no longer to be kept.
 
+        The caller holds the area's turn: other objects may write the series.
+
         Args:
             entry: The entry.
             pages: What of it; their paths are changed where they go aside.
@@ -939,26 +942,25 @@ class Saves:
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
-        with self._series.writing:
-            for page in pages:
-                rest: list[Path] = []
-                if not page.in_slot:
-                    rest = self._place(page, entry, logs)
-                self._series.put(
-                    page,
-                    entry.epoch,
-                    entry.batch,
-                    logs,
-                    None if state is None else plain_state(state),
-                    step=step,
-                    time=entry.time,
-                    weights_only=self._weights_only and not page.in_slot,
-                    together=together,
-                )
-                self._series.drop(rest)
-                self._say(entry, f"finished saving model to {self._shown(page.path)}")
-            if entry.save:
-                self._series.prune(resumable=not self._weights_only)
+        for page in pages:
+            rest: list[Path] = []
+            if not page.in_slot:
+                rest = self._place(page, entry, logs)
+            self._series.put(
+                page,
+                entry.epoch,
+                entry.batch,
+                logs,
+                None if state is None else plain_state(state),
+                step=step,
+                time=entry.time,
+                weights_only=self._weights_only and not page.in_slot,
+                together=together,
+            )
+            self._series.drop(rest)
+            self._say(entry, f"finished saving model to {self._shown(page.path)}")
+        if entry.save:
+            self._series.prune(resumable=not self._weights_only)
         self.counts.saved += 1
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes

@@ -9,8 +9,6 @@ checkpoints, reading all records anew takes a second.
 import datetime
 import hashlib
 import os
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +45,6 @@ Together: TypeAlias = Callable[
 ]
 # What the slot's own series is called, behind the name of the checkpoints'.
 _SLOT_SERIES = " (last)"
-_WRITING: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
 _TICK = datetime.timedelta(microseconds=1)
 
 
@@ -201,14 +198,6 @@ class Series:
         return [info.path.name for info in infos if info.series != self.name]
 
     # ---- writing ---------------------------------------------------------------------
-
-    @property
-    def writing(self) -> threading.RLock:
-        """Held from the choice of a place until the checkpoint is there.
-
-        Several objects of one process may write the series.
-        """
-        return _WRITING[self.root / self.name]
 
     def place(
         self, path: Path, logs: Mapping[str, Any], *, overwrite: bool

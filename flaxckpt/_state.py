@@ -569,9 +569,13 @@ def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> 
     )
 
 
+def _is_ours(module: object) -> bool:
+    return str(module).partition(".")[0] == "flaxckpt"
+
+
 def outside() -> int:
     """Stack level, for the function that calls this, of the caller's caller."""
     level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"].startswith("flaxckpt"):
+    while frame is not None and _is_ours(frame.f_globals.get("__name__")):
         level, frame = level + 1, frame.f_back
     return level

@@ -981,7 +981,7 @@ def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
     wrong = [leaf for leaf in leaves if reader.contradicts(leaf)]
     if wrong:
         names = listed([leaf.name for leaf in wrong])
-        files = listed(_files_of(located(path), wrong))
+        files = listed(_leaf_files(located(path), wrong))
         raise CheckpointCorruptError(
             str(path),
             f"not stored as its table says: {names} (in one of the files {files})",
@@ -1138,12 +1138,12 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, and not what describes them."""
-    found = _files_of(path, leaves)
+    found = _leaf_files(path, leaves)
     values = [name for name in found if not name.endswith("/zarr.json")]
     return values or found
 
 
-def _files_of(path: Path, leaves: Sequence[Leaf]) -> list[str]:
+def _leaf_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files of leaves; those of the database, where one holds them all."""
     names = [leaf.stored_name for leaf in leaves]
     own = [path / "state" / name for name in names if is_inside(name)]

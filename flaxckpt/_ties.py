@@ -152,7 +152,7 @@ def _role(kind: type) -> str:
     nnx: Any = sys.modules["flax.nnx"]
     if issubclass(kind, nnx.Variable):
         return VARIABLE
-    if issubclass(kind, nnx.Pytree) and kind._pytree__is_pytree:
+    if issubclass(kind, nnx.Pytree) and getattr(kind, "_pytree__is_pytree", True):
         return MODULE
     return STATE if issubclass(kind, nnx.State) else ""
 

@@ -15,6 +15,7 @@ from typing import Any
 from flaxckpt._background import stand_back
 from flaxckpt._failures import in_one_line
 from flaxckpt._locks import new_lock, unlock_all
+from flaxckpt._state import outside
 from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
@@ -200,7 +201,7 @@ class Writer:
         if not (self._errors or self._warnings) or self.is_inherited:
             return
         while self._warnings:
-            warnings.warn(self._warnings.pop(0), stacklevel=4)
+            warnings.warn(self._warnings.pop(0), stacklevel=outside())
         if not self._errors:
             return
         with self._lock:

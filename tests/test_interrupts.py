@@ -1,6 +1,5 @@
 """After an interrupt at any line, the object saves, waits and closes; nothing is lost."""
 
-import contextlib
 import gc
 import json
 import os
@@ -323,9 +322,7 @@ def test_a_dropped_object_s_memory_is_let_go(tmp_path):
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.save({"w": jnp.zeros(2)}, 0)
     writer = ckpt._saves._writer
-    with contextlib.suppress(AttributeError):
-        thread = writer._thread
-        thread.join()
+    join(ckpt)
     assert writer._memory
     assert writer in _writer._UNHEARD
     del ckpt
