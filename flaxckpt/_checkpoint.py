@@ -19,6 +19,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 
 from flaxckpt import _processes, _store, _traced
+from flaxckpt._frames import outside
 from flaxckpt._frozen import Filter, Frozen
 from flaxckpt._interval import AgreedInterval, Interval
 from flaxckpt._logs import find, left_out, normalized
@@ -37,7 +38,6 @@ from flaxckpt._state import (
     check_state,
     is_real,
     judge,
-    outside,
     resumed,
     tick,
 )

@@ -29,10 +29,10 @@ from typing import Any
 
 from flaxckpt import _lock
 from flaxckpt._draft import sync_path
+from flaxckpt._frames import outside
 from flaxckpt._locks import new_lock
 from flaxckpt._open import is_there
 from flaxckpt._record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
-from flaxckpt._state import outside
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
 
 _AT_FDCWD = -100

@@ -3,9 +3,9 @@
 import os
 import warnings
 
+from flaxckpt._frames import outside
 from flaxckpt._open import is_there
 from flaxckpt._record import RECORD_FILE, CheckpointInfo, list_below
-from flaxckpt._state import outside
 from flaxckpt._template import is_url
 from flaxckpt.errors import CheckpointPathError
 

@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ from flaxckpt.errors import CheckpointLockedError, CheckpointPathError
 
 HEARTBEAT_SECS = 2.0
 WATCH_SECS = 3 * HEARTBEAT_SECS
+_LAST_SECS = 1.0  # that the end of the interpreter waits
 
 
 @dataclass
@@ -107,14 +109,20 @@ def settle(path: Path) -> None:
 def release(path: Path, holder: Hashable = None) -> None:
     """Give the lock back; the file goes when the last holder in this process did.
 
-    Nothing happens if the holder does not have it.
+    Nothing happens if the holder does not have it. At the end of the interpreter a
+    thread may have been stopped for ever while it had the guard: then the file stays,
+    which is nobody's once the process has ended.
     """
-    with _guard:
+    if not _guard.acquire(timeout=_LAST_SECS if sys.is_finalizing() else -1):
+        return
+    try:
         held = _held.get(path)
         if held is not None:
             held.holders.discard(holder)
             if not held.holders:
                 _let_go(path, held)
+    finally:
+        _guard.release()
 
 
 def drop(path: Path, holder: Hashable) -> None:
@@ -127,13 +135,14 @@ def drop(path: Path, holder: Hashable) -> None:
     if held is None:
         return
     held.holders.discard(holder)
-    held.wakes.set()
     if not _guard._is_owned() and _guard.acquire(blocking=False):
         try:
             if not held.holders:
                 _let_go(path, held)
         finally:
             _guard.release()
+    else:
+        held.wakes.set()
 
 
 def _let_go(path: Path, held: _Held) -> None:

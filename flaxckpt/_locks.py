@@ -10,6 +10,8 @@ import threading
 import weakref
 from typing import Any
 
+from flaxckpt._frames import is_nested
+
 _made: list[weakref.ref[Any]] = []
 
 
@@ -23,11 +25,14 @@ def new_lock() -> Any:
 def unlock_all() -> None:
     """Unlock what an interrupted call of this thread has left locked.
 
-    Called where a call begins, so that this thread has locked nothing.
+    Called where a call begins. Where that is within another call, which is under way,
+    what this thread has locked is that one's, and stays.
     """
-    for lock in _all():
-        while lock._is_owned():
-            lock.release()
+    own = [lock for lock in _all() if lock._is_owned()]
+    if own and not is_nested():
+        for lock in own:
+            while lock._is_owned():
+                lock.release()
 
 
 def _all() -> list[Any]:

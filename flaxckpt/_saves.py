@@ -23,6 +23,7 @@ import numpy as np
 from flaxckpt import _snapshot, _store
 from flaxckpt._failures import in_one_line
 from flaxckpt._forks import use_threads
+from flaxckpt._frames import outside
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._logs import find, plain_scalars
 from flaxckpt._series import Page, Series, Together
@@ -33,7 +34,6 @@ from flaxckpt._state import (
     CheckpointState,
     judge,
     monitored,
-    outside,
     plain_state,
     whole,
     with_leaves,

@@ -12,7 +12,6 @@ normal one count as zero, because XLA treats them so on some devices: all ways t
 import math
 import numbers
 import operator
-import sys
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._direction import direction
+from flaxckpt._frames import outside
 from flaxckpt._logs import Unusable, normalized, rounded, value_of
 from flaxckpt._unchecked import as_arguments, unchecked
 from flaxckpt.errors import MetricError, SettingError
@@ -567,15 +567,3 @@ def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> 
         f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
         stacklevel=outside(),
     )
-
-
-def _is_ours(module: object) -> bool:
-    return str(module).partition(".")[0] == "flaxckpt"
-
-
-def outside() -> int:
-    """Stack level, for the function that calls this, of the caller's caller."""
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_globals.get("__name__")):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -35,6 +35,7 @@ from flaxckpt._draft import Draft, sync_tree
 from flaxckpt._failures import in_one_line, listed
 from flaxckpt._forks import use_threads
 from flaxckpt._form import STATE, Form, Reader, Share, recognized
+from flaxckpt._frames import outside
 from flaxckpt._frozen import Frozen, FrozenLeaf
 from flaxckpt._locks import new_lock
 from flaxckpt._looks import Looks
@@ -65,7 +66,6 @@ from flaxckpt._record import (
     read_record,
 )
 from flaxckpt._snapshot import HostCopy
-from flaxckpt._state import outside
 from flaxckpt._template import is_url
 from flaxckpt._ties import flatten
 from flaxckpt._tree import Layout, Leaf, PyTree, Skeleton, Wanted, on_host

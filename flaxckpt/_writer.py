@@ -14,8 +14,8 @@ from typing import Any
 
 from flaxckpt._background import stand_back
 from flaxckpt._failures import in_one_line
+from flaxckpt._frames import is_nested, outside
 from flaxckpt._locks import new_lock, unlock_all
-from flaxckpt._state import outside
 from flaxckpt._unchecked import stay_unchecked
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
@@ -120,6 +120,14 @@ class Writer:
                     return job
             if not wait and len(self._jobs) >= limit:
                 return None
+            if len(self._jobs) >= limit:
+                if self._own():  # which this call is made from within
+                    raise CheckpointError(
+                        "A save was asked for within another call of the same object, "
+                        "as by a signal handler, and would wait for it for ever. Set a "
+                        "flag there, and save from the loop."
+                    )
+                self._start()
             self._changed.wait_for(lambda: len(self._jobs) < limit)
             memory = self._memory.pop() if self._memory else None
             job = Job(key, memory=memory, holder=own)
@@ -158,11 +166,19 @@ class Writer:
             self._changed.notify_all()
 
     def take_back(self) -> None:
-        """Give back what an interrupted call of this thread has left."""
+        """Give back what an interrupted call of this thread has left.
+
+        Not what another call has claimed that is still under way; see `is_nested`.
+        """
         unlock_all()
+        left = self._own()
+        if left and not is_nested():
+            for job in left:
+                self.give_back(job)
+
+    def _own(self) -> list[Job]:
         own = threading.get_ident()
-        for job in [job for job in self._jobs if job.holder == own]:
-            self.give_back(job)
+        return [job for job in self._jobs if job.holder == own]
 
     def _start(self) -> None:
         """Start the thread, unless it is there.

@@ -26,6 +26,7 @@ HEAVY = (
 LAYERS = [
     "errors",
     "_failures",
+    "_frames",
     "_forks",
     "_locks",
     "_logs",
