@@ -1,8 +1,8 @@
 """Where a save goes if what it would replace is better: aside. The better one stays.
 
-A path of a series is two places: the path itself, and one aside for what is not better
-than what is there. Nothing is moved from one to the other, so the better one is at its
-place at every moment.
+A path of a series is two places: the path itself, and one aside for a save that is not
+better than the checkpoint at the path. The better checkpoint is at one of the two at
+every moment. It is moved only for a save by hand, which gets the path it was given.
 """
 
 from collections.abc import Mapping

@@ -337,6 +337,7 @@ class ModelCheckpoint:
             snapshot=snapshot,
             max_in_flight=max_in_flight,
             frozen=stored_once,
+            best_only=bool(save_best_only),
             overwrite=bool(overwrite),
             tell=_print if verbose else None,
         )

@@ -300,6 +300,13 @@ class Area:
         self._sync_directory(path.parent)
         self._trash.append(aside)
 
+    def move(self, path: Path, target: Path) -> None:
+        """Give a checkpoint another name, at which there is nothing."""
+        self._shared.changes += 1
+        with self.committing:
+            path.rename(target)
+            self._sync_directory(path.parent)
+
     def _finish_replacements(self) -> None:
         """Put back what was set aside and not replaced; delete what was.
 

@@ -12,6 +12,8 @@ check, `save`, `wait` or `close`.
 """
 
 import contextlib
+import errno
+import fcntl
 import functools
 import math
 import os
@@ -390,7 +392,7 @@ def _agree(summaries: Sequence[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
-    """Have a plain path of a directory, the same in all processes: Orbax wants that.
+    """Yield a plain path of a directory, the same in all processes: Orbax wants that.
 
     It is that of a descriptor, which has the same number in all.
 
@@ -410,8 +412,11 @@ def _one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
             raise
         number = max(exchange.hear_all("last")) + _GAP
         try:
-            os.dup2(descriptor, number)
-            stack.callback(os.close, number)
+            # Never onto a number that another thread's file has got meanwhile.
+            found = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, number)
+            stack.callback(os.close, found)
+            if found != number:
+                raise OSError(errno.EAGAIN, f"descriptor {number} was just taken")
             exchange.tell("ready", None)
         except OSError as error:
             exchange.tell("ready", _translated(error, DESCRIPTORS))

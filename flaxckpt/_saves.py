@@ -372,6 +372,7 @@ class Saves:
         snapshot: str,
         max_in_flight: int | None,
         frozen: Frozen | None,
+        best_only: bool,
         overwrite: bool,
         tell: Callable[[str], None] | None,
     ) -> None:
@@ -385,7 +386,8 @@ class Saves:
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
             max_in_flight: How many there may be at a time; None to tell by the size.
             frozen: Which leaves are frozen; None if none are.
-            overwrite: Whether a run may replace a better best that it does not know of.
+            best_only: Whether a better checkpoint is not to be replaced by a worse one.
+            overwrite: Whether it may be all the same.
             tell: Says what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
@@ -393,9 +395,11 @@ class Saves:
         self._weights, self._weights_only = weights, weights_only
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
-        self._overwrite = overwrite
+        self._best_only, self._overwrite = best_only, overwrite
         self._writer = Writer()
-        self._is_first = self._is_new_to_weights = True
+        self._is_new_to_weights = True
+        self._has_saved = False
+        self._owes_place = False  # where this run's own goes is still to be told
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
         self._head: Any = None  # the best value in the state that was returned last
@@ -826,7 +830,11 @@ class Saves:
         """Note which earlier saves an entry may supersede: those that it improves on.
 
         It does if its state is the one that was returned last, and it has a new best.
+        One by hand supersedes none.
         """
+        if entry.by_hand and self._best_only and not self._overwrite:
+            self._line += 1
+            entry.line = self._line
         if entry.state is None or entry.before is None or not self._spares(entry):
             return
         best, head = entry.before.best_value, self._head
@@ -971,16 +979,37 @@ class Saves:
         Returns:
             What is superfluous once it is there.
         """
-        state, path = entry.kept, page.path
-        if state is None or not state.save_best_only:
+        if not self._best_only:
             return []
-        rest: list[Path] = []
-        if self._overwrite or self._spares(entry):
-            page.path, rest = self._series.place(path, logs, overwrite=self._overwrite)
-        if self._is_first and not self._overwrite:
-            self._warn_of_better(state, page.path if page.path != path else None)
-        self._is_first = False
+        state, path = entry.kept, page.path
+        chosen, rest = self._series.place(path, logs, overwrite=self._overwrite)
+        if chosen != path and entry.by_hand:
+            self._make_way(path, chosen)
+            return rest
+        page.path = chosen
+        if chosen != path:
+            better, own = self._shown(path), self._shown(chosen)
+            self._say(entry, f"{better} has a better one: this one goes to {own}")
+        is_news = not self._has_saved or (self._owes_place and chosen != path)
+        if state is not None and is_news and not self._overwrite:
+            self._warn_of_better(state, chosen if chosen != path else None)
+        self._has_saved = True
         return rest
+
+    def _make_way(self, path: Path, chosen: Path) -> None:
+        """Keep the better checkpoint that a save by hand would replace."""
+        here, aside = self._shown(path), self._shown(chosen)
+        if self._series.area.is_mirror:
+            self._writer.warn(
+                f"save() replaces a better checkpoint at {here!r}. In an object "
+                "store it is not kept aside: give save() a filepath of its own."
+            )
+            return
+        self._series.make_way(path, chosen)
+        self._writer.warn(
+            f"save() took the place of a better checkpoint at {here!r}, which is kept "
+            f"at {aside!r}. To replace it, pass overwrite=True."
+        )
 
     def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
         """Warn if a run that saves only the best does not know of a better one."""
@@ -989,6 +1018,7 @@ class Saves:
             own is not None and (best >= own if state.mode == "min" else best <= own)
         ):
             return
+        self._owes_place = aside is None
         of_run = "it has none yet" if own is None else f"its own best is {own:.5g}"
         there, how = self._shown(self._series.root), ""
         if aside is not None:

@@ -10,12 +10,12 @@ import datetime
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from flaxckpt import _store
-from flaxckpt._aside import places_aside, target
+from flaxckpt._aside import SUFFIX, places_aside, target
 from flaxckpt._commit import Area
 from flaxckpt._failures import space_told
 from flaxckpt._frozen import Frozen
@@ -146,7 +146,11 @@ class Series:
         path = Path(unreadable)
         if not path.is_relative_to(self.root):
             return False
-        return self._template.fits(path.relative_to(self.root).parts)
+        name = path.name
+        for suffix in (f"{SUFFIX}-{self._tag}", SUFFIX):
+            name = name.removesuffix(suffix)
+        own = path.with_name(name or path.name)
+        return self._template.fits(own.relative_to(self.root).parts)
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
@@ -230,6 +234,24 @@ class Series:
         if chosen != path:
             _store.check_target(chosen, self.root)
         return chosen, rest
+
+    def make_way(self, path: Path, chosen: Path) -> None:
+        """Move the checkpoint at a path aside, for a save by hand. The area is open.
+
+        Args:
+            path: The path.
+            chosen: What `place` has returned.
+        """
+        known = self._ledger()
+        if str(chosen) in known.infos:
+            self.drop([chosen])  # which is worse
+        self.area.move(path, chosen)
+        moved = [
+            replace(info, path=chosen) if info.path == path else info
+            for info in known.infos.values()
+        ]
+        known.infos, known.best = {str(info.path): info for info in moved}, None
+        known.changes = self.area.changes
 
     def drop(self, paths: Sequence[Path]) -> None:
         """Delete checkpoints, once what is new is in its place.

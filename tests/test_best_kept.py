@@ -76,6 +76,7 @@ def test_a_run_that_did_not_restore_replaces_only_what_it_beats(
 ):
     path = tmp_path / "best"
     settings = {"save_weights_only": weights_only, "save_last": save_last}
+    settings["weights"] = lambda tree: tree
     assert train(path, [0.3, 0.2], **settings)[0] == []
     said, best = train(path, [0.5, 0.4], **settings)
     assert len(said) == 1
@@ -132,7 +133,7 @@ def test_what_is_equal_as_it_is_compared_is_not_warned_of(tmp_path, metric):
     assert ckpt.best.epoch == 0  # of equals the first, as the decision has it
 
 
-def test_a_forced_save_goes_aside_and_one_by_hand_does_not(tmp_path):
+def test_a_forced_save_goes_aside_and_one_by_hand_makes_way(tmp_path):
     path = tmp_path / "best"
     with ModelCheckpoint(path, save_best_only=True) as ckpt:
         state = ckpt.init()
@@ -144,10 +145,18 @@ def test_a_forced_save_goes_aside_and_one_by_hand_does_not(tmp_path):
         ckpt.update(state, {"w": np.ones(3)}, {"val_loss": np.nan}, 2, force=True)
         ckpt.wait()
         assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, 2)
-        ckpt.save(tree_of(0.7), 3, logs={"val_loss": 0.7})
-        ckpt.wait()
-        assert ckpt.restore(which=path).epoch == 3
-        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 4)
+        for epoch, value in enumerate([0.7, 0.8], start=3):
+            path_given = ckpt.save(tree_of(value), epoch, logs={"val_loss": value})
+            assert path_given == path
+            if epoch == 3:
+                with pytest.warns(UserWarning, match="which is kept at"):
+                    ckpt.wait()
+            ckpt.wait()
+            assert there(tmp_path) == {"best": value, "best.aside": 0.2}
+            assert ckpt.restore(which=path).epoch == epoch
+            assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, epoch)
+            assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
+        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 5)
     assert there(tmp_path) == {"best": 0.1}
 
 
@@ -424,10 +433,11 @@ def test_a_kill_leaves_the_better_one(tmp_path, losses, kill_before, left):
 # ---- the rule ----------------------------------------------------------------------------
 
 VALUES = st.sampled_from([0.1, 0.2, 0.3, 1 / 3, 0.5, float("nan"), float("inf")])
+HOW = st.sampled_from(["decided", "forced", "by hand"])
 RUNS = st.lists(
     st.tuples(
         st.sampled_from(["restore", "fresh", "old"]),
-        st.lists(st.tuples(VALUES, st.booleans()), min_size=1, max_size=3),
+        st.lists(st.tuples(VALUES, HOW), min_size=1, max_size=3),
     ),
     min_size=1,
     max_size=4,
@@ -443,7 +453,11 @@ RUNS = st.lists(
 )
 @settings(max_examples=200 if FULL else 15)
 @example(
-    [("fresh", [(0.1, False)]), ("fresh", [(0.5, False), (0.2, True)])],
+    [("fresh", [(0.1, "decided")]), ("fresh", [(0.5, "decided"), (0.2, "forced")])],
+    "best", 1, "min", True,
+)  # fmt: skip
+@example(
+    [("fresh", [(0.1, "decided")]), ("fresh", [(0.5, "by hand"), (0.2, "by hand")])],
     "best", 1, "min", True,
 )  # fmt: skip
 def test_the_best_ever_decided_for_is_always_there(
@@ -464,9 +478,13 @@ def test_the_best_ever_decided_for_is_always_there(
                     assert best is None or state.best == np.float32(best)
                 elif begins == "old" and old is not None:
                     state = old
-                for epoch, (loss, force) in enumerate(calls):
+                for epoch, (loss, how) in enumerate(calls):
                     before, logs = float(state.best), {"val_loss": loss}
-                    state = ckpt.update(state, tree_of(loss), logs, epoch, force=force)
+                    tree, force = tree_of(loss), how != "decided"
+                    if how == "by hand":
+                        ckpt.save(tree, epoch, logs=logs)
+                    else:
+                        state = ckpt.update(state, tree, logs, epoch, force=force)
                     if epoch == 0:
                         old = state
                     improved = state.has_best and float(state.best) != before
@@ -485,7 +503,7 @@ def test_the_best_ever_decided_for_is_always_there(
     st.lists(st.tuples(st.sampled_from([1, 2, 3, None]), st.booleans()), max_size=6),
 )
 def test_of_two_places_the_best_stays(mode, saves):
-    """Also where some saves replace what is at the path, as those by hand do."""
+    """Also where some saves replace what is at the path, whatever is there."""
     there, sign = {}, 1 if mode == "min" else -1
     for value, by_hand in saves:
         known = [each for each in there.values() if each is not None]
