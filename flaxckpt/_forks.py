@@ -10,7 +10,7 @@ from typing import Any
 
 from flaxckpt.errors import CheckpointError
 
-_facts: dict[str, int] = {}  # "used": TensorStore is; "parent": the process it was in
+_facts: dict[str, int] = {}  # "used": threads are; "parent": the process it was in
 
 
 def use_threads() -> None:
@@ -30,11 +30,16 @@ def use_threads() -> None:
     _facts["used"] = 1
 
 
-def _look_back() -> None:
+def _look_around() -> None:
+    """Note whether JAX has threads. In the parent: a child could wait for JAX's lock."""
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
-    are_initialized = getattr(bridge, "backends_are_initialized", bool)
-    if are_initialized() or "used" in _facts:
+    if getattr(bridge, "backends_are_initialized", bool)():
+        _facts["used"] = 1
+
+
+def _look_back() -> None:
+    if "used" in _facts:
         _facts.setdefault("parent", os.getppid())
 
 
-os.register_at_fork(after_in_child=_look_back)
+os.register_at_fork(before=_look_around, after_in_child=_look_back)
