@@ -980,10 +980,9 @@ class ModelCheckpoint:
                 raise damaged[0]
             shown = self._series.area.shown
             places = [(str(info.time), str(shown(info.path))) for info in infos]
-            yield (
-                places,
-                [f"{'PASSED OVER' if e in ours else 'Left out'}: {e}" for e in beside],
-            )
+            told = [f"PASSED OVER: {e}" for e in damaged if e in ours]
+            others = [e for e in beside if isinstance(e, CheckpointPathError)]
+            yield places, told + [f"Left out: {e}" for e in others]
         raise CheckpointError(
             f"The checkpoints in {str(self._series.area.shown(self._root))!r} were "
             "deleted faster than they could be loaded. Restore again, or keep more of "

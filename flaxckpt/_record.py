@@ -320,10 +320,16 @@ class _Look:
         if path not in self.known:
             info = read_record(path)
             if info is None:
-                self.has_missed |= not is_there(located(path)) or is_checkpoint(path)
+                self.has_missed |= not _was_seen(path) or is_checkpoint(path)
                 return None
             self.known[path] = info
         return self.known[path]
+
+
+def _was_seen(path: Path) -> bool:
+    """Tell whether what a listing has seen of a path is there, whatever it is."""
+    aside = path.with_name(REPLACED_PREFIX + path.name)
+    return os.path.lexists(path) or os.path.lexists(aside)
 
 
 def _find(

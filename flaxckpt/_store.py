@@ -1206,7 +1206,7 @@ def _complete(path: Path) -> None:
 def _read_foreign(path: Path, *, weights_only: bool) -> PyTree:
     """Read what plain Orbax wrote: a tree, or a dict of its items by their names."""
     check_plain(path)
-    if not ocp.is_orbax_checkpoint(path):
+    if not _is_orbax(path):
         return _read_item(path.parent, path.name)
     items = _items(path)
     for name in _DEFAULT_ITEMS:
