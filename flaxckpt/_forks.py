@@ -31,7 +31,7 @@ def use_threads() -> None:
 
 
 def _look_around() -> None:
-    """Note whether JAX has threads. In the parent: a child could wait for JAX's lock."""
+    """Note whether JAX has threads; a child could wait for its lock for ever."""
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
     if getattr(bridge, "backends_are_initialized", bool)():
         _facts["used"] = 1
