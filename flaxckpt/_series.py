@@ -143,14 +143,16 @@ class Series:
 
         By its name, since nothing else is known of it.
         """
-        path = Path(unreadable)
-        if not path.is_relative_to(self.root):
+        root = str(self.area.shown(self.root))  # may be a URL
+        if unreadable == root:
+            return True
+        below = os.path.join(root, "")
+        if not unreadable.startswith(below):
             return False
-        name = path.name
+        *above, name = unreadable.removeprefix(below).split("/")
         for suffix in (f"{SUFFIX}-{self._tag}", SUFFIX):
             name = name.removesuffix(suffix)
-        own = path.with_name(name or path.name)
-        return self._template.fits(own.relative_to(self.root).parts)
+        return self._template.fits((*above, name))
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""

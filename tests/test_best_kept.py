@@ -521,3 +521,16 @@ def test_of_two_places_the_best_stays(mode, saves):
             assert best in left
         if not by_hand and place == "path" and "aside" in there:
             assert there["aside"] is not None
+
+
+def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):
+    """Where it cannot be read, no older one is taken in its place, as elsewhere."""
+    path = tmp_path / "{epoch}"
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        series = ckpt._series
+        for name in ("3", "3.aside", f"3.aside-{series._tag}"):
+            assert series.may_be_ours(str(tmp_path / name))
+        for name in ("lost+found", "3.other", "aside"):
+            assert not series.may_be_ours(str(tmp_path / name))
+        assert series.may_be_ours(str(tmp_path))
+        assert not series.may_be_ours(str(tmp_path.parent / "3"))
