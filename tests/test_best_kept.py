@@ -530,7 +530,7 @@ def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):
         series = ckpt._series
         for name in ("3", "3.aside", f"3.aside-{series._tag}"):
             assert series.may_be_ours(str(tmp_path / name))
-        for name in ("lost+found", "3.other", "aside"):
+        for name in ("lost+found", "other", ".aside"):
             assert not series.may_be_ours(str(tmp_path / name))
         assert series.may_be_ours(str(tmp_path))
         assert not series.may_be_ours(str(tmp_path.parent / "3"))
