@@ -641,7 +641,8 @@ class ModelCheckpoint:
                 error.add_note(f"And: {failure}")
                 return
             warnings.warn(
-                f"While another error ended the loop: {failure}", stacklevel=outside()
+                f"A save failed, too, while another error ended the loop: {failure}",
+                stacklevel=outside(),
             )
 
     # ---- what there is ---------------------------------------------------------------
@@ -751,7 +752,7 @@ class ModelCheckpoint:
                 except CheckpointCorruptError as error:
                     errors[mark] = error
                     warnings.warn(
-                        f"PASSED OVER, and the next one tried: {error}",
+                        f"PASSED OVER: {error}. restore tries the next one.",
                         stacklevel=outside(),
                     )
         if errors:
@@ -875,8 +876,9 @@ class ModelCheckpoint:
         if not self._is_warned:
             self._is_warned = True
             warnings.warn(
-                "update was given the same state as at the call before, and forgets "
-                "what it has decided. Write state = ckpt.update(state, ...).",
+                "update got the same state as in the call before, so the decision of "
+                "that call is lost, and each call may save. "
+                "Write state = ckpt.update(state, ...).",
                 stacklevel=outside(),
             )
 
@@ -1033,11 +1035,15 @@ class ModelCheckpoint:
         if not infos:
             return
         there = sorted({name for info in infos for name in info.logs})
+        advice = 'Their logs are empty. Pass logs, or restore(which="latest").'
+        if there:
+            advice = (
+                f"Their logs have: {', '.join(map(repr, there))}. Pass one of these as "
+                '`monitor`, or restore(which="latest").'
+            )
         warnings.warn(
-            f"No best checkpoint to restore: none of the {len(infos)} there are has a "
-            f"number for {self._monitor!r} in its logs (there: "
-            f"{', '.join(map(repr, there)) or 'nothing'}). Pass one of those as "
-            'monitor, or restore(which="latest").',
+            "No best checkpoint to restore: no checkpoint has a number for "
+            f"{self._monitor!r}. {advice}",
             stacklevel=outside(),
         )
 

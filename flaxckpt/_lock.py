@@ -241,7 +241,7 @@ def _made(path: Path, opened: list[io.FileIO]) -> int:
 def _no_lock(path: Path, what: str) -> CheckpointPathError:
     return CheckpointPathError(
         str(path),
-        f"is {what}, and the lock of the checkpoints has to be there. Nothing was "
+        f"is {what}, where flaxckpt keeps the lock of these checkpoints. Nothing was "
         "written to it. Remove it, or choose another filepath.",
     )
 

@@ -171,7 +171,7 @@ def _computed(value: Any) -> Any:
         return compute()
     except Exception as error:
         return Unusable(
-            f"is a {type(value).__name__}, whose compute() raised "
+            f"is of type {type(value).__name__}, whose compute() raised "
             f"{type(error).__name__}: {error}"
         )
 
@@ -209,7 +209,7 @@ def _as_float(value: Any) -> Any:
 def _converted(value: Any) -> Any:
     """Return an object as the array that it says it is, or a list of numbers."""
     is_array = hasattr(value, "__jax_array__") or hasattr(value, "__array__")
-    kind = f"is a {type(value).__name__}"
+    kind = f"is of type {type(value).__name__}"
     if not is_array and not isinstance(value, list | tuple):
         return Unusable(kind)
     try:

@@ -1,4 +1,4 @@
-"""Which ways of writing were seen to work, by one who writes.
+"""The ways of writing that a writer has already checked.
 
 A checkpoint is looked at before it takes its place where its tree is written for the
 first time, or for the first time in this way: a bug in what writes it shows then, and

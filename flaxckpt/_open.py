@@ -40,7 +40,7 @@ class NoFileError(Exception):
 
 
 def is_damage(error: OSError) -> bool:
-    """Tell whether an error speaks of what is on disk, and not of who reads it."""
+    """Tell whether an error is about the files, and not about this process."""
     return error.errno is None or error.errno in _DAMAGE
 
 
@@ -51,7 +51,7 @@ def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointPathEr
     elif is_damage(error):
         advice = "Move it away, or remove it."
     else:
-        advice = "Try once more: that does not speak of what is in it."
+        advice = "Try again. This error does not mean that the checkpoint is damaged."
     return CheckpointPathError(
         os.fspath(path), f"cannot be read: {error.strerror}. {advice}"
     )

@@ -392,7 +392,7 @@ def _agree(summaries: Sequence[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
-    """Yield a plain path of a directory, the same in all processes: Orbax wants that.
+    """Yield a plain path of a directory, the same in all processes, for Orbax.
 
     It is that of a descriptor, which has the same number in all.
 

@@ -670,8 +670,9 @@ class Saves:
                 warnings.warn(
                     "save_weights_only=True leaves nothing out of this "
                     f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
-                    "metrics are known in it. If all of it is weights, pass "
-                    "weights=lambda tree: tree, and else a function that picks them.",
+                    "metrics are known in it. Pass weights=lambda tree: tree if the "
+                    "whole tree is weights. Otherwise pass a function that picks the "
+                    "weights.",
                     stacklevel=outside(),
                 )
 

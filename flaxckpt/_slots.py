@@ -531,7 +531,7 @@ def _checked_logs(logs: Any) -> dict[str, Any]:
         raise SettingError("logs", logs, "pass a mapping of names to metrics.")
     for name, value in flat.items():
         if isinstance(value, str | Unusable):
-            problem = "is a text" if isinstance(value, str) else value.problem
+            problem = "is text" if isinstance(value, str) else value.problem
             raise MetricError(name, f"{problem}, and must be a real number.")
         if np.shape(value) != ():
             raise MetricError(

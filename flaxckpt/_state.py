@@ -421,15 +421,16 @@ def monitored(monitor: str, value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return value
     if isinstance(value, str | Unusable):
-        problem = "is a text" if isinstance(value, str) else value.problem
+        problem = "is text" if isinstance(value, str) else value.problem
         advice = "and a monitored value must be a real number."
         raise MetricError(monitor, f"{problem}, {advice}")
     if value.shape != ():
         advice = "Reduce it first, say with .mean()."
         if _is_of_pmap(value):
             advice = (
-                "It has one value for each device, as pmap returns it: reduce it there "
-                "with jax.lax.pmean, and pass x[0]."
+                "It has one value for each device, as pmap returns it: apply "
+                "jax.lax.pmean inside the pmapped function, and pass the value x[0] "
+                f"of one device: logs={{{monitor!r}: x[0]}}."
             )
         raise MetricError(
             monitor,

@@ -984,7 +984,8 @@ def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
         files = listed(_leaf_files(located(path), wrong))
         raise CheckpointCorruptError(
             str(path),
-            f"not stored as its table says: {names} (in one of the files {files})",
+            f"the stored arrays do not match {LEAVES_FILE}: {names} (in one of the "
+            f"files {files})",
         )
 
 

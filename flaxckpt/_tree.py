@@ -1026,7 +1026,7 @@ def _as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
     return Wanted(leaf)
 
 
-_NEEDS_X64 = "(64 bits need jax_enable_x64)"
+_NEEDS_X64 = "(a JAX array has no 64 bits without jax_enable_x64)"
 
 
 def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 ```
 CheckpointError
-├── SettingError             a setting that cannot work            (ValueError)
+├── SettingError             an argument that cannot work          (ValueError)
 ├── TemplateError            a filepath that cannot be filled in   (ValueError)
 ├── MetricError              a monitored value that is no number   (ValueError)
 ├── CheckpointPathError      a path where nothing can be written, or read
@@ -30,7 +30,7 @@ class CheckpointError(Exception):
 
 
 class SettingError(CheckpointError, ValueError):
-    """A setting that cannot work, refused at construction.
+    """An argument that cannot work.
 
     Attributes:
         name: The argument's name.
@@ -43,7 +43,10 @@ class SettingError(CheckpointError, ValueError):
         self.name, self.value, self.advice = name, value, advice
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value!r} cannot work: {self.advice}"
+        value = self.value
+        is_type = isinstance(value, str) and value[:1] + value[-1:] == "<>"
+        shown = value if is_type else repr(value)
+        return f"{self.name}={shown} cannot work: {self.advice}"
 
 
 class TemplateError(CheckpointError, ValueError):
@@ -112,11 +115,18 @@ class UnsupportedLeafError(CheckpointError, TypeError):
 
     def __str__(self) -> str:
         lines = "".join(f"\n  {path}: {problem}" for path, problem in self.leaves)
+        advice = (
+            "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
+            "Python number, str, bytes or a function. Leave the others out of `tree`."
+        )
+        if self.action == "restored":
+            advice = (
+                "A leaf of `like` must be an array, a number, text, a function, a "
+                "`jax.ShapeDtypeStruct` or a sharding."
+            )
         return (
             f"{_count(len(self.leaves), 'leaf', 'leaves')} of the tree cannot be "
-            f"{self.action}:{lines}\n"
-            "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
-            "Python number, str or bytes. Leave the others out of `tree`."
+            f"{self.action}:{lines}\n{advice}"
         )
 
 

@@ -336,9 +336,9 @@ def test_a_best_of_no_metric_is_told_from_a_first_run(tmp_path):
         with pytest.warns(UserWarning, match="No best") as caught:
             assert ckpt.restore(which="best") is None
     assert str(caught[0].message) == (
-        "No best checkpoint to restore: none of the 2 there are has a number for "
-        "'val_los' in its logs (there: 'lr', 'val_loss'). Pass one of those as "
-        'monitor, or restore(which="latest").'
+        "No best checkpoint to restore: no checkpoint has a number for 'val_los'. "
+        "Their logs have: 'lr', 'val_loss'. Pass one of these as "
+        '`monitor`, or restore(which="latest").'
     )
     assert caught[0].filename == __file__
 

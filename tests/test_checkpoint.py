@@ -633,7 +633,10 @@ def test_the_loop_s_own_error_is_not_hidden(tmp_path):
         raise ZeroDivisionError
     assert names(ckpt.checkpoints) == ["1"]  # finished all the same
     with (
-        pytest.warns(UserWarning, match="While another error ended the loop: Saving"),
+        pytest.warns(
+            UserWarning,
+            match="A save failed, too, while another error ended the loop: Saving",
+        ),
         FullDisk(),
         pytest.raises(ZeroDivisionError),
         ckpt,
@@ -700,7 +703,7 @@ def test_arguments_in_the_wrong_place_or_form(tmp_path):
     with ModelCheckpoint(tmp_path / "{epoch}", "loss", save_best_only=True) as ckpt:
         state, tree, logs = ckpt.init(), {"w": np.zeros(2)}, {"loss": 0.5}
         with pytest.raises(
-            SettingError, match=r"state='<dict>' cannot work: pass what init"
+            SettingError, match=r"state=<dict> cannot work: pass what init"
         ):
             ckpt.update(tree, state, logs, 0)
         other = flaxckpt.CheckpointState.create("val_loss", save_best_only=True)
@@ -779,9 +782,9 @@ def test_paths_and_trees_in_each_other_s_place(tmp_path):
         ):
             with pytest.raises(SettingError):
                 call()
-        with pytest.raises(SettingError, match=r"which='<int>' cannot work"):
+        with pytest.raises(SettingError, match=r"which=<int> cannot work"):
             ckpt.restore(which=0)
-    with pytest.raises(SettingError, match="state='<tuple>' cannot work"):
+    with pytest.raises(SettingError, match="state=<tuple> cannot work"):
         flaxckpt.step(flaxckpt.step(ckpt.init(), {}, 0), {}, 0)
 
 

@@ -328,8 +328,9 @@ def test_64_bits_are_not_truncated_in_silence(tmp_path):
     for like in (None, {"w": jax.ShapeDtypeStruct((1,), np.float64)}):
         with pytest.raises(CheckpointMismatchError) as caught:
             flaxckpt.load(path, like)
-        assert "w: checkpoint has float64[1], wanted float64[1] (64 bits need " in str(
-            caught.value
+        assert (
+            "w: checkpoint has float64[1], wanted float64[1] (a JAX array has "
+            in str(caught.value)
         )
     assert flaxckpt.load(path, {"w": np.zeros(1)})["w"].dtype == np.float64
     cast = flaxckpt.load(path, {"w": jnp.zeros(1)}, cast=True)
@@ -376,7 +377,7 @@ def test_leaves_that_cannot_be_saved(tmp_path):
         "  x/1: has the same name as its neighbor: their keys, 1 and '1', are the same "
         "as text; rename one\n"
         "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
-        "Python number, str or bytes. Leave the others out of `tree`."
+        "Python number, str, bytes or a function. Leave the others out of `tree`."
     )
     assert not (tmp_path / "ckpts").exists()
 
