@@ -752,7 +752,9 @@ class ModelCheckpoint:
                 except CheckpointCorruptError as error:
                     errors[mark] = error
                     warnings.warn(
-                        f"PASSED OVER: {error}. restore tries the next one.",
+                        f"PASSED OVER: checkpoint {error.path!r} is damaged "
+                        f"({error.problem}). "
+                        "restore tries the next one.",
                         stacklevel=outside(),
                     )
         if errors:
