@@ -1,6 +1,7 @@
 """JAX's debugging checks judge the user's programs, and not flaxckpt's copies."""
 
 import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from test_store import assert_same
 import flaxckpt
 from flaxckpt import ModelCheckpoint, Snapshot
 
+FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 AUTO = (jax.sharding.AxisType.Auto,)
 BEST = {"save_best_only": True, "monitor": "loss"}
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -192,7 +194,7 @@ def where(request):
     return request.param
 
 
-@pytest.fixture(params=[*GUARDS, "everywhere"])
+@pytest.fixture(params=[*GUARDS, "everywhere"] if FULL else ["all", "everywhere"])
 def guard(request):
     return request.param
 
