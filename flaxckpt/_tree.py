@@ -858,19 +858,19 @@ def _stored_key(
     Where the entry has leaves, they know the key. Otherwise only its name is stored, if
     the name is an ordinary one.
     """
-    indices = list(_indices(child))
+    indices = list(indices_in(child))
     for index in indices:
         if not leaves[index].is_apart:
             return leaves[index].stored_path[depth]
     return key if not indices and is_plain(key) else None
 
 
-def _indices(skeleton: Skeleton) -> Iterator[int]:
+def indices_in(skeleton: Skeleton) -> Iterator[int]:
     """Yield the indices of a structure's leaves."""
     if isinstance(skeleton, int):
         yield skeleton
     for _, child in children_in(skeleton):
-        yield from _indices(child)
+        yield from indices_in(child)
 
 
 def _look_up(tree: PyTree, path: Iterable[str]) -> Any:

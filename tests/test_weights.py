@@ -90,6 +90,33 @@ def optimizers(params):
     ]
 
 
+class Gaussian(eqx.Module):
+    params: Any
+    scale: Any
+
+
+class Headed(eqx.Module):
+    lin: Any
+    head: Any
+
+
+class Attention(eqx.Module):
+    query: Any
+    key: Any
+    extra: Any
+
+
+class Run(eqx.Module):
+    params: Any
+    opt_state: Any
+    scale: Any
+
+
+class Scaled(NamedTuple):
+    params: Any
+    scale: Any
+
+
 EQX = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
 PARAMS = params_of()
 ADAM = optax.adam(1e-3).init(PARAMS)
@@ -100,6 +127,11 @@ NET = Net(nnx.Rngs(0))
 OPTIMIZER = nnx.Optimizer(NET, optax.adam(1e-3), wrt=nnx.Param)
 METRICS = nnx.MultiMetric(loss=nnx.metrics.Average())
 VARIABLES = {"params": ONE.params, "batch_stats": STATS}
+W = jnp.ones((2, 3))
+LINEAR = eqx.nn.Linear(2, 2, key=KEY)
+GAUSSIAN = Gaussian({"mean": W}, jnp.ones(2))
+HEADED = Headed(LINEAR, GAUSSIAN)
+ATTENTION = Attention(LINEAR, LINEAR, {"rng": KEY, "w": W})
 DECISION = flaxckpt.CheckpointState.create()
 KERAS = ([jnp.ones(2), jnp.ones(3)], [jnp.zeros(1)],
          [jnp.int32(3), jnp.float32(0.1), jnp.ones(2)], [jnp.zeros(1)])  # fmt: skip
@@ -133,7 +165,10 @@ CASES = {
         {"params": PARAMS, "batch_stats": STATS},
     ),
     "a dict with params and a key": ({"params": PARAMS, "key": RAW}, {"params": PARAMS}),
-    "model and optimizer": ({"model": PARAMS, "optimizer": [jnp.ones(2)]}, {"model": PARAMS}),
+    "model and optimizer": (
+        {"model": PARAMS, "optimizer": {"count": jnp.int32(3), "mu": jnp.ones(2)}},
+        {"model": PARAMS},
+    ),
     "model and optax": ({"net": PARAMS, "o": ADAM, "n": 3}, {"net": PARAMS}),
     "equinox": (EQX, EQX),
     "equinox and opt_state": ((EQX, ADAM), EQX),
@@ -156,6 +191,41 @@ CASES = {
     ),
     "keras by place": (KERAS, KERAS[:2]),
     "keras without metrics": (KERAS[:3], KERAS[:2]),
+    "a field called params": (HEADED, HEADED),
+    "and an optimizer's state": ((HEADED, ADAM), HEADED),
+    "a module with params": ({"net": GAUSSIAN, "o": ADAM}, {"net": GAUSSIAN}),
+    "a named tuple without optimizer": (Scaled(PARAMS, W), Scaled(PARAMS, W)),
+    "an equinox state": (Run(PARAMS, ADAM, STATS), {"params": PARAMS, "scale": STATS}),
+    "a key within a model": (ATTENTION, ATTENTION),
+    "and beside an optimizer": ((ATTENTION, ADAM), ATTENTION),
+    "attention": (
+        {"query": W, "key": W, "temperature": 0.7, "opt_state": ADAM},
+        {"query": W, "key": W, "temperature": 0.7},
+    ),
+    "attention below": (
+        {"net": {"query": {"w": W}, "key": {"w": W}, "n": 3, "rng": KEY}, "o": ADAM},
+        {"net": {"query": {"w": W}, "key": {"w": W}, "n": 3}},
+    ),
+    "integers that are weights": (
+        {"w": W, "packed": jnp.ones(4, jnp.uint32), "zero": jnp.int8(3), "o": ADAM},
+        {"w": W, "packed": jnp.ones(4, jnp.uint32), "zero": jnp.int8(3)},
+    ),
+    "a number": ({"w": W, "scale": 1.5, "opt_state": ADAM}, {"w": W, "scale": 1.5}),
+    "a subnet called optimizers": (
+        {"dense": PARAMS, "optimizers": {"w": W}, "opt_state": ADAM},
+        {"dense": PARAMS, "optimizers": {"w": W}},
+    ),
+    "and no optimizer": (
+        {"dense": PARAMS, "optimizers": {"w": W}}, {"dense": PARAMS, "optimizers": {"w": W}},
+    ),
+    "a state called optimizer": (
+        {"optimizer": {"model": PARAMS, "opt_state": ADAM}, "n": 3},
+        {"optimizer": {"model": PARAMS}},
+    ),
+    "collections by odd names": (
+        {"params": PARAMS, "buffer": STATS, "data": {"n": RAW}, "opt_state": ADAM},
+        {"params": PARAMS, "buffer": STATS},
+    ),
     "plain": (PARAMS, PARAMS),
     "variables": (VARIABLES, VARIABLES),
     "a list of layers": ([PARAMS, PARAMS], [PARAMS, PARAMS]),
@@ -170,7 +240,9 @@ def assert_same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         if not callable(other):
-            np.testing.assert_array_equal(one, other)
+            is_key = jnp.issubdtype(getattr(other, "dtype", int), jax.dtypes.prng_key)
+            pair = map(jax.random.key_data, (one, other)) if is_key else (one, other)
+            np.testing.assert_array_equal(*pair)
 
 
 @pytest.mark.parametrize(("tree", "weights"), CASES.values(), ids=CASES.keys())
@@ -227,6 +299,31 @@ def test_all_models_and_nothing_else(beside, state):
 
     picked = default_weights((BESIDE[beside], made(state)))
     assert {id(leaf) for leaf in jax.tree.leaves(picked)} == wanted
+
+
+NAMES = ("key keys rng rngs buffer data history metrics step epoch seed count opt optimizer "
+         "optimizers tx scheduler logs scale params_ema").split()  # fmt: skip
+FLOATS = [W, 0.7, {"w": W}, [W], np.ones(2), jnp.bfloat16(1), LINEAR, np.float32(1)]
+
+
+@hypothesis.given(
+    parts=st.dictionaries(
+        st.sampled_from(NAMES), st.integers(0, len(FLOATS) - 1), min_size=1, max_size=4
+    ),
+    beside=st.sampled_from(["opt_state", "a"]),
+    in_model=st.booleans(),
+)
+def test_no_floats_are_left_out_for_their_name(parts, beside, in_model):
+    floats = {name: FLOATS[each] for name, each in parts.items()}
+    tree = {"net": floats, beside: ADAM} if in_model else floats | {beside: ADAM}
+    picked = default_weights(tree)
+    assert_same(picked, {"net": floats} if in_model else floats)
+
+
+@pytest.mark.parametrize("name", ["key", "rng", "step", "buffer", "data", "seed"])
+@pytest.mark.parametrize("value", [KEY, RAW, 3, {"a": KEY}, {"a": RAW, "n": 3}])
+def test_what_is_no_float_is_left_out_for_its_name(name, value):
+    assert_same(default_weights({"w": W, "o": ADAM, name: value}), {"w": W})
 
 
 def test_keras_models(tmp_path):
@@ -299,6 +396,9 @@ def test_a_tree_without_weights(tmp_path):
     ({"params": PARAMS, "opt_state": ADAM, "batch_stats": STATS, "step": 3}, {"params": PARAMS, "batch_stats": STATS}),
     ({"train": {"params": PARAMS, "opt_state": ADAM}, "key": RAW}, {"params": PARAMS}),
     ({"model": PARAMS, "optimizer": ADAM, "step": 3}, {"model": PARAMS}),
+    ({"query": W, "key": W, "rng": RAW, "opt_state": ADAM}, {"query": W, "key": W}),
+    ({"dense": PARAMS, "optimizers": {"w": W}}, {"dense": PARAMS, "optimizers": {"w": W}}),
+    ({"params": PARAMS, "buffer": STATS, "opt_state": ADAM}, {"params": PARAMS, "buffer": STATS}),
     ({"a": {"params": PARAMS, "opt_state": ADAM}, "b": {"params": PARAMS, "step": 2}},
      {"a": {"params": PARAMS}, "b": {"params": PARAMS}}),
     (VARIABLES, VARIABLES), (PARAMS, PARAMS),
