@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Never, TypeAlias
 
@@ -192,6 +192,12 @@ def parse_owner(data: bytes) -> tuple[str, int]:
     except MalformedError:
         return "", 0
     return (host, pid) if host.isprintable() and len(host) < _HOST else ("", 0)
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Tell whether an array can be of a shape, were its empty axes of one element."""
+    size = math.prod(max(size, 1) for size in shape)
+    return len(shape) <= _RANK and size <= _INT64 // _ITEM_BYTES
 
 
 # ---- the record ----------------------------------------------------------------------
@@ -407,9 +413,7 @@ def _shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
     for size in shape:
         if type(size) is not int or size < 0:
             _fail(f"{name} is {_shown(shape)}")
-    if len(shape) > _RANK or math.prod(max(size, 1) for size in shape) > (
-        _INT64 // _ITEM_BYTES
-    ):
+    if not is_possible(shape):
         _fail(f"{name} is {_shown(shape)}, which is too large")
     return tuple(shape)
 

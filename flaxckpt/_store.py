@@ -103,6 +103,12 @@ _ELSEWHERE = "Choose another filepath."
 # as Zarr 2 has; it writes Zarr 3 itself.
 _ZARR_MARK = f"{STATE}/array_metadatas/.zarray"
 _OURS = {LEAVES_FILE, RECORD_FILE, _ZARR_MARK}
+# The classes that write what Orbax's v1 functions read.
+_HANDLERS = frozenset(
+    "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
+    "JsonCheckpointHandler ProtoHandler ProtoCheckpointHandler MetricsHandler "
+    "StatefulCheckpointableHandler".split()
+)
 _DEFAULT_ITEMS = ("state", "pytree", "default")
 # From this mean size of leaves on, a file for each is better than a database of all.
 _LARGE_LEAF = 2**20
@@ -854,12 +860,17 @@ def _load(
     """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
     values: list[Any] | None = None
     if layout is None:
-        foreign = _read_foreign(path, weights_only=callable(part))
+        foreign = _read_foreign(path, like, weights_only=callable(part))
         layout, values = _tree.describe(foreign, storable)
     if callable(part):
         part = part(layout)
     view, sources = layout.part(layout.skeleton if part is None else part)
-    like = _tree.spread(like, view)
+    try:
+        if view.nbytes > layout.most_bytes:  # the weights may name a leaf many times
+            raise _tree.OverfullError("its weights are its arrays too many times")
+        like = _tree.spread(like, view)
+    except _tree.OverfullError as error:
+        raise CheckpointCorruptError(str(path), str(error)) from error
     try:
         plan, twins = _tree.match(str(path), view, like, cast=cast)
     except CheckpointMismatchError as error:
@@ -867,8 +878,7 @@ def _load(
             # It may be the table that is wrong.
             _check_table(path, layout, layout.leaves)
         raise _naming_items(path, error) from None
-    if like is None:
-        _warn_of_functions(path, view)
+    _warn_of_functions(path, view, plan, None if like is None else flatten(like).leaves)
     asked = [(i if i is None else sources[i], want) for i, want in plan]
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     if values is None:
@@ -909,7 +919,12 @@ def _load(
             "What `like` shares between several places was stored as several values. "
             "Pass a `like` that shares nothing there, or none.",
         )
-    return view.fill(given) if like is None else flat.rebuilt(given)
+    if like is not None:
+        return flat.rebuilt(given)
+    try:
+        return view.fill(given, layout.most_bytes)
+    except _tree.OverfullError as error:
+        raise CheckpointCorruptError(str(path), str(error)) from error
 
 
 def _read_each(
@@ -952,8 +967,29 @@ def _are_same(one: Any, other: Any) -> bool:
     return parts(one) == parts(other)
 
 
-def _warn_of_functions(path: Path, layout: Layout) -> None:
+def _warn_of_functions(
+    path: Path,
+    layout: Layout,
+    plan: Sequence[tuple[int | None, Wanted]],
+    given: Sequence[Any] | None,
+) -> None:
+    """Warn of functions that are None in the loaded tree.
+
+    Args:
+        path: The checkpoint.
+        layout: What is stored.
+        plan: What is wanted, in the order of `given`.
+        given: The leaves of `like`, some of which may only say where to put what is
+            stored; None without a `like`.
+    """
     names = [leaf.name for leaf in layout.leaves if leaf.kind == "function"]
+    if given is not None:
+        placed = {
+            want.leaf.name
+            for (index, want), leaf in zip(plan, given, strict=True)
+            if index is None and _tree.is_placement(leaf)
+        }
+        names = [name for name in names if name in placed]
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         warnings.warn(
@@ -1204,31 +1240,88 @@ def _complete(path: Path) -> None:
         source.complete()
 
 
-def _read_foreign(path: Path, *, weights_only: bool) -> PyTree:
-    """Read what plain Orbax wrote: a tree, or a dict of its items by their names."""
+def _read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
+    """Read what plain Orbax wrote: a tree, or a dict of its items by their names.
+
+    Of several items, those that `like` names. Without one, all that Orbax can read;
+    a warning names the others.
+    """
     check_plain(path)
     if not _is_orbax(path):
-        return _read_item(path.parent, path.name)
+        handler = _items(path.parent).get(path.name, "")
+        return _read_item(path.parent, path.name, handler)
     items = _items(path)
     for name in _DEFAULT_ITEMS:
         if name in items:
-            return _read_item(path, name)
+            return _read_item(path, name, items[name])
     if len(items) < 2:
-        return _read_item(path, None)
+        return _read_item(path, None, next(iter(items.values()), ""))
+    chosen = list(items)
     if weights_only:
         chosen = [
             name
             for name, handler in items.items()
             if is_weights_name(name) and "json" not in handler.lower()
         ]
-        if not chosen:
-            raise CheckpointError(
-                f"Checkpoint {str(path)!r} has no weights among its items: "
-                f"{', '.join(items)}. Load one by its path, as in "
-                f"load({str(path / next(iter(items)))!r})."
-            )
-        return {name: _read_item(path, name) for name in chosen}
-    return {name: _read_item(path, name) for name in items}
+    if not chosen:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} has no weights among its items: "
+            f"{', '.join(items)}. Load one by its path, as in "
+            f"load({str(path / next(iter(items)))!r})."
+        )
+    if isinstance(like, Mapping):
+        asked: Mapping[Any, Any] = like
+        named = [name for name in items if name in asked]
+        if named:
+            return {name: _read_item(path, name, items[name]) for name in named}
+    found: dict[str, PyTree] = {}
+    left_out: list[str] = []
+    for name in chosen:
+        try:
+            found[name] = _read_item(path, name, items[name])
+        except _NoHandlerError:
+            left_out.append(name)
+    if not found:
+        raise _NoHandlerError(path, {name: items[name] for name in left_out})
+    if left_out:
+        shown = ", ".join(f"{name} ({items[name]})" for name in left_out)
+        warnings.warn(
+            f"Checkpoint {str(path)!r} has items that Orbax's v1 functions cannot "
+            f"read: {shown}. They are left out. Read them with Orbax's "
+            "CheckpointManager and the handler that wrote them. To load other items "
+            "without this warning, load one by its path, as in "
+            f"load({str(path / next(iter(found)))!r}), or pass a `like` of them.",
+            stacklevel=outside(),
+        )
+    return found
+
+
+class _NoHandlerError(CheckpointError):
+    """Items that Orbax's v1 functions cannot read; they are not damaged."""
+
+    def __init__(self, path: Path, items: Mapping[str, str]) -> None:
+        shown = ", ".join(f"{name} ({handler})" for name, handler in items.items())
+        super().__init__(
+            f"Checkpoint {str(path)!r} has nothing else to load than items that "
+            f"Orbax's v1 functions cannot read: {shown}. Read them with Orbax's "
+            "CheckpointManager and the handler that wrote them."
+        )
+
+
+def _has_handler(path: Path, name: str | None, handler: str, error: Exception) -> bool:
+    """Tell whether Orbax failed to read an item that its v1 functions can read.
+
+    Args:
+        path: The checkpoint.
+        name: The item; None for the only one.
+        handler: The name of the class that has written it.
+        error: What Orbax raised.
+    """
+    if not handler or handler.rpartition(".")[2] in _HANDLERS:
+        return True
+    names = [name] if name is not None else list(_items(path))
+    has_tree = all(is_there(path / each / "_METADATA") for each in names)
+    return has_tree and type(error).__name__ != "NoEntryError"
 
 
 def _naming_items(
@@ -1267,11 +1360,17 @@ def _items(path: Path) -> dict[str, str]:
     }
 
 
-def _read_item(path: Path, name: str | None) -> PyTree:
+def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
     """Read an item, or the only tree: as it was placed, or, on other devices, to host.
+
+    Args:
+        path: The checkpoint.
+        name: The item; None for the only tree.
+        handler: The name of the class that has written it; empty if it is not known.
 
     Raises:
         CheckpointCorruptError: Naming it, if Orbax cannot read it.
+        _NoHandlerError: If Orbax's v1 functions cannot read what that class writes.
     """
 
     def read(plain: Any, form: Any = None) -> PyTree:
@@ -1294,6 +1393,9 @@ def _read_item(path: Path, name: str | None) -> PyTree:
         raise
     except Exception as error:
         check_readable(path)
+        if not _has_handler(path, name, handler, error):
+            item = name or next(iter(_items(path)))
+            raise _NoHandlerError(path, {item: handler}) from error
         item = "" if name is None else f"its item {name!r} cannot be read: "
         raise CheckpointCorruptError(str(path), item + in_one_line(error)) from error
 

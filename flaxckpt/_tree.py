@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._names import is_plain, is_recordable, spelled
+from flaxckpt._parsing import is_possible
 from flaxckpt._placing import is_placement, placed
 from flaxckpt._ties import (
     MODULE,
@@ -151,15 +152,22 @@ class Layout:
     skeleton: Skeleton
     leaves: tuple[Leaf, ...]
 
-    def fill(self, values: Sequence[Any]) -> PyTree:
+    def fill(self, values: Sequence[Any], limit: int | None = None) -> PyTree:
         """Return the tree as dicts, lists and tuples, with these leaves.
 
         Modules, States and Variables of NNX become what `nnx.to_pure_dict` makes of
         their state, which `nnx.update` and `nnx.replace_by_pure_dict` take: dicts of
         values, each once, with integers for positions. What is shared by several of
         them is in each.
+
+        Args:
+            values: The leaves, in order.
+            limit: The most bytes that the copies of shared arrays may take.
+
+        Raises:
+            OverfullError: If they would take more.
         """
-        return _Filling(self.skeleton, values).plain(self.skeleton, ())
+        return _Filling(self.skeleton, values, limit).plain(self.skeleton, ())
 
     def fill_for_orbax(self, values: Sequence[Any]) -> PyTree:
         """Return the tree as Orbax stores it: keys as spelled, no tuples, never empty.
@@ -236,6 +244,14 @@ class Layout:
         """Size of all leaves' values in memory."""
         return sum([leaf.nbytes for leaf in self.leaves])
 
+    @property
+    def most_bytes(self) -> int:
+        """What a tree may take in memory that is filled with these leaves.
+
+        A few lines in a table of leaves could ask for any number of copies.
+        """
+        return _COPIES * self.nbytes + _COPIED_BYTES
+
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "Layout":
         """Return the layout of which `to_json` returned the fields.
@@ -268,7 +284,11 @@ class Layout:
 
 
 def describe(
-    tree: PyTree, storable: Callable[[str], bool], *, is_traced: bool = False
+    tree: PyTree,
+    storable: Callable[[str], bool],
+    *,
+    is_traced: bool = False,
+    flat: Flat | None = None,
 ) -> tuple[Layout, list[Any]]:
     """Describe a tree and bring its leaves into forms that Orbax stores.
 
@@ -279,6 +299,7 @@ def describe(
         tree: Any pytree.
         storable: Tells whether a dtype of this name can be stored.
         is_traced: Whether leaves may be values of a running trace.
+        flat: The tree, flattened, if that is there already.
 
     Returns:
         The layout, and the leaves in its order.
@@ -286,7 +307,7 @@ def describe(
     Raises:
         UnsupportedLeafError: Naming every leaf that cannot be stored.
     """
-    flat = flatten(tree)
+    flat = flatten(tree) if flat is None else flat
     structure = _structure(flat, tree)
     leaves: list[Leaf] = []
     stored: list[Any] = []
@@ -659,7 +680,11 @@ def _walk(tree: PyTree) -> _Structure:
             equinox is not None and isinstance(node, equinox.Module)
         )
         values = in_state or role == STATE
-        keys = [key_of(entries[0]) for entries, _ in children]
+        try:
+            keys = [key_of(entries[0]) for entries, _ in children]
+        except UnsupportedLeafError as error:
+            refused.append(("/".join((*path, "(a key)")), error.leaves[0][1]))
+            keys = list(range(len(children)))
         refused.extend(_refused_keys(path, keys))
         below = [
             visit(child, (*path, str(key)), (*place, position), inside, values)
@@ -680,12 +705,21 @@ def _walk(tree: PyTree) -> _Structure:
 
 
 def key_of(entry: Any) -> str | int:
-    """Return the name of one entry of a key path; a number only if it was one."""
+    """Return the name of one entry of a key path; a number only if it was one.
+
+    Raises:
+        UnsupportedLeafError: If it is a number of more digits than Python converts.
+    """
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
-            key = getattr(entry, attribute)
-            return key if type(key) is int else str(key)
-    return str(entry)
+            entry = getattr(entry, attribute)
+            break
+    try:
+        name = str(entry)
+    except ValueError:
+        problem = "a key that cannot be a name, a number of too many digits; rename it"
+        raise UnsupportedLeafError((("(a key)", problem),)) from None
+    return entry if type(entry) is int else name
 
 
 def children_in(node: Skeleton) -> list[tuple[str | int, Skeleton]]:
@@ -745,14 +779,26 @@ def _has_same(skeleton: Skeleton) -> bool:
 
 _VALUE = "value"
 _ABSENT: Any = object()
+# What a tree without `like` may be larger than what is stored.
+_COPIES = 16
+_COPIED_BYTES = 2**28
+_COPIED_NODES = 2**20
+
+
+class OverfullError(ValueError):
+    """A stored tree has more in it than it can have in a checkpoint of its size."""
 
 
 class _Filling:
     """A skeleton on the way to dicts, lists and tuples of values."""
 
-    def __init__(self, skeleton: Skeleton, values: Sequence[Any]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, values: Sequence[Any], limit: int | None = None
+    ) -> None:
         self._root, self._values = skeleton, values
         self._used: set[int] = set()
+        self._nodes_left = _COPIES * _size(skeleton) + _COPIED_NODES
+        self._bytes_left = limit
 
     def plain(
         self, node: Skeleton, place: Place, seen: set[Place] | None = None
@@ -764,6 +810,7 @@ class _Filling:
             place: Where it is.
             seen: What is filled in already of the module that it is in.
         """
+        self._count()
         match node:
             case None:
                 return None
@@ -792,6 +839,7 @@ class _Filling:
 
     def _pure(self, node: Skeleton, place: Place, seen: set[Place]) -> Any:
         """Fill in a part of a module, as NNX flattens it: nothing empty or twice."""
+        self._count()
         match node:
             case None:
                 return _ABSENT
@@ -816,10 +864,27 @@ class _Filling:
 
     def _value(self, index: int) -> Any:
         value = self._values[index]
-        if index in self._used and isinstance(value, jax.Array | np.ndarray):
-            return value.copy()  # each place has its own, to change or to donate
-        self._used.add(index)
-        return value
+        if index not in self._used:
+            self._used.add(index)
+            return value
+        if not isinstance(value, jax.Array | np.ndarray):
+            return value
+        if self._bytes_left is not None:
+            self._bytes_left -= without_keys(value).nbytes
+            if self._bytes_left < 0:
+                raise OverfullError("its tree has its arrays in too many places")
+        return value.copy()  # each place has its own, to change or to donate
+
+    def _count(self) -> None:
+        """Count a node."""
+        self._nodes_left -= 1
+        if self._nodes_left < 0:
+            raise OverfullError("its tree has its parts in too many places")
+
+
+def _size(skeleton: Skeleton) -> int:
+    """Return the number of a skeleton's nodes."""
+    return 1 + sum(_size(child) for _, child in children_in(skeleton))
 
 
 def _fill_plainly(
@@ -951,6 +1016,8 @@ def _normal(
                     np.asarray(stored) if name == "complex" else stored
                 )
         raise _RefusedError(f"an object of type {type(value).__qualname__}")
+    if not is_possible(leaf.shape):
+        raise _RefusedError(f"an array of shape {leaf.shape}, which is too large")
     if leaf.kind != "key" and not storable(leaf.dtype):
         raise _RefusedError(f"an array of dtype {leaf.dtype}")
     if leaf.kind == "jax" and not isinstance(value, Tracer):

@@ -121,6 +121,10 @@ REFUSED = {
     "small": lambda: -(2**63) - 1,
     "ref": lambda: jax.new_ref(jnp.ones(2)),
     "device": lambda: jax.devices()[0],
+    "empty and too large": lambda: np.zeros((0, 2**60), np.int8),
+    "digits": lambda: {10**5000: 1.0},
+    "digits below": lambda: [{"a": {10**5000: jnp.ones(2)}}],
+    "digits in a pair": lambda: {(10**5000, 1): 1.0},
     "struct": lambda: jax.ShapeDtypeStruct((2,), jnp.float32),
 }
 
@@ -220,3 +224,23 @@ def test_numbers_and_texts_of_own_types(tmp_path):
         flaxckpt.CheckpointMismatchError, match="3 is not a valid Level"
     ):
         flaxckpt.load(path, {**like, "e": Level.LOW})
+
+
+def test_a_function_that_no_like_has_is_said_to_be_none(tmp_path):
+    mesh = jax.make_mesh((1,), ("x",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = {"f": jax.nn.relu, "w": jnp.ones(2), "g": {"h": jnp.tanh}}
+    with ModelCheckpoint(tmp_path / "a") as ckpt:
+        path = ckpt.save(tree, 0)
+    likes = {
+        "none": (None, "f, g/h"),
+        "all": (place, "f, g/h"),
+        "one": ({"f": place, "w": place, "g": {"h": jnp.tanh}}, "f"),
+        "part": ({"f": jax.nn.relu, "w": place, "g": place}, "g/h"),
+    }
+    for like, names in likes.values():
+        with pytest.warns(UserWarning, match=f"holds no functions.*: {names}\\. The"):
+            found = flaxckpt.load(path, like)
+        assert np.array_equal(found["w"], tree["w"])
+    like = {"f": jax.nn.relu, "w": place, "g": {"h": jnp.tanh}}
+    assert flaxckpt.load(path, like)["f"] is jax.nn.relu  # warnings are errors

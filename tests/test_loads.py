@@ -202,12 +202,70 @@ def test_items_among_which_are_no_weights(tmp_path):
         flaxckpt.load_weights(path)
 
 
-def test_an_item_that_cannot_be_read_is_named(tmp_path):
-    path = by_manager(tmp_path, COMPOSITE)
+def with_handler(path, name, handler):
     record = path / "_CHECKPOINT_METADATA"
     fields = json.loads(record.read_text())
-    fields["item_handlers"]["batch_stats"] = "my.own.Handler"
+    fields["item_handlers"][name] = handler
     record.write_text(json.dumps(fields))
+
+
+def mixed(path):
+    """A tree, a JAX and a numpy key, and what only a class of the user's own reads."""
+    saves = {
+        "model": ocp0.args.StandardSave(PARAMS),
+        "rng": ocp0.args.JaxRandomKeySave(jax.random.key(0)),
+        "numpy": ocp0.args.NumpyRandomKeySave(np.random.get_state()),
+        "iterator": ocp0.args.JsonSave({"at": 3}),
+    }
+    with ocp0.CheckpointManager(path) as manager:
+        manager.save(3, args=ocp0.args.Composite(**saves))
+    (path / "3/iterator/metadata").rename(path / "3/iterator/process_0-of-1.json")
+    with_handler(path / "3", "iterator", "grain.checkpoint.Handler")
+    return path / "3"
+
+
+def test_items_that_orbax_cannot_read_are_left_out_and_named(tmp_path):
+    path = mixed(tmp_path)
+    for load, want in (
+        (flaxckpt.load, {"model": PARAMS}),
+        (flaxckpt.load_weights, {"model": PARAMS}),
+    ):
+        with pytest.warns(UserWarning, match="left out") as told:
+            assert_equal(load(path), want)
+        (warning,) = told
+        names = (
+            ("numpy",)
+            if load is flaxckpt.load_weights
+            else ("rng", "numpy", "iterator")
+        )
+        assert all(name in str(warning.message) for name in names)
+        assert f"load('{path}/model')" in str(warning.message)
+        assert warning.filename == __file__
+    like = {"model": jax.tree.map(jnp.zeros_like, PARAMS)}
+    assert_equal(flaxckpt.load(path, like), {"model": PARAMS})  # warnings are errors
+    assert_equal(flaxckpt.load(path / "model"), PARAMS)
+
+
+def test_items_none_of_which_can_be_read(tmp_path):
+    path = mixed(tmp_path)
+    for ask in (
+        lambda: flaxckpt.load(path / "rng"),
+        lambda: flaxckpt.load(path, {"rng": jax.random.key(1)}),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot read: rng \(.*JaxRandom") as caught:  # fmt: skip
+            ask()
+        assert not isinstance(caught.value, CheckpointCorruptError)
+        assert "damaged" not in str(caught.value)
+
+
+def test_a_like_has_only_the_items_that_it_names(tmp_path):
+    path = by_manager(tmp_path, COMPOSITE)
+    for name, item in COMPOSITE.items():
+        assert_equal(flaxckpt.load(path, {name: item}), {name: item})
+
+
+def test_an_item_that_cannot_be_read_is_named(tmp_path):
+    path = by_manager(tmp_path, COMPOSITE)
     for file in (path / "batch_stats").iterdir():
         if file.is_file():
             file.unlink()

@@ -7,6 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import mutants
 import numpy as np
 import optax
 import pytest
@@ -15,7 +16,11 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt._parsing import MalformedError, parse_table
-from flaxckpt.errors import CheckpointMismatchError, SettingError
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    SettingError,
+)
 
 
 def saved(path, tree, **settings):
@@ -436,3 +441,57 @@ def test_pure_dicts_and_modules_stand_for_each_other(tmp_path):
     assert placed["out"]["kernel"].sharding == device
     path = saved(tmp_path / "pure", pure)
     assert_same_graph(flaxckpt.load(path, fresh), model)
+
+
+# ---- a table that asks for more than there is ----------------------------------------
+
+
+def rewritten(path, change):
+    table = json.loads((path / "flaxckpt_leaves.json").read_bytes())
+    change(table)
+    mutants.sign(path, table=json.dumps(table).encode())
+
+
+@pytest.mark.parametrize("load", [flaxckpt.load, flaxckpt.load_weights])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_table_that_asks_for_many_copies(tmp_path, load, depth):
+    big = nnx.Param(jnp.ones(2**18))
+    with flaxckpt.ModelCheckpoint(tmp_path / "a", weights=lambda tree: tree) as ckpt:
+        path = ckpt.save([big, {"a": 1}], epoch=0)
+    same = {"list": [{"same": [0]}] * 1000} if depth else {"same": [0]}
+
+    def change(table):
+        table["tree"]["list"] += [same] * (1 if depth else 1000)
+
+    rewritten(path, change)
+    with pytest.raises(CheckpointCorruptError, match="in too many places"):
+        load(path)
+
+
+def test_a_table_whose_weights_are_many_copies(tmp_path):
+    with flaxckpt.ModelCheckpoint(tmp_path / "a") as ckpt:
+        path = ckpt.save({"w": jnp.ones(2**18)}, epoch=0)
+    rewritten(path, lambda table: table.update(weights={"list": [0] * 1000}))
+    with pytest.raises(CheckpointCorruptError, match="too many times"):
+        flaxckpt.load_weights(path)
+
+
+def test_a_table_with_many_empty_places(tmp_path):
+    with flaxckpt.ModelCheckpoint(tmp_path / "a", weights=lambda tree: tree) as ckpt:
+        path = ckpt.save([nnx.Dict(a=nnx.Param(1.0)), {"a": 1}], epoch=0)
+
+    def change(table):
+        module = table["tree"]["list"][0]
+        module["module"] += [[f"b{i}", {"dict": []}] for i in range(3000)]
+        table["tree"]["list"] += [{"same": [0]}] * 3000
+
+    rewritten(path, change)
+    with pytest.raises(CheckpointCorruptError, match="in too many places"):
+        flaxckpt.load(path)
+
+
+def test_what_is_in_a_hundred_places_is_loaded(tmp_path):
+    shared = nnx.Param(jnp.ones(3))
+    with flaxckpt.ModelCheckpoint(tmp_path / "a") as ckpt:
+        path = ckpt.save([shared] * 100, epoch=0)
+    assert len(flaxckpt.load(path)) == 100
