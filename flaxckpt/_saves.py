@@ -11,6 +11,7 @@ import functools
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from flaxckpt._state import (
     with_leaves,
 )
 from flaxckpt._template import Template
+from flaxckpt._ties import Flat, flatten
 from flaxckpt._tree import Layout, PyTree, Skeleton, describe
 from flaxckpt._weights import (
     Weights,
@@ -60,6 +62,7 @@ Logs: TypeAlias = Mapping[str, Any]
 # By default, more than one copy of a tree is held where they all fit into this.
 _SMALL_BYTES = 64 * 2**20
 _MAX_IN_FLIGHT = 8
+_STRUCTURES = 4  # of trees that are saved, of which something is remembered
 
 
 @dataclass
@@ -396,6 +399,8 @@ class Saves:
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
         self._best_only, self._overwrite = best_only, overwrite
+        self._free: deque[Any] = deque(maxlen=_STRUCTURES)
+        self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._writer = Writer()
         self._is_new_to_weights = True
         self._has_saved = False
@@ -494,14 +499,10 @@ class Saves:
         self._template.render(0, in_batch, sample)  # raises if it never can be
         whole = None
         if lasts or not self._weights_only:
-            whole = self._part(
-                tree,
-                lambda tree: weights_skeleton(tree, self._weights),
-                is_traced=True,
-            )
+            whole = self._part(tree, is_traced=True)
         part = whole
         if self._weights_only or part is None:
-            part = self._part(self._weights(tree), None, is_traced=True)
+            part = self._part(self._weights(tree), is_picked=True, is_traced=True)
             self._warn_of_unknown(tree)
         if self._frozen is not None and not (part.frozen or (whole and whole.frozen)):
             raise self._frozen.refuse_all(tree)
@@ -636,10 +637,10 @@ class Saves:
     ) -> Save:
         whole = None
         if lasts or not self._weights_only:
-            whole = self._part(tree, lambda tree: weights_skeleton(tree, self._weights))
+            whole = self._part(tree)
         part = whole
         if self._weights_only and (entry.save is not False or whole is None):
-            part = self._part(self._weights(tree), None)
+            part = self._part(self._weights(tree), is_picked=True)
             self._warn_of_unknown(tree)
         assert part is not None
         save = Save(part, whole if lasts else None, path)
@@ -651,16 +652,34 @@ class Saves:
     def _part(
         self,
         tree: PyTree,
-        weights: Callable[[PyTree], Skeleton] | None,
         *,
+        is_picked: bool = False,
         is_traced: bool = False,
     ) -> _Part:
-        layout, leaves = describe(tree, _store.storable, is_traced=is_traced)
+        """Describe a tree, which is all weights if these are picked already."""
+        flat = flatten(tree, self._free)
+        if flat.is_free and flat.key not in self._free:
+            self._free.append(flat.key)
+        layout, leaves = describe(tree, _store.storable, is_traced=is_traced, flat=flat)
         if all(leaf.is_from_like for leaf in layout.leaves):
-            raise _refusal_of_nothing(tree, is_picked=weights is None)
-        skeleton = layout.skeleton if weights is None else weights(tree)
+            raise _refusal_of_nothing(tree, is_picked=is_picked)
+        skeleton = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return _Part(layout, leaves, skeleton, frozen)
+
+    def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
+        """Return where in a tree the weights are; by default, it depends on the layout.
+
+        Layouts of one structure have one skeleton, the very object.
+        """
+        if self._weights is not default_weights:
+            return weights_skeleton(tree, self._weights, flat.leaves)
+        for known, skeleton in self._located:
+            if known.skeleton is layout.skeleton and known.leaves == layout.leaves:
+                return skeleton
+        skeleton = weights_skeleton(tree, self._weights, flat.leaves)
+        self._located.appendleft((layout, skeleton))
+        return skeleton
 
     def _warn_of_unknown(self, tree: PyTree) -> None:
         """Warn, once, if all of a tree passes for its weights."""

@@ -9,9 +9,10 @@ An `nnx.State` holds values: a Variable in two States is no tie. Plain JAX array
 no identity either: an array in two places of a plain tree is two leaves.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,10 +33,12 @@ class Flat:
         leaves: The leaves, in the order in which JAX flattens the tree.
         key: Equal for trees of the same structure and the same ties. It hashes where
             the tree's static data does.
+        is_free: Whether nothing of NNX is in it, so that JAX's own flattening does.
     """
 
     leaves: list[Any]
     key: Hashable
+    is_free: bool
     _tree: PyTree
     _treedef: Any
     _is_plain: bool
@@ -47,19 +50,30 @@ class Flat:
         return _rebuilt(self._tree, iter(leaves))
 
 
-def flatten(tree: PyTree) -> Flat:
+def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
     """Flatten a tree as `jax.tree.flatten` does, but each shared part of it once.
 
     Costs nothing more than JAX's own where Flax NNX is not loaded, and a call of a
     small Python function for each node where it is.
+
+    Args:
+        tree: The tree.
+        free: Keys of trees that had nothing of NNX in them. A tree of such a key costs
+            no more than JAX's own flattening.
     """
     if "flax.nnx" not in sys.modules:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-        return Flat(leaves, treedef, tree, treedef, _is_plain=True)
+        return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
+    if free and not role_of(tree):
+        # A module may refer to its parent.
+        with contextlib.suppress(RecursionError):
+            leaves, treedef = jax.tree_util.tree_flatten(tree)
+            if treedef in free:
+                return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
     watch = _Watch()
     nodes, treedef = jax.tree_util.tree_flatten(tree, is_leaf=watch.stops_at)
     if not watch.stops:
-        return Flat(nodes, treedef, tree, treedef, _is_plain=True)
+        return Flat(nodes, treedef, watch.is_free, tree, treedef, _is_plain=True)
     leaves: list[Any] = []
     ends: list[Any] = []  # what JAX's treedef does not tell of a node at which it ends
     for position, node in enumerate(nodes):
@@ -72,7 +86,7 @@ def flatten(tree: PyTree) -> Flat:
                 ends.append((position, inside))
             case _:
                 ends.append((position, watch.numbers[id(node)]))
-    return Flat(leaves, (treedef, tuple(ends)), tree, treedef, _is_plain=False)
+    return Flat(leaves, (treedef, tuple(ends)), False, tree, treedef, _is_plain=False)
 
 
 def leaves_of(tree: PyTree) -> list[Any]:
@@ -176,6 +190,7 @@ class _Watch:
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}
         self.stops = 0
+        self.is_free = True
         self._nodes: list[Any] = []  # alive, so that their ids stay theirs
         self.stops_at = self._made()
 
@@ -189,6 +204,7 @@ class _Watch:
             if not role:
                 plain.add(type(node))
                 return False
+            self.is_free = False
             if role != STATE and numbers.setdefault(id(node), len(nodes)) == len(nodes):
                 nodes.append(node)
                 return False

@@ -405,12 +405,15 @@ def _is_from(kind: type, package: str) -> bool:
     return kind.__module__.partition(".")[0] == package
 
 
-def weights_skeleton(tree: PyTree, weights: Weights) -> Skeleton:
+def weights_skeleton(
+    tree: PyTree, weights: Weights, leaves: Sequence[Any] | None = None
+) -> Skeleton:
     """Locate the weights within a whole tree.
 
     Args:
         tree: The whole tree.
         weights: Picks the weights from it.
+        leaves: The tree's leaves, if it is flattened already.
 
     Returns:
         The structure of the weights, with indices into the tree's leaves; None
@@ -419,7 +422,8 @@ def weights_skeleton(tree: PyTree, weights: Weights) -> Skeleton:
     picked = weights(tree)
     if picked is tree:
         return skeleton_of(tree)
-    indices = {id(leaf): i for i, leaf in enumerate(leaves_of(tree))}
+    leaves = leaves_of(tree) if leaves is None else leaves
+    indices = {id(leaf): i for i, leaf in enumerate(leaves)}
     found = [indices.get(id(leaf)) for leaf in leaves_of(picked)]
     return None if None in found else _renumbered(skeleton_of(picked), found)
 
