@@ -277,7 +277,7 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     Raises:
         CheckpointError: If each checkpoint that was seen was gone before it was read.
     """
-    known: dict[Path, CheckpointInfo] = {}
+    known: dict[tuple[Path, Any], CheckpointInfo] = {}
     problems, was_empty = set[str](), False
     infos: Infos = ()
     damaged: list[LeftOut] = []
@@ -308,22 +308,33 @@ class _Look:
     """One look at a directory that a writer may be changing.
 
     Attributes:
-        known: The records that this look has read, or one before it, by path.
+        known: The records that this look has read, or one before it, by path and
+            directory: what is at a path may have been replaced since.
         has_missed: Whether a directory was gone before its record was read.
     """
 
-    known: dict[Path, CheckpointInfo]
+    known: dict[tuple[Path, Any], CheckpointInfo]
     has_missed: bool = False
 
     def read(self, path: Path) -> CheckpointInfo | None:
         """Read the record of a directory that was seen, as `read_record` does."""
-        if path not in self.known:
+        key = path, _directory_at(path)
+        if key[1] is None or key not in self.known:
             info = read_record(path)
             if info is None:
                 self.has_missed |= not _was_seen(path) or is_checkpoint(path)
                 return None
-            self.known[path] = info
-        return self.known[path]
+            self.known[key] = info
+        return self.known[key]
+
+
+def _directory_at(path: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from others, and from itself at another place."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _was_seen(path: Path) -> bool:

@@ -302,7 +302,7 @@ def test_between_two_renames_the_one_set_aside_counts(tmp_path, monkeypatch, ste
 
 
 @pytest.mark.parametrize("way", ["into the slot", "out of the slot"])
-@pytest.mark.parametrize("read", ["restore", "latest"])
+@pytest.mark.parametrize("read", ["restore", "latest", "list_checkpoints"])
 def test_a_state_that_moves_between_slot_and_series_is_not_missed(
     tmp_path, monkeypatch, read, way
 ):
