@@ -18,7 +18,7 @@ import flaxckpt
 from flaxckpt import ModelCheckpoint, _commit, _mirror, _patience, _record, _store
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
-ROUNDS = 1500 if FULL else 40
+ROUNDS = 400 if FULL else 40
 
 
 def tree_of(epoch):
