@@ -26,8 +26,8 @@ _LAST_YEAR = 9000  # so that a later time can be told
 _SHOWN = 60
 _HOST = 256
 _ARRAYS = ("jax", "numpy", "numpy_scalar", "key", "bytes")
-_FROM_LIKE = ("static", "function")
-_OTHERS = ("bool", "int", "float", "complex", "str", *_FROM_LIKE)
+FROM_LIKE = ("static", "function")  # kinds of leaves that are not stored
+_OTHERS = ("bool", "int", "float", "complex", "str", *FROM_LIKE)
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(<[A-Za-z0-9_]{1,31}>)?")
 _DIGEST = re.compile(r"([23]:)?[0-9a-f]{16}")
 _SUM = re.compile(r"[0-9a-f]{16}")
@@ -345,7 +345,7 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
             _fail(f"a leaf's path is {_shown(path)}")
     if "stored" in leaf:
         _check_stored(leaf, len(path))
-    is_held = kind not in _FROM_LIKE
+    is_held = kind not in FROM_LIKE
     if kind in _ARRAYS:
         shape = _shape(leaf, "shape")
         _match(_DTYPE, leaf.get("dtype"), "a dtype")

@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._names import is_plain, is_recordable, spelled
-from flaxckpt._parsing import is_possible
+from flaxckpt._parsing import FROM_LIKE, is_possible
 from flaxckpt._placing import is_placement, placed
 from flaxckpt._ties import (
     MODULE,
@@ -51,7 +51,6 @@ Skeleton: TypeAlias = Any
   on. Such a place has no leaves of its own."""
 
 _ARRAYS = ("jax", "numpy", "numpy_scalar")
-_FROM_LIKE = ("static", "function")
 _PLACED = "placed"  # of what is wanted as it is stored, at a place
 _SCALARS: dict[Any, str] = {
     bool: "bool",
@@ -122,7 +121,7 @@ class Leaf:
     @property
     def is_from_like(self) -> bool:
         """Whether it is no value, and comes from the tree that a load is given."""
-        return self.kind in _FROM_LIKE
+        return self.kind in FROM_LIKE
 
     @functools.cached_property
     def nbytes(self) -> int:
