@@ -1027,7 +1027,7 @@ def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
 
 def _reader(path: Path, layout: Layout) -> Reader | None:
     """Return what reads a checkpoint's arrays; None where Orbax tells why it cannot."""
-    if is_there(located(path) / "state" / "manifest.ocdbt"):
+    if _is_database(path):
         check_plain(path, held=layout.nbytes)
     try:
         return Reader(located(path), source_of(path))
@@ -1144,9 +1144,14 @@ def _read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> 
         ) from error
 
 
+def _is_database(path: Path) -> bool:
+    """Tell whether a checkpoint's arrays are in a database, and not in files."""
+    return is_there(located(path) / STATE / "manifest.ocdbt")
+
+
 def _check_names(path: Path, leaves: Sequence[Leaf]) -> None:
     """Check that no leaf's name leads Orbax to files outside of the checkpoint."""
-    if is_there(located(path) / "state" / "manifest.ocdbt"):
+    if _is_database(path):
         return  # a database has keys, and no files
     for leaf in leaves:
         name = leaf.stored_name
