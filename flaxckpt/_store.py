@@ -1181,7 +1181,9 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 def _data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the files that hold the values of leaves, and not what describes them."""
     found = _leaf_files(path, leaves)
-    values = [name for name in found if not name.endswith("/zarr.json")]
+    values = [
+        name for name in found if not name.endswith(("/zarr.json", "/manifest.ocdbt"))
+    ]
     return values or found
 
 
