@@ -876,7 +876,7 @@ def _holds_values(path: str, is_database: bool, names: set[str]) -> bool:
         return False
     if is_database:
         return rest.endswith("manifest.ocdbt") or rest.startswith(("d/", "ocdbt."))
-    return "/" in rest and rest.partition("/")[0] in names
+    return any(rest[:at] in names for at, each in enumerate(rest) if each == "/")
 
 
 def _chunks(

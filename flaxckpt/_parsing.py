@@ -368,12 +368,12 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
 
 
 def _check_stored(leaf: Mapping[str, Any], depth: int) -> None:
-    """Check the keys under which a leaf is stored, which make a file's name."""
+    """Check the keys under which a leaf is stored, which make a path below `state`."""
     keys = _list(leaf, "stored")
     if len(keys) not in (1, depth) or any(type(key) is not str for key in keys):
         _fail(f"a leaf is stored as {_shown(keys)}")
     name = ".".join(keys)
-    if not _STORED.fullmatch(name) or len(name.encode()) > _NAME_BYTES:
+    if not all(map(_STORED.fullmatch, name.split("/"))) or len(name) > _NAME_BYTES:
         _fail(f"a leaf is stored as {_shown(name)}")
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._names import is_plain, is_recordable, spelled
+from flaxckpt._names import is_in_pointer, is_plain, is_recordable, spelled
 from flaxckpt._parsing import FROM_LIKE, is_possible
 from flaxckpt._placing import is_placement, placed
 from flaxckpt._ties import (
@@ -338,7 +338,10 @@ def describe(
     refused += structure.refused
     if refused:
         raise UnsupportedLeafError(tuple(refused))
-    for index, keys in structure.spelled.items():
+    names = structure.spelled
+    if any(leaf.is_text and is_in_pointer(leaf.path) for leaf in leaves):
+        names = spelled(structure.paths, slashes=False)
+    for index, keys in names.items():
         leaves[index] = _stored_as(leaves[index], keys)
     return Layout(structure.skeleton, tuple(leaves)), stored
 

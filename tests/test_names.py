@@ -101,6 +101,8 @@ def joined(paths, **settings):
         [("opt_state", "0", "0"), ("step",), ("größe", "a b"), ("w",), ("W",)],
         [("a.b",), ("layer.0", "w"), ("50%",), ("*",), ("[x]",), (".x",), ("d",)],
         [("x" * 200,), ("c", "0"), ("a:b",), ("-",), ("日本",)],
+        [("mlp/~/linear", "w"), ("mlp/~/linear", "b"), ("mlp/~/linear_1", "w")],
+        [("a/b",), ("a/c", "d"), ("a.b",), ("x/", "y"), ("~",), ("a~b",)],
     ],
 )
 def test_ordinary_names_stay_as_they_are(paths):
@@ -110,22 +112,38 @@ def test_ordinary_names_stay_as_they_are(paths):
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
-        ([("a/b",)], ["a%2Fb"]),
+        ([("a/b",), ("a",)], ["a%2Fb", "a"]),
+        ([("a/b", "w"), ("a/b.w/c",)], ["a%2Fb.w", "a%2Fb.w%2Fc"]),
+        ([("a//b",), ("c/d",)], ["a%2F%2Fb", "c%2Fd"]),
+        ([("a/../b",)], ["a%2F..%2Fb"]),
+        ([("/a",), ("b/",)], ["%2Fa", "b%2F"]),
+        ([("a/zarr.json",)], ["a%2Fzarr.json"]),
+        (
+            [("a/x.__lock", "w"), ("b/x", "__lock/w")],
+            ["a%2Fx.__lock.w", "b%2Fx.__lock%2Fw"],
+        ),
         ([("x",), ("x/",)], ["x", "x%2F"]),
         ([("",)], ["%"]),
         ([("",), ("%",)], ["%", "%25"]),
         ([("",), ("a", "", ""), ("..",)], ["%", "a.%.%", "%2E%2E"]),
-        ([("a~b",), ("a\\b",), ("\0\n",)], ["a%7Eb", "a%5Cb", "%00%0A"]),
+        ([("a~b",), ("a\\b",), ("\0\n",)], ["a~b", "a%5Cb", "%00%0A"]),
         ([("\ud800",)], ["%ED%A0%80"]),
         ([("a.b",), ("a", "b")], ["a%2Eb", "a.b"]),
-        ([("a/b",), ("a%2Fb",)], ["a%2Fb", "a%252Fb"]),
-        ([("a/b", "x"), ("a%2Fb", "y")], ["a%2Fb.x", "a%252Fb.y"]),
+        ([("a/b",), ("a%2Fb",), ("a",)], ["a%2Fb", "a%252Fb", "a"]),
+        ([("a/b", "x"), ("a%2Fb", "y")], ["a/b.x", "a%2Fb.y"]),
+        ([("a/b\\c", "")], ["a/b%5Cc.%"]),
         ([("_METADATA",), ("_strings", "json")], ["_METADAT%41", "_strings.jso%6E"]),
         ([("x", "__lock"), ("x.__lock",)], ["x.__loc%6B", "x%2E__lock"]),
     ],
 )
 def test_other_names_are_escaped(paths, names):
     assert joined(paths, folds=False) == names
+
+
+def test_texts_have_no_slashes_for_a_json_pointer_leads_to_them():
+    paths = [("mlp/~/linear", "name"), ("mlp/~/linear", "w")]
+    names = joined(paths, slashes=False, folds=False)
+    assert names == ["mlp%2F%7E%2Flinear.name", "mlp%2F%7E%2Flinear.w"]
 
 
 def test_long_names_are_shortened():
@@ -175,22 +193,26 @@ def paths_of(tree):
     ]
 
 
-@given(nested(st.just(0)), st.booleans())
+@given(nested(st.just(0)), st.booleans(), st.booleans())
 @settings(max_examples=3000 if FULL else 60)
-def test_any_names_are_told_apart(tree, folds):
+def test_any_names_are_told_apart(tree, slashes, folds):
     """By the file system, TensorStore and Orbax, and with none of Orbax's own."""
     paths = paths_of(tree)
-    names = joined(paths, folds=folds)
-    assert len({name.casefold() if folds else name for name in names}) == len(paths)
-    for name in names:
+    names = joined(paths, slashes=slashes, folds=folds)
+    folded = [name.casefold() if folds else name for name in names]
+    assert len(set(folded)) == len(paths)
+    for name in folded:
         assert 0 < len(name.encode()) <= 200
-        assert not set("/\\~\0\n") & set(name)
-        assert name.strip(".")
-        assert not name.endswith(".__lock")
-        assert name not in ("_METADATA", "_strings.json", "manifest.ocdbt", "zarr.json")
+        assert not set("\\\0\n" if slashes else "/\\~\0\n") & set(name)
+        assert not any(other.startswith(f"{name}/") for other in folded)
+        for part in name.split("/"):
+            assert part.strip(".")
+            assert not part.endswith(".__lock")
+            assert part not in ("_METADATA", "_strings.json", "manifest.ocdbt")
+            assert part not in ("zarr.json", "array_metadatas", ".flaxckpt-current")
     # Each entry of a node has a key of its own, too, wherever it has moved.
     keys = collections.defaultdict(set)
-    new = spelled(paths, folds=folds)
+    new = spelled(paths, slashes=slashes, folds=folds)
     for index, path in enumerate(paths):
         keys[new.get(index, path)[:1]].add(path[:1])
     lengths = [len(new.get(index, path)) for index, path in enumerate(paths)]
@@ -289,12 +311,40 @@ def test_a_tree_of_any_depth(tmp_path):
 
 
 def test_orbax_finds_ordinary_names_and_escaped_ones(tmp_path):
-    tree = {"params": {"a.b": jnp.ones(2), "W": 1, "w": 2}, "a/b": 3, "": [4, {"~": 5}]}
+    tree = {
+        "params": {"a.b": jnp.ones(2), "W": 1, "w": 2},
+        "a\\b": 3,
+        "": [4, {"~": 5}],
+    }
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         path = ckpt.save(tree, epoch=0)
     found = ocp.load(path)
     assert found["params"].keys() == {"a.b", "W", "w"}
-    assert (found["a%2Fb"], found["%"]) == (3, [4, {"%7E": 5}])
+    assert (found["a%5Cb"], found["%"]) == (3, [4, {"~": 5}])
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_orbax_finds_the_names_of_haiku(tmp_path, monkeypatch, way, large):
+    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if large else 2**40)
+    tree = {
+        f"transformer/~/mlp/~/linear_{i}": {
+            "w": jnp.ones((4, i + 1)),
+            "b": jnp.zeros(4),
+        }
+        for i in range(3)
+    }
+    tree["a/b"] = {"c": 1.5, "": np.ones(2), "d\\e/f": 2}
+    for checkpoint in check_saves(tmp_path, tree, **WAYS[way]):
+        found = ocp.load(checkpoint.path)
+        assert found.pop("a/b").keys() == {"c", "%", "d%5Ce/f"}
+        assert_same(found, {key: tree[key] for key in found})
+        assert len(found) == 3
+    tree.pop("a/b")
+    with flaxckpt.ModelCheckpoint(tmp_path / "named/{epoch}") as ckpt:
+        path = ckpt.save({**tree, "a/b": {"name": "text"}}, epoch=0)
+    assert flaxckpt.load(path)["a/b"] == {"name": "text"}
+    assert ocp.load(path)["a%2Fb"] == {"name": "text"}
 
 
 def test_weights_are_found_by_their_own_names(tmp_path):
