@@ -236,6 +236,34 @@ class Mirror(Area):
         self._certain.append(at)
         self._unused += before
 
+    def move(self, path: Path, target: Path) -> None:
+        """Keep a checkpoint under another name; see `Area.move`.
+
+        There are no renames in a store. The files are copied, by way of this machine,
+        and what is at `path` stays until something is put there.
+        """
+        found = self._objects.read(_key_of(self._name(path)))
+        if found.content is None:  # deleted meanwhile: there is nothing to keep
+            return
+        pointer = Pointer.parse(found.content)
+        name, at = self._name(target), self._fresh_place(target)
+        self._check_lease()
+        try:
+            self._doubt(at)
+            with scratch() as copies:
+                self._objects.download(pointer.at, copies)
+                self._objects.upload(copies, at)
+            moved = Pointer(at, pointer.record)
+            with _MOVING:
+                self._unused += self._point(name, moved)
+                _write_record(target, moved)
+                _KNOWN[self._root].add(name)
+        except BaseException:
+            self._is_current = False
+            raise
+        self._shared.changes += 1
+        self._certain.append(at)
+
     def remove(self, path: Path) -> None:
         """Delete a checkpoint; see `Area.remove`."""
         name = self._name(path)
@@ -367,10 +395,12 @@ class Mirror(Area):
     def _place_for(self, written: Path, target: Path) -> str:
         """Return where in the store a directory that is being written will be."""
         if self._place is None or self._place[0] != written:
-            tag = self._staging.removeprefix(HIDDEN_PREFIX)
-            place = f"{self._name(target)}/{tag}{uuid.uuid4().hex[:12]}"
-            self._place = written, place
+            self._place = written, self._fresh_place(target)
         return self._place[1]
+
+    def _fresh_place(self, target: Path) -> str:
+        tag = self._staging.removeprefix(HIDDEN_PREFIX)
+        return f"{self._name(target)}/{tag}{uuid.uuid4().hex[:12]}"
 
     def _doubt(self, at: str) -> None:
         self._objects.write(self._note_of(at), at.encode())

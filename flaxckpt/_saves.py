@@ -1019,12 +1019,6 @@ class Saves:
     def _make_way(self, path: Path, chosen: Path) -> None:
         """Keep the better checkpoint that a save by hand would replace."""
         here, aside = self._shown(path), self._shown(chosen)
-        if self._series.area.is_mirror:
-            self._writer.warn(
-                f"save() replaces a better checkpoint at {here!r}. In an object "
-                "store it is not kept aside: give save() a filepath of its own."
-            )
-            return
         self._series.make_way(path, chosen)
         self._writer.warn(
             f"save() took the place of a better checkpoint at {here!r}, which is kept "

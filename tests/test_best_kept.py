@@ -1,5 +1,6 @@
 """A worse best does not take the place of a better one, whatever a run knows."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
 from flaxckpt._aside import target
+from flaxckpt._objects import Objects
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 OF_EARLIER = r"a checkpoint of an earlier run with val_loss"
@@ -158,6 +160,34 @@ def test_a_forced_save_goes_aside_and_one_by_hand_makes_way(tmp_path):
             assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
         ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 5)
     assert there(tmp_path) == {"best": 0.1}
+
+
+def test_one_by_hand_makes_way_in_an_object_store(url):
+    with ModelCheckpoint(f"{url}/best", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        ckpt.update(state, tree_of(0.2), {"val_loss": 0.2}, 0)
+        ckpt.wait()
+        for epoch, value in enumerate([0.7, 0.8], start=1):
+            path = ckpt.save(tree_of(value), epoch, logs={"val_loss": value})
+            assert str(path) == f"{url}/best"
+            if epoch == 1:
+                with pytest.warns(UserWarning, match="which is kept at"):
+                    ckpt.wait()
+            ckpt.wait()
+            assert there(url) == {"best": value, "best.aside": 0.2}
+            assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, epoch)
+            assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
+            flaxckpt.verify(ckpt.best.path)
+    with ModelCheckpoint(f"{url}/best", save_best_only=True) as ckpt:
+        assert float(ckpt.restore(which="best").tree["w"][0]) == pytest.approx(0.2)
+        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 3)
+    assert there(url) == {"best": 0.1}
+    objects = Objects(url)
+    (pointer,) = objects.keys_below(".flaxckpt-current")
+    at = json.loads(objects.read(pointer).content)["at"]
+    files = [key for key in objects.keys_below("") if not key.startswith(".flaxckpt-")]
+    assert files
+    assert all(key.startswith(f"{at}/") for key in files)  # none is left over
 
 
 def test_without_best_only_each_save_replaces_the_last(tmp_path):
