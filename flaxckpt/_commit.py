@@ -295,9 +295,13 @@ class Area:
         except OSError:
             aside.rmdir()
             raise
-        # Before its files are written over, it must be gone for good.
-        self._sync_directory(aside)
-        self._sync_directory(path.parent)
+        try:
+            # Before its files are written over, it must be gone for good.
+            self._sync_directory(aside)
+            self._sync_directory(path.parent)
+        except BaseException:
+            self._kept_aside.append(aside)  # to be deleted, and never written over
+            raise
         self._trash.append(aside)
 
     def move(self, path: Path, target: Path) -> None:
