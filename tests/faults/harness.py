@@ -27,9 +27,11 @@ SCENARIOS = (
     "keep the newest",
     "save the last",
     "first of all",
+    "go aside",
+    "make way",
 )
 MODES = ("kill", "torn", "ENOSPC", "EIO")
-STORE_SCENARIOS = ("replace the best", "keep the newest", "save the last")
+STORE_SCENARIOS = ("replace the best", "keep the newest", "save the last", "make way")
 STORE_MODES = ("before", "after")  # the call that changes the store
 
 

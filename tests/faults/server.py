@@ -53,12 +53,23 @@ def assert_tree(tree, epoch):
 class Scenario:
     """What is saved before the fault may strike, and what after.
 
-    With `files`, in a file for each array, as large ones are.
+    With `files`, in a file for each array, as large ones are. `earlier` are the losses
+    of a run before, which this one does not restore. With `by_hand`, `save` is called.
     """
 
-    def __init__(self, template, before, after, files=False, **settings):
+    def __init__(
+        self,
+        template,
+        before,
+        after,
+        files=False,
+        earlier=(),
+        by_hand=False,
+        **settings,
+    ):
         self.template, self.before, self.after = template, before, after
-        self.files, self.settings = files, settings
+        self.files, self.earlier, self.by_hand = files, earlier, by_hand
+        self.settings = settings
 
     def checkpoint(self, directory):
         if self.files:
@@ -91,12 +102,22 @@ SCENARIOS = {
         "best", [0.5], [0.6, 0.7, 0.4], save_best_only=True, save_last=True
     ),
     "first of all": Scenario("new/{epoch}", [], [0.5]),
+    "go aside": Scenario(
+        "best", [0.9], [0.8, 0.7], earlier=[0.2], save_best_only=True
+    ),
+    "make way": Scenario(
+        "best", [], [0.8, 0.7], earlier=[0.2], by_hand=True, save_best_only=True
+    ),
 }  # fmt: skip
 
 
-def train(ckpt, state, losses, first, acknowledge):
+def train(ckpt, state, losses, first, acknowledge, by_hand=False):
     for epoch, loss in enumerate(losses, first):
-        state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+        tree, logs = tree_of(epoch), {"loss": loss}
+        if by_hand:
+            ckpt.save(tree, epoch, logs=logs, state=state)
+        else:
+            state = ckpt.update(state, tree, logs, epoch)
         ckpt.wait()
         acknowledge(epoch)
     return state
@@ -196,16 +217,21 @@ class Opened:
 def strike(faults, order, acknowledge):
     """Save under the fault; if that is an error, save again without it."""
     scenario = SCENARIOS[order["scenario"]]
+    by_hand, first = scenario.by_hand, len(scenario.earlier)
+    if scenario.earlier:
+        with scenario.checkpoint(order["directory"]) as ckpt:
+            train(ckpt, ckpt.init(), scenario.earlier, 0, acknowledge)
     ckpt = scenario.checkpoint(order["directory"])
-    state = train(ckpt, ckpt.init(), scenario.before, 0, acknowledge)
+    state = train(ckpt, ckpt.init(), scenario.before, first, acknowledge)
     faults.begin(order, order["at"])
-    first = len(scenario.before)
+    first += len(scenario.before)
     try:
-        train(ckpt, state, scenario.after, first, acknowledge)
+        train(ckpt, state, scenario.after, first, acknowledge, by_hand)
         ckpt.close()
     except flaxckpt.CheckpointError as error:
         faults.begin(order, 0)
-        train(ckpt, state, [0.01], first + len(scenario.after), acknowledge)
+        first += len(scenario.after)
+        train(ckpt, state, [0.01], first, acknowledge, by_hand)
         ckpt.close()
         return f"{type(error).__name__}: {error}"
     return ""
@@ -222,6 +248,8 @@ def check(faults, order):
             assert_tree(found.tree, epoch)
             for info in ckpt.checkpoints:
                 assert_tree(flaxckpt.load(info.path), info.epoch)
+            if scenario.earlier:  # what no worse one may have replaced
+                assert ckpt.best.logs["loss"] <= min(scenario.earlier)
         state = ckpt.init() if found is None else found.state
         ckpt.update(state, tree_of(LAST), {"loss": 0.001}, LAST)
         again = ckpt.restore()
