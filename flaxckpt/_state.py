@@ -14,7 +14,7 @@ import numbers
 import operator
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -241,23 +241,19 @@ def tick(
     if batch is None:
         return state, np.False_
     epoch, batch = index("epoch", epoch), index("batch", batch)
-    counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
-    if not _HOST_INTS.issuperset(map(type, (epoch, batch, *counters))):
-        with unchecked():
-            return _counted(state, epoch, batch, on_host=False)
-    return _counted(state, epoch, batch, on_host=True)
+    counts: tuple[Any, ...] = (
+        state.seen, state.batches, state.last_epoch, state.last_batch, epoch, batch
+    )  # fmt: skip
+    if _HOST_INTS.issuperset(map(type, counts)):
+        return _counted(state, map(int, counts), _pick, np.int32)
+    with unchecked():
+        return _counted(state, map(_to_int32, counts), jnp.where, _to_int32)
 
 
 def _counted(
-    state: CheckpointState, epoch: Any, batch: Any, *, on_host: bool
+    state: CheckpointState, counts: Iterable[Any], where: Where, int32: Any
 ) -> tuple[CheckpointState, Any]:
-    counters = (state.seen, state.batches, state.last_epoch, state.last_batch)
-    where: Where = _pick if on_host else jnp.where
-    int32: Any = np.int32 if on_host else _to_int32
-    as_int: Any = int if on_host else int32
-    seen, batches, last_epoch, last_batch = map(as_int, counters)
-    epoch, batch = as_int(epoch), as_int(batch)
-
+    seen, batches, last_epoch, last_batch, epoch, batch = counts
     fresh = (epoch != last_epoch) | (batch <= last_batch)
     added = where(fresh, batch + 1, batch - last_batch)
     room = _INT32_MAX - batches
@@ -269,7 +265,7 @@ def _counted(
         batches=int32(batches + where(added < room, added, room)),
         last_epoch=int32(epoch),
         last_batch=int32(batch),
-    ), np.bool_(due) if on_host else due
+    ), np.bool_(due) if type(due) is bool else due
 
 
 def judge(
@@ -330,7 +326,7 @@ def check_state(state: Any, own: CheckpointState) -> None:
 def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
     """Return the state with new leaves: `dataclasses.replace`, five times as fast."""
     moved = object.__new__(CheckpointState)
-    moved.__dict__.update(state.__dict__, **leaves)
+    object.__setattr__(moved, "__dict__", state.__dict__ | leaves)
     return moved
 
 
