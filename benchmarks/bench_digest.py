@@ -120,7 +120,7 @@ class NoMarks:
         pass
 
     def hexdigest(self):
-        return ""
+        return "0" * 16
 
 
 def added(what, results, new, old, options):
