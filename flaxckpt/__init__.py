@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from flaxckpt import errors as errors
-from flaxckpt._chunks import Chunk, scan_in_chunks
-from flaxckpt._listing import list_checkpoints
-from flaxckpt._record import CheckpointInfo, Loaded
-from flaxckpt._slots import Snapshot
-from flaxckpt._state import CheckpointState, step
+from flaxckpt._checkpoints.listing import list_checkpoints
+from flaxckpt._decision.state import CheckpointState
+from flaxckpt._decision.step import step
+from flaxckpt._disk.info import CheckpointInfo, Loaded
+from flaxckpt._program.best_trees import Snapshot
+from flaxckpt._program.chunked_scan import Chunk, scan_in_chunks
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -30,10 +31,11 @@ from flaxckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    from flaxckpt._checkpoint import ModelCheckpoint, Restored
-    from flaxckpt._saves import SaveCounts
-    from flaxckpt._store import load, load_weights, verify
-    from flaxckpt._weights import default_weights
+    from flaxckpt._checkpoints.load import load, load_weights, verify
+    from flaxckpt._model_checkpoint import ModelCheckpoint
+    from flaxckpt._restoring import Restored
+    from flaxckpt._saving.report import SaveCounts
+    from flaxckpt._trees.weights import default_weights
 
 __version__ = "0.1.0"
 
@@ -69,13 +71,13 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ModelCheckpoint": "flaxckpt._checkpoint",
-    "Restored": "flaxckpt._checkpoint",
-    "SaveCounts": "flaxckpt._saves",
-    "default_weights": "flaxckpt._weights",
-    "load": "flaxckpt._store",
-    "load_weights": "flaxckpt._store",
-    "verify": "flaxckpt._store",
+    "ModelCheckpoint": "flaxckpt._model_checkpoint",
+    "Restored": "flaxckpt._restoring",
+    "SaveCounts": "flaxckpt._saving.report",
+    "default_weights": "flaxckpt._trees.weights",
+    "load": "flaxckpt._checkpoints.load",
+    "load_weights": "flaxckpt._checkpoints.load",
+    "verify": "flaxckpt._checkpoints.load",
 }
 
 

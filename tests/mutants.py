@@ -75,11 +75,11 @@ def tree_for(kind, epoch):
 def make(directory):
     """Write three checkpoints of each kind."""
     import flaxckpt
-    from flaxckpt import _store
+    from flaxckpt._checkpoints import write as _write
 
-    large = _store._LARGE_LEAF
+    large = _write._LARGE_LEAF
     for kind in KINDS:
-        _store._LARGE_LEAF = 2**40 if kind == "database" else 0
+        _write._LARGE_LEAF = 2**40 if kind == "database" else 0
         root = directory / kind / "good"
         with flaxckpt.ModelCheckpoint(
             root / "{epoch}", "loss", mode="min", compress=kind == "compressed"
@@ -93,7 +93,7 @@ def make(directory):
                     epoch,
                 )
                 ckpt.wait()
-    _store._LARGE_LEAF = large
+    _write._LARGE_LEAF = large
 
 
 # ---- mutants -----------------------------------------------------------------------------

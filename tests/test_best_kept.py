@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from multiprocess import pod
+from never_ready import take_metrics_for_unknown
 from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
-from flaxckpt._aside import target
-from flaxckpt._objects import Objects
+from flaxckpt._checkpoints.aside import target
+from flaxckpt._object_store.objects import Objects
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 OF_EARLIER = r"a checkpoint of an earlier run with val_loss"
@@ -272,8 +273,7 @@ def test_a_program_that_did_not_restore(tmp_path):
 def test_a_device_that_decides(tmp_path, monkeypatch):
     path = tmp_path / "best"
     train(path, [0.2])
-    is_array = lambda x: isinstance(x, jax.Array)  # noqa: E731
-    monkeypatch.setattr(flaxckpt._saves, "_is_unknown", is_array)
+    take_metrics_for_unknown(monkeypatch)
     losses = [jnp.float32(x) for x in (0.75, 0.5, 0.625)]
     said, _ = train(path, losses)
     assert len(said) == 1
@@ -420,7 +420,7 @@ PROGRAM = """
     absl.logging.set_verbosity("fatal")
     import numpy as np
     import flaxckpt
-    from flaxckpt._series import Series
+    from flaxckpt._checkpoints.series import Series
 
     path, losses, kill_before = sys.argv[1], sys.argv[2], sys.argv[3]
     method = getattr(Series, kill_before, None)

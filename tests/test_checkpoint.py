@@ -30,8 +30,8 @@ from flaxckpt import (
     SettingError,
     TemplateError,
 )
-from flaxckpt._parsing import checksum, dumped
-from flaxckpt._state import plain_state, resumed
+from flaxckpt._decision.state import plain_state, resumed
+from flaxckpt._disk.fields import checksum, dumped
 
 TREE = {"w": np.arange(3.0)}
 
@@ -541,7 +541,7 @@ def test_a_read_only_directory(tmp_path):
     """As another user where the tests run as root, whom no permission stops."""
     code = """
         import os, sys
-        import flaxckpt, flaxckpt._checkpoint, numpy
+        import flaxckpt, flaxckpt._model_checkpoint, numpy
         if os.getuid() == 0:
             os.setuid(65534)
         ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/new/{epoch}")

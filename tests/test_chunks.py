@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 
 import flaxckpt
-from flaxckpt import SettingError, _chunks, scan_in_chunks
+from flaxckpt import SettingError, scan_in_chunks
+from flaxckpt._program import chunked_scan as _chunked_scan
 
 
 def adam_like(carry, x):
@@ -84,11 +85,11 @@ def test_the_same_as_one_scan(name, length, chunk, data):
 
 def test_all_chunks_are_one_program():
     body, carry, xs = case("chaotic", 10)
-    before = _chunks._run._cache_size()
+    before = _chunked_scan._run._cache_size()
     for _ in range(2):
         for _ in scan_in_chunks(body, carry, xs, chunk=4):
             pass
-    assert _chunks._run._cache_size() - before <= 1
+    assert _chunked_scan._run._cache_size() - before <= 1
 
 
 def test_carries_are_donated_to_the_next_chunk():

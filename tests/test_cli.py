@@ -8,10 +8,12 @@ import sys
 import pytest
 
 import flaxckpt
-from flaxckpt import cli
+from flaxckpt._cli import main as cli
 
 
-def command(*arguments, code="from flaxckpt.cli import main; main_status = main()"):
+def command(
+    *arguments, code="from flaxckpt._cli.main import main; main_status = main()"
+):
     program = f"{code}\nimport sys; sys.exit(main_status)"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -54,7 +56,8 @@ def test_a_missing_extra_is_named():
         "import sys; sys.modules['sklearn.datasets'] = sys.modules['sklearn'] = None"
     )
     result = command(
-        "demo", code=f"{block}\nfrom flaxckpt.cli import main\nmain_status = main()"
+        "demo",
+        code=f"{block}\nfrom flaxckpt._cli.main import main\nmain_status = main()",
     )
     assert result.returncode == 2
     assert result.stderr == (

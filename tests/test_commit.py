@@ -14,14 +14,21 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _commit, _patience, _store
+from flaxckpt import ModelCheckpoint
+from flaxckpt._checkpoints import load as _load
+from flaxckpt._checkpoints import read as _read
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._direct import forms as _forms
+from flaxckpt._disk import commit as _commit
+from flaxckpt._disk import exchange as _exchange
+from flaxckpt._runtime import patience as _patience
 
 
 @pytest.fixture
 def files(monkeypatch):
     """A file for each array, as large ones have."""
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 0)
-    _store._FORMS.clear()
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 0)
+    _forms.FORMS.clear()
 
 
 def tree_of(epoch):
@@ -102,14 +109,14 @@ def test_reading_what_is_always_replaced_ends(tmp_path, files, monkeypatch):
     with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
         ckpt.save(tree_of(0), 0)
         ckpt.wait()
-        read = _store._load
+        read = _read.load_tree
 
         def replaced(*args, **kwargs):
             ckpt.save(tree_of(1), 1)
             ckpt.wait()
             return read(*args, **kwargs)
 
-        monkeypatch.setattr(_store, "_load", replaced)
+        monkeypatch.setattr(_load, "load_tree", replaced)
         monkeypatch.setattr(_patience, "SECS", 0)
         with pytest.raises(flaxckpt.CheckpointError, match="was replaced 20 times"):
             flaxckpt.load(tmp_path / "best")
@@ -141,13 +148,13 @@ def test_an_exchange_that_the_disk_does_not_take_is_taken_back(
     tmp_path, files, monkeypatch, exchange, back
 ):
     if not exchange:
-        monkeypatch.setattr(_commit, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(_exchange, "_exchange", lambda one, other: False)
     with ModelCheckpoint(tmp_path / "best") as ckpt:
         for epoch in range(3):
             ckpt.save(tree_of(epoch), epoch)
             ckpt.wait()
         with monkeypatch.context() as patch:
-            sync, replace = ckpt._series.area._sync_directory, _commit._replace
+            sync, replace = ckpt._series.area._sync_directory, _exchange.replace
             replaced = []
 
             def note(written, target, sync_directory):
@@ -161,7 +168,7 @@ def test_an_exchange_that_the_disk_does_not_take_is_taken_back(
                     raise OSError(errno.EIO, "injected")
                 sync(directory)
 
-            patch.setattr(_commit, "_replace", note)
+            patch.setattr(_commit, "replace", note)
             patch.setattr(ckpt._series.area, "_sync_directory", fail)
             ckpt.save(tree_of(3), 3)
             with pytest.raises(flaxckpt.CheckpointWriteError, match="injected"):

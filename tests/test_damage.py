@@ -17,13 +17,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
-from flaxckpt import (
-    CheckpointCorruptError,
-    CheckpointError,
-    ModelCheckpoint,
-    _form,
-    _store,
-)
+from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._direct import forms as _forms
+from flaxckpt._direct import zarr as _zarr
 
 # Orbax leaves tasks of its own behind where it raises.
 pytestmark = pytest.mark.filterwarnings(
@@ -113,9 +110,9 @@ def bits(tree):
     ids=["f32", "bf16", "i8", "f32-sharded"],
 )
 def test_no_damage_is_silent(tmp_path, monkeypatch, dtype, sharded, written):
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     if written == "files":
-        monkeypatch.setattr(_store, "_LARGE_LEAF", 0)
+        monkeypatch.setattr(_write, "_LARGE_LEAF", 0)
     tree = tree_of(dtype, sharded)
     with ModelCheckpoint(tmp_path / "good", compress=written == "zstd") as ckpt:
         ckpt.save(tree, epoch=0)  # by Orbax
@@ -291,8 +288,8 @@ def needle(name):
 @pytest.mark.parametrize("wanted", ["plain", "same", "otherwise"])
 @pytest.mark.parametrize("written", ["files", "database", "linked", "by Orbax"])
 def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
-    _store._FORMS.clear()
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 2**40 if written == "database" else 0)
+    _forms.FORMS.clear()
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 2**40 if written == "database" else 0)
     tree = {**MANY, "several": jax.device_put(MANY["several"], mesh_and("x", "y"))}
     frozen = (lambda path, leaf: True) if written == "linked" else None
     with ModelCheckpoint(tmp_path / "{epoch}", frozen=frozen) as ckpt:
@@ -341,14 +338,14 @@ def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
 @pytest.mark.parametrize("axes", [(), ("x",), ("y", "x")])
 def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
     """A file as it would not be written here, of a leaf that has a checksum only."""
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     tree = {"w": MANY["one"], "large": jnp.zeros(2**20)}
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         path = ckpt.save(tree, epoch=0)
     file = path / "state/w/c/0/0"
     values = needle("one")
     index = struct.pack("<QQ", 8, len(values))
-    index += struct.pack("<I", _form._crc32c(index))
+    index += struct.pack("<I", _zarr._crc32c(index))
     like = {**tree, "w": jax.device_put(tree["w"], mesh_and(*axes))}
     file.write_bytes(bytes(8) + values + index)
     assert bits(flaxckpt.load(path, like)) == bits(tree)
@@ -361,8 +358,8 @@ def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
 
 @pytest.mark.parametrize("file", ["files", "database"])
 def test_the_error_names_the_files_of_the_leaf(tmp_path, monkeypatch, file):
-    _store._FORMS.clear()
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if file == "files" else 2**40)
+    _forms.FORMS.clear()
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if file == "files" else 2**40)
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         for _ in range(2):
             path = ckpt.save({"a": jnp.ones(500), "b": jnp.zeros(500)}, epoch=0)

@@ -8,6 +8,7 @@ import strategies
 from hypothesis import given, settings
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from never_ready import take_metrics_for_unknown
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, Snapshot, step
@@ -87,7 +88,9 @@ def test_an_ensemble_and_a_mesh_begin_with_no_best(jit):
 def test_of_some_members_that_have_none_the_best_is_a_nan():
     states = jax.tree.map(lambda leaf: np.stack([leaf] * 2), best_only())
     has_best, value = np.array([True, False]), np.float32([0.5, 0])
-    states = flaxckpt._state.with_leaves(states, has_best=has_best, best_value=value)
+    states = flaxckpt._decision.state.with_leaves(
+        states, has_best=has_best, best_value=value
+    )
     np.testing.assert_array_equal(states.best, np.float32([0.5, NAN]))
 
 
@@ -139,8 +142,7 @@ def test_update_in_a_loop(tmp_path, wrap, save_last, snapshot):
 
 def test_decided_by_the_device(tmp_path, monkeypatch):
     """As where the metric is not there yet: that program's results are looked at."""
-    is_array = lambda x: isinstance(x, jax.Array)  # noqa: E731
-    monkeypatch.setattr(flaxckpt._saves, "_is_unknown", is_array)
+    take_metrics_for_unknown(monkeypatch)
     with ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt:
         state = ckpt.init()
         for epoch, loss in enumerate(LOSSES):

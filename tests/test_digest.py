@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxckpt import _digest
-from flaxckpt._digest import Digest, checksum, combined, digest, digest_of
+from flaxckpt._trees import digest as _digest
+from flaxckpt._trees.digest import Digest, checksum, combined, digest, digest_of
 
 DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]
 arrays = hnp.arrays(

@@ -10,8 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from flaxckpt import _draft
-from flaxckpt._draft import Draft
+from flaxckpt._disk import files as _files
+from flaxckpt._disk.files import Draft
 
 
 def draft(directory):
@@ -144,7 +144,7 @@ def test_what_the_disk_does_not_take_is_an_error(tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(_draft, "_sync_data", refuse)
+    monkeypatch.setattr(_files, "_sync_data", refuse)
     with draft(tmp_path) as one:
         for number in range(40):
             one.write(f"{number}", [b"x"])

@@ -14,13 +14,8 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import (
-    CheckpointLockedError,
-    ModelCheckpoint,
-    Preempted,
-    SettingError,
-    _lock,
-)
+from flaxckpt import CheckpointLockedError, ModelCheckpoint, Preempted, SettingError
+from flaxckpt._disk import lock as _lock
 
 
 def program(code, *arguments):
@@ -130,18 +125,18 @@ def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
     heart.start()
     try:
         with pytest.raises(CheckpointLockedError, match="process 7 on elsewhere"):
-            _lock.acquire(path)
+            _lock.acquire_lock(path)
     finally:
         stop.set()
         heart.join()
-    assert _lock.acquire(path)  # no sign of life any more
+    assert _lock.acquire_lock(path)  # no sign of life any more
     assert json.loads(path.read_text())["pid"] == os.getpid()
     before = path.stat().st_mtime_ns
     until = time.monotonic() + 10
     while path.stat().st_mtime_ns == before:
         assert time.monotonic() < until
         time.sleep(0.01)
-    _lock.release(path)
+    _lock.release_lock(path)
     assert not path.exists()
 
 

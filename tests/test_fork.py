@@ -12,7 +12,8 @@ import flaxckpt
 HEAD = """
     import faulthandler, gc, os, sys, threading, time, multiprocessing
     import numpy as np, flaxckpt
-    from flaxckpt import _store
+    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import write as _write
     directory, kind = sys.argv[1:3]
 
     def tree_of(epoch):
@@ -46,7 +47,7 @@ HEAD = """
         return f"{said} ({os.waitstatus_to_exitcode(status)})"
 
     begun, go = threading.Event(), threading.Event()
-    original = _store.write
+    original = _write.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         begun.set()
@@ -60,7 +61,7 @@ INHERITED = """
     for epoch in range(3):
         ckpt.save(tree_of(epoch), epoch)
     ckpt.wait()
-    _store.write = wait_and_write
+    _series.write_checkpoint = wait_and_write
     ckpt.save(tree_of(3), 3)
     assert begun.wait(60)
     state = ckpt.init()

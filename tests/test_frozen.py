@@ -17,15 +17,18 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, SettingError, _series, _store
-from flaxckpt._digest import digests
-from flaxckpt._record import encode_record, read_record
+from flaxckpt import ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import versions as _versions
+from flaxckpt._direct import forms as _forms
+from flaxckpt._disk.record import encode_record, read_record
+from flaxckpt._trees.digest import digests
 
 
 @pytest.fixture(autouse=True)
 def forget():
     """Orbax writes the first checkpoint, as in a new process."""
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
 
 
 def tree_of(base=0, lora=0):
@@ -128,7 +131,7 @@ def test_what_is_stored_is_not_copied_again(tmp_path):
 
 def test_a_restart_links_to_what_is_there(tmp_path):
     for epoch in range(3):
-        _store._FORMS.clear()
+        _forms.FORMS.clear()
         with opened(tmp_path) as ckpt:
             ckpt.save(tree_of(7, 2 * epoch), 2 * epoch)
             ckpt.save(tree_of(7, 2 * epoch + 1), 2 * epoch + 1)
@@ -136,7 +139,7 @@ def test_a_restart_links_to_what_is_there(tmp_path):
     assert len({frozenset(inodes(path, "base")) for path in paths}) == 1
     for i, path in enumerate(paths):
         assert_holds(path, 7, i)
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         ckpt.save(tree_of(8, 6), 6)
     assert_holds(tmp_path / "7", 8, 6)
@@ -151,10 +154,10 @@ def test_a_restart_links_to_what_an_earlier_version_has_digested(tmp_path):
     table["digests"] = digests(list(tree_of(7, 1).values()))
     text = json.dumps(table).encode()
     (path / "flaxckpt_leaves.json").write_bytes(text)
-    record = encode_record(read_record(path), _store.versions(), text)
+    record = encode_record(read_record(path), _versions.versions(), text)
     (path / "flaxckpt.json").write_bytes(record)
     assert_holds(path, 7, 1)
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         for i in (2, 3):
             ckpt.save(tree_of(7, i), i)
@@ -332,7 +335,7 @@ def test_bad_filters(tmp_path):
 def test_what_cannot_be_linked_stays_as_orbax_wrote_it(tmp_path, monkeypatch):
     """On a restart, on a file system without links: the best is replaced by a whole one."""
     for epoch in range(2):
-        _store._FORMS.clear()
+        _forms.FORMS.clear()
         with ModelCheckpoint(tmp_path / "best", "loss", frozen=is_frozen) as ckpt:
             ckpt.save(tree_of(0, epoch), epoch)
         assert_holds(tmp_path / "best", 0, epoch)
@@ -379,7 +382,7 @@ def test_damage_is_not_passed_on_after_a_restart(tmp_path):
     content = bytearray(data.read_bytes())
     content[40] ^= 1
     data.write_bytes(content)
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         for i in (2, 3):
             ckpt.save(tree_of(3, i), i)

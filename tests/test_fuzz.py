@@ -19,9 +19,11 @@ import pytest
 from hypothesis import example, given
 
 import flaxckpt
-from flaxckpt import _parsing
-from flaxckpt._parsing import MalformedError
-from flaxckpt._record import FORMAT
+from flaxckpt._disk import record_fields as _record_fields
+from flaxckpt._disk import table as _table
+from flaxckpt._disk import zarr_json as _zarr_json
+from flaxckpt._disk.fields import MalformedError
+from flaxckpt._disk.record import FORMAT
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 COUNT, PROCESSES = (2000, 2) if FULL else (48, 1)
@@ -128,10 +130,10 @@ values = st.recursive(
     max_leaves=20,
 )
 PARSERS = (
-    lambda data: _parsing.check_record(_parsing.parse_record(data)[0]),
-    lambda data: _parsing.parse_table(data, FORMAT),
-    _parsing.parse_zarr,
-    _parsing.parse_texts,
+    lambda data: _record_fields.check_record(_record_fields.parse_record(data)[0]),
+    lambda data: _table.parse_table(data, FORMAT),
+    _zarr_json.parse_zarr,
+    _zarr_json.parse_texts,
 )
 
 
@@ -167,7 +169,7 @@ def test_a_value_of_another_kind_is_refused(good, data):
     place = data.draw(st.sampled_from(list(mutants.places(fields))[1:]))
     mutants.parent_of(fields, place)[place[-1]] = data.draw(values)
     parse = dict(zip(("flaxckpt.json", "flaxckpt_leaves.json"), PARSERS, strict=False))
-    found = tried(parse.get(file, _parsing.parse_zarr), json.dumps(fields).encode())
+    found = tried(parse.get(file, _zarr_json.parse_zarr), json.dumps(fields).encode())
     if file == "flaxckpt_leaves.json" and found is not None:
         for leaf in found["leaves"]:
             assert all(type(name) is str for name in leaf["path"])
@@ -182,10 +184,12 @@ def test_a_value_of_another_kind_is_refused(good, data):
 def test_what_is_written_parses(good):
     for kind in mutants.KINDS:
         path = good / kind / "good/3"
-        record, is_whole = _parsing.parse_record((path / "flaxckpt.json").read_bytes())
+        record, is_whole = _record_fields.parse_record(
+            (path / "flaxckpt.json").read_bytes()
+        )
         assert is_whole
-        _parsing.check_record(record)
-        _parsing.parse_table((path / "flaxckpt_leaves.json").read_bytes(), FORMAT)
+        _record_fields.check_record(record)
+        _table.parse_table((path / "flaxckpt_leaves.json").read_bytes(), FORMAT)
         for file in path.rglob("zarr.json"):
-            _parsing.parse_zarr(file.read_bytes())
+            _zarr_json.parse_zarr(file.read_bytes())
         flaxckpt.verify(path)

@@ -9,7 +9,7 @@ import pytest
 from golden import make
 
 import flaxckpt
-from flaxckpt._record import FORMAT
+from flaxckpt._disk.record import FORMAT
 
 FORMATS = sorted(make.HERE.glob("format-*"))
 

@@ -1,4 +1,4 @@
-"""What imports what: layers, and no heavy package before it is needed."""
+"""What imports what: folders, and no heavy package before it is needed."""
 
 import ast
 import subprocess
@@ -22,74 +22,44 @@ HEAVY = (
     "sklearn",
 )
 
-# Each room imports only from rooms above it in this list.
+# Each folder, or file beside them, imports only from those above it in this list.
 LAYERS = [
     "errors",
-    "_failures",
-    "_frames",
-    "_forks",
-    "_locks",
-    "_logs",
-    "_direction",
-    "_template",
-    "_open",
-    "_parsing",
-    "_patience",
-    "_aside",
-    "_record",
-    "_vetting",
-    "_retention",
-    "_ties",
-    "_unchecked",
-    "_memory",
-    "_state",
-    "_chunks",
-    "_slots",
-    "_placing",
-    "_values",
-    "_names",
-    "_tree",
-    "_weights",
-    "_pieces",
-    "_snapshot",
-    "_packing",
-    "_callback",
-    "_lock",
-    "_objects",
-    "_lease",
-    "_background",
+    "_runtime",
+    "_trees",
+    "_decision",
     "_processes",
-    "_quiet",
-    "_interval",
-    "_draft",
-    "_commit",
-    "_mirror",
-    "_listing",
-    "_digest",
-    "_frozen",
-    "_alias",
-    "_form",
-    "_looks",
-    "_store",
-    "_series",
-    "_writer",
-    "_saves",
-    "_pod_saves",
-    "_traced",
-    "_preemption",
-    "_checkpoint",
+    "_disk",
+    "_object_store",
+    "_copies",
+    "_direct",
+    "_orbax",
+    "_checkpoints",
+    "_saving",
+    "_pods",
+    "_program",
+    "_restoring",
+    "_model_checkpoint",
     "__init__",
-    "_demo",
-    "cli",
+    "_cli",
 ]
 
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
+)
 
-ARRAYS = ("_store", "_form", "_objects")  # what may know TensorStore
+# What may know TensorStore.
+ARRAYS = ("_orbax.engine", "_direct.form", "_direct.sources", "_object_store.objects")
+
+
+def layer_of(module):
+    return module.partition(".")[0]
 
 
 def imports_of(module):
-    """Names of all modules that a room imports, wherever in it."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    """Names of all modules that a module imports, wherever in it."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -98,37 +68,63 @@ def imports_of(module):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_imports_go_one_way(module):
-    above = LAYERS[: LAYERS.index(module)]
+def own_imports_of(module):
+    """The modules of the package that a module imports."""
     for name in imports_of(module):
-        package, _, room = name.partition(".")
-        room = room.partition(".")[0]
-        if package == "flaxckpt" and room in LAYERS:
-            assert room in above, f"{module} imports {room}"
+        package, _, inside = name.partition(".")
+        if package == "flaxckpt" and inside in MODULES:
+            yield inside
 
 
-def test_every_room_has_its_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LAYERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_down(layer):
+    below = LAYERS[: LAYERS.index(layer)]
+    for module in MODULES:
+        if layer_of(module) == layer:
+            for name in own_imports_of(module):
+                other = layer_of(name)
+                assert other == layer or other in below, f"{module} imports {name}"
 
 
-def test_only_the_store_knows_orbax():
-    for module in LAYERS:
+def test_no_modules_import_each_other():
+    done = set()
+
+    def visit(module, under_way):
+        assert module not in under_way, [*under_way, module]
+        if module not in done:
+            for name in own_imports_of(module):
+                visit(name, [*under_way, module])
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, [])
+
+
+def test_every_folder_has_its_layer():
+    assert {layer_of(module) for module in MODULES} == set(LAYERS)
+
+
+def test_only_one_folder_knows_orbax():
+    for module in MODULES:
         known = {name.partition(".")[0] for name in imports_of(module)}
-        assert module == "_store" or "orbax" not in known, module
+        assert layer_of(module) == "_orbax" or "orbax" not in known, module
         assert module in ARRAYS or "tensorstore" not in known, module
 
 
 @pytest.mark.parametrize(
-    ("module", "allowed"),
-    [("errors", set()), ("_direction", set()), ("_template", set()), ("_record", set()),
-     ("_open", set()), ("_parsing", set()), ("_vetting", set()),
-     ("_retention", set()), ("_draft", set()), ("_commit", set()), ("_writer", set()),
-     ("_state", {"jax", "numpy"}), ("_slots", {"jax", "numpy"}),
-     ("_pieces", {"jax", "numpy"}), ("_snapshot", {"jax", "numpy"})],
-)  # fmt: skip
-def test_pure_rooms_need_little(module, allowed):
-    found = {name.partition(".")[0] for name in imports_of(module)}
+    ("layer", "allowed"),
+    [
+        ("errors", set()),
+        ("_decision", {"jax", "numpy"}),
+        ("_disk", set()),
+        ("_processes", {"jax", "numpy"}),
+        ("_trees", {"jax", "numpy", "xxhash"}),
+        ("_copies", {"jax", "numpy"}),
+    ],
+)
+def test_pure_folders_need_little(layer, allowed):
+    modules = [module for module in MODULES if layer_of(module) == layer]
+    found = {name.partition(".")[0] for each in modules for name in imports_of(each)}
     assert found - set(sys.stdlib_module_names) <= allowed | {"flaxckpt"}
 
 

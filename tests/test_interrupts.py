@@ -16,7 +16,10 @@ import pytest
 from faults import interrupts
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _commit, _store
+from flaxckpt import ModelCheckpoint
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._disk import commit as _commit
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 SAMPLE = None if FULL else 3
@@ -62,18 +65,19 @@ def test_an_interrupted_object_goes_on(survey, scenario):
 BLOCKED = """
     import os, signal, sys, threading, time
     import numpy as np, flaxckpt
-    from flaxckpt import _store
+    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import write as _write
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     begun, go = threading.Event(), threading.Event()
-    write = _store.write
+    write = _write.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         begun.set()
         assert go.wait(60)
         write(*args, **kwargs)
 
-    _store.write = wait_and_write
+    _series.write_checkpoint = wait_and_write
     ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}", max_in_flight=1)
     ckpt.save({"w": np.zeros(3)}, 0)
     assert begun.wait(60)
@@ -210,16 +214,17 @@ def test_close_tells_of_a_late_signal_when_it_has_released_all(tmp_path):
 
 AT_END = """
     import sys, numpy as np, flaxckpt
-    from flaxckpt import _store
+    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import write as _write
 
-    write = _store.write
+    write = _write.write_checkpoint
 
     def fail(info, *args, **kwargs):
         if info.epoch == 0:
             raise OSError("injected")
         write(info, *args, **kwargs)
 
-    _store.write = fail
+    _series.write_checkpoint = fail
     all = [flaxckpt.ModelCheckpoint(f"{sys.argv[1]}/{i}/{{epoch}}") for i in range(4)]
     for ckpt in all:
         ckpt.save({"w": np.zeros(3)}, 0)
@@ -266,21 +271,21 @@ def join(ckpt):
 
 def test_a_dropped_object_finishes_what_it_saves_first(tmp_path, monkeypatch):
     begun, go, gone = threading.Event(), threading.Event(), threading.Event()
-    write = _store.write
+    write = _write.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         begun.set()
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_store, "write", wait_and_write)
-    drop = _commit._lock.drop
+    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    drop = _commit.drop_lock
 
     def note(*args):
         drop(*args)
         gone.set()
 
-    monkeypatch.setattr(_commit._lock, "drop", note)
+    monkeypatch.setattr(_commit, "drop_lock", note)
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     for epoch in range(3):
         ckpt.save({"w": np.full(2, epoch)}, epoch)
@@ -317,15 +322,15 @@ def test_a_cell_that_is_run_again(tmp_path):
 
 
 def test_a_dropped_object_s_memory_is_let_go(tmp_path):
-    from flaxckpt import _writer
+    from flaxckpt._saving import at_exit as _at_exit
 
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.save({"w": jnp.zeros(2)}, 0)
     writer = ckpt._saves._writer
     join(ckpt)
     assert writer._memory
-    assert writer in _writer._UNHEARD
+    assert writer in _at_exit.UNHEARD
     del ckpt
     gc.collect()
     assert not writer._memory
-    assert writer not in _writer._UNHEARD
+    assert writer not in _at_exit.UNHEARD

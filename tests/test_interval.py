@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import flaxckpt
 from flaxckpt import CheckpointError, ModelCheckpoint, SettingError
-from flaxckpt._interval import Interval, calls_to_wait
+from flaxckpt._processes.clock import Interval, calls_to_wait
 
 TREE = {"w": np.arange(3.0)}
 

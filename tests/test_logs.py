@@ -25,7 +25,7 @@ from flaxckpt import (
     TemplateError,
     step,
 )
-from flaxckpt._logs import Unusable, find, left_out, normalized, plain_scalars
+from flaxckpt._decision.logs import Unusable, find, left_out, normalized, plain_scalars
 
 TREE = {"w": np.arange(3.0)}
 

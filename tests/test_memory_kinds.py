@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from multiprocess import pod
+from never_ready import take_metrics_for_unknown
 from test_store import assert_same
 
 import flaxckpt
@@ -148,9 +149,7 @@ def test_a_metric_that_a_device_computes_decides(
     tmp_path, monkeypatch, where, save_last
 ):
     """As if each metric were still being computed at the call."""
-    from flaxckpt import _saves
-
-    monkeypatch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
+    take_metrics_for_unknown(monkeypatch)
     place = placement("pinned_host", where)
     with ModelCheckpoint(tmp_path / "{epoch}", save_last=save_last, **BEST) as ckpt:
         state = ckpt.init()

@@ -19,9 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _lease, _objects
-from flaxckpt._mirror import Source
-from flaxckpt._objects import Objects
+from flaxckpt import ModelCheckpoint
+from flaxckpt._object_store import lease as _lease
+from flaxckpt._object_store import objects as _objects
+from flaxckpt._object_store.objects import Objects
+from flaxckpt._object_store.source import Source
 
 
 def tree_of(number):
@@ -147,7 +149,7 @@ def test_it_is_restored_onto_another_mesh_reading_no_more_than_that(s3, monkeypa
 
 
 def test_weights_are_read_alone(s3, monkeypatch):
-    monkeypatch.setattr("flaxckpt._store._LARGE_LEAF", 0)  # a file for each
+    monkeypatch.setattr("flaxckpt._checkpoints.write._LARGE_LEAF", 0)  # a file for each
     state = {"params": {"w": jnp.arange(8.0)}, "opt_state": np.ones(2**20)}
     with ModelCheckpoint(f"{s3}/{{epoch}}") as ckpt:
         path = ckpt.save(state, 0)
@@ -252,7 +254,7 @@ WRITER = """
     import sys
     import numpy as np
     import flaxckpt
-    from flaxckpt import _lease
+    from flaxckpt._object_store import lease as _lease
 
     _lease.HEARTBEAT_SECS, _lease.WATCH_SECS = 0.1, 0.5
     ckpt = flaxckpt.ModelCheckpoint("{url}/{{epoch}}")
@@ -308,7 +310,8 @@ UPLOADER = """
     import sys
     import numpy as np
     import flaxckpt
-    from flaxckpt import _lease, _objects
+    from flaxckpt._object_store import lease as _lease
+    from flaxckpt._object_store import objects as _objects
 
     _lease.HEARTBEAT_SECS, _lease.WATCH_SECS = 0.1, 0.5
     ckpt = flaxckpt.ModelCheckpoint("{url}/best")

@@ -17,11 +17,18 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import flaxckpt
-from flaxckpt import _form, _store
-from flaxckpt._alias import is_plain, plainly
-from flaxckpt._draft import Draft
-from flaxckpt._names import spelled
-from flaxckpt._tree import Leaf
+from flaxckpt._checkpoints import load as _load
+from flaxckpt._checkpoints import read as _checkpoints_read
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._direct import chunks as _chunks
+from flaxckpt._direct import form as _form
+from flaxckpt._direct import read as _read
+from flaxckpt._direct import write as _direct_write
+from flaxckpt._disk.alias import is_plain, plainly
+from flaxckpt._disk.files import Draft
+from flaxckpt._orbax import files as _files
+from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.names import spelled
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointPathError,
@@ -242,7 +249,7 @@ def test_any_tree_is_saved_and_read(
 ):
     large = 0 if arrangement == "files" else 2**20
     with monkeypatch.context() as patch:
-        patch.setattr(_store, "_LARGE_LEAF", large)  # as if its leaves were large
+        patch.setattr(_write, "_LARGE_LEAF", large)  # as if its leaves were large
         check_saves(tmp_path_factory.mktemp("any"), tree, epochs=2, **WAYS[way])
 
 
@@ -326,7 +333,7 @@ def test_orbax_finds_ordinary_names_and_escaped_ones(tmp_path):
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_orbax_finds_the_names_of_haiku(tmp_path, monkeypatch, way, large):
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if large else 2**40)
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if large else 2**40)
     tree = {
         f"transformer/~/mlp/~/linear_{i}": {
             "w": jnp.ones((4, i + 1)),
@@ -395,7 +402,7 @@ def test_keys_of_other_kinds(tmp_path):
 
 @pytest.mark.parametrize("large", [0, 2**20], ids=["files", "database"])
 def test_awkward_names_in_an_object_store(url, monkeypatch, large):
-    monkeypatch.setattr(_store, "_LARGE_LEAF", large)
+    monkeypatch.setattr(_write, "_LARGE_LEAF", large)
     awkward = awkward_tree(), {"w": jnp.ones(2), "text": "some"}
     for base, tree in zip((f"{url}/a", f"{url}/h=[2, 2] %2F\\*"), awkward, strict=True):
         with flaxckpt.ModelCheckpoint(f"{base}/{{epoch}}") as ckpt:
@@ -425,7 +432,7 @@ def test_damage_is_looked_for_inside_the_checkpoint(tmp_path):
     (state / "w/c").write_bytes(b"x")
     for name in ("/", str(beside.parent), "../../beside", "..", "w/../../../beside"):
         leaves = [Leaf((name,), "jax"), Leaf(("w",), "jax")]
-        assert _store._data_files(tmp_path / "run", leaves) == ["state/w/c"]
+        assert _files.data_files(tmp_path / "run", leaves) == ["state/w/c"]
 
 
 # ---- directories above -------------------------------------------------------------------
@@ -535,27 +542,27 @@ def nothing_merged(monkeypatch):
 
 
 def no_description(monkeypatch):
-    finish = _store._finish
+    finish = _write._finish
 
     def spoil(draft, *args):
         finish(draft, *args)
         (draft._root / "state/_METADATA").unlink()
 
-    monkeypatch.setattr(_store, "_finish", spoil)
+    monkeypatch.setattr(_write, "_finish", spoil)
 
 
 def spoiled(name, change):
     """Have a file changed once all are written."""
 
     def patch(monkeypatch):
-        finish = _store._finish
+        finish = _write._finish
 
         def spoil(draft, *args):
             finish(draft, *args)
             (file,) = draft._root.glob(name)
             change(file)
 
-        monkeypatch.setattr(_store, "_finish", spoil)
+        monkeypatch.setattr(_write, "_finish", spoil)
 
     return patch
 
@@ -565,12 +572,13 @@ def shortened(file):
 
 
 def not_in_the_database(monkeypatch):
-    chunks = _form._chunks
+    chunks = _chunks.chunks_of
 
     def some(stored, value):
         return iter(()) if stored.name == "w" else chunks(stored, value)
 
-    monkeypatch.setattr(_form, "_chunks", some)
+    for module in (_form, _direct_write, _chunks):
+        monkeypatch.setattr(module, "chunks_of", some)
 
 
 def linked_nowhere(monkeypatch):
@@ -647,7 +655,7 @@ def test_the_error_says_what_is_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_one_looks_once_and_reads_no_values(tmp_path, monkeypatch, way, tree):
     """At the first save in each way; the later ones cost nothing."""
-    holds, looked = _form.Reader.holds, []
+    holds, looked = _read.Reader.holds, []
 
     def count(reader, leaf):
         looked.append(leaf.name)
@@ -656,8 +664,9 @@ def test_one_looks_once_and_reads_no_values(tmp_path, monkeypatch, way, tree):
     def no_read(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(_form.Reader, "holds", count)
-    monkeypatch.setattr(_store, "_read", no_read)
+    monkeypatch.setattr(_read.Reader, "holds", count)
+    for module in (_load, _checkpoints_read):
+        monkeypatch.setattr(module, "read", no_read)
     how = WAYS[way]
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", **how) as ckpt:
         for epoch in range(4):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import CheckpointError, ModelCheckpoint, _lock
+from flaxckpt import CheckpointError, ModelCheckpoint
+from flaxckpt._disk import lock as _lock
 
 PACKAGE = os.path.dirname(flaxckpt.__file__)
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"

@@ -18,7 +18,11 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _failures, _quiet, _store
+from flaxckpt import ModelCheckpoint
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._runtime import failures as _failures
+from flaxckpt._runtime import quiet as _quiet
 
 # Orbax leaves tasks of its own behind where it raises.
 pytestmark = pytest.mark.filterwarnings(
@@ -61,12 +65,12 @@ def test_nothing_is_said_and_no_setting_changed(tmp_path):
         before = settings()
         import jax, numpy as np, jax.numpy as jnp
         import flaxckpt
-        from flaxckpt import _store
+        from flaxckpt._checkpoints import write as _write
         filters = list(warnings.filters)
         directory = sys.argv[1]
         tree = {"w": jnp.ones(9), "n": 3, "s": "text", "key": jax.random.key(0)}
         for large in (2**20, 0):
-            _store._LARGE_LEAF = large
+            _write._LARGE_LEAF = large
             for settings_ in ({}, {"compress": True}):
                 path = f"{directory}/{large}-{len(settings_)}-{{epoch}}"
                 with flaxckpt.ModelCheckpoint(path, **settings_) as ckpt:
@@ -103,7 +107,7 @@ def plain(path):
 
 @pytest.mark.parametrize("files", [True, False], ids=["files", "database"])
 def test_plain_orbax_takes_ours_for_whole(tmp_path, monkeypatch, files):
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if files else 2**40)
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if files else 2**40)
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(2):
             ckpt.save({"w": jnp.ones(9), "h": np.ones(2)}, epoch)
@@ -200,10 +204,10 @@ FULL_DISK = """
     import sys
     import jax.numpy as jnp
     import flaxckpt
-    from flaxckpt import _store
+    from flaxckpt._checkpoints import write as _write
 
     directory, large, way = sys.argv[1:]
-    _store._LARGE_LEAF = int(large)
+    _write._LARGE_LEAF = int(large)
     ckpt = flaxckpt.ModelCheckpoint(directory + "/{epoch}")
     if way == "with":
         with ckpt:
@@ -263,7 +267,7 @@ def test_what_fails_while_a_save_s_error_ends_the_loop_is_a_note(tmp_path, monke
     def fail(*_, **__):
         raise OSError(errno.EIO, "no disk")
 
-    monkeypatch.setattr(_store, "write", fail)
+    monkeypatch.setattr(_series, "write_checkpoint", fail)
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     with pytest.raises(flaxckpt.CheckpointWriteError, match="no disk") as caught, ckpt:
         ckpt.save({"w": np.ones(2)}, 0)
@@ -283,7 +287,7 @@ def files_below(path):
 
 @pytest.mark.parametrize("written", ["files", "database", "zstd"])
 def test_damage_is_one_line_that_names_leaf_and_file(tmp_path, monkeypatch, written):
-    monkeypatch.setattr(_store, "_LARGE_LEAF", 0 if written == "files" else 2**40)
+    monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if written == "files" else 2**40)
     tree = {f"leaf{i}": jnp.arange(700.0) + i for i in range(9)}
     with ModelCheckpoint(tmp_path / "good", compress=written == "zstd") as ckpt:
         good = ckpt.save(tree, 0)

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _commit, _mirror, _patience, _record, _store
+from flaxckpt import ModelCheckpoint, _model_checkpoint
+from flaxckpt._checkpoints import load as _load
+from flaxckpt._checkpoints import undisturbed as _undisturbed
+from flaxckpt._disk import exchange as _exchange
+from flaxckpt._disk import listing as _listing
+from flaxckpt._disk import record as _record
+from flaxckpt._object_store import objects as _objects
+from flaxckpt._object_store import pointer as _pointer
+from flaxckpt._runtime import patience as _patience
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 ROUNDS = 400 if FULL else 40
@@ -32,11 +40,11 @@ WRITER = """
     import select, sys
     import numpy as np
     import flaxckpt
-    from flaxckpt import _commit
+    from flaxckpt._disk import exchange as _exchange
 
     directory, filepath, exchange, settings = sys.argv[1:]
     if exchange == "renames":
-        _commit._exchange = lambda one, other: False
+        _exchange._exchange = lambda one, other: False
     settings = eval(settings)
     with flaxckpt.ModelCheckpoint(f"{directory}/{filepath}", "loss", **settings) as ckpt:
         state = ckpt.init()
@@ -251,13 +259,13 @@ def test_what_is_replaced_at_any_step_is_read_once_more(
         path = ckpt.save(tree_of(7), 0, logs={"loss": 0.5})
     shutil.copytree(path, tmp_path / "kept")
     if not exchange:
-        monkeypatch.setattr(_commit, "_exchange", lambda *_: False)
+        monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
 
     def strike():
         staging = runs / ".flaxckpt-x-new"
         staging.mkdir()
         shutil.copytree(tmp_path / "kept", staging / "new")
-        _commit._replace(staging / "new", runs / "best", lambda _: None)
+        _exchange.replace(staging / "new", runs / "best", lambda _: None)
         shutil.rmtree(staging)
 
     each_step(
@@ -323,7 +331,7 @@ def test_a_state_that_moves_between_slot_and_series_is_not_missed(
         if there.exists():
             shutil.copytree(there, tmp_path / ".flaxckpt-new")
             if (runs / name).exists():
-                _commit._exchange(tmp_path / ".flaxckpt-new", runs / name)
+                _exchange._exchange(tmp_path / ".flaxckpt-new", runs / name)
                 shutil.rmtree(tmp_path / ".flaxckpt-new")
             else:
                 (tmp_path / ".flaxckpt-new").rename(runs / name)
@@ -375,8 +383,8 @@ def test_deleted_by_hand_at_any_step_is_not_damaged(tmp_path, monkeypatch, first
         shutil.rmtree(tmp_path / "2", ignore_errors=True)
         shutil.copytree(tmp_path / ".kept", tmp_path / "2")
 
-    monkeypatch.setattr(_record, "pause", rest)
-    monkeypatch.setattr(_store, "pause", rest)
+    monkeypatch.setattr(_listing, "pause", rest)
+    monkeypatch.setattr(_undisturbed, "pause", rest)
     for read in ("restore", "list_checkpoints", "checkpoints"):
         each_step(
             monkeypatch,
@@ -416,7 +424,7 @@ def test_what_is_replaced_for_ever_is_an_error_and_no_first_run(
             strike()
         return read(path)
 
-    monkeypatch.setattr(_record, "read_record", deleted)
+    monkeypatch.setattr(_listing, "read_record", deleted)
     for name in ("latest", "checkpoints", "list_checkpoints", "restore"):
         with pytest.raises(flaxckpt.CheckpointError, match="deleted faster than"):
             READS[name](kept, tmp_path / "runs")
@@ -426,13 +434,13 @@ def test_loaded_too_late_for_ever_is_an_error_and_no_first_run(
     tmp_path, kept, monkeypatch
 ):
     monkeypatch.setattr(_patience, "SECS", 0)
-    strike, restore = next_one(tmp_path, [1]), _store.restore
+    strike, restore = next_one(tmp_path, [1]), _load.restore
 
     def late(*args, **kwargs):
         strike()
         return restore(*args, **kwargs)
 
-    monkeypatch.setattr(_store, "restore", late)
+    monkeypatch.setattr(_model_checkpoint, "restore", late)
     with pytest.raises(flaxckpt.CheckpointError, match="faster than they could be lo"):
         kept.restore()
 
@@ -458,24 +466,24 @@ def test_in_a_store_what_is_deleted_after_the_listing_is_listed_again(s3, monkey
     reader = ModelCheckpoint(url, "loss")
     with ModelCheckpoint(url, "loss") as ckpt:
         ckpt.save(tree_of(0), 0, logs={"loss": 0.5})
-    newest, strikes, keys_below = [1], [], _mirror.Objects.keys_below
-    objects = _mirror.Objects(s3)
+    newest, strikes, keys_below = [1], [], _objects.Objects.keys_below
+    objects = _objects.Objects(s3)
 
     def next_one():
         """Write the next pointer and delete the one before, as a writer does."""
-        before, after = (_mirror._key_of(str(newest[0] + i)) for i in range(2))
+        before, after = (_pointer.key_of(str(newest[0] + i)) for i in range(2))
         objects.write(after, objects.read(before).content)
         objects.delete(before)
         newest[0] += 1
 
     def struck(objects, directory):
         keys = keys_below(objects, directory)
-        if strikes and directory in ("", _mirror._CURRENT):
+        if strikes and directory in ("", _pointer.CURRENT):
             strikes.pop()
             next_one()
         return keys
 
-    monkeypatch.setattr(_mirror.Objects, "keys_below", struck)
+    monkeypatch.setattr(_objects.Objects, "keys_below", struck)
     for read in READS:
         strikes.append(1)
         found = READS[read](reader, s3)

@@ -10,7 +10,7 @@ from hypothesis import given
 from orbax.checkpoint import v1 as ocp
 
 from flaxckpt import CheckpointInfo, SettingError
-from flaxckpt._retention import LatestN, best_of, expired
+from flaxckpt._checkpoints.retention import LatestN, best_of, expired
 
 policies = ocp.training.preservation_policies
 EPOCH = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)

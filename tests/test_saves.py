@@ -14,18 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from never_ready import take_metrics_for_unknown
 from orbax.checkpoint import v1
 
 import flaxckpt
-from flaxckpt import (
-    CheckpointWriteError,
-    ModelCheckpoint,
-    SettingError,
-    _form,
-    _saves,
-    _store,
-)
-from flaxckpt._writer import Writer
+from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._direct import form as _form
+from flaxckpt._direct import forms as _forms
+from flaxckpt._direct import sources as _sources
+from flaxckpt._direct import write as _direct_write
+from flaxckpt._orbax import engine as _engine
+from flaxckpt._saving.queue import Writer
 
 
 def names(infos):
@@ -57,14 +58,14 @@ def epoch_of(tree):
 def held(monkeypatch):
     """Hold the writing thread where it begins to write, until told to go on."""
     arrived, go = threading.Event(), threading.Event()
-    write = _store.write
+    write = _write.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         arrived.set()
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_store, "write", wait_and_write)
+    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
     try:
         yield arrived, go
     finally:
@@ -74,7 +75,7 @@ def held(monkeypatch):
 @pytest.fixture
 def late(monkeypatch):
     """Treat every device array as not computed yet."""
-    monkeypatch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
+    take_metrics_for_unknown(monkeypatch)
 
 
 @jax.jit
@@ -127,7 +128,7 @@ def test_deciding_later_changes_nothing(losses, template, settings, tmp_path_fac
         path = tmp_path_factory.mktemp("run") / template
         with pytest.MonkeyPatch.context() as patch:
             if late:
-                patch.setattr(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
+                take_metrics_for_unknown(patch)
             with ModelCheckpoint(
                 path, save_best_only=True, weights=lambda tree: tree, **settings
             ) as ckpt:
@@ -292,7 +293,7 @@ def test_many_small_arrays_of_many_kinds(tmp_path):
 
 def test_64_bits_in_a_context(tmp_path):
     """Which is this thread's own, and not that of the one that writes."""
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     with jax.enable_x64(True), ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         tree = {f"n{i}": jnp.int64(2**40 + i) for i in range(6)}
         tree |= {f"x{i}": jnp.float64(0.1 + i) for i in range(6)}
@@ -631,11 +632,11 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
 @pytest.fixture
 def by_orbax(monkeypatch):
     """Count the trees that Orbax writes; it has seen none yet."""
-    _store._FORMS.clear()
+    _forms.FORMS.clear()
     calls = []
-    write = _store._write_by_orbax
+    write = _engine.write_by_orbax
     monkeypatch.setattr(
-        _store, "_write_by_orbax",
+        _write, "write_by_orbax",
         lambda *args, **kwargs: (calls.append(args[0]), write(*args, **kwargs))[1],
     )  # fmt: skip
     return calls
@@ -692,7 +693,8 @@ def test_shards_are_written_as_orbax_does(tmp_path, by_orbax):
 def test_where_orbax_writes_otherwise_it_goes_on_writing(
     tmp_path, by_orbax, monkeypatch
 ):
-    monkeypatch.setattr(_form, "_trailer", lambda nbytes: b"unknown")
+    for module in (_form, _sources, _direct_write):
+        monkeypatch.setattr(module, "trailer_of", lambda nbytes: b"unknown")
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(3):
             ckpt.save(tree_of(epoch), epoch)

@@ -22,8 +22,8 @@ from flaxckpt import (
     CheckpointLockedError,
     CheckpointPathError,
     ModelCheckpoint,
-    _lock,
 )
+from flaxckpt._disk import lock as _lock
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="plays several users")
 HERE = socket.gethostname()
@@ -42,7 +42,7 @@ import absl.logging
 absl.logging.set_verbosity("fatal")
 import numpy as np
 import flaxckpt
-from flaxckpt import _lock
+from flaxckpt._disk import lock as _lock
 uid, umask, saves = map(int, sys.argv[1:])
 tree = {"w": np.ones(3), "n": 1, "s": "text"}
 if saves:
@@ -135,7 +135,7 @@ def test_another_user_goes_on_after_a_kill(shared, bob, umask):
     alice = User(ALICE, umask, saves=False)
     try:
         lock = shared / f".flaxckpt-{hashlib.sha256(b'{epoch}').hexdigest()[:8]}.lock"
-        alice.run("from pathlib import Path; _lock.acquire(Path(args[0]))", lock)
+        alice.run("from pathlib import Path; _lock.acquire_lock(Path(args[0]))", lock)
         assert bob.run(SAVE, shared, 1) == f"{alice.pid}\n"
     finally:
         alice.kill()
@@ -151,18 +151,21 @@ def test_a_lock_taken_over_is_the_new_owner_s(shared, bob):
     lock.chmod(0o644)
     code = """
     from pathlib import Path
-    from flaxckpt import _lock
+    from flaxckpt._disk import lock as _lock
     path = Path(args[0])
-    _lock.acquire(path)
+    _lock.acquire_lock(path)
     print(path.stat().st_uid, path.read_text(), sorted(os.listdir(path.parent)))
     """
     owner = json.dumps({"host": HERE, "pid": bob.pid})
     try:
         assert bob.run(code, lock) == f"{BOB} {owner} ['x.lock']\n"
         with pytest.raises(CheckpointLockedError, match=f"process {bob.pid} on"):
-            _lock.acquire(lock)
+            _lock.acquire_lock(lock)
     finally:
-        bob.run("from pathlib import Path; flaxckpt._lock.release(Path(args[0]))", lock)
+        bob.run(
+            "from pathlib import Path; flaxckpt._disk.lock.release_lock(Path(args[0]))",
+            lock,
+        )
     assert not lock.exists()
 
 
@@ -176,16 +179,19 @@ def test_where_nobody_else_may_replace_the_lock_it_is_held_as_it_is(shared, bob)
     os.chown(shared, ALICE, GROUP)
     code = """
     from pathlib import Path
-    from flaxckpt import _lock
-    _lock.acquire(Path(args[0]))
+    from flaxckpt._disk import lock as _lock
+    _lock.acquire_lock(Path(args[0]))
     print(sorted(os.listdir(Path(args[0]).parent)), flush=True)
     """
     try:
         assert bob.run(code, lock) == "['x.lock']\n"
         with pytest.raises(CheckpointLockedError):
-            _lock.acquire(lock)
+            _lock.acquire_lock(lock)
     finally:
-        bob.run("from pathlib import Path; flaxckpt._lock.release(Path(args[0]))", lock)
+        bob.run(
+            "from pathlib import Path; flaxckpt._disk.lock.release_lock(Path(args[0]))",
+            lock,
+        )
     assert lock.read_text() == "{}"
 
 
@@ -279,8 +285,8 @@ def test_what_is_no_lock_is_not_touched(tmp_path, kind):
 def test_an_absurd_lock_is_that_of_nobody_known(tmp_path, content):
     path = tmp_path / "x.lock"
     path.write_bytes(content)
-    assert _lock.acquire(path)
-    _lock.release(path)
+    assert _lock.acquire_lock(path)
+    _lock.release_lock(path)
     assert not path.exists()
     # And while another process holds it, that is an error like any other.
     path.write_bytes(content)
@@ -291,7 +297,7 @@ def test_an_absurd_lock_is_that_of_nobody_known(tmp_path, content):
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(CheckpointLockedError, match="by another process"):
-            _lock.acquire(path)
+            _lock.acquire_lock(path)
     finally:
         holder.communicate()
     assert path.read_bytes() == content
@@ -299,10 +305,10 @@ def test_an_absurd_lock_is_that_of_nobody_known(tmp_path, content):
 
 def test_a_lock_that_is_replaced_while_it_is_held_is_left_alone(tmp_path):
     path = tmp_path / "x.lock"
-    _lock.acquire(path)
+    _lock.acquire_lock(path)
     path.unlink()
     path.write_text("somebody else's")
-    _lock.release(path)
+    _lock.release_lock(path)
     assert path.read_text() == "somebody else's"
 
 
@@ -559,11 +565,11 @@ def test_it_runs_from_a_source_tree(shared, bob):
     import importlib.metadata as metadata
     def version(name):
         raise metadata.PackageNotFoundError(name)
-    flaxckpt._store.versions.cache_clear()
+    flaxckpt._checkpoints.versions.versions.cache_clear()
     with mock.patch.object(metadata, "version", version):
         with flaxckpt.ModelCheckpoint(args[0] + "/x") as ckpt:
             path = ckpt.save({"w": np.ones(3)}, 0)
-    flaxckpt._store.versions.cache_clear()
+    flaxckpt._checkpoints.versions.versions.cache_clear()
     print(flaxckpt.load(path)["w"].sum())
     """
     assert bob.run(code, shared) == "3.0\n"

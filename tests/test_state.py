@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt import CheckpointState, MetricError, SettingError, step
-from flaxckpt._direction import direction
+from flaxckpt._decision.direction import direction
 
 
 def decide(state, values, monitor="val_loss"):

@@ -26,8 +26,10 @@ from flaxckpt import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     UnsupportedLeafError,
-    _store,
 )
+from flaxckpt._checkpoints import read as _read
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._direct import forms as _forms
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
 
@@ -425,8 +427,8 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
 def test_arrays_are_read_without_orbax_and_as_it_reads_them(
     tmp_path, monkeypatch, large
 ):
-    monkeypatch.setattr(_store, "_LARGE_LEAF", large)
-    _store._FORMS.clear()
+    monkeypatch.setattr(_write, "_LARGE_LEAF", large)
+    _forms.FORMS.clear()
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     sharded = jax.device_put(
         jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("x", "y"))
@@ -441,10 +443,10 @@ def test_arrays_are_read_without_orbax_and_as_it_reads_them(
     path = saved(tmp_path, tree)  # the first by Orbax, the second in its form
     for each in (tmp_path / "1", path):
         with monkeypatch.context() as patch:
-            patch.setattr(_store, "Reader", refuse)
+            patch.setattr(_read, "Reader", refuse)
             by_orbax = flaxckpt.load(each)
         with monkeypatch.context() as patch:
-            patch.setattr(_store, "_read_by_orbax", refuse)
+            patch.setattr(_read, "read_by_orbax", refuse)
             found = flaxckpt.load(each)
             assert_same(found, by_orbax)
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)

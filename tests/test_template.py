@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxckpt import TemplateError
-from flaxckpt._template import Template
+from flaxckpt._decision.template import Template
 
 
 def shown(template, epoch=0, batch=None, **logs):

@@ -15,7 +15,8 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
-from flaxckpt._parsing import MalformedError, parse_table
+from flaxckpt._disk.fields import MalformedError
+from flaxckpt._disk.table import parse_table
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -392,7 +393,7 @@ def test_trees_without_nnx_are_flattened_as_jax_does():
         def __call__(self, x):
             return nn.Dense(2)(x)
 
-    from flaxckpt._ties import flatten
+    from flaxckpt._trees.ties import flatten
 
     params = Net().init(jax.random.key(0), jnp.ones((1, 2)))
     leaves, structure = jax.tree.flatten(params)

@@ -18,8 +18,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
-from flaxckpt import CheckpointPathError, _store
-from flaxckpt._state import plain_state
+from flaxckpt import CheckpointPathError
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._decision.state import plain_state
 
 NAN = float("nan")
 # Ties, a NaN, and a best in the middle.
@@ -844,14 +846,14 @@ def test_logs_that_no_record_can_keep(tmp_path):
 
 
 def test_an_error_while_copying_does_not_tear_what_waits(tmp_path, monkeypatch):
-    go, arrived, write = threading.Event(), threading.Event(), _store.write
+    go, arrived, write = threading.Event(), threading.Event(), _write.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         arrived.set()
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_store, "write", wait_and_write)
+    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
     ckpt = flaxckpt.ModelCheckpoint(tmp_path / "best")
 
     def save(value, epoch):

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _store
-from flaxckpt._retention import LatestN, expired
+from flaxckpt import ModelCheckpoint
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._checkpoints.retention import LatestN, expired
 
 
 def tree_of(epoch):
@@ -101,7 +103,7 @@ def test_another_one_saves_while_one_is_writing(tmp_path, monkeypatch, moment):
         one.save(tree_of(epoch), epoch)
         one.wait()
     begun, go = threading.Event(), threading.Event()
-    write = _store.write
+    write = _write.write_checkpoint
 
     def wait_and_write(info, *args, **kwargs):
         if info.epoch != 2:
@@ -114,7 +116,7 @@ def test_another_one_saves_while_one_is_writing(tmp_path, monkeypatch, moment):
         if moment == "before":
             write(info, *args, **kwargs)
 
-    monkeypatch.setattr(_store, "write", wait_and_write)
+    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
     one.save(tree_of(2), 2)
     assert begun.wait(60)
     two.save(tree_of(3), 3)

@@ -28,13 +28,17 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from never_ready import take_metrics_for_unknown
 
 import flaxckpt
-from flaxckpt import _saves, _store, _writer
+from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import write as _write
+from flaxckpt._saving import queue as _queue
 
 PACKAGE = os.path.dirname(flaxckpt.__file__)
 DEADLINE_SECS = 60
-_writer._IDLE_SECS = 0.05
+_queue._IDLE_SECS = 0.05
 
 
 class Interrupt:
@@ -106,8 +110,8 @@ class Run:
         self.epoch = -1
         self._arrived, self._go = threading.Event(), threading.Event()
         self._go.set()
-        self._patch = mock.patch.object(_store, "write", self._write)
-        self._original = _store.write
+        self._patch = mock.patch.object(_series, "write_checkpoint", self._write)
+        self._original = _write.write_checkpoint
         self._patch.start()
 
     def make(self):
@@ -196,10 +200,10 @@ def refill(settings):
 def late(directory):
     """The device decides."""
     run, call = refill({"save_best_only": True})(directory)
-    known = mock.patch.object(_saves, "_is_unknown", lambda x: isinstance(x, jax.Array))
 
     def late_update():
-        with known:
+        with pytest.MonkeyPatch.context() as patch:
+            take_metrics_for_unknown(patch)
             call()
 
     return run, late_update

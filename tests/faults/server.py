@@ -73,9 +73,9 @@ class Scenario:
 
     def checkpoint(self, directory):
         if self.files:
-            from flaxckpt import _store
+            from flaxckpt._checkpoints import write as _write
 
-            _store._LARGE_LEAF = 0
+            _write._LARGE_LEAF = 0
         path = os.path.join(directory, self.template)
         return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
 
@@ -154,7 +154,8 @@ class Store:
     """Kills at the calls that change an object store, before or after they do."""
 
     def __init__(self):
-        from flaxckpt import _lease, _objects
+        from flaxckpt._object_store import lease as _lease
+        from flaxckpt._object_store import objects as _objects
 
         _lease.HEARTBEAT_SECS, _lease.WATCH_SECS = 0.2, 1.0
         self._calls, self._at, self._mode = 0, 0, ""
@@ -169,16 +170,17 @@ class Store:
 
     def left(self, url):
         """List all that no checkpoint of a series has."""
-        from flaxckpt import _mirror, _objects
+        from flaxckpt._object_store import objects as _objects
+        from flaxckpt._object_store import pointer as _pointer
 
         objects = _objects.Objects(url)
-        keys = objects.keys_below(_mirror._CURRENT)
-        pointers = _mirror._read_pointers(objects, keys).values()
+        keys = objects.keys_below(_pointer.CURRENT)
+        pointers = _pointer.read_pointers(objects, keys).values()
         places = [each.at for each in pointers]
         return [
             key
             for key in objects.keys_below("")
-            if not key.startswith((f"{_mirror._CURRENT}/", *places))
+            if not key.startswith((f"{_pointer.CURRENT}/", *places))
         ]
 
     # ---- in place of TensorStore -----------------------------------------------------

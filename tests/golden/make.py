@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 import flaxckpt
-from flaxckpt._record import FORMAT
+from flaxckpt._disk.record import FORMAT
 
 HERE = Path(__file__).parent
 

@@ -343,8 +343,8 @@ def run_out_of_room(directory):
 
 def train_by_the_clock(directory):
     """Train until three checkpoints are due by clocks that differ, as the speeds do."""
-    from flaxckpt._interval import AgreedInterval
-    from flaxckpt._processes import Channel
+    from flaxckpt._processes.clock import AgreedInterval
+    from flaxckpt._processes.messages import Channel
 
     mesh = mesh_of(jax.device_count() // 2, 2)
     step, tree = make_step(mesh)

@@ -15,7 +15,7 @@ import strategies
 from hypothesis import given, settings
 
 from flaxckpt import CheckpointState, step
-from flaxckpt._template import Template
+from flaxckpt._decision.template import Template
 
 METRICS = {
     "val_loss": None,
@@ -134,7 +134,7 @@ def test_saved_paths_equal_keras(tmp_path_factory, run):
 
 def test_directions_of_all_keras_metrics():
     """Every metric of Keras has a direction here, and the one that Keras gives it."""
-    from flaxckpt._direction import direction
+    from flaxckpt._decision.direction import direction
 
     arguments = {
         "BinaryIoU": {},

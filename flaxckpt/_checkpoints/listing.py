@@ -1,0 +1,61 @@
+"""What checkpoints there are, for who has no `ModelCheckpoint`."""
+
+import os
+import warnings
+
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.listing import list_below
+from flaxckpt._disk.open import is_there
+from flaxckpt._disk.record import RECORD_FILE
+from flaxckpt._object_store.url import is_url
+from flaxckpt._runtime.frames import outside
+from flaxckpt.errors import CheckpointPathError
+
+
+def list_checkpoints(
+    directory: str | os.PathLike[str],
+) -> tuple[CheckpointInfo, ...]:
+    """List the checkpoints in a directory and in the directories below it.
+
+    Reads their records; changes nothing and needs no JAX device. Any process may call
+    it at any time.
+
+    Args:
+        directory: Where to look, or a `gs://` or `s3://` URL. One that does not exist
+            holds no checkpoints.
+
+    Returns:
+        The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
+        is left out, and so are directories that cannot be read.
+
+    Raises:
+        CheckpointPathError: If `directory` is a file, or cannot be read.
+        CheckpointError: If the object store cannot be reached.
+
+    Warns:
+        UserWarning: Naming each checkpoint whose record is damaged, and each directory
+            that cannot be read.
+
+    Example:
+        >>> list_checkpoints("no/such/directory")
+        ()
+    """
+    if is_url(directory):
+        from flaxckpt._object_store.listing import listed
+
+        infos, damaged = listed(os.fspath(directory))
+    else:
+        directory = os.path.abspath(os.path.expanduser(directory))
+        if is_there(directory) and not os.path.isdir(directory):
+            raise CheckpointPathError(
+                directory, "is a file. Pass the directory that holds the checkpoints."
+            )
+        infos, damaged = list_below(directory, None)
+        for error in damaged:
+            if error.path in (directory, os.path.join(directory, RECORD_FILE)) and (
+                isinstance(error, CheckpointPathError)
+            ):
+                raise error
+    for error in damaged:
+        warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
+    return infos

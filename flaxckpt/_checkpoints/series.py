@@ -1,0 +1,447 @@
+"""A series of checkpoints: what one template has on disk, and what may go.
+
+A series has its checkpoints and a slot, in which the last state is when none of the
+checkpoints can be resumed from as well. Who lists it reads the disk; who writes it
+holds its lock, so no other process changes it, and remembers what is there: with 10,000
+checkpoints, reading all records anew takes a second.
+"""
+
+import datetime
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flaxckpt._checkpoints.aside import SUFFIX, places_aside, target
+from flaxckpt._checkpoints.looks import Looks
+from flaxckpt._checkpoints.retention import (
+    PreservationPolicy,
+    best_of,
+    expired,
+    monitored_value,
+    ranked,
+)
+from flaxckpt._checkpoints.target import check_target
+from flaxckpt._checkpoints.write import write_checkpoint, write_together
+from flaxckpt._decision.template import Template
+from flaxckpt._direct.form import Share
+from flaxckpt._direct.frozen_files import Frozen
+from flaxckpt._disk.commit import Area
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.listing import Infos, LeftOut, list_below
+from flaxckpt._disk.record import read_record
+from flaxckpt._object_store.commit import Mirror
+from flaxckpt._runtime.failures import space_told
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt.errors import CheckpointCorruptError, CheckpointError
+
+# What has several processes write a checkpoint, and returns what each has written.
+Together: TypeAlias = Callable[[Path, Callable[[], list[Share]]], list[list[Share]]]
+# What the slot's own series is called, behind the name of the checkpoints'.
+_SLOT_SERIES = " (last)"
+_TICK = datetime.timedelta(microseconds=1)
+
+
+@dataclass
+class Page:
+    """One directory to write, and what goes into it.
+
+    Attributes:
+        path: Where.
+        in_slot: Whether it is the slot.
+        layout: The tree's layout.
+        leaves: Its leaves.
+        weights: Where in the layout the weights are.
+    """
+
+    path: Path
+    in_slot: bool
+    layout: Layout
+    leaves: list[Any]
+    weights: Skeleton
+
+
+class Series:
+    """What one template has on disk.
+
+    Attributes:
+        root: The directory below which all of it is.
+        name: Its name.
+        area: Where all of it is written.
+        slots: Where the slot may be.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        slot: Path,
+        *,
+        policy: PreservationPolicy | None,
+        monitor: str,
+        mode: str,
+        dtype: Any,
+        sync: bool,
+        compress: bool,
+        frozen: Frozen | None,
+        in_store: bool,
+    ) -> None:
+        """Describe the series; touch nothing.
+
+        Args:
+            template: Of its paths.
+            slot: Where the last state is saved if nothing else is.
+            policy: Which of its checkpoints to keep.
+            monitor: Key in their logs of the value by which one is the best.
+            mode: `"min"`, `"max"`, or `"auto"` where there is no best.
+            dtype: As what the values are compared.
+            sync: Whether to wait for the disk.
+            compress: Whether to compress the arrays.
+            frozen: Which leaves are frozen; None if none are.
+            in_store: Whether the paths are those of a mirror of an object store.
+        """
+        self.root = Path(template.root)
+        self._template, self.name = template, template.name
+        self._tag = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
+        self.slots = slot, slot.with_name(f"{slot.name}-{self._tag}")
+        self._policy, self._monitor, self._mode = policy, monitor, mode
+        self._dtype = dtype
+        self._compress, self._frozen = compress, frozen
+        self._looks = Looks()
+        make = Mirror if in_store else Area
+        self.area = make(
+            self.root,
+            (self.name, self.name + _SLOT_SERIES),
+            template.depth,
+            sync=sync,
+        )
+        self._known: _Known | None = None
+
+    # ---- reading ---------------------------------------------------------------------
+
+    def listed(self) -> tuple[Infos, list[LeftOut]]:
+        """List the checkpoints, oldest first, and what is damaged beside them.
+
+        Or what cannot be read there; see `may_be_ours`.
+        """
+        template = self._template
+        self.area.refresh()
+        with self.area.committing:  # what is listed is on disk
+            infos, damaged = list_below(template.root, template.depth)
+        return tuple(info for info in infos if info.series == self.name), [
+            type(error)(str(self.area.shown(Path(error.path))), error.problem)
+            for error in damaged
+        ]
+
+    def may_be_ours(self, unreadable: str) -> bool:
+        """Tell whether a path that cannot be read may be of one of these checkpoints.
+
+        By its name, since nothing else is known of it.
+        """
+        root = str(self.area.shown(self.root))  # may be a URL
+        if unreadable == root:
+            return True
+        below = os.path.join(root, "")
+        if not unreadable.startswith(below):
+            return False
+        *above, name = unreadable.removeprefix(below).split("/")
+        for suffix in (f"{SUFFIX}-{self._tag}", SUFFIX):
+            name = name.removesuffix(suffix)
+        return self._template.fits((*above, name))
+
+    def slot(self) -> Path:
+        """Return where the slot is, or will be: its name may be another series'."""
+        self.area.refresh(*self.slots)
+        found = [self._of_slot(place) for place in self.slots]
+        ours = [info.path for info in found if info and self._is_slot(info)]
+        pairs = zip(self.slots, found, strict=True)
+        free = [place for place, info in pairs if not info]
+        return (ours or free or [self.slots[1]])[0]
+
+    def slot_info(self) -> CheckpointInfo | None:
+        """Return what is in the slot, if it is ours and whole."""
+        info = self._of_slot(self.slot())
+        return info if info is not None and self._is_slot(info) else None
+
+    def _of_slot(self, path: Path) -> CheckpointInfo | None:
+        try:
+            return read_record(path)
+        except CheckpointCorruptError:
+            return None
+
+    def _is_slot(self, info: CheckpointInfo) -> bool:
+        return info.series == self.name + _SLOT_SERIES
+
+    def by_age(self) -> tuple[Infos, list[LeftOut]]:
+        """List what can be resumed from, oldest first: the slot's beside the rest.
+
+        The slot is read first: it is deleted after something newer is in the series, so
+        a state that moves from the one to the other is in one of the two.
+        """
+        slot = self.slot_info()
+        infos, damaged = self.listed()
+        infos = infos if slot is None else (*infos, slot)
+        return tuple(sorted(infos, key=lambda info: info.time)), damaged
+
+    def best_of(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+        """Return the best of some checkpoints, None where it is not known which is."""
+        if self._mode == "auto":
+            return None
+        return best_of(infos, self._monitor, self._mode, self._dtype)
+
+    def ranked(self, infos: Sequence[CheckpointInfo]) -> Infos:
+        """Return those checkpoints that have a number to compare, the best first."""
+        return ranked(infos, self._monitor, self._mode, self._dtype)
+
+    def others(self) -> list[str]:
+        """Name the checkpoints of other series in the same place."""
+        infos, _ = list_below(self._template.root, self._template.depth)
+        return [info.path.name for info in infos if info.series != self.name]
+
+    # ---- writing ---------------------------------------------------------------------
+
+    def place(
+        self, path: Path, logs: Mapping[str, Any], *, overwrite: bool
+    ) -> tuple[Path, list[Path]]:
+        """Choose where a save goes that may not replace a better one. The area is open.
+
+        Args:
+            path: Where it is to go.
+            logs: Its scalar metrics.
+            overwrite: Whether it may all the same, and what is aside goes.
+
+        Returns:
+            Its place, and what is superfluous once it is there; see `_aside`.
+
+        Raises:
+            CheckpointPathError: If it cannot be written there.
+        """
+        infos = self._ledger().infos
+        aside, other = places_aside(path, self._tag)
+        if str(aside) not in infos and os.path.lexists(aside):
+            aside = other
+        if overwrite:
+            return path, [aside] if str(aside) in infos else []
+        there = {
+            place: self._value(infos[str(place)].logs)
+            for place in (path, aside)
+            if str(place) in infos and os.path.lexists(place)
+        }
+        chosen, rest = target(path, aside, there, self._value(logs), self._mode)
+        if chosen != path:
+            check_target(chosen, self.root)
+        return chosen, rest
+
+    def make_way(self, path: Path, chosen: Path) -> None:
+        """Move the checkpoint at a path aside, for a save by hand. The area is open.
+
+        Args:
+            path: The path.
+            chosen: What `place` has returned.
+        """
+        known = self._ledger()
+        if str(chosen) in known.infos:
+            self.drop([chosen])  # which is worse
+        self.area.move(path, chosen)
+        moved = [
+            replace(info, path=chosen) if info.path == path else info
+            for info in known.infos.values()
+        ]
+        known.infos, known.best = {str(info.path): info for info in moved}, None
+        known.changes = self.area.changes
+
+    def drop(self, paths: Sequence[Path]) -> None:
+        """Delete checkpoints, once what is new is in its place.
+
+        Raises:
+            CheckpointError: If one could not be deleted.
+        """
+        known = self._ledger()
+        for path in paths:
+            self._remove(path)
+            if known.infos.pop(str(path), None) is known.best:
+                known.best = None
+        known.changes = self.area.changes
+
+    def put(
+        self,
+        page: Page,
+        epoch: int,
+        batch: int | None,
+        logs: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+        *,
+        step: int,
+        time: datetime.datetime,
+        weights_only: bool,
+        together: Together | None = None,
+    ) -> None:
+        """Write a checkpoint and put it in its place. The area is open.
+
+        Args:
+            page: What to write.
+            epoch: Its zero-based epoch.
+            batch: Its zero-based batch; None at the end of an epoch.
+            logs: Its scalar metrics.
+            state: Its decision state, as plain values.
+            step: The count that retention goes by.
+            time: When it was asked for.
+            weights_only: Whether it holds the weights alone.
+            together: What has other processes write their shares, and returns all; see
+                `_store.write_together`. None where this one writes all.
+        """
+        known = self._ledger()
+        info = CheckpointInfo(
+            path=page.path,
+            epoch=epoch,
+            batch=batch,
+            step=step,
+            logs=logs,
+            # So the order of saves survives a clock that was set back.
+            time=time if known.newest is None else max(time, known.newest + _TICK),
+            weights_only=weights_only,
+            series=self.name + _SLOT_SERIES if page.in_slot else self.name,
+            state=state,
+        )
+        self._known = None  # until it is known that nothing failed half-way
+        what = info, self.area, page.layout, page.leaves, page.weights
+        with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
+            if together is None:
+                earlier = list(known.infos.values())[-1:]
+                write_checkpoint(
+                    *what,
+                    compress=self._compress,
+                    frozen=self._frozen,
+                    earlier=earlier[0].path if earlier else None,
+                    looks=self._looks,
+                )
+            else:
+                write_together(*what, together, looks=self._looks)
+        self._known = known
+        known.newest = info.time
+        if page.in_slot:
+            known.has_slot = True
+        else:
+            self._add(known, info)
+        known.changes = self.area.changes
+
+    def prune(self, *, resumable: bool) -> None:
+        """Delete what is no longer to be kept, once what is new is in its place.
+
+        Args:
+            resumable: Whether what is new makes the slot superfluous.
+
+        Raises:
+            CheckpointError: If something could not be deleted.
+        """
+        known = self._ledger()
+        if self._policy is not None:
+            gone = self._expired(known, self._policy)
+            for info in gone:
+                self._remove(info.path)
+                del known.infos[str(info.path)]
+        if resumable and known.has_slot:
+            slot = self.slot_info()
+            if slot is not None:
+                self._remove(slot.path)
+            known.has_slot = False
+        known.changes = self.area.changes
+
+    def _expired(self, known: "_Known", policy: PreservationPolicy) -> Infos:
+        infos = tuple(known.infos.values())
+        gone = expired(infos, policy, known.best)
+        if not gone:
+            return ()
+        best = self._best(known)
+        if len(known.infos) < len(infos):  # some were deleted by hand
+            gone = expired(tuple(known.infos.values()), policy, best)
+        return tuple(info for info in gone if info is not best)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            self.area.remove(path)
+        except FileNotFoundError:
+            return  # somebody has deleted it by hand
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(
+                f"What was new was saved, but {str(self.area.shown(path))!r}, which is "
+                f"no longer to be kept, could not be deleted: {error}."
+            ) from error
+
+    def _ledger(self) -> "_Known":
+        """Return what is on disk, reading it only if another object has changed it."""
+        known = self._known
+        if known is None or known.changes != self.area.changes:
+            infos, slot = self.listed()[0], self.slot_info()
+            times = [info.time for info in (*infos, slot) if info is not None]
+            known = self._known = _Known(
+                {str(info.path): info for info in infos},
+                has_slot=slot is not None,
+                newest=max(times, default=None),
+                changes=self.area.changes,
+            )
+        return known
+
+    def _add(self, known: "_Known", info: CheckpointInfo) -> None:
+        replaced = known.infos.pop(str(info.path), None)
+        known.infos[str(info.path)] = info
+        if known.best is not None:
+            if replaced is known.best:
+                known.best = None
+            else:
+                known.best = self.best_of((known.best, info))
+
+    def best_value(self) -> float | None:
+        """Return the best monitored value on disk. The area is open."""
+        best = self._best(self._ledger())
+        return None if best is None else self._value(best.logs)
+
+    def _value(self, logs: Mapping[str, Any]) -> float | None:
+        return monitored_value(logs, self._monitor, self._dtype)
+
+    def _best(self, known: "_Known") -> CheckpointInfo | None:
+        """Return the best that is on disk, whatever somebody has deleted by hand."""
+        if self._mode == "auto":
+            return None
+        best = known.best
+        if best is None or not best.path.exists():
+            for path in [
+                path for path, i in known.infos.items() if not i.path.exists()
+            ]:
+                del known.infos[path]
+            known.best = self.best_of(tuple(known.infos.values()))
+        return known.best
+
+    def durable_best(self, info: CheckpointInfo | None) -> float | None:
+        """Return the best monitored value on disk.
+
+        Args:
+            info: What was loaded, and counts as well, wherever it is; but not a last
+                state, which is not there to stay. None for plain Orbax's checkpoint.
+        """
+        infos = self.listed()[0]
+        if info is not None and not info.series.endswith(_SLOT_SERIES):
+            infos = (*infos, info)
+        best = self.best_of(infos)
+        return None if best is None else self._value(best.logs)
+
+
+@dataclass
+class _Known:
+    """What a writer knows to be on disk.
+
+    Attributes:
+        infos: The checkpoints by their paths, oldest first.
+        has_slot: Whether there is something in the slot.
+        newest: The latest time of all.
+        changes: The area's count of changes at that state.
+        best: The best of `infos`; None if it has to be looked for.
+    """
+
+    infos: dict[str, CheckpointInfo]
+    has_slot: bool
+    newest: datetime.datetime | None
+    changes: int
+    best: CheckpointInfo | None = None

@@ -1,0 +1,158 @@
+"""Reads that a writer beside them may disturb, and that then begin again."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.open import NoFileError, read_small
+from flaxckpt._disk.record import (
+    RECORD_FILE,
+    is_checkpoint,
+    is_same,
+    located,
+    read_record,
+)
+from flaxckpt._object_store.source import fetched
+from flaxckpt._object_store.url import is_url
+from flaxckpt._orbax.restore import (
+    entries,
+    foreign_checkpoints,
+    is_orbax,
+    is_ours,
+    items_of,
+)
+from flaxckpt._runtime.forks import use_threads
+from flaxckpt._runtime.patience import LOOKS, looks, pause
+from flaxckpt._runtime.unchecked import runs_unchecked
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointPathError,
+    SettingError,
+)
+
+T = TypeVar("T")
+
+
+@runs_unchecked
+def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
+    """Read a checkpoint, once more if it is replaced or deleted meanwhile.
+
+    A program that evaluates what another one trains reads paths that are written to. A
+    `CheckpointInfo` is read only while the checkpoint that it is of is there.
+    """
+    use_threads()
+    if isinstance(path, CheckpointInfo):
+        read = functools.partial(_read_listed, path, read)
+    if is_url(path):
+        return _from_store(os.fspath(path), read)
+    for _ in looks():
+        found = _found(path)
+        before = _stamp(found)
+        try:
+            result = _shallow(found, read)
+        except (CheckpointCorruptError, CheckpointNotFoundError, OSError):
+            if _stamp(found) == before and _stays(found):
+                raise
+            continue
+        if _stamp(found) == before:
+            return result
+    raise _replaced_too_often(path)
+
+
+def _shallow(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint whose tree is not nested more deeply than Python takes."""
+    try:
+        return read(path)
+    except RecursionError as error:
+        raise CheckpointCorruptError(
+            str(path), "its tree is nested more deeply than can be read"
+        ) from error
+
+
+def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) -> T:
+    """Read a checkpoint if it still is the one of a record.
+
+    Raises:
+        CheckpointNotFoundError: If it is another one.
+    """
+    there = read_record(path)
+    if there is None or not is_same(info, there):
+        when = "by one of plain Orbax" if there is None else f"at {there.time}"
+        problem = f"it was saved at {info.time}, and what is there now {when}"
+        raise CheckpointNotFoundError(str(path), (), problem)
+    return read(path)
+
+
+def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint {str(path)!r} was replaced {LOOKS} times or more while it was "
+        "read. Read it when it is not being written, or save less often."
+    )
+
+
+def _stays(path: Path) -> bool:
+    """Tell whether a checkpoint stays as it is: none of its files is on its way out."""
+    before = _files_of(path)
+    pause()
+    return _files_of(path) == before != []
+
+
+def _files_of(path: Path) -> list[str]:
+    found = os.walk(located(path))
+    return [f"{directory}/{name}" for directory, _, names in found for name in names]
+
+
+def _from_store(url: str, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint in an object store, as `_undisturbed` does."""
+    for _ in looks():
+        with fetched(url) as source:
+            try:
+                source.begin()
+                return _shallow(_found(source.directory), read)
+            except CheckpointError as error:
+                kinds = CheckpointCorruptError, CheckpointNotFoundError
+                if isinstance(error, kinds) and source.is_replaced():
+                    continue
+                if error.args[:1] != (str(source.directory),):
+                    raise
+                raise type(error)(url, *error.args[1:]) from error.__cause__
+    raise _replaced_too_often(url)
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    """Return what differs between any two checkpoints, and if one was moved meanwhile.
+
+    Empty where there is none.
+    """
+    there = located(path)
+    try:
+        content, status = read_small(there / RECORD_FILE), there.stat()
+    except (NoFileError, CheckpointPathError, OSError):
+        return ()
+    return content, there, status.st_ino, status.st_ctime_ns
+
+
+def _found(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise SettingError(
+            "path", f"<{type(path).__name__}>", "pass the path of a checkpoint first."
+        )
+    found = Path(os.path.abspath(os.path.expanduser(path)))
+    if is_checkpoint(found) or is_orbax(found):
+        return found
+    if (
+        found.is_dir()
+        and not is_checkpoint(found.parent)
+        and is_orbax(found.parent)
+        and found.name in items_of(found.parent)
+    ):
+        return found
+    beside = found if found.is_dir() else found.parent
+    names = [each.name for each in entries(beside) if is_ours(each)]
+    names += foreign_checkpoints(beside)
+    raise CheckpointNotFoundError(str(found), tuple(names))

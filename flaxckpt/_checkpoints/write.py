@@ -1,0 +1,337 @@
+"""One checkpoint is written: tree, table of leaves and record; then a first look."""
+
+import functools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxckpt._checkpoints.load import batches
+from flaxckpt._checkpoints.looks import Looks
+from flaxckpt._checkpoints.read import read, read_table
+from flaxckpt._checkpoints.versions import versions
+from flaxckpt._direct.form import Form, Share, recognized
+from flaxckpt._direct.forms import (
+    FORMS,
+    form_of,
+    held_values,
+    known_form,
+    placements_of,
+)
+from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
+from flaxckpt._direct.read import Reader
+from flaxckpt._direct.threads import give_way
+from flaxckpt._direct.zarr import STATE
+from flaxckpt._disk.commit import Area
+from flaxckpt._disk.files import Draft, sync_tree
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.record import (
+    FORMAT,
+    LEAVES_FILE,
+    RECORD_FILE,
+    encode_record,
+    read_leaves,
+    read_record,
+)
+from flaxckpt._orbax.engine import SAVING, ocp, orbax_context, with_key, write_by_orbax
+from flaxckpt._orbax.files import NEEDED, ZARR_MARK
+from flaxckpt._orbax.restore import OURS
+from flaxckpt._processes.messages import are_several, is_leader
+from flaxckpt._runtime.quiet import quiet
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.match import on_host
+from flaxckpt._trees.owned_shards import is_shared
+from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointWriteError,
+)
+
+# From this mean size of leaves on, a file for each is better than a database of all.
+_LARGE_LEAF = 2**20
+
+
+def write_checkpoint(
+    info: CheckpointInfo,
+    area: Area,
+    layout: Layout,
+    leaves: list[Any],
+    weights: Skeleton,
+    *,
+    compress: bool = False,
+    frozen: Frozen | None = None,
+    earlier: Path | None = None,
+    looks: Looks | None = None,
+) -> None:
+    """Write a checkpoint and put it in its place, replacing one that is there.
+
+    Blocks until it is there, and on disk. Until then, what was there is; nothing is
+    deleted before.
+
+    Args:
+        info: Its record.
+        area: Where its series is written; open.
+        layout: The tree's layout.
+        leaves: Its leaves, in forms that Orbax stores; those that are frozen as
+            `FrozenLeaf`.
+        weights: Where in `layout` the weights are.
+        compress: Whether to compress the arrays.
+        frozen: Where frozen leaves are stored.
+        earlier: A checkpoint of the series that may hold them, if it is not known.
+        looks: What the writer has looked at before; None for no look.
+
+    Raises:
+        CheckpointWriteError: If not all is there that was to be written.
+    """
+    held = held_values(layout, leaves)
+    is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
+    if any(isinstance(value, FrozenLeaf) for value in held):
+        is_database = False  # what is linked is a file
+    form = None if compress else form_of(layout, held, is_database=is_database)
+    if frozen is not None:
+        frozen.begin()
+    with area.staging(reuse=form is not None and not is_database) as directory:
+        written = directory / "new"
+        by_orbax = None
+        if form is None:
+            settings = {"is_database": is_database, "compress": compress}
+            by_orbax = write_by_orbax(written, layout, leaves, held, **settings)
+        # What the draft has not written itself is synced with all the rest, behind it.
+        is_ours = form is not None and not form.is_database
+        with Draft(written, sync=area.sync and is_ours) as draft:
+            if by_orbax is not None:
+                found, sums, learned = by_orbax
+                if frozen is not None and learned is not None:
+                    _adopt(learned, frozen, earlier)
+                    learned.link(draft, held, found, sums, frozen)
+            else:
+                assert form is not None
+                _adopt(form, frozen, earlier)
+                draft.keep_only(form.names | OURS)
+                found, sums = form.write(draft, written, held, frozen)
+            _finish(draft, written, info, _table(layout, weights, found, sums))
+        if area.sync and not is_ours:
+            sync_tree(written)
+        if looks is not None:
+            linked = frozen is not None and frozen.has_links
+            way = by_orbax is None, is_database, compress, linked
+            _look(
+                written,
+                area.shown(info.path),
+                looks,
+                (way, layout, placements_of(held)),
+            )
+        area.put(written, info.path)
+    if frozen is not None:
+        frozen.settle(info.path)
+
+
+def learn_form(
+    directory: Path,
+    layout: Layout,
+    leaves: list[Any],
+    exchanged: Callable[[dict[str, str]], dict[str, str]] | None,
+) -> None:
+    """Have Orbax write a tree of several processes, only to see how it does.
+
+    Every process must call this, on its main thread: Orbax has them wait for each
+    other.
+
+    Args:
+        directory: Where to, a directory in which nothing is; of the same name in all.
+        layout: The tree's layout.
+        leaves: Its leaves; of keys, their data.
+        exchanged: Where each process has a directory of its own, takes the small files
+            in it, by their names, and returns those of all; None if all have the same.
+
+    Raises:
+        CheckpointError: If it writes in a way that is not known here.
+    """
+    # What is in each process by itself Orbax takes from the host only.
+    values = [
+        np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and not is_shared(leaf)
+        else leaf
+        for leaf in leaves
+    ]
+    keyed = list(map(with_key, layout.leaves, values))
+    held = held_values(layout, leaves)
+    context = orbax_context(is_database=False)
+    if exchanged is not None:
+        context.multiprocessing.primary_host = None
+        context.array.saving.use_replica_parallel = False  # which needs one directory
+    with SAVING, quiet(), context:
+        ocp.save(directory, layout.fill_for_orbax(keyed))
+    if exchanged is not None:
+        for name, content in exchanged(_small_files(directory)).items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    form = recognized(directory, layout, held, leads=is_leader())
+    if form is None:
+        raise CheckpointError(
+            "Orbax stores this tree in a way that several processes of flaxckpt do not "
+            "know: with shards of unequal sizes, or as an unknown version of it. Save "
+            "with Orbax here."
+        )
+    FORMS.appendleft((layout, placements_of(held), form))
+
+
+def _small_files(directory: Path) -> dict[str, str]:
+    """Read what Orbax has written beside arrays' values."""
+
+    def holds_values(path: Path) -> bool:
+        above = path.relative_to(directory).parents
+        is_in_array = any((directory / each / "zarr.json").exists() for each in above)
+        return is_in_array and path.name != "zarr.json"
+
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {
+        path.relative_to(directory).as_posix(): path.read_text()
+        for path in files
+        if not holds_values(path)
+    }
+
+
+def write_share(
+    directory: Path, layout: Layout, leaves: list[Any], *, sync: bool
+) -> list[Share]:
+    """Write what is this process's of a checkpoint that another one begins and ends.
+
+    Args:
+        directory: Where that one has begun it.
+        layout: The tree's layout, the form of which is learnt.
+        leaves: Its leaves.
+        sync: Whether to wait for the disk.
+
+    Returns:
+        For the other one, what was written.
+    """
+    form, held = known_form(layout, leaves)
+    with Draft(directory, sync=sync) as draft:
+        share = form.write_share(draft, held, leads=False)
+        draft.finish()
+    return share
+
+
+def write_together(
+    info: CheckpointInfo,
+    area: Area,
+    layout: Layout,
+    leaves: list[Any],
+    weights: Skeleton,
+    meet: Callable[[Path, Callable[[], list[Share]]], list[list[Share]]],
+    looks: Looks | None = None,
+) -> None:
+    """Write a checkpoint as `write` does, but that other processes write parts of it.
+
+    Args:
+        info: Its record.
+        area: Where its series is written; open.
+        layout: The tree's layout, the form of which is learnt.
+        leaves: Its leaves.
+        weights: Where in `layout` the weights are.
+        meet: Tells the others where, calls what writes this one's share, and returns
+            all shares.
+        looks: As for `write`.
+
+    Raises:
+        CheckpointWriteError: As `write` does.
+    """
+    form, held = known_form(layout, leaves)
+    with area.staging(reuse=True) as directory:
+        written = directory / "new"
+        with Draft(written, sync=area.sync) as draft:
+            draft.keep_only(form.names | OURS)
+            form.begin(draft, held)
+            share = functools.partial(form.write_share, draft, held, leads=True)
+            found, sums = form.joined(meet(written, share))
+            _finish(draft, written, info, _table(layout, weights, found, sums))
+        if looks is not None and not area.is_mirror:  # where all shares are here
+            shown = area.shown(info.path)
+            _look(written, shown, looks, ("together", layout, placements_of(held)))
+        area.put(written, info.path)
+
+
+def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> None:
+    """Look whether all of a checkpoint is there, unless its like was looked at before.
+
+    Reads no values, but where the files do not tell: then what a restore would read.
+
+    Raises:
+        CheckpointWriteError: If it is not.
+    """
+    if not looks.is_new(*what):
+        return
+    missing = [name for name in NEEDED if not (written / name).is_file()]
+    doubtful: dict[int, Leaf] = {}
+    try:
+        layout, _ = read_table(written)
+        if read_record(written) is None or layout is None:
+            raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
+        reader, turn = Reader(written), time.perf_counter()
+        for index, leaf in enumerate(layout.leaves):
+            turn = give_way(turn)
+            if leaf.in_orbax and not reader.holds(leaf):
+                doubtful[index] = leaf
+        if doubtful and are_several():  # the others would have to read, too
+            raise CheckpointCorruptError(str(written), "files are missing")
+        for batch in batches(layout.leaves) if doubtful else ():
+            wanted = {i: on_host(doubtful[i]) for i in batch if i in doubtful}
+            read(written, layout, wanted, check=True)
+        problem = f"{', '.join(missing)} is missing" if missing else ""
+    except CheckpointCorruptError as error:
+        names = [leaf.name for leaf in doubtful.values()]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        problem = f"{', '.join(names[:3])}{more}: {error.problem}".removeprefix(": ")
+    if problem:
+        raise CheckpointWriteError(
+            str(shown), f"what was written is not all there ({problem})"
+        )
+    looks.note(*what)
+
+
+def _finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
+    """Add the table of leaves and the record, and have all of it on disk."""
+    if not (written / STATE / "manifest.ocdbt").exists():
+        draft.write(ZARR_MARK, [])
+    draft.write(LEAVES_FILE, [table])
+    draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+    draft.finish()
+
+
+def _table(
+    layout: Layout,
+    weights: Skeleton,
+    found: list[str],
+    sums: Sequence[Sequence[str]],
+) -> bytes:
+    """Return the table of leaves as JSON; only digests and checksums are ever new."""
+    texts = [text for k, w, text in tuple(_TABLES) if k == layout and w == weights]
+    if not texts:
+        fields = {"format": FORMAT, **layout.to_json()}
+        fields["weights"] = "all" if weights == layout.skeleton else weights
+        texts.append(json.dumps(fields))
+        _TABLES.appendleft((layout, weights, texts[0]))
+    new = json.dumps({"digests": found, "sums": sums} if sums else {"digests": found})
+    return f"{texts[0][:-1]}, {new[1:]}".encode()
+
+
+_TABLES: deque[tuple[Layout, Skeleton, str]] = deque(maxlen=8)
+
+
+def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
+    """Find what of an earlier run's last checkpoint can be linked, the first time."""
+    if frozen is None or earlier is None or not frozen.is_new:
+        return
+    try:
+        form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+        pass  # of no use

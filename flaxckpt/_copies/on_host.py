@@ -1,0 +1,88 @@
+"""Copies in host memory, and whether a device has room for another copy."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._copies.held import Copies
+from flaxckpt._copies.memory_kinds import is_offloaded
+from flaxckpt._copies.on_device import copy_on_device
+from flaxckpt._trees.owned_shards import Shards, is_shared, pieces
+
+
+def copied_to_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
+    """Copy the JAX arrays among `leaves` to the host's memory, waiting for them.
+
+    Of arrays of several processes, the pieces that are here, as `Shards`.
+    """
+    reuse = into.beside if into is not None else []
+    if len(reuse) != len(leaves):
+        reuse = [None] * len(leaves)
+    copies: list[Any] = []
+    for leaf, old in zip(leaves, reuse, strict=True):
+        if not isinstance(leaf, jax.Array) or _is_key(leaf.dtype):
+            copies += copy_on_device([leaf]).leaves()
+        elif is_shared(leaf):
+            copies.append(_shards(leaf, old))
+        else:
+            copies.append(_copy_of(np.asarray(leaf), old))
+    return Copies(None, [], copies)
+
+
+def _shards(array: jax.Array, old: Any) -> Shards:
+    into = dict(old.pieces) if isinstance(old, Shards) else {}
+    copies = [(at, _copy_of(values, into.get(at))) for at, values in pieces(array)]
+    return Shards(array.sharding, copies)
+
+
+def _copy_of(values: Any, into: Any) -> Any:
+    """Copy values, into earlier ones that nobody needs any more, if they fit."""
+    fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == (
+        values.shape,
+        values.dtype,
+    )
+    copy: Any = into if fits else np.empty_like(values)
+    np.copyto(copy, values)
+    return copy
+
+
+def memory_of_host(
+    kinds: Sequence[tuple[tuple[int, ...], Any]], reuse: Copies | None
+) -> list[np.ndarray[Any, Any]]:
+    """Return memory for values of these shapes and dtypes, of earlier copies' if so.
+
+    Args:
+        kinds: Shapes and dtypes.
+        reuse: Copies that nobody needs any more; None for none.
+    """
+    old = [] if reuse is None else [a for a in reuse.beside if a is not None]
+    fits = [(array.shape, array.dtype) for array in old] == list(kinds)
+    return old if fits else [np.empty(shape, dtype) for shape, dtype in kinds]
+
+
+def fits_on_device(leaves: Sequence[Any]) -> bool:
+    """Tell whether each device has room for a copy, where it says how much it has."""
+    needed: dict[Any, int] = {}
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not is_offloaded(leaf.sharding):
+            for device in leaf.sharding.addressable_devices:
+                size = leaf.nbytes // len(leaf.sharding.device_set)
+                if leaf.is_fully_replicated:
+                    size = leaf.nbytes
+                needed[device] = needed.get(device, 0) + size
+    for device, size in needed.items():
+        stats: Mapping[str, int] = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+            # What a step takes for its activations is not in use between steps.
+            peak = stats.get("peak_bytes_in_use", 0) - stats.get("bytes_in_use", 0)
+            if size > free - max(peak, 0):
+                return False
+    return True
+
+
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))

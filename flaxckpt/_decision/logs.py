@@ -1,0 +1,230 @@
+"""The metrics of a call, in one form: flat, each a number, a text or an array.
+
+Everything that looks at `logs` goes by `normalized`, and finds a metric by `find`: the
+decision, the filepath, the record, and the copies that a program carries.
+"""
+
+import decimal
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt.errors import SettingError
+
+Logs: TypeAlias = Mapping[str, Any]
+_PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
+_MOST_BITS = 1024  # of an integer that is a float as well
+_REAL = (jnp.floating, jnp.integer, jnp.bool_)
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A value of `logs` that is neither a number nor a text, nor an array of numbers.
+
+    Attributes:
+        problem: What it is, as in `is a list`.
+    """
+
+    problem: str
+
+
+def normalized(logs: Any) -> dict[str, Any]:
+    """Return metrics in one form.
+
+    Nested mappings are flattened: `{"val": {"loss": x}}` is `val/loss`. Values of None
+    are left out. Arrays with one element are scalars; `Decimal` and `Fraction` are
+    floats; what has a `compute()` method, as metric objects have, is computed.
+
+    Args:
+        logs: A mapping of names to metrics, or None for none.
+
+    Returns:
+        Numbers, texts and arrays by their names; `Unusable` for anything else.
+
+    Raises:
+        SettingError: If `logs` is no mapping.
+
+    Example:
+        >>> normalized({"val": {"loss": np.ones(1), "acc": None}, "lr": 0.5})
+        {'val/loss': np.float64(1.0), 'lr': 0.5}
+    """
+    check_logs(logs)
+    return dict(_flat("", logs or {}))
+
+
+def check_logs(logs: Any) -> None:
+    """Check that metrics are a mapping, or None.
+
+    Raises:
+        SettingError: If they are anything else.
+    """
+    if logs is not None and not isinstance(logs, Mapping):
+        raise SettingError("logs", logs, "pass a mapping of names to metrics, or None.")
+
+
+def find(names: Iterable[str], name: str) -> str:
+    """Return the name by which a metric is in flat logs.
+
+    Args:
+        names: Those in the logs.
+        name: The one that is looked for.
+
+    Returns:
+        `name`, if it is there; else one that is the same with `/` for `_`, as
+        `val/loss` is for `val_loss`; else `name`.
+    """
+    if name not in names:
+        for each in names:
+            if each.replace("/", "_") == name:
+                return each
+    return name
+
+
+def value_of(logs: Any, name: str) -> Any:
+    """Return a metric from logs that are not normalized; None if it is not there."""
+    check_logs(logs)
+    value = logs.get(name) if logs else None
+    if value is None and logs:
+        flat = normalized(logs)
+        return flat.get(find(flat, name))
+    return settled(_computed(value))
+
+
+def settled(value: Any) -> Any:
+    """Return one metric in the form of `normalized`, without waiting for a device."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return _as_float(value)
+    if value is None or type(value) in _PLAIN:
+        return value
+    if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return _array(value)
+    if isinstance(value, int | float | str | Unusable):
+        return value
+    if isinstance(value, numbers.Real | decimal.Decimal):
+        return _as_float(value)
+    if isinstance(value, Mapping):
+        shown = ", ".join(map(repr, value)) or "nothing"
+        return Unusable(f"is a mapping (of {shown})")
+    return _converted(value)
+
+
+def rounded(value: Any, dtype: Any) -> Any:
+    """Return a number of the host as it is compared, a numpy scalar of `dtype`.
+
+    XLA takes numbers below the smallest normal one for zero on some devices, so they
+    are zero here.
+    """
+    dtype = np.dtype(dtype)
+    try:
+        with np.errstate(all="ignore"):
+            value = dtype.type(value)
+    except OverflowError:  # an integer beyond all floats
+        return dtype.type(math.inf if value > 0 else -math.inf)
+    return dtype.type(0) if abs(value) < np.finfo(dtype).tiny else value
+
+
+def left_out(logs: Mapping[str, Any]) -> dict[str, str]:
+    """Name what a record cannot keep of normalized logs, and say what it is."""
+    return {name: what for name, value in logs.items() if (what := _excess(value))}
+
+
+def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what of normalized logs a record can keep: numbers, booleans and text.
+
+    Waits for values that a device is still computing.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in (logs or {}).items():
+        if _excess(value):
+            continue
+        if hasattr(value, "item"):  # numpy's or JAX's
+            value = value.item()
+            value = value if isinstance(value, int | float | bool) else float(value)
+        kept[key] = value
+    return kept
+
+
+def _flat(prefix: str, logs: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in logs.items():
+        name = f"{prefix}{key}"
+        value = _computed(value)
+        if isinstance(value, Mapping):
+            yield from _flat(f"{name}/", value)
+        elif value is not None:
+            yield name, settled(value)
+
+
+def _computed(value: Any) -> Any:
+    """Return the result of a metric object, and other values as they are."""
+    if type(value) in _PLAIN or isinstance(value, jax.Array | type):
+        return value
+    compute = getattr(value, "compute", None)
+    is_slow = hasattr(value, "__dask_graph__")  # it may run for hours
+    if is_slow or not callable(compute):
+        return value
+    try:
+        return compute()
+    except Exception as error:
+        return Unusable(
+            f"is of type {type(value).__name__}, whose compute() raised "
+            f"{type(error).__name__}: {error}"
+        )
+
+
+def _array(value: Any) -> Any:
+    """Return an array, as a scalar if it has one element."""
+    if not _is_real(value.dtype):
+        if isinstance(value, str):  # numpy's
+            return str(value)
+        return Unusable(f"is of dtype {value.dtype}")
+    if math.prod(value.shape) != 1:
+        return value
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((), value.dtype)
+    if isinstance(value, jax.Array):
+        return value.reshape(()) if value.shape else value
+    return value.reshape(())[()]
+
+
+def _is_real(dtype: Any) -> bool:
+    if getattr(dtype, "kind", "") == "m":  # a time is an integer to numpy
+        return False
+    return any(jnp.issubdtype(dtype, kind) for kind in _REAL)
+
+
+def _as_float(value: Any) -> Any:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except Exception as error:
+        return Unusable(f"is {value!r}, and no float: {error}")
+
+
+def _converted(value: Any) -> Any:
+    """Return an object as the array that it says it is, or a list of numbers."""
+    is_array = hasattr(value, "__jax_array__") or hasattr(value, "__array__")
+    kind = f"is of type {type(value).__name__}"
+    if not is_array and not isinstance(value, list | tuple):
+        return Unusable(kind)
+    try:
+        if hasattr(value, "__jax_array__"):
+            return _array(jnp.asarray(value))
+        array = np.asarray(value)
+    except Exception as error:
+        return Unusable(f"{kind}, and no number: {error}")
+    return _array(array) if _is_real(array.dtype) else Unusable(kind)
+
+
+def _excess(value: Any) -> str:
+    """Say what a value is that no record keeps; nothing for one that it keeps."""
+    if isinstance(value, Unusable):
+        return value.problem
+    shape = getattr(value, "shape", ())
+    return f"has shape {tuple(shape)}" if shape else ""

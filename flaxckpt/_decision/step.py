@@ -1,0 +1,168 @@
+"""`step`: count, tell whether a check is due, and compare the metric if so."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from flaxckpt._decision.logs import normalized, rounded, value_of
+from flaxckpt._decision.scalars import (
+    Scalar,
+    Where,
+    array,
+    flushed,
+    improves,
+    index,
+    monitored,
+    pick,
+    to_int32,
+)
+from flaxckpt._decision.state import CheckpointState, with_leaves
+from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.unchecked import unchecked
+from flaxckpt.errors import SettingError
+
+_INT32_MAX = 2**31 - 1
+_HOST_INTS = frozenset((int, np.int32, np.int64))
+
+
+def step(
+    state: CheckpointState,
+    logs: Mapping[str, Scalar] | None,
+    epoch: Scalar,
+    batch: Scalar | None = None,
+) -> tuple[CheckpointState, Scalar]:
+    """Decide whether to save now.
+
+    Pure, and the same under any transformation. Where all that is looked at are Python
+    and numpy values, the results are numpy values and JAX is not called.
+
+    Args:
+        state: The state after the call before, or from `CheckpointState.create`.
+        logs: The metrics of now, scalars of any numeric dtype. Only the monitored one
+            is looked at, and only at a due check with `save_best_only`.
+        epoch: Zero-based epoch, i32[].
+        batch: Zero-based batch within the epoch, i32[]; None at the end of an epoch.
+
+    Returns:
+        The state to pass to the next call, and whether to save, bool[].
+
+    Raises:
+        MetricError: A `ValueError`, if the monitored value is not a real scalar.
+        SettingError: A `ValueError`, if epoch or batch are no zero-based integers.
+
+    Warns:
+        UserWarning: Once for a run, if the monitored key is not in `logs` where it is
+            needed. Nothing is saved then: Keras would save, and overwrite the best
+            model with one that nobody has validated.
+
+    Example:
+        >>> state = CheckpointState.create("loss", save_best_only=True)
+        >>> state, save = step(state, {"loss": 0.5}, epoch=0)
+        >>> bool(save), float(state.best)
+        (True, 0.5)
+    """
+    if not isinstance(state, CheckpointState):
+        raise SettingError(
+            "state",
+            f"<{type(state).__name__}>",
+            "pass a CheckpointState first; step returns one, and whether to save.",
+        )
+    state, due = tick(state, epoch, batch)
+    return judge(state, logs, due)
+
+
+def tick(
+    state: CheckpointState,
+    epoch: Any,
+    batch: Any,
+) -> tuple[CheckpointState, Any]:
+    """Count, and tell whether a check is due: the half of `step` that needs no metric.
+
+    The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, but that a due
+    check takes `save_freq` from the counter and keeps the remainder.
+    """
+    if state.save_freq == "epoch":
+        return state, np.bool_(batch is None)
+    if batch is None:
+        return state, np.False_
+    epoch, batch = index("epoch", epoch), index("batch", batch)
+    counts: tuple[Any, ...] = (
+        state.seen, state.batches, state.last_epoch, state.last_batch, epoch, batch
+    )  # fmt: skip
+    if _HOST_INTS.issuperset(map(type, counts)):
+        return _counted(state, map(int, counts), pick, np.int32)
+    with unchecked():
+        return _counted(state, map(to_int32, counts), jnp.where, to_int32)
+
+
+def _counted(
+    state: CheckpointState, counts: Iterable[Any], where: Where, int32: Any
+) -> tuple[CheckpointState, Any]:
+    seen, batches, last_epoch, last_batch, epoch, batch = counts
+    fresh = (epoch != last_epoch) | (batch <= last_batch)
+    added = where(fresh, batch + 1, batch - last_batch)
+    room = _INT32_MAX - batches
+    seen = seen + added
+    due = seen >= state.save_freq
+    return with_leaves(
+        state,
+        seen=int32(seen % state.save_freq),
+        batches=int32(batches + where(added < room, added, room)),
+        last_epoch=int32(epoch),
+        last_batch=int32(batch),
+    ), np.bool_(due) if type(due) is bool else due
+
+
+def judge(
+    state: CheckpointState,
+    logs: Mapping[str, Any] | None,
+    due: Any,
+) -> tuple[CheckpointState, Any]:
+    """Compare, where a check is due: the half of `step` that needs the metric."""
+    if not state.save_best_only or not (isinstance(due, jax.Array) or due):
+        return state, due
+    with unchecked():
+        return _judged(state, logs, due)
+
+
+def _judged(
+    state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
+) -> tuple[CheckpointState, Any]:
+    traced = isinstance(due, jax.Array)
+    value = value_of(logs, state.monitor)
+    if value is None:
+        if isinstance(due, Tracer) or due:
+            _warn_missing(state, logs)
+        return state, np.False_
+    value = monitored(state.monitor, value)
+    best, has_best = array(state.best_value), array(state.has_best)
+    dtype = np.dtype(best.dtype)
+    if traced or any(isinstance(x, jax.Array) for x in (value, best, has_best)):
+        where = jnp.where
+        value = flushed(jnp.asarray(value).astype(dtype), where)
+        save = due & improves(value, best, has_best, state.mode, state.min_delta, where)
+        known = has_best | save
+    else:
+        where = pick
+        with np.errstate(all="ignore"):
+            value = rounded(value, dtype)
+            save = improves(value, best, has_best, state.mode, state.min_delta, where)
+        known = np.bool_(has_best or save)
+    return with_leaves(state, best_value=where(save, value, best), has_best=known), save
+
+
+def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> None:
+    if state._warned.done:
+        return
+    state._warned.done = True
+    there = ", ".join(map(repr, normalized(logs))) or "none"
+    warnings.warn(
+        f"Nothing is saved: save_best_only needs {state.monitor!r}, and it is not in "
+        f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
+        stacklevel=outside(),
+    )

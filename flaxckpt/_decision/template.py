@@ -1,0 +1,269 @@
+"""The filepath template: parsed once at construction, filled in at each save."""
+
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flaxckpt._decision.logs import Unusable, find, normalized
+from flaxckpt.errors import TemplateError
+
+_NUMBER = ".*(?:[0-9]|nan|inf|NAN|INF).*"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A filepath such as `runs/{epoch:02d}-{val_loss:.2f}`, checked and split.
+
+    Attributes:
+        text: The template, absolute, with `~` expanded.
+        root: The directory below which all its checkpoints lie: what stands before
+            the last separator that precedes the first field.
+        name: What follows `root`; names a series of checkpoints wherever `root` is
+            moved to.
+        fields: Names of the fields, in order, each once.
+        label: What errors call it.
+    """
+
+    text: str
+    root: str
+    name: str
+    fields: tuple[str, ...]
+    label: str
+
+    @classmethod
+    def parse(
+        cls, filepath: str | os.PathLike[str], label: str | None = None
+    ) -> "Template":
+        """Check a template's syntax and split it.
+
+        Args:
+            filepath: A path with fields in Python's format syntax; relative paths
+                are taken from the directory that is current now.
+            label: What errors are to call it, if not by its text.
+
+        Returns:
+            The template.
+
+        Raises:
+            TemplateError: If the text is not a path, its braces are malformed, or a
+                field is empty, a number, or looks up an attribute or an index.
+        """
+        raw = os.fspath(filepath)
+        if not isinstance(raw, str) or not raw or "\0" in raw:
+            raise TemplateError(str(raw), "must be a non-empty path as text.")
+        if "://" in raw:
+            raise TemplateError(
+                raw, "is a URL of another kind than gs:// and s3://. Mount it."
+            )
+        fields = tuple(dict.fromkeys(_fields(raw, raw)))
+        if not fields:
+            root, name = os.path.split(os.path.abspath(os.path.expanduser(_plain(raw))))
+            if not name:
+                raise TemplateError(raw, "is the root directory. Name one below it.")
+            name = _escaped(name)
+            text = os.path.join(_escaped(root), name)
+            return cls(text, root, name, fields, label or text)
+        # A field's name or spec may hold separators: only literal text is a path.
+        cut = raw[: _first_field(raw)].rfind("/") + 1
+        root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
+        name = raw[cut:].rstrip("/")
+        if {".", ".."} & set(_outline(name).split("/")):
+            raise TemplateError(
+                raw, "has a '.' or '..' behind a field. Write the path without them."
+            )
+        text = os.path.join(_escaped(root), name)
+        return cls(text, root, name, fields, label or text)
+
+    @property
+    def depth(self) -> int:
+        """How many directories below `root` the checkpoints lie; 1 is in it."""
+        return len([part for part in _outline(self.name).split("/") if part])
+
+    def render(
+        self, epoch: int, batch: int | None, logs: Mapping[str, Any] | None
+    ) -> str:
+        """Fill the fields in.
+
+        Args:
+            epoch: Zero-based; shown one-based.
+            batch: Zero-based, shown one-based; None at the end of an epoch, where
+                `{batch}` has nothing to show.
+            logs: The other fields' values: numbers, scalar arrays or text; see `_logs`.
+                Only those that are shown are waited for. Keys `epoch` and `batch` are
+                passed over.
+
+        Returns:
+            The checkpoint's absolute path.
+
+        Raises:
+            TemplateError: If a field has no value, a value does not fit its format
+                spec, or the result would leave `root`.
+        """
+        values = normalized(logs)
+        for field in self.fields:
+            if (name := find(values, field)) != field:
+                values[field] = values[name]
+        values["epoch"] = epoch + 1
+        values.pop("batch", None)
+        if batch is not None:
+            values["batch"] = batch + 1
+        missing = [field for field in self.fields if field not in values]
+        if missing:
+            end = " ({batch} has none at the end of an epoch)"
+            raise TemplateError(
+                self.label,
+                f"no value for {', '.join(map(repr, missing))}"
+                f"{end if 'batch' in missing else ''}; fields there are: "
+                f"{', '.join(sorted(map(str, values)))}. Put what is missing into "
+                "`logs`, or take it out of the filepath.",
+            )
+        parts: list[str] = []
+        for literal, field, spec, conversion in string.Formatter().parse(self.name):
+            parts.append(literal)
+            if field is not None:
+                parts.append(self._show(field, spec or "", conversion, values))
+        name = "".join(parts)
+        if not name.strip() or {".", ".."} & set(name.split("/")):
+            raise TemplateError(self.label, f"gives {name!r}, which is no file name.")
+        return os.path.normpath(os.path.join(self.root, name))
+
+    def fits(self, parts: Sequence[str]) -> bool:
+        """Tell whether a path below `root` looks like a checkpoint's, or is above one.
+
+        A field shows a number here: what shows only text is not recognized.
+
+        Args:
+            parts: The path's names, from `root` on.
+        """
+        pattern = "".join(
+            re.escape(text) + ("" if field is None else _NUMBER)
+            for text, field, *_ in string.Formatter().parse(self.name)
+        )
+        pairs = zip(pattern.split("/"), parts, strict=False)
+        return all(re.fullmatch(own, part, re.DOTALL) for own, part in pairs)
+
+    def _show(
+        self,
+        field: str,
+        spec: str,
+        conversion: str | None,
+        values: Mapping[str, Any],
+    ) -> str:
+        value = values[field]
+        if isinstance(value, Unusable):
+            raise TemplateError(
+                self.label,
+                f"what {{{field}}} should show {value.problem}. Put a number or a text "
+                "into `logs`, or take the field out of the filepath.",
+            )
+        try:
+            if spec or conversion:
+                numbers = {key: values[key] for key in self.fields}
+                numbers = {key: _number(each) for key, each in numbers.items()}
+                spec = string.Formatter().vformat(spec, (), numbers)
+                value = string.Formatter().convert_field(_number(value), conversion)
+                text = format(value, spec)
+            else:  # a float32 of 0.1 is shown as 0.1, not with the digits of a float64
+                _number(value)
+                text = str(value)
+        except (ValueError, TypeError) as error:
+            shown = f"{field}!{conversion}" if conversion else field
+            raise TemplateError(
+                self.label,
+                f"{{{shown}{':' + spec if spec else ''}}} cannot show "
+                f"{values[field]!r}: {error}. Change the format spec, or what `logs` "
+                "holds.",
+            ) from error
+        if "/" in text or os.sep in text or "\0" in text:
+            raise TemplateError(
+                self.label,
+                f"field {{{field}}} gives {text!r}, which is no part of a file name.",
+            )
+        return text
+
+
+def _number(value: Any) -> Any:
+    """Return a scalar array's Python number, and other values as they are."""
+    if not hasattr(value, "shape"):
+        return value
+    if value.shape != ():
+        raise ValueError(f"it has shape {value.shape}, and only a scalar can be shown")
+    return value.item()
+
+
+def _fields(whole: str, text: str) -> Iterator[str]:
+    """Yield the names of the fields in `text`, those nested in format specs too."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise TemplateError(
+            whole, f"{error}. Write {{{{ and }}}} for literal braces."
+        ) from error
+    for _, field, spec, conversion in parsed:
+        if field is None:
+            continue
+        if not field or field.isdigit():
+            raise TemplateError(
+                whole,
+                f"field {{{field}}} has no name. Name each field: {{epoch}}, {{batch}} "
+                "or a key of `logs`.",
+            )
+        if "." in field or "[" in field:
+            raise TemplateError(
+                whole,
+                f"field {{{field}}} looks up an attribute or an index. Use plain names:"
+                " {epoch}, {batch} or a key of `logs`.",
+            )
+        if conversion not in (None, "r", "s", "a") or not _shows_something(spec or ""):
+            raise TemplateError(
+                whole,
+                f"field {{{field}}} has a conversion or format spec that Python does "
+                "not know. See the format specification of Python's `str.format`.",
+            )
+        yield field
+        yield from _fields(whole, spec or "")
+
+
+def _shows_something(spec: str) -> bool:
+    """Tell whether a format spec fits any of the kinds of value there can be."""
+    if "{" in spec:
+        return True  # It is known only when its own fields are.
+    for value in (1, 1.0, ""):
+        try:
+            format(value, spec)
+        except (ValueError, TypeError):
+            continue
+        return True
+    return False
+
+
+def _outline(name: str) -> str:
+    """Return a template's literal text, with one letter for each field."""
+    parsed = string.Formatter().parse(name)
+    return "".join(
+        text + ("x" if field is not None else "") for text, field, *_ in parsed
+    )
+
+
+def _first_field(text: str) -> int:
+    """Index of the first field's opening brace in `text`, or its length."""
+    position = 0
+    while position < len(text):
+        if text.startswith(("{{", "}}"), position):
+            position += 2
+        elif text[position] == "{":
+            return position
+        else:
+            position += 1
+    return len(text)
+
+
+def _plain(literal: str) -> str:
+    return literal.replace("{{", "{").replace("}}", "}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")

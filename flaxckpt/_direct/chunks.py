@@ -1,0 +1,76 @@
+"""A leaf cut into the chunks in which it is stored."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flaxckpt._direct.zarr import Array, Stored
+from flaxckpt._trees.digest import checksum, digest, digest_of
+from flaxckpt._trees.leaf import without_keys
+from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
+
+
+def digest_as_stored(stored: Stored | str, value: Any) -> str:
+    """Digest a leaf as it is digested where it is written in this way."""
+    if isinstance(stored, Stored) and stored.is_one_chunk:
+        return digest_of(checksum(value))
+    return digest(value)
+
+
+def chunks_of(
+    stored: Stored, value: Any
+) -> Iterator[tuple[str, tuple[int, ...], Array]]:
+    """Yield of each chunk its file, where it begins, and its values, contiguous."""
+    if stored.shape == stored.chunk:
+        ((key, start),) = stored.keys()
+        yield key, start, np.asarray(_on_host(value), order="C")
+        return
+    parts = pieces(value)
+    for key, start in stored.keys():
+        yield key, start, np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
+
+
+def own_chunks(
+    stored: Stored, value: Any, *, leads: bool
+) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
+    """Yield of each chunk what `_chunks` does; no values of what others have."""
+    if not is_shared(value):
+        for key, start, chunk in chunks_of(stored, value):
+            yield key, start, chunk if leads else None
+        return
+    parts = pieces(value)
+    for key, start in stored.keys():
+        chunk = _within(parts, start, stored.chunk)
+        yield key, start, None if chunk is None else np.asarray(chunk, order="C")
+
+
+def _cut(
+    parts: list[Piece],
+    value: Any,
+    start: tuple[int, ...],
+    chunk: tuple[int, ...],
+) -> Array:
+    found = _within(parts, start, chunk)
+    if found is not None:
+        return found
+    parts[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
+    return _cut(parts, value, start, chunk)
+
+
+def _within(
+    parts: list[Piece], start: tuple[int, ...], chunk: tuple[int, ...]
+) -> Array | None:
+    """Return a chunk, if one of the pieces has it all."""
+    for begin, piece in parts:
+        low = [at - base for at, base in zip(start, begin, strict=True)]
+        high = [at + size for at, size in zip(low, chunk, strict=True)]
+        if all(at >= 0 for at in low) and all(
+            at <= size for at, size in zip(high, piece.shape, strict=True)
+        ):
+            return piece[tuple(map(slice, low, high))]
+    return None
+
+
+def _on_host(value: Any) -> Array:
+    return np.asarray(without_keys(value))

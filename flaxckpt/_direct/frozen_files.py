@@ -1,0 +1,213 @@
+"""Leaves that do not change: stored once, and linked from each checkpoint.
+
+The files of such a leaf have a name in each checkpoint (a hard link), so that each is
+whole by itself, for Orbax too, and any may be deleted. Nothing is taken on trust: a
+leaf is linked where its digest is that of what is stored, and else written again.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+
+from flaxckpt._disk.files import Draft, Stamp
+from flaxckpt._trees.skeleton import key_of
+from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
+from flaxckpt.errors import SettingError
+
+Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
+_STRUCTURES = 64  # of trees for which the choice is remembered
+
+
+@dataclass(eq=False)
+class FrozenLeaf:
+    """A frozen leaf on its way to the disk.
+
+    Attributes:
+        value: Its value; None until there is a copy of it.
+        origin: The array of which that is a copy, if it is an array of JAX.
+        digest: Its digest, if it is known without a look at the value.
+        sums: Checksums of its files, once they are written or linked.
+    """
+
+    value: Any
+    origin: "weakref.ref[jax.Array] | None"
+    digest: str = ""
+    sums: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a frozen leaf is stored.
+
+    Attributes:
+        digest: Its digest.
+        files: The files of its values, in order.
+        stamps: What these are known by.
+        sums: Their checksums, if they are known.
+    """
+
+    digest: str
+    files: Sequence[Path]
+    stamps: Sequence[Stamp]
+    sums: Sequence[str] = ()
+
+
+class Frozen:
+    """The frozen leaves of one series of checkpoints, and where they are stored.
+
+    Attributes:
+        linked_bytes: How much was linked so far, instead of being written.
+    """
+
+    def __init__(self, chosen: Filter | type) -> None:
+        """Nothing is stored yet.
+
+        Args:
+            chosen: Tells of a leaf, by its path and itself, whether it is frozen; or a
+                type that all frozen leaves are of. A Flax NNX `Variable` counts as one
+                leaf, so that NNX's filters work.
+        """
+        if isinstance(chosen, type):
+            of_type = chosen
+            self._chosen: Filter = lambda path, leaf: isinstance(leaf, of_type)
+        else:
+            self._chosen = chosen
+        self._indices: dict[Any, list[int]] = {}
+        self._known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
+        self._homes: dict[Any, Home] = {}
+        self._drafted: list[tuple[Any, FrozenLeaf, list[str], list[Stamp], bool]] = []
+        self.linked_bytes = 0
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def indices(self, tree: PyTree) -> list[int]:
+        """Tell which leaves of a tree are frozen: once for each structure."""
+        structure = flatten(tree).key
+        try:
+            found = self._indices.get(structure)
+        except TypeError:  # static data that does not hash
+            return self._choose(tree)
+        if found is None:
+            if len(self._indices) >= _STRUCTURES:
+                self._indices.clear()
+            found = self._indices[structure] = self._choose(tree)
+        return found
+
+    def _choose(self, tree: PyTree) -> list[int]:
+        nnx = sys.modules.get("flax.nnx")
+        whole = () if nnx is None else (nnx.Variable,)
+        found: list[int] = []
+        first = 0
+        for entries, node in nodes_with_paths(tree, whole):
+            after = first + len(jax.tree_util.tree_leaves(node))
+            path = tuple(str(key_of(entry)) for entry in entries)
+            try:
+                is_frozen = self._chosen(path, node)
+            except TypeError as error:
+                raise SettingError(
+                    "frozen",
+                    self._chosen,
+                    f"called with {path} and the leaf, it raised TypeError: {error}.",
+                ) from error
+            if is_frozen:
+                found += range(first, after)
+            first = after
+        return found
+
+    def refuse_all(self, tree: PyTree) -> SettingError:
+        """Make the error for a filter that no leaf passes."""
+        paths = [path for path, _ in nodes_with_paths(tree, ())][:4]
+        names = ["/".join(str(key_of(entry)) for entry in path) for path in paths]
+        return SettingError(
+            "frozen",
+            self._chosen,
+            f"it holds for no leaf of the tree, which has {', '.join(names)}... It is "
+            "called with a leaf's path, a tuple of names, and the leaf.",
+        )
+
+    def leaf(self, value: Any, *, is_known: bool) -> FrozenLeaf:
+        """Take a leaf up.
+
+        Args:
+            value: The leaf.
+            is_known: Whether its digest is known if this very array was stored before.
+        """
+        if not isinstance(value, jax.Array):  # which may be changed
+            return FrozenLeaf(None, None)
+        known = self._known.get(id(value)) if is_known else None
+        if known is not None and known[0]() is value:
+            return FrozenLeaf(value, known[0], known[1])
+        return FrozenLeaf(None, weakref.ref(value))
+
+    # ---- in the background -----------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is known to be stored."""
+        return not self._homes
+
+    @property
+    def has_links(self) -> bool:
+        """Whether a leaf in the draft is linked."""
+        return any(is_linked for *_, is_linked in self._drafted)
+
+    def begin(self) -> None:
+        """Begin a draft: what became of the one before is known."""
+        self._drafted.clear()
+
+    def adopt(self, key: Any, home: Home) -> None:
+        """Take over what an earlier process has stored."""
+        self._homes[key] = home
+
+    def link(self, draft: Draft, key: Any, leaf: FrozenLeaf, names: list[str]) -> bool:
+        """Link a leaf's files into a draft, if they are stored with that digest.
+
+        Args:
+            draft: Where to.
+            key: What identifies the leaf, and how it is stored.
+            leaf: The leaf; its digest is known.
+            names: The files' paths in the draft.
+        """
+        home = self._homes.get(key)
+        if home is None or home.digest != leaf.digest:
+            return False
+        leaf.sums = home.sums
+        return all(map(draft.link, names, home.files, home.stamps))
+
+    def note(
+        self,
+        draft: Draft,
+        key: Any,
+        leaf: FrozenLeaf,
+        names: list[str],
+        *,
+        is_linked: bool,
+    ) -> None:
+        """Note that a leaf is in the draft now, under these names."""
+        stamps = [draft.stamp(name) for name in names]
+        self._drafted.append((key, leaf, names, stamps, is_linked))
+
+    def settle(self, path: Path) -> None:
+        """Take in where the draft has been put."""
+        drafted, self._drafted = self._drafted, []
+        for key, leaf, names, stamps, is_linked in drafted:
+            files = [path / name for name in names]
+            self._homes[key] = Home(leaf.digest, files, stamps, leaf.sums)
+            self.linked_bytes += sum(s[-1] for s in stamps) if is_linked else 0
+            array = leaf.origin and leaf.origin()
+            if array is not None:
+                self._remember(array, leaf.digest)
+
+    def _remember(self, array: jax.Array, digest: str) -> None:
+        known, at = self._known, id(array)
+
+        def forget(gone: Any) -> None:
+            if at in known and known[at][0] is gone:
+                del known[at]
+
+        known[at] = weakref.ref(array, forget), digest

@@ -1,0 +1,291 @@
+"""A checkpoint's arrays, read straight into memory, each chunk with its checksum."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from flaxckpt._copies.memory_kinds import part_of
+from flaxckpt._direct.sources import (
+    Database,
+    Files,
+    Sourced,
+    Values,
+    array_of,
+    outlined,
+    stored_of,
+)
+from flaxckpt._direct.zarr import (
+    DESCRIPTION,
+    NUMBERS,
+    STATE,
+    STRINGS,
+    UNREADABLE,
+    Array,
+    OtherwiseError,
+    Stored,
+    aligned,
+    below,
+)
+from flaxckpt._disk.fields import MalformedError
+from flaxckpt._disk.open import is_there
+from flaxckpt._disk.zarr_json import parse_texts, parse_zarr
+from flaxckpt._object_store.source import Source
+from flaxckpt._trees.digest import agrees, checksum_in
+from flaxckpt._trees.leaf import Leaf
+from flaxckpt.errors import CheckpointPathError
+
+Bounds: TypeAlias = tuple[tuple[int, int], ...]  # first and behind the last, by axis
+TIMES = "_CHECKPOINT_METADATA"
+
+
+class Reader:
+    """Reads leaves of a checkpoint, as fast as their bytes can be read.
+
+    For use by several threads.
+    """
+
+    def __init__(self, directory: Path, source: Source | None = None) -> None:
+        """Look how the checkpoint is arranged.
+
+        Args:
+            directory: The checkpoint.
+            source: What has the files that are not in the directory; None if all are.
+
+        Raises:
+            ValueError: If that cannot be known.
+            CheckpointPathError: If this process cannot read it.
+        """
+        state = directory / STATE
+        self._texts: dict[str, str] | None = None
+        self._files = Files(state) if source is None else Sourced(source)
+        is_database = is_there(state / "manifest.ocdbt")
+        if source is not None and source.read(f"{STATE}/manifest.ocdbt") is not None:
+            source.complete()
+            is_database = True
+        try:
+            self._store = Database(state) if is_database else self._files
+        except OtherwiseError as error:
+            raise ValueError("its database cannot be opened") from error
+
+    def knows(self, leaf: Leaf) -> bool:
+        """Tell whether a leaf is stored in a way that is known here."""
+        try:
+            return leaf.is_text or stored_of(self._store, leaf) is not None
+        except CheckpointPathError:
+            raise
+        except UNREADABLE:
+            return False
+
+    def contradicts(self, leaf: Leaf) -> bool:
+        """Tell whether a leaf is not stored, or as an array of another kind."""
+        if not leaf.in_orbax:
+            return False
+        try:
+            if leaf.is_text:
+                self._text(leaf)
+                return False
+            found = parse_zarr(self._store.read(below(leaf.stored_name, DESCRIPTION)))
+        except CheckpointPathError:
+            raise
+        except UNREADABLE:
+            return True
+        return (found.shape, found.dtype) != array_of(leaf)
+
+    def holds(self, leaf: Leaf) -> bool:
+        """Tell whether all files of a leaf are there, with the sizes that they have.
+
+        Reads no values. False also where the leaf is stored in a way of which that
+        cannot be told.
+        """
+        try:
+            if leaf.is_text:
+                self._text(leaf)
+                return True
+            stored, nbytes = outlined(self._store, leaf)
+            return all(self._store.has(key, nbytes) for key, _ in stored.keys())
+        except CheckpointPathError:
+            raise
+        except UNREADABLE:
+            return False
+
+    def read(self, leaf: Leaf, *, check: bool) -> tuple[Any, bool]:
+        """Read a leaf to the host.
+
+        Args:
+            leaf: The leaf.
+            check: Whether to compare it with what is recorded of what was saved.
+
+        Returns:
+            Its values, in memory that JAX on CPU need not copy; of keys, their data.
+            None if they are stored in a way that is not known here, or not whole: Orbax
+            can tell. And whether they are what was saved, as far as that was checked.
+        """
+        if leaf.is_text:
+            return self._read_text(leaf, check=check)
+        recorded = _sums(leaf)
+        found = read(self._store, leaf, check=check and bool(recorded))
+        if found is None:
+            return None, True
+        _, values, sums = found
+        is_same = True
+        if check and recorded:
+            is_same = recorded == sums
+        elif check and leaf.digest:
+            is_same = agrees(values, leaf.digest)
+        return (values.item() if leaf.kind in NUMBERS else values), is_same
+
+    def read_onto(
+        self, leaf: Leaf, sharding: jax.sharding.Sharding, *, check: bool
+    ) -> tuple[jax.Array | None, bool | None]:
+        """Read an array onto the devices of this process; no other one has to come.
+
+        Args:
+            leaf: The array.
+            sharding: How it is to lie on all devices.
+            check: Whether to compare it with what is recorded of what was saved.
+
+        Returns:
+            As `read`; None for a check that needs more than the files that were read.
+        """
+        try:
+            stored = stored_of(self._store, leaf)
+            if stored is None:
+                return None, True
+            indices = sharding.addressable_devices_indices_map(stored.shape)
+            places = {
+                device: tuple(
+                    part.indices(size)[:2]
+                    for part, size in zip(index or (), stored.shape, strict=True)
+                )
+                for device, index in indices.items()
+            }
+            recorded = _sums(leaf)
+            check = check and bool(recorded)
+            parts, sums = _read_parts(self._store, stored, places.values(), check=check)
+            array = jax.make_array_from_single_device_arrays(
+                stored.shape,
+                sharding,
+                [
+                    jax.device_put(parts[at], part_of(sharding, device))
+                    for device, at in places.items()
+                ],
+                dtype=stored.dtype,
+            )
+        except CheckpointPathError:
+            raise
+        except UNREADABLE:
+            return None, True
+        if not recorded:
+            return array, None
+        return array, all(
+            recorded[position : position + 1] == (found,)
+            for position, found in sums.items()
+        )
+
+    def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
+        try:
+            text = self._text(leaf)
+        except OtherwiseError:
+            return None, True
+        return text, not (check and leaf.digest) or agrees(text, leaf.digest)
+
+    def _text(self, leaf: Leaf) -> str:
+        if self._texts is None:
+            file = STRINGS.removeprefix(f"{STATE}/")
+            try:
+                self._texts = parse_texts(self._files.read(file))
+            except MalformedError as error:
+                raise OtherwiseError from error
+        try:
+            return self._texts[leaf.stored_name]
+        except KeyError as error:
+            raise OtherwiseError from error
+
+
+def _sums(leaf: Leaf) -> tuple[str, ...]:
+    """Return what is recorded as the checksums of a leaf's chunks; none if nothing."""
+    whole = checksum_in(leaf.digest)
+    return leaf.sums if whole is None else (whole,)
+
+
+def _read_parts(
+    store: "Values",
+    stored: Stored,
+    bounds: Iterable[Bounds],
+    *,
+    check: bool,
+) -> tuple[dict[Bounds, Array], dict[int, str]]:
+    """Read parts of an array, each of its files once.
+
+    Args:
+        store: Where it is.
+        stored: How it is stored.
+        bounds: Of the parts.
+        check: Whether to compute checksums.
+
+    Returns:
+        The parts, in memory that JAX on CPU need not copy, and the checksums of the
+        chunks that were read, by their positions.
+    """
+    sizes = {
+        where: math.prod(stop - start for start, stop in where) for where in bounds
+    }
+    store.check_room(stored.name, sum(sizes.values()) * stored.dtype.itemsize)
+    parts = {
+        where: aligned(tuple(stop - start for start, stop in where), stored.dtype)
+        for where in sizes
+    }
+    sums: dict[int, str] = {}
+    for position, (key, start) in enumerate(stored.keys()):
+        own = tuple(
+            (at, at + size) for at, size in zip(start, stored.chunk, strict=True)
+        )
+        overlaps = {where: _overlap(where, own) for where in parts}
+        overlaps = {
+            where: both
+            for where, both in overlaps.items()
+            if all(low < high for low, high in both)
+        }
+        if not overlaps:
+            continue
+        chunk = parts[own] if own in parts else np.empty(stored.chunk, stored.dtype)
+        for found in store.read_into(key, chunk, check=check):
+            sums[position] = found
+        for where, both in overlaps.items():
+            if where != own:
+                parts[where][_within_part(both, where)] = chunk[_within_part(both, own)]
+            sizes[where] -= math.prod(high - low for low, high in both)
+    if any(sizes.values()):  # of memory that nothing was read into
+        raise OtherwiseError
+    return parts, sums
+
+
+def _overlap(one: Bounds, other: Bounds) -> Bounds:
+    pairs = zip(one, other, strict=True)
+    return tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in pairs)
+
+
+def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
+    pairs = zip(bounds, part, strict=True)
+    return tuple(slice(low - at, high - at) for (low, high), (at, _) in pairs)
+
+
+def read(
+    store: "Values", leaf: Leaf, *, check: bool = True
+) -> tuple[Stored, Array, tuple[str, ...]] | None:
+    """Read an array, how it is stored, and its chunks' checksums, if asked to."""
+    try:
+        stored = stored_of(store, leaf)
+        if stored is None:
+            return None
+        whole = tuple((0, size) for size in stored.shape)
+        parts, sums = _read_parts(store, stored, [whole], check=check)
+    except CheckpointPathError:
+        raise
+    except UNREADABLE:
+        return None
+    return stored, parts[whole], tuple(sums.values())

@@ -1,0 +1,278 @@
+"""Where stored values are read from: files, an OCDBT database, or an object store."""
+
+import contextlib
+import functools
+import math
+import os
+import stat
+import weakref
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+import xxhash
+
+from flaxckpt._direct.zarr import (
+    DESCRIPTION,
+    DTYPES,
+    STATE,
+    Array,
+    OtherwiseError,
+    Stored,
+    below,
+    parsed,
+    raw_bytes,
+    size_of,
+    trailer_of,
+)
+from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.open import (
+    NoFileError,
+    is_inside,
+    open_file,
+    read_small,
+    unreadable,
+)
+from flaxckpt._disk.vetting import check_readable
+from flaxckpt._disk.zarr_json import parse_zarr
+from flaxckpt._object_store.source import Source
+from flaxckpt._trees.digest import checksum
+from flaxckpt._trees.leaf import Leaf, key_numbers
+
+_INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
+_MANIFEST_BYTES = 64 * 2**20
+HEAD = 64
+_ROOM_BYTES = 64 * 2**20  # of an array that gets memory without a look at its files
+BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the cache
+
+
+def stored_of(store: "Values", leaf: Leaf) -> Stored | None:
+    """Look up how a leaf is stored; None if otherwise than its table says.
+
+    Raises:
+        _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
+    """
+    name = leaf.stored_name
+    shape, dtype = array_of(leaf)
+    stored = parsed(name, store.read(below(name, DESCRIPTION)), dtype)
+    return stored if stored.shape == shape else None
+
+
+def array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
+    """Return the shape and the dtype of the array by which a leaf is stored."""
+    numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
+    return leaf.shape + numbers, DTYPES.get(leaf.kind, leaf.dtype)
+
+
+def outlined(store: "Values", leaf: Leaf) -> tuple[Stored, int | None]:
+    """Look up how a leaf is stored, in whatever encoding, and how large a chunk is.
+
+    The size is None where it depends on the values.
+
+    Raises:
+        _OtherwiseError: If it is not as its table says, or is not known here.
+        MalformedError: If what describes it is nothing of the kind.
+    """
+    with contextlib.suppress(OtherwiseError):
+        stored = stored_of(store, leaf)
+        if stored is not None:
+            nbytes = math.prod(stored.chunk) * stored.dtype.itemsize
+            return stored, nbytes + len(trailer_of(nbytes))
+    name = leaf.stored_name
+    description = store.read(below(name, DESCRIPTION))
+    found = parse_zarr(description)
+    if (found.shape, found.dtype) != array_of(leaf):
+        raise OtherwiseError
+    dtype = jnp.dtype(found.dtype)
+    stored = Stored(name, description, dtype, found.shape, found.chunk, found.separator)
+    return stored, None
+
+
+class Values(Protocol):
+    """Where a checkpoint's arrays are."""
+
+    def read(self, key: str) -> bytes:
+        """Read a file, or what a database has in its place."""
+        ...
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        """Read a chunk; return its checksum, if asked to."""
+        ...
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        """Return a file's size, and its first and last bytes."""
+        ...
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Check that an array can have so many bytes, before there is memory for it.
+
+        Raises:
+            _OtherwiseError: If its files have less.
+        """
+        ...
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        """Tell whether a file is there, with a size if that is given and known."""
+        ...
+
+
+class Files:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, key: str) -> bytes:
+        try:
+            return read_small(self._path(key))
+        except NoFileError as error:
+            raise OtherwiseError from error
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        found = self._path(key).lstat()
+        is_whole = found.st_size > 0 if nbytes is None else found.st_size == nbytes
+        return stat.S_ISREG(found.st_mode) and is_whole
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        summed = xxhash.xxh3_64() if check else None
+        trailer, left = trailer_of(values.nbytes), memoryview(raw_bytes(values).data)
+        with self._opened(key) as file:
+            if os.fstat(file).st_size != values.nbytes + len(trailer):
+                raise OtherwiseError
+            while left:
+                block = left[:BLOCK_BYTES] if summed else left
+                count = os.readv(file, [block])
+                if not count:
+                    raise OtherwiseError
+                if summed:
+                    summed.update(left[:count])
+                left = left[count:]
+            if os.read(file, len(trailer) + 1) != trailer:
+                raise OtherwiseError
+        return [summed.hexdigest()] if summed else []
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        with self._opened(key) as file:
+            size, length = os.fstat(file).st_size, len(trailer_of(0))
+            head = os.pread(file, HEAD, 0)
+            return size, head, os.pread(file, length, max(size - length, 0))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        if nbytes > _ROOM_BYTES and nbytes > size_of(self._path(name)):
+            raise OtherwiseError
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Generator[int]:
+        path = self._path(key)
+        try:
+            file = open_file(path)
+        except NoFileError as error:
+            raise OtherwiseError from error
+        try:
+            yield file
+        except OSError as error:
+            raise unreadable(path, error) from error
+        finally:
+            os.close(file)
+
+    def _path(self, key: str) -> Path:
+        """Return where a file is, which is in this directory, whatever its name."""
+        if not is_inside(key):
+            raise OtherwiseError
+        return self._directory / key
+
+
+class Sourced:
+    """Files that are not on the disk."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._descriptions: dict[str, bytes] = {}  # which are read more than once
+
+    def read(self, key: str) -> bytes:
+        if key in self._descriptions:
+            return self._descriptions[key]
+        found = self._source.read(f"{STATE}/{key}")
+        if found is None:
+            raise OtherwiseError
+        if key.endswith(".json"):
+            self._descriptions[key] = found
+        return found
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        return _take_in(self.read(key), values, check=check)
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        return _ends(self.read(key))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        pass  # a request tells when it is made
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        return len(self.read(key)) == nbytes or nbytes is None
+
+
+class Database:
+    def __init__(self, directory: Path) -> None:
+        self._size = size_of(directory)  # and nothing there but plain files
+        try:
+            read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
+        except NoFileError as error:
+            raise OtherwiseError from error
+        with contextlib.ExitStack() as stack:
+            plain = stack.enter_context(plainly(directory))
+            weakref.finalize(self, stack.pop_all().close)
+        base = {"driver": "file", "path": f"{plain}/"}
+        # Without a cache, its index is read anew for every key.
+        context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
+        spec = {"driver": "ocdbt", "base": base, "context": context}
+        self._directory = directory
+        self._store = self._result(tensorstore.KvStore.open(spec))
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        return _take_in(self.read(key), values, check=check)
+
+    @functools.cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset([key.decode() for key in self._result(self._store.list())])
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        del nbytes  # which only a read of the value tells
+        return key in self._keys
+
+    def read(self, key: str) -> bytes:
+        found = self._result(self._store.read(key))
+        if found.state != "value":
+            raise OtherwiseError
+        return bytes(found.value)
+
+    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+        return _ends(self.read(key))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        if nbytes > _ROOM_BYTES and nbytes > self._size:
+            raise OtherwiseError
+
+    def _result(self, future: Any) -> Any:
+        """Wait for what TensorStore does with files that may hold anything."""
+        try:
+            return future.result()
+        except MemoryError:
+            raise
+        except Exception as error:
+            check_readable(self._directory)
+            raise OtherwiseError from error
+
+
+def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:
+    """Take a chunk's values from all of what was stored; see `_Values.read_into`."""
+    trailer = trailer_of(values.nbytes)
+    if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
+        raise OtherwiseError
+    raw_bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+    return [checksum(values)] if check else []
+
+
+def _ends(found: bytes) -> tuple[int, bytes, bytes]:
+    return len(found), found[:HEAD], found[-len(trailer_of(0)) :]

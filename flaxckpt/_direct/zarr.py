@@ -1,0 +1,172 @@
+"""Zarr 3 as Orbax writes it: one shard a file, each with an index and its checksum.
+
+https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
+"""
+
+import functools
+import itertools
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._disk.open import NoFileError, plain_files
+from flaxckpt._disk.zarr_json import parse_zarr
+from flaxckpt._trees.owned_shards import is_shared, pieces
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+STATE = "state"  # the directory in a checkpoint that holds the tree
+DESCRIPTION = "zarr.json"  # of an array, beside its chunks
+STRINGS = f"{STATE}/_strings.json"
+READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
+_ARRAYS = (*READ, "bytes")
+NUMBERS = ("bool", "int", "float")
+DTYPES = {  # by which Orbax stores what has no dtype of its own
+    "bool": "bool",
+    "int": "int64",
+    "float": "float64",
+    "complex": "complex128",
+    "key": "uint32",
+}
+_ALIGNMENT = 64  # of what JAX on CPU takes over as it is
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks."""
+
+    name: str
+    description: bytes
+    dtype: Any
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    separator: str = "/"
+
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether one chunk holds the whole array."""
+        return self.shape == self.chunk
+
+    @property
+    def description_key(self) -> str:
+        """The name of the file that describes it."""
+        return below(self.name, DESCRIPTION)
+
+    def with_keys(self, separator: str) -> "Stored":
+        """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
+        fields = json.loads(self.description)
+        fields["chunk_key_encoding"] = {"name": "default"}
+        if separator == ".":
+            fields["chunk_key_encoding"]["configuration"] = {"separator": separator}
+        description = json.dumps(fields, separators=(",", ":")).encode()
+        return replace(self, description=description, separator=separator)
+
+    def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name of each chunk's file, and where in the array it begins."""
+        grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
+        for start in itertools.product(*grid):
+            number = [str(at // part) for at, part in zip(start, self.chunk)]  # noqa: B905
+            yield below(self.name, self.separator.join(["c", *number])), start
+
+
+class OtherwiseError(Exception):
+    """Orbax wrote it otherwise than it would be written here."""
+
+
+UNREADABLE = (
+    OtherwiseError,
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,  # where a mapping is expected
+)
+
+
+def dtype_of(value: Any) -> str:
+    """Return the dtype by which a leaf is stored, of which not all needs to be here."""
+    if is_shared(value):
+        return str(value.dtype)
+    return str(pieces(value)[0][1].dtype)
+
+
+def parsed(name: str, description: bytes, dtype: str) -> Stored:
+    """Parse a `zarr.json`, for values of a dtype.
+
+    Raises:
+        _OtherwiseError: If it is in another way than the one known here.
+        MalformedError: If it is none.
+    """
+    found = parse_zarr(description)
+    codec = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": list(found.chunk),
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "index_codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+        },
+    }
+    for each in found.codecs:
+        setting = each.get("configuration", {})
+        setting.pop("index_location", None)
+        for inner in setting.get("codecs", ()):  # one byte has no order
+            inner.setdefault("configuration", {"endian": "little"})
+    pairs = zip(found.shape, found.chunk, strict=True)
+    if (
+        found.codecs != [codec]
+        or any(size % part for size, part in pairs)
+        or found.dtype != dtype
+    ):
+        raise OtherwiseError
+    kind = jnp.dtype(dtype)
+    return Stored(name, description, kind, found.shape, found.chunk, found.separator)
+
+
+def below(name: str, file: str) -> str:
+    """Return the key of a leaf's file; a leaf that is the whole tree has no name."""
+    return f"{name}/{file}" if name else file
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def raw_bytes(array: Array) -> Bytes:
+    return array.reshape(-1).view(np.uint8)
+
+
+@functools.lru_cache(maxsize=256)
+def trailer_of(nbytes: int) -> bytes:
+    """Return the index behind a chunk: where its one part is, and a checksum."""
+    index = struct.pack("<QQ", 0, nbytes)
+    return index + struct.pack("<I", _crc32c(index))
+
+
+def _crc32c(data: bytes) -> int:
+    """Castagnoli's cyclic redundancy check (RFC 3720, appendix B.4), of a few bytes."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def size_of(directory: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in plain_files(directory))
+    except (NoFileError, OSError) as error:
+        raise OtherwiseError from error

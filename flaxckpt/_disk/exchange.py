@@ -1,0 +1,47 @@
+"""Two directories exchange their names, by one call of the kernel where it has one."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flaxckpt._disk.record import REPLACED_PREFIX
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def replace(
+    written: Path, target: Path, sync_directory: Callable[[Path], None]
+) -> None:
+    """Exchange two directories, by one call or, where there is none, by three."""
+    if _exchange(written, target):
+        return
+    aside = target.with_name(REPLACED_PREFIX + target.name)
+    if aside.exists():  # an error came between the last two calls
+        os.rename(aside, written.with_name("replaced"))
+    os.rename(target, aside)
+    try:
+        sync_directory(target.parent)
+        os.rename(written, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    sync_directory(target.parent)
+    os.rename(aside, written)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories atomically, by Linux's renameat2(2), if it is there."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))

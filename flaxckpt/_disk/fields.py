@@ -1,0 +1,125 @@
+"""JSON that anybody may have written: one check for each type, range and size.
+
+A checksum that is right only says that its author computed it. So each value is checked
+once, where it is parsed. Anything unexpected is a `MalformedError`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Never
+
+from flaxckpt._trees.skeleton import INT64, is_possible
+
+INT32 = 2**31
+_SHOWN = 60
+
+
+class MalformedError(ValueError):
+    """A file that is not as flaxckpt writes it; the message says where."""
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse strict JSON in UTF-8.
+
+    Raises:
+        MalformedError: If it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode(), parse_constant=_no_constant)
+    except MalformedError:
+        raise
+    except RecursionError as error:
+        raise MalformedError("it is nested too deeply") from error
+    except ValueError as error:
+        raise MalformedError(str(error)) from error
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """Return the checksum of a record's fields."""
+    return hashlib.sha256(dumped(fields)).hexdigest()
+
+
+def dumped(fields: Mapping[str, Any]) -> bytes:
+    """Return a record's fields as bytes."""
+    return json.dumps(fields, indent=1, allow_nan=False).encode()
+
+
+def shape_in(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    shape = list_in(fields, name)
+    for size in shape:
+        if type(size) is not int or size < 0:
+            fail(f"{name} is {shown(shape)}")
+    if not is_possible(shape):
+        fail(f"{name} is {shown(shape)}, which is too large")
+    return tuple(shape)
+
+
+def int_in(fields: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    if type(value) is not int or not low <= value < high:
+        fail(f"{name} is {shown(value)}")
+    return value
+
+
+def bool_in(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if type(value) is not bool:
+        fail(f"{name} is {shown(value)}")
+    return value
+
+
+def text_in(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if type(value) is not str:
+        fail(f"{name} is {shown(value)}")
+    return value
+
+
+def list_in(fields: Mapping[str, Any], name: str) -> list[Any]:
+    return items_in(fields.get(name), name)
+
+
+def items_in(value: Any, name: str, length: int | None = None) -> list[Any]:
+    if type(value) is not list or (length is not None and len(value) != length):
+        fail(f"{name} is {shown(value)}")
+    return value
+
+
+def mapping_in(value: Any, name: str) -> dict[str, Any]:
+    if type(value) is not dict:
+        fail(f"{name} is {shown(value)}")
+    return value
+
+
+def match_in(pattern: re.Pattern[str], value: Any, name: str) -> None:
+    if type(value) is not str or not pattern.fullmatch(value):
+        fail(f"{name} is {shown(value)}")
+
+
+def _no_constant(name: str) -> Never:
+    raise MalformedError(f"it has {name}, which is no JSON")
+
+
+def fail(problem: str) -> Never:
+    raise MalformedError(problem)
+
+
+def shown(value: Any) -> str:
+    """Show a value in one short line, however large it is."""
+    match value:
+        case None:
+            return "missing or null"
+        case str():
+            shown = repr(value[:_SHOWN])
+        case dict() | list() if len(value) > 8:
+            return f"a {type(value).__name__} of {len(value)}"
+        case int() if abs(value) >= INT64:
+            return "a number of more than 64 bits"
+        case _:
+            try:
+                shown = repr(value)
+            except (RecursionError, ValueError):
+                return f"a {type(value).__name__}"
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."

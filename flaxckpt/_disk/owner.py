@@ -1,0 +1,27 @@
+"""Who holds a lock, as its file says."""
+
+from flaxckpt._disk.fields import (
+    INT32,
+    MalformedError,
+    int_in,
+    mapping_in,
+    parse_json,
+    text_in,
+)
+
+_HOST = 256
+
+
+def parse_owner(data: bytes) -> tuple[str, int]:
+    """Parse what a lock says of its owner.
+
+    Returns:
+        The owner's machine and the number of its process there; ("", 0) where it does
+        not say.
+    """
+    try:
+        fields = mapping_in(parse_json(data), "the lock")
+        host, pid = text_in(fields, "host"), int_in(fields, "pid", 1, INT32)
+    except MalformedError:
+        return "", 0
+    return (host, pid) if host.isprintable() and len(host) < _HOST else ("", 0)

@@ -1,0 +1,206 @@
+"""The record inside each checkpoint, and the listing of a directory by its records.
+
+A checkpoint is a directory that plain Orbax can load, with two small JSON files of ours
+in it: the record, read by every listing, and the table of leaves, read by a restore.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxckpt._disk.fields import MalformedError, checksum, dumped
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.open import NoFileError, is_there, read_small
+from flaxckpt._disk.record_fields import check_record, parse_record
+from flaxckpt._disk.table import parse_table
+from flaxckpt.errors import CheckpointCorruptError, CheckpointError
+
+FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
+RECORD_FILE = "flaxckpt.json"
+LEAVES_FILE = "flaxckpt_leaves.json"
+# What is ours beside the checkpoints; no listing looks into it, but for what was set
+# aside where two directories cannot be exchanged, and not replaced (see _commit.py).
+HIDDEN_PREFIX = ".flaxckpt-"
+REPLACED_PREFIX = ".flaxckpt-replaced-"
+_RECORD_BYTES = 64 * 2**20  # that a record may have
+
+
+def encode_record(
+    info: CheckpointInfo, versions: Mapping[str, str], leaves: bytes
+) -> bytes:
+    """Return the record as JSON; all but the path, so that it can be moved.
+
+    Args:
+        info: What it records.
+        versions: Versions of the packages that write it.
+        leaves: The table of leaves that lies beside it.
+
+    Raises:
+        CheckpointError: If it would be larger than a record may be.
+    """
+    fields = {
+        "format": FORMAT,
+        "epoch": info.epoch,
+        "batch": info.batch,
+        "step": info.step,
+        "logs": _encoded(info.logs),
+        "time": info.time.isoformat(),
+        "weights_only": info.weights_only,
+        "series": info.series,
+        "state": None if info.state is None else _encoded(info.state),
+        "versions": dict(versions),
+        "leaves_sha256": hashlib.sha256(leaves).hexdigest(),
+    }
+    record = dumped({**fields, "sha256": checksum(fields)})
+    if len(record) > _RECORD_BYTES:
+        raise CheckpointError(
+            f"The record of {str(info.path)!r} would have {len(record)} bytes, and may "
+            f"have {_RECORD_BYTES}. Leave long texts out of `logs`."
+        )
+    return record
+
+
+def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
+    """Tell whether two records are of one checkpoint, wherever it is now."""
+    return encode_record(one, {}, b"") == encode_record(other, {}, b"")
+
+
+def located(path: Path) -> Path:
+    """Return where a checkpoint's files are: at `path`, or set aside beside it."""
+    aside = path.with_name(REPLACED_PREFIX + path.name)
+    return aside if not is_there(path) and is_there(aside) else path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not.
+
+    Where directories cannot be exchanged, a writer sets the old checkpoint aside for a
+    moment: one look at `path` and one aside may both miss it, so there are two of each.
+
+    Raises:
+        CheckpointPathError: If this process cannot know.
+    """
+    aside = path.with_name(REPLACED_PREFIX + path.name)
+    for _ in range(2):
+        if _holds_checkpoint(path):
+            return True
+        if is_there(path):  # something else, unless it has come in between
+            return _holds_checkpoint(path)
+        if _holds_checkpoint(aside):
+            return True
+    return False
+
+
+def _holds_checkpoint(directory: Path) -> bool:
+    return is_there(directory / RECORD_FILE) or is_there(directory / LEAVES_FILE)
+
+
+def read_leaves(path: Path) -> dict[str, Any]:
+    """Read the table of leaves of the checkpoint at `path`, which has a record.
+
+    Returns:
+        Its fields, as `parse_table` has checked them.
+
+    Raises:
+        CheckpointCorruptError: If it cannot be read, or is not what was written.
+        CheckpointPathError: If this process cannot read it.
+    """
+    recorded = _read_fields(path)["leaves_sha256"]
+    try:
+        table = read_small(located(path) / LEAVES_FILE)
+    except NoFileError as error:
+        raise CheckpointCorruptError(
+            str(path), f"{LEAVES_FILE} cannot be read ({error})"
+        ) from error
+    if hashlib.sha256(table).hexdigest() != recorded:
+        raise CheckpointCorruptError(
+            str(path), f"{LEAVES_FILE} is not what was written"
+        )
+    try:
+        return parse_table(table, FORMAT)
+    except MalformedError as error:
+        raise CheckpointCorruptError(
+            str(path), f"its table of leaves does not parse ({error})"
+        ) from error
+
+
+def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """Read the record of the checkpoint at `path`.
+
+    Returns:
+        The record, or None where there is none: no checkpoint, or plain Orbax's.
+
+    Raises:
+        CheckpointCorruptError: If there is one and it cannot be read.
+        CheckpointPathError: If this process cannot read it.
+    """
+    path = Path(path)
+    fields = _read_fields_of_one(path)
+    if fields is None:
+        return None
+    return CheckpointInfo(
+        path=path,
+        epoch=fields["epoch"],
+        batch=fields["batch"],
+        step=fields["step"],
+        logs=fields["logs"],
+        time=fields["time"],
+        weights_only=fields["weights_only"],
+        series=fields["series"],
+        state=fields["state"],
+    )
+
+
+def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
+    """Read the fields of the record of one checkpoint, the old or the new one.
+
+    None where there is none by now: one that a writer deletes is not damaged.
+    """
+    for _ in range(2):
+        if not is_checkpoint(path):
+            return None
+        try:
+            return _read_fields(path)
+        except CheckpointCorruptError:
+            continue
+    return _read_fields(path) if is_checkpoint(path) else None
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """Read the record's fields, and check that they are those that were written."""
+    try:
+        record = read_small(located(path) / RECORD_FILE, _RECORD_BYTES)
+    except NoFileError as error:
+        raise CheckpointCorruptError(
+            str(path), f"its record cannot be read ({error})"
+        ) from error
+    try:
+        fields, is_whole = parse_record(record)
+        if fields["format"] > FORMAT:
+            raise CheckpointCorruptError(
+                str(path),
+                f"its format is {fields['format']}, and this flaxckpt reads up to "
+                f"{FORMAT} (a newer flaxckpt wrote it: upgrade)",
+            )
+        if not is_whole:
+            raise CheckpointCorruptError(
+                str(path), "its record is not what was written"
+            )
+        return check_record(fields)
+    except MalformedError as error:
+        raise CheckpointCorruptError(
+            str(path), f"its record does not parse ({error})"
+        ) from error
+
+
+def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Strict JSON has no NaN and no infinity: write them as {"float": "nan"}."""
+    return {
+        key: {"float": repr(value)}
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }

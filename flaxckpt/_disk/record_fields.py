@@ -1,0 +1,101 @@
+"""The fields of a record: parsed and checked; see `fields`."""
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from flaxckpt._disk.fields import (
+    INT32,
+    MalformedError,
+    bool_in,
+    checksum,
+    fail,
+    int_in,
+    mapping_in,
+    parse_json,
+    shown,
+    text_in,
+)
+from flaxckpt._trees.skeleton import INT64
+
+Skeleton: TypeAlias = Any
+_LAST_YEAR = 9000  # so that a later time can be told
+_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def parse_record(data: bytes) -> tuple[dict[str, Any], bool]:
+    """Parse a record as far as its checksum.
+
+    Returns:
+        Its fields, less the checksum, and whether they are those that were written.
+        `format` is a number; the others are for `check_record`.
+
+    Raises:
+        MalformedError: If it is no record.
+    """
+    fields = mapping_in(parse_json(data), "the record")
+    int_in(fields, "format", 1, INT32)
+    recorded = text_in(fields, "sha256")
+    del fields["sha256"]
+    try:
+        return fields, checksum(fields) == recorded
+    except (RecursionError, ValueError) as error:
+        raise MalformedError(str(error)) from error
+
+
+def check_record(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check a record's fields, and return them with numbers and times for texts."""
+    int_in(fields, "epoch", 0, INT64)
+    if fields.get("batch", 0) is not None:
+        int_in(fields, "batch", 0, INT64)
+    int_in(fields, "step", 0, INT64)
+    bool_in(fields, "weights_only")
+    text_in(fields, "series")
+    text_in(fields, "leaves_sha256")
+    state = fields.get("state", 0)
+    return {
+        **fields,
+        "logs": _scalars(fields, "logs"),
+        "time": _time(text_in(fields, "time")),
+        "state": None if state is None else _state(fields),
+    }
+
+
+def _scalars(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Check names and their scalars; NaN and infinity are written as mappings."""
+    found: dict[str, Any] = {}
+    for key, value in mapping_in(fields.get(name), name).items():
+        if type(value) is dict:
+            text = value.get("float") if len(value) == 1 else None
+            if type(text) is not str or text not in _SPECIAL:
+                fail(f"{name}[{shown(key)}] is {shown(value)}")
+            value = _SPECIAL[text]
+        elif value is not None and type(value) not in (bool, int, float, str):
+            fail(f"{name}[{shown(key)}] is {shown(value)}")
+        elif type(value) is float and not math.isfinite(value):
+            fail(f"{name}[{shown(key)}] is too large")
+        found[key] = value
+    return found
+
+
+def _state(fields: Mapping[str, Any]) -> dict[str, Any]:
+    state = _scalars(fields, "state")
+    for name in ("seen", "batches", "last_epoch", "last_batch"):
+        int_in(state, name, -INT32, INT32)
+    for name in ("monitor", "mode"):
+        text_in(state, name)
+    bool_in(state, "save_best_only")
+    if state.get("best", "") is not None and type(state.get("best")) is not float:
+        fail(f"best is {shown(state.get('best'))}")
+    return state
+
+
+def _time(text: str) -> datetime.datetime:
+    try:
+        time = datetime.datetime.fromisoformat(text)
+        if time.tzinfo is not None and time.astimezone(datetime.UTC).year < _LAST_YEAR:
+            return time
+    except (ValueError, OverflowError):
+        pass
+    fail(f"time is {shown(text)}")

@@ -1,0 +1,252 @@
+"""One writing process for a series of checkpoints at a time, in an object store.
+
+The lock is an object that its owner writes again every few seconds. Each time it is
+written only over what was found there, so of several that want it one gets it. Who
+finds it taken watches it for longer than that: if it does not change, its owner has
+died. Only changes are watched, no clocks compared.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Hashable
+from typing import Any
+
+from flaxckpt._disk.fields import MalformedError, parse_json
+from flaxckpt._disk.owner import parse_owner
+from flaxckpt._object_store.objects import Object, Objects
+from flaxckpt._runtime.locks import new_lock
+from flaxckpt.errors import CheckpointError, CheckpointLockedError
+
+HEARTBEAT_SECS = 5.0
+WATCH_SECS = 3 * HEARTBEAT_SECS
+_TRIES = 5
+
+
+class Lease:
+    """A lock that this process has taken, shared by all that write the series here.
+
+    Attributes:
+        holders: Those that share it.
+        is_cleared: Whether what a writer before has left is cleared up.
+    """
+
+    def __init__(self, objects: Objects, key: str) -> None:
+        """Describe the lock; `take` takes it.
+
+        Args:
+            objects: Where.
+            key: The lock's key.
+        """
+        self._objects, self._key, self._url = objects, key, _url(objects, key)
+        self._id, self._beats = uuid.uuid4().hex, 0
+        self._generation: bytes | None = None
+        self._process, self._is_lost, self._is_over = os.getpid(), False, False
+        self._changing, self._stop = new_lock(), threading.Event()
+        self._heart: threading.Thread | None = None
+        self.holders: set[Hashable] = set()
+        self.is_cleared = False
+
+    def take(self) -> None:
+        """Take the lock, unless it is taken; an interrupted call can be made again.
+
+        Where another process seems to have it, waits until that is known.
+
+        Raises:
+            CheckpointLockedError: If another process has it.
+            CheckpointError: If the store cannot be reached.
+        """
+        if self._generation is None:
+            self._generation = self._take()
+        if self._heart is None:
+            heart = threading.Thread(
+                target=self._beat, name="flaxckpt-lease", daemon=True
+            )
+            heart.start()
+            self._heart = heart
+
+    def check(self) -> None:
+        """Check that the lock is this process's now, and has been since it was taken.
+
+        Raises:
+            CheckpointLockedError: If this process gave no sign for so long that another
+                one has taken it.
+            CheckpointError: If the store cannot be reached.
+        """
+        with self._changing:
+            if not self._is_lost:
+                self._give_sign()
+        if self._is_lost:
+            self._raise_locked(self._objects.read(self._key))
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is this process's, as far as is known."""
+        gone = self._is_lost or self._is_over
+        return self._process == os.getpid() and not gone
+
+    def end(self) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        with self._changing:
+            if self.is_good:
+                if self._generation is None:  # an interrupt came while it was taken
+                    found = self._objects.read(self._key)
+                    if _fields(found).get("id") == self._id:
+                        self._generation = found.generation
+                if self._generation is not None:
+                    self._objects.write_over(self._key, None, self._generation)
+                self._is_over = True
+        with _guard:
+            if _held.get(self._url) is self:
+                del _held[self._url]
+
+    def end_soon(self) -> None:
+        """Have the heart give the lock back."""
+        self._stop.set()
+
+    def _take(self) -> bytes:
+        for _ in range(_TRIES):
+            found = self._objects.read(self._key)
+            if found.content is not None and _fields(found).get("id") != self._id:
+                self._watch(found)
+            taken = self._sign(found.generation)
+            if taken is not None:
+                return taken
+        raise CheckpointError(
+            f"{self._objects.url} cannot be written to. Is there a bucket of that name?"
+        )
+
+    def _watch(self, found: Object) -> None:
+        """Wait for a sign of life of the lock's owner."""
+        until = time.monotonic() + WATCH_SECS
+        while time.monotonic() < until:
+            time.sleep(HEARTBEAT_SECS / 5)
+            now = self._objects.read(self._key)
+            if now.content is None:
+                return
+            if now.content != found.content:
+                self._raise_locked(now)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECS):
+            with self._changing:
+                if self._is_lost:
+                    return
+                if self._stop.is_set():
+                    break
+                with contextlib.suppress(CheckpointError):  # what is saved will tell
+                    self._give_sign()
+        with contextlib.suppress(CheckpointError):
+            self.end()
+
+    def _give_sign(self) -> None:
+        now = self._sign(self._generation or b"")
+        self._is_lost = now is None
+        self._generation = now or b""
+
+    def _sign(self, generation: bytes) -> bytes | None:
+        """Write whose the lock is; return its generation, None if it is another's."""
+        self._beats += 1
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "id": self._id}
+        content = json.dumps({**who, "beats": self._beats}).encode()
+        for _ in range(2):
+            written = self._objects.write_over(self._key, content, generation)
+            if written is not None:
+                return written
+            found = self._objects.read(self._key)
+            if _fields(found).get("id") != self._id:
+                return None
+            generation = found.generation  # of a sign whose answer has got lost
+        return None
+
+    def _raise_locked(self, found: Object) -> None:
+        owner = parse_owner(found.content or b"")
+        raise CheckpointLockedError(self._objects.url, *owner)
+
+
+_held: dict[str, Lease] = {}
+_guard = new_lock()
+
+
+def acquire_lease(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, bool]:
+    """Take a lock, or share it if this process has it already.
+
+    An interrupt may leave it taken, or not; the same call again goes on from there.
+
+    Args:
+        objects: Where.
+        key: The lock's key.
+        holder: Who takes it, the same for `release`.
+
+    Returns:
+        The lock, and whether what a writer before has left is to be cleared up, until
+        `is_cleared` says that it is.
+
+    Raises:
+        CheckpointError: As `Lease.take`.
+    """
+    url = _url(objects, key)
+    with _guard:
+        lease = _held.get(url)
+        if lease is None or not lease.is_good or not lease.holders:
+            lease = _held[url] = Lease(objects, key)
+        lease.holders.add(holder)
+    lease.take()
+    return lease, not lease.is_cleared
+
+
+def release_lease(objects: Objects, key: str, holder: Hashable) -> None:
+    """Give a lock back; it goes when the last holder in this process did.
+
+    Nothing happens if the holder does not have it.
+    """
+    lease = _held.get(_url(objects, key))
+    if lease is not None:
+        lease.holders.discard(holder)
+        if not lease.holders:
+            lease.end()
+
+
+def drop_lease(url: str, holder: Hashable) -> None:
+    """Give back the lock of a holder that is collected as garbage; wait for nothing."""
+    lease = _held.get(url)
+    if lease is not None:
+        lease.holders.discard(holder)
+        if not lease.holders:
+            lease.end_soon()
+
+
+def _url(objects: Objects, key: str) -> str:
+    return f"{objects.url}/{key}"
+
+
+def _release_all() -> None:
+    """Keep nobody waiting for what a program that ends has not closed."""
+    for lease in list(_held.values()):
+        with contextlib.suppress(CheckpointError):
+            lease.end()
+
+
+atexit.register(_release_all)
+
+
+def _forget() -> None:
+    """Let a forked process not hold on to what its parent has locked."""
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _fields(found: Object) -> dict[str, Any]:
+    try:
+        fields = parse_json(found.content or b"{}")
+    except MalformedError:
+        return {}
+    return fields if isinstance(fields, dict) else {}

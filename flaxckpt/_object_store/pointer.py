@@ -1,0 +1,94 @@
+"""The objects that say where the files of a checkpoint are."""
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flaxckpt._disk.open import is_inside
+from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE
+from flaxckpt._object_store.objects import Objects
+from flaxckpt._runtime.patience import looks
+from flaxckpt.errors import CheckpointError
+
+CURRENT = f"{HIDDEN_PREFIX}current"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointer:
+    """Which files a checkpoint's are.
+
+    Attributes:
+        at: The directory that they are in, below the series' root; "" where that is not
+            known, because the pointer is damaged.
+        record: The checkpoint's record; what there is in its place, if so.
+    """
+
+    at: str
+    record: str
+
+    def encoded(self) -> bytes:
+        """Return it as JSON, other than any before."""
+        return json.dumps({**vars(self), "id": uuid.uuid4().hex}).encode()
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Pointer":
+        """Return what `encoded` has returned as bytes."""
+        try:
+            fields = json.loads(content)
+            at, record = str(fields["at"]), str(fields["record"])
+            if is_inside(at):  # or what is not its own would be deleted with it
+                return cls(at, record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return cls("", content.decode(errors="replace"))
+
+
+def key_of(name: str) -> str:
+    return f"{CURRENT}/{name}"
+
+
+def read_pointers(objects: Objects, keys: Sequence[str] | None) -> dict[str, Pointer]:
+    """Read pointers, by the names of what they point to; all if `keys` is None."""
+    if keys is None:
+        found = read_listed(objects, lambda: objects.keys_below(CURRENT))
+    else:
+        found = objects.read_all(keys)
+    return {
+        key.removeprefix(f"{CURRENT}/"): Pointer.parse(content)
+        for key, content in found.items()
+    }
+
+
+def read_listed(
+    objects: Objects, listed: Callable[[], Sequence[str]]
+) -> dict[str, bytes]:
+    """Read the objects that a listing names, in which nothing is missing.
+
+    If a writer has deleted one before it is read, it may have written another one since
+    the listing.
+
+    Raises:
+        CheckpointError: If that goes on.
+    """
+    for _ in looks():
+        keys = listed()
+        found = objects.read_all(keys)
+        if len(found) == len(keys):
+            return found
+    raise CheckpointError(
+        f"The checkpoints in {objects.url} were deleted faster than they could be "
+        "read. List them again, or keep more of them (max_to_keep)."
+    )
+
+
+def write_record(directory: Path, pointer: Pointer) -> None:
+    """Write a checkpoint's record, unless it is there."""
+    path, content = directory / RECORD_FILE, pointer.record.encode()
+    if path.exists() and path.read_bytes() == content:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{RECORD_FILE}.{uuid.uuid4().hex}")
+    new.write_bytes(content)
+    new.replace(path)

@@ -1,0 +1,87 @@
+"""The directory of this process that mirrors what it knows of an object store."""
+
+import atexit
+import fcntl
+import functools
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flaxckpt._object_store.url import split_url
+from flaxckpt.errors import TemplateError
+
+_BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # others' locks are not seen here
+
+
+def mirrored(filepath: str) -> str:
+    """Return the path on this machine that mirrors one in an object store.
+
+    Args:
+        filepath: A template of one.
+
+    Raises:
+        TemplateError: If it names no bucket, or nothing in it.
+    """
+    scheme, bucket, path = split_url(filepath)
+    if "{" in bucket or {"", ".", ".."} & {bucket, *path.split("/")}:
+        raise TemplateError(
+            filepath,
+            f'must be "{scheme}://bucket/path", with a bucket\'s name, and without '
+            "empty parts, '.' and '..'.",
+        )
+    return f"{_base(os.getpid())}/{scheme}/{bucket}/{path}"
+
+
+@functools.cache
+def _base(process: int) -> Path:
+    """Make this process's directory of mirrors, which goes when the process ends.
+
+    If it was killed, the next one deletes it: what is not locked is nobody's.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_BASE}*"):
+        descriptor = _locked(left)
+        if descriptor is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    base = Path(tempfile.mkdtemp(prefix=_BASE))
+    while _locked(base) is None or not base.is_dir():  # another one was faster
+        base = Path(tempfile.mkdtemp(prefix=_BASE))
+    atexit.register(_delete, base, process)
+    return base
+
+
+def _locked(directory: Path) -> int | None:
+    """Lock a directory for as long as this process lives; None if it is locked."""
+    try:
+        flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # whoever made it
+        descriptor = os.open(directory, os.O_RDONLY | flags)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _delete(base: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def url_of(path: Path) -> str:
+    """Return the URL that a path mirrors."""
+    scheme, *parts = path.relative_to(_base(os.getpid())).parts
+    return f"{scheme}://{'/'.join(parts)}"
+
+
+@contextmanager
+def scratch() -> Generator[Path]:
+    """Have a directory for a while, which goes with this process at the latest."""
+    with tempfile.TemporaryDirectory(dir=_base(os.getpid())) as directory:
+        yield Path(directory)

@@ -1,0 +1,1 @@
+"""Saves of several processes: agreed on, and each writes its shards."""

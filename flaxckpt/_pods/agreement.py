@@ -1,0 +1,90 @@
+"""What all processes compare before they save: trees, places and settings."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxckpt._copies.held import HostCopy
+from flaxckpt._decision.logs import Unusable, find
+from flaxckpt._processes.messages import process_index
+from flaxckpt._saving.call import Entry
+from flaxckpt._saving.queue import translated
+from flaxckpt._trees.owned_shards import Shards
+from flaxckpt.errors import CheckpointError, MetricError
+
+SEVERAL = "in several processes there is one way only:"
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "max_in_flight": (None, 1),
+    "frozen": (None,),
+}
+
+
+def nothing() -> None:
+    return
+
+
+def placed(copy: Any, leaf: Any) -> Any:
+    """Return a copy on the host that knows where the array was, as its form does."""
+    if not isinstance(leaf, jax.Array) or isinstance(copy, Shards):
+        return copy
+    copy = copy.view(HostCopy)
+    copy.sharding = leaf.sharding
+    return copy
+
+
+def summary(entry: Entry, paths: list[str]) -> dict[str, Any]:
+    """Return what has to be the same in all processes."""
+    state, values = entry.kept, dict[str, Any]()
+    if state is not None and (name := find(entry.logs, state.monitor)) in entry.logs:
+        values[name] = _comparable(entry.logs[name])
+    return {
+        "epoch": entry.epoch,
+        "batch": entry.batch,
+        "values": values,
+        "paths": paths,
+    }
+
+
+def _comparable(value: Any) -> Any:
+    """Return a metric as the processes compare it, if it is a number."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return value if isinstance(value, str | Unusable) else float(value)
+    return float(np.asarray(value)) if not value.shape else str(value.shape)
+
+
+def agree(summaries: Sequence[dict[str, Any]]) -> None:
+    """Check that all processes have come to the same.
+
+    Raises:
+        MetricError: If a metric differs.
+        CheckpointError: If something else does.
+    """
+    first = summaries[0]
+    for name in first["values"]:
+        values = [each["values"].get(name, math.nan) for each in summaries]
+        if len({repr(value) for value in values}) > 1:
+            raise MetricError(
+                name,
+                f"differs between processes: {_listed(values)}. The decision has to be "
+                "the same in all of them. Pass a value of all of them: one that a "
+                "jitted function has computed from sharded arrays, or "
+                "jax.experimental.multihost_utils.process_allgather(value).mean().",
+            )
+    for name in ("epoch", "batch", "paths"):
+        values = [each[name] for each in summaries]
+        if any(value != values[0] for value in values):
+            raise CheckpointError(
+                f"update or save was called otherwise in one of the processes: {name} "
+                f"is {_listed(values)}. Make the same calls in all of them."
+            )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value} in process {i}" for i, value in enumerate(values))
+
+
+def translated_for_all(error: BaseException, where: str) -> CheckpointError:
+    return translated(error, where, f" (in process {process_index()})")

@@ -1,0 +1,186 @@
+"""What the processes of one run tell each other, over JAX's coordination service.
+
+Messages go through the service's table of keys and values, which every process reaches
+without a collective: from any thread, whatever the devices are doing, and with
+time-outs that hold (https://docs.jax.dev/en/latest/multi_process.html). Process 0
+leads.
+"""
+
+import functools
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from flaxckpt import errors
+from flaxckpt.errors import CheckpointError
+
+TIMEOUT_SECS = 600.0
+_LEADER = 0
+
+
+def are_several() -> bool:
+    """Tell whether this is one of several processes; starts no backend."""
+    return jax.distributed.is_initialized() and process_count() > 1
+
+
+def process_count() -> int:
+    """Return how many processes there are."""
+    return int(distributed.global_state.num_processes or 1)
+
+
+def process_index() -> int:
+    """Return which of them this is."""
+    return int(distributed.global_state.process_id or 0)
+
+
+def is_leader() -> bool:
+    """Tell whether this process is the one that leads."""
+    return process_index() == _LEADER
+
+
+class Channel:
+    """Messages of all processes under one name, each of which is sent once.
+
+    Every process makes its channels of a name in the same order.
+    """
+
+    def __init__(self, name: str, timeout: float = TIMEOUT_SECS) -> None:
+        """Say nothing yet.
+
+        Args:
+            name: Its name.
+            timeout: How long to wait for a message, in seconds.
+        """
+        self._timeout = timeout
+        self._key = f"flaxckpt/{name}/{_MADE[name]}"
+        _MADE[name] += 1
+        self._rounds = itertools.count()
+
+    def round(self) -> "Round":
+        """Begin the next exchange of messages."""
+        return Round(f"{self._key}/{next(self._rounds)}", self._timeout)
+
+
+_MADE: Counter[str] = Counter()
+
+
+class Round:
+    """One exchange of messages.
+
+    A message is a value that JSON has, or an error, which is raised where it is heard.
+    """
+
+    def __init__(self, key: str, timeout: float) -> None:
+        """Say nothing yet.
+
+        Args:
+            key: What its messages' keys begin with.
+            timeout: How long to wait for a message, in seconds.
+        """
+        self._key, self._timeout = key, timeout
+
+    def tell(self, subject: str, content: Any, *, again: bool = False) -> None:
+        """Send a message to all processes.
+
+        Args:
+            subject: What it is about.
+            content: The message; a `CheckpointError` to have it raised.
+            again: Whether there may be one already, which it replaces.
+        """
+        if isinstance(content, CheckpointError):
+            message = {"error": [type(content).__name__, content.args]}
+        else:
+            message = {"content": content}
+        text = json.dumps(message, default=str)
+        _client().key_value_set(f"{self._key}/{subject}/{process_index()}", text, again)
+
+    def hear(
+        self, subject: str, process: int = _LEADER, timeout: float | None = None
+    ) -> Any:
+        """Wait for a message of a process.
+
+        Args:
+            subject: What it is about.
+            process: Whose.
+            timeout: For how long, in seconds, if not for as long as always.
+
+        Raises:
+            CheckpointError: If that was an error, or none came in time.
+        """
+        key, secs = f"{self._key}/{subject}/{process}", timeout or self._timeout
+        try:
+            text = _client().blocking_key_value_get(key, int(secs * 1e3))
+        except jax.errors.JaxRuntimeError as error:
+            raise CheckpointError(
+                f"Process {process} of {process_count()} gave no sign within "
+                f"{self._timeout:g} s ({subject}). It may have died, or not have come "
+                "to this call: every process must make the same calls."
+            ) from error
+        message = json.loads(text)
+        if "error" in message:
+            name, arguments = message["error"]
+            raise getattr(errors, name)(*arguments)
+        return message["content"]
+
+    def hear_all(self, subject: str) -> list[Any]:
+        """Wait for the messages of all processes, and return them in order."""
+        until, found = time.monotonic() + self._timeout, list[Any]()
+        for process in range(process_count()):
+            left = max(until - time.monotonic(), 0.1)  # all of them, in that time
+            found.append(self.hear(subject, process, left))
+        return found
+
+    def forget(self) -> None:
+        """Drop all of its messages, which everybody has heard."""
+        _client().key_value_delete(self._key)
+
+
+def gathered(name: str, content: Any) -> list[Any]:
+    """Return what each process passes, in order; every process must call this.
+
+    Args:
+        name: What it is about.
+        content: This process's; a `CheckpointError` is raised in all of them.
+
+    Raises:
+        CheckpointError: The first that was passed, or if a process does not come.
+    """
+    if not are_several():
+        if isinstance(content, CheckpointError):
+            raise content
+        return [content]
+    exchange = _channel(name).round()
+    exchange.tell("each", content)
+    return exchange.hear_all("each")
+
+
+def from_leader(name: str, make: Callable[[], Any]) -> Any:
+    """Return what process 0 makes, in all of them; every process must call this.
+
+    Raises:
+        CheckpointError: If making it raises one.
+    """
+    if not are_several():
+        return make()
+    exchange = _channel(name).round()
+    if is_leader():
+        try:
+            exchange.tell("leader", make())
+        except CheckpointError as error:
+            exchange.tell("leader", error)
+    return exchange.hear("leader")
+
+
+@functools.cache
+def _channel(name: str) -> Channel:
+    return Channel(name)
+
+
+def _client() -> Any:
+    return distributed.global_state.client

@@ -1,0 +1,294 @@
+"""Shards that come from a running program, put together to whole saves."""
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from flaxckpt._copies.memory_kinds import on_device
+from flaxckpt._copies.packing import Packing
+from flaxckpt._decision.logs import Logs
+from flaxckpt._decision.state import LEAVES, CheckpointState, with_leaves
+from flaxckpt._program.call_host import call_host
+from flaxckpt._program.shards import Cut, Place, common, cut_of
+from flaxckpt._runtime.locks import new_lock
+from flaxckpt._saving.at_exit import ending
+from flaxckpt._saving.call import Entry
+from flaxckpt._saving.contents import Incoming, Parts
+from flaxckpt._saving.saves import Saves
+from flaxckpt._trees.ties import PyTree
+from flaxckpt.errors import CheckpointError
+
+
+@dataclass
+class _Event:
+    """A save that some of the devices have handed their shards over for.
+
+    Attributes:
+        mark: What all devices say of it.
+        is_ready: Set when there is memory to copy to, or an error.
+        incoming: The memory.
+        error: What went wrong.
+        arrived: How many devices have come.
+    """
+
+    mark: bytes
+    is_ready: threading.Event = field(default_factory=threading.Event)
+    incoming: Incoming | None = None
+    error: BaseException | None = None
+    arrived: int = 0
+
+
+class Stream:
+    """One traced call of `update`: what it hands over, and who takes it."""
+
+    def __init__(
+        self,
+        saves: Saves,
+        parts: Parts,
+        logs: Logs,
+        state: CheckpointState,
+        places: Sequence[Place | None],
+        *,
+        stops: bool,
+    ) -> None:
+        """Note what all saves of the call have in common."""
+        self._saves, self._parts, self._logs = saves, parts, logs
+        self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
+        self._mesh = common([place.mesh for place in places if place is not None])
+        self._specs = [PartitionSpec() if p is None else p.spec for p in places]
+        self._guard = new_lock()
+        self._events: dict[int, _Event] = {}
+        self._calls: Counter[int] = Counter()
+        self._broken: CheckpointError | None = None
+
+    # ---- in the program --------------------------------------------------------------
+
+    def hand_over(self, scalars: PyTree, leaves: list[jax.Array]) -> jax.Array:
+        """Hand leaves over to the host.
+
+        Returns:
+            Zero, i32[], once the host has taken them.
+        """
+        leaves = list(map(on_device, leaves))
+        if self._mesh is None:
+            is_placed = jax.device_count() == 1
+            return self._call(self._take, scalars, leaves, is_placed=is_placed)
+        axes = self._mesh.axis_names
+        take = functools.partial(
+            self._take_shards, self._cuts([leaf.shape for leaf in leaves])
+        )
+
+        def hand_shards_over(scalars: PyTree, shards: list[jax.Array]) -> jax.Array:
+            at = jax.lax.axis_index(axes)
+            return self._call(take, (at, scalars), shards, is_placed=True)
+
+        return jax.shard_map(
+            hand_shards_over,
+            mesh=self._mesh,
+            in_specs=(PartitionSpec(), self._specs),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(scalars, leaves)
+
+    def _call(
+        self,
+        take: Callable[[PyTree, list[np.ndarray[Any, Any]]], np.int32],
+        scalars: PyTree,
+        leaves: list[jax.Array],
+        *,
+        is_placed: bool,
+    ) -> jax.Array:
+        flat, structure = jax.tree.flatten(scalars)
+        packing, number = Packing([*flat, *leaves]), len(flat)
+
+        def unpacked(arrays: Sequence[Any]) -> np.int32:
+            values = packing.unpack(arrays)
+            scalars = structure.unflatten([value[()] for value in values[:number]])
+            return take(scalars, values[number:])
+
+        return call_host(unpacked, packing.pack([*flat, *leaves]), is_placed=is_placed)
+
+    def tell(self, scalars: PyTree) -> jax.Array:
+        """Have the host say that a due check has saved nothing."""
+        # Not by each device of a mesh, which would say it as often.
+        is_placed = jax.device_count() == 1
+        take: Any = lambda scalars, _: self._tell(scalars)  # noqa: E731
+        return self._call(take, scalars, [], is_placed=is_placed)
+
+    def _cuts(self, shapes: Sequence[tuple[int, ...]]) -> list[list[Cut]]:
+        """Return, for each device, what part of each leaf is its to hand over."""
+        assert self._mesh is not None
+        sizes = dict(zip(self._mesh.axis_names, self._mesh.axis_sizes, strict=True))
+        return [
+            [
+                cut_of(shape, spec, sizes, dict(zip(sizes, at, strict=True)))
+                for shape, spec in zip(shapes, self._specs, strict=True)
+            ]
+            for at in np.ndindex(*self._mesh.axis_sizes)
+        ]
+
+    # ---- on the host -----------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget what a program that has ended did not hand over to its end."""
+        with self._guard:
+            self._forget()
+            self._broken = None
+
+    def _take(
+        self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
+    ) -> np.int32:
+        try:
+            incoming = self._begin(scalars)
+            if incoming is None:
+                return np.int32(0)
+            try:
+                for target, leaf in zip(incoming.memory, leaves, strict=True):
+                    np.copyto(target, leaf)
+                self._saves.arrived(incoming)
+            except Exception as error:
+                self._saves.give_up(incoming)
+                self._fail(error)
+        except BaseException:  # an interrupt, which may come to the main thread
+            self._saves.give_up_all()
+            raise
+        return np.int32(0)
+
+    def _take_shards(
+        self,
+        cuts: list[list[Cut]],
+        device: tuple[Any, PyTree],
+        shards: Sequence[np.ndarray[Any, Any]],
+    ) -> np.int32:
+        number, scalars = int(device[0]), device[1]
+        try:
+            at, event, is_first = self._event(number, scalars)
+        except CheckpointError as error:
+            error.__traceback__ = None
+            if self._stops:
+                raise ending(error) from None
+            return np.int32(0)  # and somebody hears of it
+        if is_first:
+            try:
+                event.incoming = self._begin(scalars)
+                if event.incoming is not None:
+                    self._saves.hold(event.incoming)
+            except BaseException as error:
+                event.error = error
+            event.is_ready.set()
+        event.is_ready.wait()
+        if event.incoming is None and event.error is not None:
+            # On all devices: one that went on would wait for the others for ever.
+            with self._guard:
+                event.arrived += 1
+                if event.arrived == len(cuts):
+                    self._forget()
+            raise ending(event.error)
+        if event.incoming is not None:
+            parts = zip(event.incoming.memory, cuts[number], shards, strict=True)
+            try:
+                for target, cut, shard in parts:
+                    if cut is not None:
+                        np.copyto(target[*cut, ...], shard)
+            except BaseException as error:
+                event.error = error
+        with self._guard:
+            event.arrived += 1
+            if event.arrived < len(cuts):
+                return np.int32(0)
+            self._events.pop(at, None)
+        if event.error is None and event.incoming is not None:
+            try:
+                self._saves.arrived(event.incoming)
+            except BaseException as error:
+                event.error = error
+        if event.error is not None:
+            # The others have gone on. If it is to end the program, the next call does.
+            if event.incoming is not None:
+                self._saves.give_up(event.incoming)
+            self._saves.fail(event.error.with_traceback(None))
+        return np.int32(0)
+
+    def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
+        """Find the save that a device comes for: its first, its second..."""
+        mark = b"".join(each.tobytes() for each in jax.tree.leaves(scalars))
+        with self._guard:
+            if self._broken is not None:
+                raise self._broken
+            at = self._calls[number]
+            event = self._events.get(at)
+            is_first = event is None
+            if event is None:
+                event = _Event(mark)
+            if event.mark != mark or (
+                is_first and at < max(self._calls.values(), default=0)
+            ):
+                self._forget()
+                self._broken = CheckpointError(
+                    "A program that saves was ended before all devices had handed "
+                    "over what they had begun to, and was run again. Call ckpt.wait() "
+                    "in between; nothing is saved until then."
+                )
+                self._saves.fail(self._broken, ends=self._stops)
+                raise self._broken
+            self._events[at] = event
+            self._calls[number] = at + 1
+            return at, event, is_first
+
+    def _forget(self) -> None:
+        for event in self._events.values():
+            if event.incoming is not None:
+                self._saves.give_up(event.incoming)
+        self._events.clear()
+        self._calls.clear()
+
+    def _begin(self, scalars: PyTree) -> Incoming | None:
+        """Take down the call, and get memory to copy its leaves to.
+
+        Returns:
+            None if it cannot be saved, of which `wait` tells.
+
+        Raises:
+            CheckpointError: If that, or an earlier failure, is to end the program.
+        """
+        if self._stops:
+            self._saves.end_program()
+        try:
+            flags, entry = self._entry(scalars)
+            lasts = bool(flags["lasts"])
+            return self._saves.expect(self._parts, entry, lasts=lasts)
+        except Exception as error:
+            self._fail(error)
+            return None
+
+    def _entry(self, scalars: PyTree) -> tuple[Mapping[str, Any], Entry]:
+        flags, at = scalars["flags"], scalars["at"]
+        state = with_leaves(self._state, **scalars["state"])
+        entry = Entry(
+            bool(flags["save"]),
+            at["epoch"],
+            at.get("batch"),
+            {**self._logs, **scalars["logs"]},
+            state,
+        )
+        entry.before = with_leaves(state, **scalars["before"])
+        return flags, entry
+
+    def _tell(self, scalars: PyTree) -> np.int32:
+        flags, entry = self._entry(scalars)
+        if flags["due"]:
+            self._saves.tell_decided(entry)
+        return np.int32(0)
+
+    def _fail(self, error: BaseException) -> None:
+        # Its frames, which still run, hold views of the program's memory.
+        self._saves.fail(error.with_traceback(None), ends=self._stops)
+        if self._stops:
+            raise ending(error) from None

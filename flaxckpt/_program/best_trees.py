@@ -1,0 +1,386 @@
+"""The best trees seen so far, carried by the program itself.
+
+A `Snapshot` needs neither a callback nor a disk: each of its slots holds a tree and
+what is known of it, and `take` puts a better one in the place of the worst. Each slot
+is a tree of its own, so that leaves keep their shardings, and a step that does not save
+passes all of them on as they are.
+"""
+
+import numbers
+import operator
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from flaxckpt._decision.direction import direction
+from flaxckpt._decision.logs import find, normalized
+from flaxckpt._decision.scalars import flushed, improves, index, monitored
+from flaxckpt._program.best_trees_checks import (
+    Shown,
+    check_tree,
+    checked_logs,
+    form,
+    holds,
+    is_array,
+    is_weak,
+    leaves,
+    lines,
+    monitor_of,
+    one_of,
+)
+from flaxckpt._program.best_trees_slots import put_in, put_in_program, zeros_like
+from flaxckpt._runtime.unchecked import as_arguments, runs_unchecked, unchecked
+from flaxckpt._trees.ties import has_ties
+from flaxckpt.errors import MetricError, SettingError
+
+_STATIC = {"static": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What one slot of a `Snapshot` holds.
+
+    Attributes:
+        tree: The tree.
+        epoch: Zero-based epoch at which it was taken.
+        batch: Zero-based batch within it; None at the end of an epoch.
+        logs: The metrics at that time.
+    """
+
+    tree: Any
+    epoch: int
+    batch: int | None
+    logs: Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass  # pyright: ignore[reportUntypedClassDecorator]
+@typing.no_type_check  # unflattening passes specs, shardings and batched leaves too
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The best trees that a program has seen, as a pytree for it to carry.
+
+    Make one with `like`, and give it what `take` returns through `scan`, `jit` or
+    `vmap`; `ModelCheckpoint.save_snapshot` saves what it holds afterwards.
+
+    Attributes:
+        trees: A tree for each slot; zeros where nothing was taken yet.
+        values: The monitored value in each slot, f32[keep] (f64[keep] under x64); 0
+            where nothing was taken yet.
+        epochs: Zero-based epochs, i32[keep]; -1 where nothing was taken.
+        batches: Zero-based batches, i32[keep]; -1 at the end of an epoch.
+        order: Which was taken before which, i32[keep]; -1 where nothing was taken.
+        logs: The metrics, each of shape [keep].
+        monitor: Key in `logs` of the value to compare. Static, as is `mode`.
+        mode: `"min"` or `"max"`.
+    """
+
+    trees: tuple[Any, ...]
+    values: Any
+    epochs: Any
+    batches: Any
+    order: Any
+    logs: dict[str, Any]
+    monitor: str = field(metadata=_STATIC)
+    mode: str = field(metadata=_STATIC)
+
+    @classmethod
+    def like(
+        cls,
+        tree: Any,
+        logs: Mapping[str, Any],
+        keep: int = 1,
+        *,
+        monitor: str | None = None,
+        mode: str = "auto",
+    ) -> "Snapshot":
+        """Make a snapshot that holds nothing yet.
+
+        Args:
+            tree: What will be taken, or `jax.ShapeDtypeStruct`s of it, with shardings
+                if it has some. Under `jit` the compiler chooses the shardings of the
+                slots; make the snapshot outside to choose them.
+            logs: The metrics that will come with it, or structs of them: scalars.
+            keep: How many trees to keep. Each takes the memory of one.
+            monitor: Key in `logs` of the value to compare. None for `val_loss`, or
+                for the only metric.
+            mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            SettingError: A `ValueError`, if a setting cannot work, or if the direction
+                of `monitor` is not known.
+            MetricError: A `ValueError`, if one of `logs` is not a real scalar.
+
+        Example:
+            >>> snapshot = Snapshot.like({"w": np.zeros(2)}, {"loss": 0.0})
+            >>> for epoch, loss in enumerate([0.5, 0.25, 0.75]):
+            ...     tree = {"w": np.full(2, loss)}
+            ...     snapshot = snapshot.take(True, tree, {"loss": loss}, epoch)
+            >>> snapshot.entries()[0].epoch
+            1
+        """
+        if isinstance(keep, bool) or not isinstance(keep, numbers.Integral) or keep < 1:
+            raise SettingError("keep", keep, "pass a number of trees of at least 1.")
+        logs = checked_logs(logs)
+        monitor = monitor_of(logs) if monitor is None else find(logs, monitor)
+        if monitor not in logs:
+            raise SettingError("monitor", monitor, f"pass {one_of(logs)}.")
+        if mode not in ("auto", "min", "max"):
+            raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
+        known = direction(monitor) if mode == "auto" else mode
+        if known is None:
+            raise SettingError(
+                "monitor",
+                monitor,
+                "whether this metric is better low or high is not known by its name. "
+                'Pass mode="min" or mode="max".',
+            )
+        if has_ties(tree):
+            raise SettingError(
+                "tree",
+                Shown(type(tree).__name__),
+                "a part of it is in two places, and JAX would make two of it. Pass "
+                "nnx.state(model), here and to take.",
+            )
+        if unfit := [
+            f"{path}: a {type(leaf).__name__}"
+            for path, leaf in leaves(tree)
+            if not is_array(leaf)
+        ]:
+            raise SettingError(
+                "tree",
+                Shown(type(tree).__name__),
+                f"its leaves must be arrays or numbers.{lines(unfit)}",
+            )
+        none = np.full(keep, -1, np.int32)
+        with unchecked():
+            trees = tuple(jax.tree.map(zeros_like, tree) for _ in range(keep))
+        snapshot = cls(
+            trees=trees,
+            values=np.zeros(keep, jax.dtypes.canonicalize_dtype(np.float64)),
+            epochs=none,
+            batches=none.copy(),
+            order=none.copy(),
+            logs={name: np.zeros(keep, form(logs[name])[1]) for name in logs},
+            monitor=monitor,
+            mode=known,
+        )
+        return as_arguments(snapshot)
+
+    def take(
+        self,
+        save: Any,
+        tree: Any,
+        logs: Mapping[str, Any],
+        epoch: Any,
+        batch: Any = None,
+    ) -> "Snapshot":
+        """Keep a tree, if it is to be saved and is among the best.
+
+        Pure, and the same under any transformation. A tie is no improvement on what was
+        taken before, and a NaN is never taken. A step that takes nothing copies
+        nothing, but under `vmap`, where the members decide one by one. Outside of a
+        trace it waits for the monitored value.
+
+        Args:
+            save: Whether to save, bool[]: True, or what `step` has decided.
+            tree: What to keep: of the structure, shapes and dtypes given to `like`.
+            logs: The metrics of now, with the keys given to `like`.
+            epoch: Zero-based epoch, i32[].
+            batch: Zero-based batch within the epoch, i32[]; None at the end of one.
+
+        Returns:
+            The snapshot to go on with.
+
+        Raises:
+            MetricError: A `ValueError`, if the monitored value is not there or not a
+                real scalar.
+            SettingError: A `ValueError`, if tree or logs are not as given to `like`, or
+                epoch or batch are no zero-based integers.
+        """
+        return as_arguments(self._taken(save, tree, logs, epoch, batch))
+
+    @runs_unchecked
+    def _taken(
+        self, save: Any, tree: Any, logs: Mapping[str, Any], epoch: Any, batch: Any
+    ) -> "Snapshot":
+        logs = self._check(save, tree, logs)
+        epoch = index("epoch", epoch)
+        batch = -1 if batch is None else index("batch", batch)
+        told = (self.values, self.order, save, epoch, batch, dict(logs))
+        # Under an outer trace, what is known can be kept with what is not.
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((told, tree)))
+        traced |= any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.trees))
+        xp = jnp if traced else np
+        if not traced and not bool(save):
+            return self
+        value, is_better, at = _place(self, logs[self.monitor], xp)
+        take = is_better & xp.asarray(save, bool)
+        if not traced and not take:
+            return self
+        at_slot = np.arange(len(self.trees), dtype=np.int32) == at
+        put = put_in_program if traced else put_in
+        old = (self.values, self.epochs, self.batches, self.order, self.logs)
+        new = (value, epoch, batch, at_slot, dict(logs))
+        if traced:
+            told = jax.lax.cond(take, _noted, lambda old, _: old, old, new)
+        else:
+            told = _noted(old, new, np)
+        values, epochs, batches, order, told_logs = told
+        return Snapshot(
+            trees=tuple(
+                put(take & at_slot[slot], tree, old)
+                for slot, old in enumerate(self.trees)
+            ),
+            values=values,
+            epochs=epochs,
+            batches=batches,
+            order=order,
+            logs=told_logs,
+            monitor=self.monitor,
+            mode=self.mode,
+        )
+
+    @runs_unchecked
+    def entries(self, member: int | None = None) -> list[Kept]:
+        """Return what is kept, best first; on the host, outside of any trace.
+
+        Args:
+            member: Which member's, if the snapshot is that of an ensemble under `vmap`.
+
+        Returns:
+            A record for each slot that is filled: its tree, epoch, batch and logs.
+
+        Raises:
+            SettingError: A `ValueError`, if `member` is needed and not given, or given
+                and not there.
+        """
+        one = self._member(member)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(one)):
+            raise SettingError(
+                "snapshot",
+                Shown("<traced>"),
+                "its entries are known when the program has run. Return it from there.",
+            )
+        sign = 1 if self.mode == "min" else -1
+        values, order = sign * np.asarray(one.values), np.asarray(one.order)
+        filled = [slot for slot in range(len(one.trees)) if order[slot] >= 0]
+        filled.sort(key=lambda slot: (values[slot], order[slot]))
+        logs = {name: np.asarray(value) for name, value in one.logs.items()}
+        epochs, batches = np.asarray(one.epochs), np.asarray(one.batches)
+        return [
+            Kept(
+                tree=one.trees[slot],
+                epoch=int(epochs[slot]),
+                batch=int(batches[slot]) if batches[slot] >= 0 else None,
+                logs={name: value[slot].item() for name, value in logs.items()},
+            )
+            for slot in filled
+        ]
+
+    def _member(self, member: int | None) -> "Snapshot":
+        """Return the snapshot of one member, or this one if it has no members."""
+        batched = self.order.shape[:-1]
+        if not batched and member is None:
+            return self
+        shown = Shown(repr(member))
+        if len(batched) > 1:
+            raise SettingError(
+                "member",
+                shown,
+                f"the snapshot was batched {len(batched)} times: {batched}. Make one "
+                "axis of them first, with jax.tree.map and reshape.",
+            )
+        if not batched:
+            raise SettingError(
+                "member", shown, "the snapshot is not one of an ensemble. Leave it out."
+            )
+        try:
+            number = -1 if member is None else operator.index(member)
+        except TypeError:
+            number = -1
+        if not 0 <= number < batched[0]:
+            raise SettingError(
+                "member",
+                shown,
+                f"the snapshot is that of an ensemble of {batched[0]}. Pass the index "
+                f"of a member: 0 to {batched[0] - 1}.",
+            )
+        return jax.tree.map(lambda leaf: leaf[number], self)
+
+    def _check(
+        self, save: Any, tree: Any, logs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Check what is to be taken, and return the metrics in one form."""
+        if self.order.ndim != 1:
+            raise SettingError(
+                "snapshot",
+                Shown(f"<{self.order.shape[:-1]} members>"),
+                "it is that of an ensemble. Call take under vmap, as it was made.",
+            )
+        if np.shape(save) != ():
+            raise SettingError("save", save, "pass one truth value, of shape ().")
+        logs = normalized(logs)
+        if self.monitor not in logs:
+            there = ", ".join(map(repr, logs or {})) or "none"
+            raise MetricError(
+                self.monitor, f"is what is compared, and is missing (there: {there})."
+            )
+        monitored(self.monitor, logs[self.monitor])
+        if set(logs) != set(self.logs):
+            raise SettingError(
+                "logs", sorted(logs), f"the snapshot was made for {sorted(self.logs)}."
+            )
+        logs = checked_logs(logs)
+        for name, old in self.logs.items():
+            kept, given = np.dtype(old.dtype), np.dtype(form(logs[name])[1])
+            if not holds(kept, given, is_weak=is_weak(logs[name])):
+                raise MetricError(
+                    name,
+                    f"is {given}, and the snapshot was made for {kept}. Give "
+                    "Snapshot.like logs of the dtypes to come.",
+                )
+        check_tree(tree, self.trees[0])
+        return logs
+
+
+def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Tell whether a value is among the best, and in which slot its tree goes then.
+
+    The value comes first, as it is compared. The slot is an empty one if there is one,
+    else that of the worst, and of several such the one that came last.
+    """
+    values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
+    empty = order < 0
+    is_full = ~xp.any(empty)
+    worst = xp.max(values) if snapshot.mode == "min" else xp.min(values)
+    last = xp.where(values == worst, order, -1)
+    at = xp.where(is_full, xp.argmax(last), xp.argmax(empty)).astype(np.int32)
+    with np.errstate(all="ignore"):
+        value = flushed(xp.asarray(value).astype(values.dtype), xp.where)
+    return value, improves(value, worst, is_full, snapshot.mode, 0.0, xp.where), at
+
+
+def _noted(old: Any, new: Any, xp: Any = jnp) -> Any:
+    """Return what is known of all trees, with that of a new one in its slot."""
+
+    def put(old: Any, new: Any) -> Any:
+        old = xp.asarray(old)
+        return xp.where(hit, xp.asarray(new).astype(old.dtype), old)
+
+    *kept, order, logs = old
+    *given, hit, new_logs = new
+    with np.errstate(all="ignore"):
+        return (
+            *map(put, kept, given),
+            put(order, xp.max(xp.asarray(order)) + 1),
+            {name: put(value, new_logs[name]) for name, value in logs.items()},
+        )

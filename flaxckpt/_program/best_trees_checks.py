@@ -1,0 +1,144 @@
+"""Whether a tree and its metrics fit a `Snapshot`, with all differences named."""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._decision.logs import Unusable, find, normalized
+from flaxckpt.errors import MetricError, SettingError
+
+_ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds what the ones before do
+_SHOWN = 8  # leaves that an error lists
+
+
+class Shown(str):
+    """A text that an error shows as it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def check_tree(tree: Any, old: Any) -> None:
+    """Check that a tree has the leaves of the one that the snapshot was made for.
+
+    Raises:
+        SettingError: If not; it names the leaves.
+    """
+    given, kept = dict(leaves(tree)), dict(leaves(old))
+    differences = []
+    for path in dict.fromkeys([*kept, *given]):
+        have = _described(given[path]) if path in given else "nothing"
+        want = _described(kept[path]) if path in kept else "nothing"
+        if have != want:
+            differences.append(f"{path}: is {have}, was made for {want}")
+    if not differences and jax.tree.structure(tree) != jax.tree.structure(old):
+        differences.append(
+            f"structure: is {jax.tree.structure(tree)}, was made for "
+            f"{jax.tree.structure(old)}"
+        )
+    if differences:
+        raise SettingError(
+            "tree",
+            Shown(type(tree).__name__),
+            "the snapshot was made for another. Give Snapshot.like the tree that is "
+            f"taken.{lines(differences)}",
+        )
+
+
+def leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def lines(items: list[str]) -> str:
+    shown = "".join(f"\n  {item}" for item in items[:_SHOWN])
+    more = len(items) - _SHOWN
+    return f"{shown}\n  and {more} more" if more > 0 else shown
+
+
+def is_array(leaf: Any) -> bool:
+    return isinstance(leaf, numbers.Number) or (
+        hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and leaf.dtype != object
+        and (
+            jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            or jnp.issubdtype(leaf.dtype, jnp.number)
+            or jnp.issubdtype(leaf.dtype, jnp.bool_)
+        )
+    )
+
+
+def form(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Return the shape and dtype of a leaf as JAX will have it."""
+    if not hasattr(leaf, "dtype"):
+        return (), jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return tuple(leaf.shape), leaf.dtype
+    return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype)
+
+
+def _described(leaf: Any) -> str:
+    if not is_array(leaf):
+        return f"a {type(leaf).__name__}"
+    shape, dtype = form(leaf)
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def holds(kept: Any, given: Any, *, is_weak: bool) -> bool:
+    """Tell whether metrics of one dtype may be kept as another."""
+    if _rank(given) != _rank(kept) or is_weak:
+        return _rank(given) <= _rank(kept)
+    return np.can_cast(given, kept)
+
+
+def is_weak(value: Any) -> bool:
+    return getattr(value, "weak_type", not hasattr(value, "dtype"))
+
+
+def _rank(dtype: Any) -> int:
+    return [jnp.issubdtype(dtype, kind) for kind in _ORDERED].index(True)
+
+
+def checked_logs(logs: Any) -> dict[str, Any]:
+    """Return metrics in one form, real scalars or structs of them.
+
+    Raises:
+        SettingError: If they are no mapping, or there are none.
+        MetricError: If one is something else.
+    """
+    flat = normalized(logs) if isinstance(logs, Mapping) else {}
+    if not flat:
+        raise SettingError("logs", logs, "pass a mapping of names to metrics.")
+    for name, value in flat.items():
+        if isinstance(value, str | Unusable):
+            problem = "is text" if isinstance(value, str) else value.problem
+            raise MetricError(name, f"{problem}, and must be a real number.")
+        if np.shape(value) != ():
+            raise MetricError(
+                name,
+                f"has shape {np.shape(value)}, and a snapshot keeps scalars. Reduce it "
+                "first, say with .mean(), or leave it out.",
+            )
+    return flat
+
+
+def monitor_of(logs: Mapping[str, Any]) -> str:
+    if (name := find(logs, "val_loss")) in logs:
+        return name
+    if len(logs) != 1:
+        raise SettingError(
+            "monitor", None, f"which metric to compare is not clear. Pass monitor= "
+            f"{one_of(logs)}."
+        )  # fmt: skip
+    return next(iter(logs))
+
+
+def one_of(logs: Mapping[str, Any]) -> str:
+    return f"a key of logs: {', '.join(map(repr, logs))}"

@@ -1,0 +1,63 @@
+"""The slots of a `Snapshot` as a program writes them, and empty ones."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from flaxckpt._copies.memory_kinds import beside, is_offloaded, zeros
+from flaxckpt._program.best_trees_checks import form
+
+
+def put_in_program(take: Any, new: Any, old: Any) -> Any:
+    """Return one tree or the other, and copy nothing for the old one."""
+
+    def as_old(new: Any, old: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, kept: beside(jnp.asarray(leaf, dtype=kept.dtype), kept),
+            new,
+            old,
+        )
+
+    return jax.lax.cond(take, as_old, lambda _, old: old, new, old)
+
+
+def put_in(take: Any, new: Any, old: Any) -> Any:
+    """Return a copy of one tree, for the loop may donate its own, or the old tree."""
+    if not take:
+        return old
+    return jax.tree.map(_copied, new, old)
+
+
+def _copied(new: Any, old: jax.Array) -> jax.Array:
+    if any(isinstance(x, jax.Array) and is_offloaded(x.sharding) for x in (new, old)):
+        return jax.device_put(new, old.sharding, may_alias=False)
+    return jnp.array(new, dtype=old.dtype, copy=True)
+
+
+def zeros_like(leaf: Any) -> Any:
+    """Return zeros like a leaf, sharded as it is."""
+    shape, dtype = form(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return _zero_keys(leaf)
+    if isinstance(leaf, Tracer):
+        return beside(jnp.zeros_like(leaf, dtype=dtype), leaf)
+    return zeros(shape, dtype, _sharding(leaf))
+
+
+def _zero_keys(leaf: Any) -> Any:
+    impls = []
+
+    def data_of(keys: Any) -> Any:
+        impls.append(jax.random.key_impl(keys))  # a struct does not tell it
+        return jax.random.key_data(keys)
+
+    data = jax.eval_shape(data_of, leaf)
+    keys = jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=impls[0])
+    sharding = None if isinstance(leaf, Tracer) else _sharding(leaf)
+    return keys if sharding is None else jax.device_put(keys, sharding)
+
+
+def _sharding(leaf: Any) -> Any:
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None

@@ -1,0 +1,208 @@
+"""Scans that come back now and then, for those who want neither callback nor slots."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax._src.lax.lax import _convert_element_type as convert
+
+from flaxckpt._copies.memory_kinds import copied, is_offloaded
+from flaxckpt._runtime.unchecked import unchecked, unguarded
+from flaxckpt._trees.ties import PyTree
+from flaxckpt.errors import SettingError
+
+Body: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some steps of a scan, done.
+
+    Attributes:
+        carry: The carry after them. Donated to the next steps: save it, or copy it,
+            before going on.
+        ys: What `body` returned for each of them, stacked as `jax.lax.scan` does.
+        start: Index of the first step.
+        stop: Index of the step to come.
+    """
+
+    carry: PyTree
+    ys: PyTree
+    start: int
+    stop: int
+
+
+def scan_in_chunks(
+    body: Body,
+    carry: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    *,
+    chunk: int,
+    start: int = 0,
+) -> Iterator[Chunk]:
+    """Do what `jax.lax.scan` does, in jitted chunks, with a stop between them.
+
+    The result is that of one scan, bit for bit: every chunk, the last and shorter one
+    too, runs in one and the same compiled program.
+
+    Args:
+        body: As for `jax.lax.scan`: from carry and x to carry and y.
+        carry: What to begin with. Not donated.
+        xs: Arrays to scan over, those of the whole run; None with `length`.
+        length: Number of steps of the whole run, if `xs` do not tell.
+        chunk: Steps between two stops, at least 1.
+        start: Steps that are done already, in a run that is resumed; `carry` is that
+            after them.
+
+    Yields:
+        A `Chunk` after every `chunk` steps, and after the last.
+
+    Raises:
+        SettingError: A `ValueError`, if one of the numbers cannot be.
+
+    Example:
+        >>> body = lambda total, x: (total + x, total)
+        >>> for part in scan_in_chunks(body, 0, jnp.arange(5), chunk=2):
+        ...     print(part.start, part.stop, int(part.carry), part.ys.tolist())
+        0 2 1 [0, 0]
+        2 4 6 [1, 3]
+        4 5 10 [6]
+    """
+    chunk = _number("chunk", chunk, 1)
+    start = _number("start", start, 0)
+    total = _length(xs, length)
+    if start > total:
+        raise SettingError("start", start, f"the run has {total} steps in all.")
+    return _chunks(body, carry, xs, total, chunk, start)
+
+
+def _chunks(
+    body: Body, carry: PyTree, xs: PyTree, total: int, chunk: int, start: int
+) -> Iterator[Chunk]:
+    with unchecked():
+        if start < total:
+            carry = _promoted(body, carry, xs)
+        weak = tuple(map(_is_weak, jax.tree.leaves(carry)))
+        carry = _donatable(carry)
+        xs = jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), xs
+        )
+    if inspect.ismethod(body):  # equal to that of before, whatever its object is now
+        body = functools.partial(body)
+    chunk = min(chunk, max(total, 1))
+    for first in range(start, total, chunk):
+        count = min(chunk, total - first)
+        # `body` is the user's, so its values are judged as those of a scan are.
+        with unguarded():
+            carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk, weak=weak)
+        if count < chunk:
+            with unchecked():
+                ys = jax.tree.map(lambda y: y[:count], ys)  # noqa: B023  # called now
+        yield Chunk(carry, ys, first, first + count)
+
+
+def _promoted(body: Body, carry: PyTree, xs: PyTree) -> PyTree:
+    """Bring Python numbers to the dtypes that `body` makes of them, as a scan does.
+
+    And raise what a scan raises, if `body` is none that it takes.
+    """
+
+    def one(carry: PyTree) -> PyTree:
+        first = jax.tree.map(lambda x: x[:1], xs)
+        return jax.lax.scan(body, carry, first, length=1)[0]
+
+    def promoted(x: Any, want: Any) -> Any:
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        return x if x.dtype == want.dtype else jnp.asarray(x, want.dtype)
+
+    return jax.tree.map(promoted, carry, jax.eval_shape(one, carry))
+
+
+def _is_weak(x: Any) -> bool:
+    return getattr(x, "weak_type", False)
+
+
+def _donatable(carry: PyTree) -> PyTree:
+    """Return a copy of a carry, each leaf of it in the same memory."""
+    leaves, structure = jax.tree.flatten(carry)
+    moved = [
+        isinstance(leaf, jax.Array) and is_offloaded(leaf.sharding) for leaf in leaves
+    ]
+    own = [None if is_moved else leaf for leaf, is_moved in zip(leaves, moved)]  # noqa: B905
+    copies = [
+        copied(leaf) if is_moved else copy
+        for leaf, is_moved, copy in zip(leaves, moved, _copied(own), strict=True)
+    ]
+    return structure.unflatten(copies)
+
+
+@jax.jit
+def _copied(carry: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, carry)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("body", "chunk", "weak"), donate_argnames="carry"
+)
+def _run(
+    carry: PyTree,
+    xs: PyTree,
+    first: Any,
+    count: Any,
+    *,
+    body: Body,
+    chunk: int,
+    weak: tuple[bool, ...],
+) -> tuple[PyTree, PyTree]:
+    """Run up to `chunk` steps, as many as `count` says.
+
+    A scan gives `body` weakly typed numbers in every step if it does so in the first.
+    """
+    leaves, structure = jax.tree.flatten(carry)
+    carry = structure.unflatten(
+        convert(leaf, leaf.dtype, weak_type=True) if is_weak else leaf
+        for leaf, is_weak in zip(leaves, weak, strict=True)
+    )
+
+    def x_of(index: Any) -> PyTree:
+        pick = jax.lax.dynamic_index_in_dim
+        return jax.tree.map(lambda x: pick(x, index, keepdims=False), xs)
+
+    def step(index: Any, carried: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        carry, ys = carried
+        carry, y = body(carry, x_of(first + index))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+        return carry, jax.tree.map(lambda all, one: put(all, one, index=index), ys, y)
+
+    _, y = jax.eval_shape(lambda carry: body(carry, x_of(first)), carry)
+    ys = jax.tree.map(lambda y: jnp.zeros((chunk, *y.shape), y.dtype), y)
+    return jax.lax.fori_loop(0, count, step, (carry, ys))
+
+
+def _number(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise SettingError(name, value, f"pass a number of steps of at least {least}.")
+    return number
+
+
+def _length(xs: PyTree, length: int | None) -> int:
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(xs)}
+    if () in lengths or len(lengths) > 1:
+        raise SettingError("xs", xs, "pass arrays whose first axes are equally long.")
+    if length is not None:
+        lengths.add((_number("length", length, 0),))
+    if len(lengths) != 1:
+        advice = "pass xs, or length, or both and let them agree."
+        raise SettingError("length", length, advice)
+    ((total,),) = lengths
+    return total

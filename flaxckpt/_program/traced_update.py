@@ -1,0 +1,17 @@
+"""Whether a call runs within a trace of JAX."""
+
+from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
+
+from flaxckpt._trees.ties import PyTree, leaves_of
+
+# What JAX's transformations are when none is running; as Flax NNX asks for it.
+OUTSIDE = get_opaque_trace_state(convention="nnx")
+
+
+def is_traced(*values: PyTree) -> bool:
+    """Tell whether a trace is running, or any value is that of one."""
+    if get_opaque_trace_state(convention="nnx") != OUTSIDE:
+        return True
+    kinds = set(map(type, leaves_of(values)))
+    return any(issubclass(kind, Tracer) for kind in kinds)

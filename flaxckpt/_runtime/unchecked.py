@@ -1,0 +1,141 @@
+"""JAX's debugging checks, left out of the copies and transfers that flaxckpt makes.
+
+`jax_debug_nans` and `jax_debug_infs` judge the results of the user's own programs. A
+copy of a tree that holds a NaN is no such result. `jax.transfer_guard` finds transfers
+that the user did not ask for, and a save or a load is one that the user asked for.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_CHECKS = (jax.debug_nans, jax.debug_infs)
+_GUARDS = (
+    jax.transfer_guard_host_to_device,
+    jax.transfer_guard_device_to_device,
+    jax.transfer_guard_device_to_host,
+)
+_CONFIG: Any = jax.config  # its settings have no types
+_UNGUARDED = (None, None, None)
+_NOTHING = contextlib.nullcontext()
+
+
+def unguarded() -> AbstractContextManager[None]:
+    """Allow all transfers between host and devices, in this thread."""
+    return _entered(_GUARDS, "allow") if _are_guarded() else _NOTHING
+
+
+def unchecked() -> AbstractContextManager[None]:
+    """Allow all transfers, and have no value judged, in this thread."""
+    if not (_CONFIG.jax_debug_nans or _CONFIG.jax_debug_infs):
+        return unguarded()
+    return _unjudged()
+
+
+@contextlib.contextmanager
+def _unjudged() -> Generator[None]:
+    with unguarded(), _entered(_CHECKS, False):
+        yield
+
+
+@contextlib.contextmanager
+def _entered(settings: Iterable[Any], value: Any) -> Generator[None]:
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting(value))
+        yield
+
+
+def _are_guarded() -> bool:
+    levels = (
+        _CONFIG.jax_transfer_guard_host_to_device,
+        _CONFIG.jax_transfer_guard_device_to_device,
+        _CONFIG.jax_transfer_guard_device_to_host,
+    )
+    return levels != _UNGUARDED
+
+
+def stay_unchecked() -> None:
+    """Allow all transfers, and have no value judged, until this thread ends."""
+    # Entered one by one: a generator leaves its contexts when it is collected.
+    for guard in _GUARDS:
+        guard("allow").__enter__()
+    for check in _CHECKS:
+        check(False).__enter__()
+
+
+def unchecked_pool(
+    threads: int, name: str, begin: Callable[[], None] | None = None
+) -> ThreadPoolExecutor:
+    """Make a pool of threads that stay unchecked, and as wide as this one.
+
+    Args:
+        threads: How many threads.
+        name: Prefix of the threads' names.
+        begin: What each thread calls first; None for nothing.
+    """
+    is_wide = _CONFIG.jax_enable_x64  # this thread may have its own setting
+
+    def initialize() -> None:
+        stay_unchecked()
+        jax.enable_x64(is_wide).__enter__()
+        if begin is not None:
+            begin()
+
+    return ThreadPoolExecutor(threads, name, initializer=initialize)
+
+
+def runs_unchecked(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that allows all transfers and has no value judged."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with unchecked():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def as_arguments(tree: T, beside: Callable[[], Sequence[Any]] = tuple) -> T:
+    """Return a tree that jitted functions take in this thread.
+
+    Where a transfer guard refuses numpy values as arguments, numpy's arrays and scalars
+    become arrays of JAX: on all devices of the mesh on which other leaves are, since a
+    guard refuses to bring them there, too, or else on the default device.
+
+    Args:
+        tree: The tree; its numpy leaves are small.
+        beside: Returns the leaves of what goes to the same programs.
+    """
+    level = _CONFIG.jax_transfer_guard_host_to_device
+    if level not in ("disallow", "disallow_explicit"):
+        return tree
+    meshes = [
+        leaf.sharding.mesh
+        for leaf in (*jax.tree.leaves(tree), *beside())
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding)
+        and isinstance(leaf.sharding.mesh, Mesh)
+    ]
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray | np.generic):
+            return leaf
+        if not meshes:
+            return jax.device_put(leaf)
+        sharding = NamedSharding(meshes[0], PartitionSpec())
+        # Not put there as a whole: of several processes, all would have to come.
+        devices = sharding.addressable_devices
+        parts = [jax.device_put(leaf, device) for device in devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    with unguarded():
+        return jax.tree.map(placed, tree)

@@ -1,0 +1,75 @@
+"""The program's end: saves that are under way are written, and errors are told."""
+
+import concurrent.futures.thread
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from flaxckpt.errors import CheckpointError
+
+
+def ending(error: BaseException) -> CheckpointError:
+    """Return an error to end a program with, for another one that is kept."""
+    return CheckpointError(f"{type(error).__name__}: {error}")
+
+
+def before_end(function: Callable[[], None]) -> None:
+    """Have a function called where the program ends, before what waits is written."""
+    if function not in _BEFORE_END:
+        _BEFORE_END.append(function)
+
+
+_BEFORE_END: list[Callable[[], None]] = []
+UNHEARD: set[Any] = set()
+
+
+def _forget() -> None:
+    """Let a forked process not wait for threads, which are its parent's."""
+    UNHEARD.clear()
+    _BEFORE_END.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _finish() -> None:
+    """End well where the program ends without `wait` or `close`."""
+    _join_others()
+    for function in list(_BEFORE_END):
+        try:
+            function()
+        except Exception as error:
+            _tell(error)
+    for writer in list(UNHEARD):
+        is_closed = False
+        while not is_closed:
+            try:
+                writer.close()
+                is_closed = True
+            except (CheckpointError, Warning) as error:  # each is raised once
+                _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    """Say what nobody can be raised any more; go on where a warning is an error."""
+    message = f"At the program's end: {error}"
+    try:
+        warnings.warn(message, stacklevel=1)
+    except Warning:
+        print(f"flaxckpt: {message}", file=sys.stderr)
+
+
+def _join_others() -> None:
+    """Wait for other threads, which may be training, as Python does soon after."""
+    for thread in threading.enumerate():
+        is_pooled = thread in concurrent.futures.thread._threads_queues  # pyright: ignore
+        is_own = thread in (threading.current_thread(), threading.main_thread())
+        if not (is_own or is_pooled or thread.daemon):
+            thread.join()
+
+
+# `atexit` runs too late: no thread pool takes work by then, and Orbax has some.
+threading._register_atexit(_finish)  # pyright: ignore  # as concurrent.futures does

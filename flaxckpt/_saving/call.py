@@ -1,0 +1,176 @@
+"""One call that may save: its metrics, its state, and whether it saves.
+
+The decision may be a value that a device still computes.
+"""
+
+import datetime
+from typing import Any, TypeGuard, cast
+
+import jax
+import numpy as np
+
+from flaxckpt._copies.held import Copies
+from flaxckpt._copies.on_device import fill_if_better
+from flaxckpt._decision.logs import Logs, find
+from flaxckpt._decision.scalars import monitored, whole
+from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
+from flaxckpt._decision.step import judge
+from flaxckpt._direct.frozen_files import FrozenLeaf
+from flaxckpt.errors import MetricError
+
+
+class Entry:
+    """One call that saves, or may.
+
+    Attributes:
+        save: Whether it saves; None while that is not decided, and a bool[] on a device
+            that is to decide it.
+        before: The state before it was decided.
+        state: The state after.
+        news: What to say of the decision before saying that it is saved.
+        kept: The state to record, of which nobody else donates a value.
+        by_hand: Whether it saves because it was told to, and may replace what is
+            better.
+        line: Of those of one number, each is better than the one before. None where
+            that does not count.
+        copies: Copies of the leaves of what it saves, and of scalars on devices.
+        frozen: Which of those leaves are frozen, by their positions.
+    """
+
+    def __init__(
+        self,
+        save: bool | None,
+        epoch: Any,
+        batch: Any,
+        logs: Logs | None,
+        state: CheckpointState | None,
+    ) -> None:
+        """Take down the arguments of the call; `logs` are normalized, see `_logs`."""
+        self.save: Any = save
+        self.epoch = whole("epoch", epoch)
+        self.batch = None if batch is None else whole("batch", batch)
+        self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
+        self.time = datetime.datetime.now(datetime.UTC)
+        self.before = self.state = self.kept = state
+        self.news = ""
+        self.by_hand = False
+        self.line: int | None = None
+        self.copies: Copies | None = None
+        self.frozen: dict[int, FrozenLeaf] = {}
+
+    @property
+    def unknown(self) -> jax.Array | None:
+        """The value that a due check depends on, if a device still computes it."""
+        if self.state is None or not self.state.save_best_only:
+            return None
+        value = monitored(self.metric, self.logs.get(self.metric, 0))
+        return value if is_unknown(value) else None
+
+    @property
+    def metric(self) -> str:
+        """The name in `logs` of the monitored value, whether it is there or not."""
+        assert self.state is not None
+        return find(self.logs, self.state.monitor)
+
+    @property
+    def improves(self) -> bool:
+        """Whether the decision, once it is known, has found a new best."""
+        before, state = self.before, self.state
+        if before is None or state is None or not np.asarray(state.has_best):
+            return False
+        is_new = not np.asarray(before.has_best)
+        return is_new or bool(
+            np.asarray(before.best_value) != np.asarray(state.best_value)
+        )
+
+    def scalars(self) -> dict[tuple[str, str], jax.Array]:
+        """Return what of logs and state is on devices, where it may be donated.
+
+        Raises:
+            MetricError: If that has happened.
+        """
+        found: dict[tuple[str, str], jax.Array] = {}
+        for name, value in self.logs.items():
+            if isinstance(value, jax.Array) and not value.shape:
+                if value.is_deleted():
+                    raise MetricError(
+                        name, "was deleted (donated to a jitted call). Pass a copy."
+                    )
+                found["logs", name] = value
+        for name in LEAVES:
+            value = getattr(self.state, name, None)
+            if isinstance(value, jax.Array) and (
+                name not in BEST or self.save is not None
+            ):
+                found["state", name] = value  # but what a device is to decide by
+        return found
+
+    def keep(self, name: tuple[str, str], value: Any) -> None:
+        """Keep a value of `scalars` that is nobody else's."""
+        if name[0] == "logs":
+            self.logs[name[1]] = value
+        elif self.kept is not None and getattr(self.kept, name[1]) is getattr(
+            self.state, name[1]
+        ):
+            self.kept = with_leaves(self.kept, **{name[1]: value})
+
+    def judge(self) -> None:
+        """Decide a due check here and now, waiting for the metric if it counts."""
+        assert self.state is not None
+        forced, name = self.save, self.metric
+        if self.state.save_best_only:
+            fetched = {name: fetched_value(getattr(self.state, name)) for name in BEST}
+            self.state = with_leaves(self.state, **fetched)
+            if name in self.logs:
+                self.logs[name] = fetched_value(self.logs[name])
+        self.state, save = judge(self.state, self.logs, np.True_)
+        self.kept = self.state
+        self.save = bool(save or forced)
+
+    def decide_on_device(
+        self,
+        state: CheckpointState,
+        value: jax.Array,
+        leaves: list[Any],
+        into: Copies | None,
+        *,
+        always: bool,
+    ) -> None:
+        """Have the device decide a due check, and copy if there is something to save.
+
+        Args:
+            state: The decision state after `tick`.
+            value: The monitored value.
+            leaves: What to copy to `copies`.
+            into: As for `fill_if_better`.
+            always: Likewise.
+        """
+        assert self.copies is not None
+        fill_if_better(self.copies, state, value, leaves, into, always=always)
+        self.take_verdict()
+
+    def take_verdict(self) -> None:
+        """Take up what a device was asked to decide, once."""
+        verdict = None if self.copies is None else self.copies.verdict
+        if self.save is None and verdict is not None and self.state is not None:
+            bests, save = verdict[:2]
+            after, kept, before = (
+                with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
+                for best in bests
+            )
+            self.before, self.kept, self.state = before, kept, after
+            self.save = save
+
+
+def is_unknown(value: Any) -> TypeGuard[jax.Array]:
+    """Tell whether a device still computes a value."""
+    return isinstance(value, jax.Array) and not cast(Any, value).is_ready()
+
+
+def _kept(value: Any) -> Any:
+    """Copy a value that its owner may change in its place."""
+    return np.array(value)[()] if isinstance(value, np.ndarray) else value
+
+
+def fetched_value(value: Any) -> Any:
+    return np.asarray(value)[()] if isinstance(value, jax.Array) else value

@@ -1,0 +1,805 @@
+"""Saves on their way to the disk: copied on the loop's thread, written on another.
+
+The loop does not wait: not for the disk, but where as many saves are under way as
+memory is allowed for, and not for a device. Where a due check depends on a value that
+is still being computed, the device decides, and copies only if there is something to
+save; the thread that writes learns of it in its own time.
+"""
+
+import functools
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._checkpoints.series import Page, Series, Together
+from flaxckpt._checkpoints.target import check_target
+from flaxckpt._copies.held import Copies
+from flaxckpt._copies.on_device import fill, unfilled
+from flaxckpt._copies.on_host import copied_to_host, fits_on_device, memory_of_host
+from flaxckpt._copies.plan import planned
+from flaxckpt._decision.logs import Logs, find, plain_scalars
+from flaxckpt._decision.state import CheckpointState, plain_state
+from flaxckpt._decision.template import Template
+from flaxckpt._direct.forms import has_form
+from flaxckpt._direct.frozen_files import Frozen
+from flaxckpt._orbax.engine import storable
+from flaxckpt._runtime.failures import in_one_line
+from flaxckpt._runtime.forks import use_threads
+from flaxckpt._runtime.frames import outside
+from flaxckpt._saving.call import Entry, fetched_value, is_unknown
+from flaxckpt._saving.contents import (
+    MAX_IN_FLIGHT,
+    SMALL_BYTES,
+    STRUCTURES,
+    Incoming,
+    Part,
+    Parts,
+    Save,
+    Sent,
+    refusal_of_nothing,
+)
+from flaxckpt._saving.queue import Job, Writer
+from flaxckpt._saving.report import SaveCounts
+from flaxckpt._trees.describe import describe
+from flaxckpt._trees.kinds_of_parts import Weights
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt._trees.stored_weights import weights_skeleton
+from flaxckpt._trees.ties import Flat, PyTree, flatten
+from flaxckpt._trees.weights import are_unknown, default_weights
+from flaxckpt.errors import CheckpointError, CheckpointPathError, CheckpointWriteError
+
+
+class Saves:
+    """The saves of one series.
+
+    Attributes:
+        counts: What became of them.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        series: Series,
+        *,
+        weights: Weights,
+        weights_only: bool,
+        snapshot: str,
+        max_in_flight: int | None,
+        frozen: Frozen | None,
+        best_only: bool,
+        overwrite: bool,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            template: Of the paths.
+            series: Where they go.
+            weights: Picks the weights from a tree.
+            weights_only: Whether the series gets the weights alone.
+            snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
+            max_in_flight: How many there may be at a time; None to tell by the size.
+            frozen: Which leaves are frozen; None if none are.
+            best_only: Whether a better checkpoint is not to be replaced by a worse one.
+            overwrite: Whether it may be all the same.
+            tell: Says what is decided and saved; None to be silent.
+        """
+        self.counts = SaveCounts()
+        self._template, self._series = template, series
+        self._weights, self._weights_only = weights, weights_only
+        self._snapshot, self._max_in_flight = snapshot, max_in_flight
+        self._frozen, self._tell = frozen, tell
+        self._best_only, self._overwrite = best_only, overwrite
+        self._free: deque[Any] = deque(maxlen=STRUCTURES)
+        self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
+        self._writer = Writer()
+        self._is_new_to_weights = True
+        self._has_saved = False
+        self._owes_place = False  # where this run's own goes is still to be told
+        weakref.finalize(self, self._writer.abandon)
+        self._line = 0
+        self._head: Any = None  # the best value in the state that was returned last
+        self.check, self.wait = self._writer.check, self._writer.wait
+        self.close, self.end_program = self._writer.close, self._writer.end_program
+
+    def decide(self, entry: Entry, *, now: bool) -> None:
+        """Decide a due check, unless its metric is not there yet and it can wait.
+
+        Args:
+            entry: The call; its `save` says whether it saves anyway.
+            now: Whether it has to be decided now.
+        """
+        later = self._snapshot in ("auto", "device") and not (now or entry.save)
+        if later and entry.unknown is not None:
+            entry.save = None
+        else:
+            entry.judge()
+            self.tell_decided(entry)
+
+    def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
+        """Check all that can be checked, copy, and have it written in the background.
+
+        Args:
+            tree: What to save.
+            entry: The call.
+            lasts: Whether to save the whole tree in the slot, if nothing else holds it.
+
+        Returns:
+            Where it will be, if that is known; None too if there is nothing to save.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does.
+        """
+        self._number(entry)
+        if entry.save is False and not lasts:
+            return None
+        _refuse_processes()
+        path, slot = self._targets(entry, lasts=lasts)
+        save = self._described(tree, entry, lasts=lasts, path=path)
+        self._open(slot if entry.save is False else path)
+        if entry.save is None and self._start_later(save, entry):
+            return path
+        if entry.save is None:  # it would wait for the disk, or not fit one program
+            entry.judge()
+            self.tell_decided(entry)
+            if not (entry.save or lasts):
+                return None
+            save = self._described(tree, entry, lasts=lasts, path=path)
+        where = path if entry.save else slot
+        if where is not None:
+            self._tell_saving(entry, where)
+        job, waited = self._claim(save, entry)
+        try:
+            if waited:
+                self._say(entry, f"waited {waited:.2f} s for the saves before")
+            self._take_up_frozen(save, entry)
+            self._copy_all(save, entry, job, where)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        self._submit(job)
+        if self._snapshot == "none":
+            self._writer.wait()
+        return where
+
+    # ---- from within a running program -----------------------------------------------
+
+    def plan(
+        self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
+    ) -> "Parts":
+        """Check a traced call, and describe what it may save.
+
+        Args:
+            tree: What to save, of values of the trace.
+            logs: The metrics, likewise.
+            batch: Zero-based batch; None at the end of an epoch.
+            lasts: Whether the slot may be saved in.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does.
+        """
+        _refuse_processes()
+        sample = {
+            name: np.zeros(value.shape, value.dtype)[()]
+            if isinstance(value, jax.Array)
+            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+            else value
+            for name, value in (logs or {}).items()
+        }
+        in_batch = None if batch is None else 0
+        self._template.render(0, in_batch, sample)  # raises if it never can be
+        whole = None
+        if lasts or not self._weights_only:
+            whole = self._part(tree, is_traced=True)
+        part = whole
+        if self._weights_only or part is None:
+            part = self._part(self._weights(tree), is_picked=True, is_traced=True)
+            self._warn_of_unknown(tree)
+        if self._frozen is not None and not (part.frozen or (whole and whole.frozen)):
+            raise self._frozen.refuse_all(tree)
+        return Parts(part, whole if lasts else None)
+
+    def expect(self, parts: "Parts", entry: Entry, *, lasts: bool) -> "Incoming":
+        """Get memory for what a program hands over; calls no JAX.
+
+        May wait for earlier saves. `arrived` or `give_up` has to follow.
+
+        Args:
+            parts: What it hands over.
+            entry: The call.
+            lasts: Whether to save in the slot, if nothing else holds it.
+        """
+        self.check_parent()
+        self._number(entry)
+        path, slot = self._targets(entry, lasts=lasts)
+        where = path if entry.save else slot
+        self._open(where)
+        part, whole = parts.copies()
+        if entry.save:
+            save = Save(part, whole if lasts else None, path)
+        else:
+            assert whole is not None
+            save = Save(whole, whole, None)
+        if where is not None:
+            self.tell_decided(entry)
+            self._tell_saving(entry, where)
+        job, waited = self._claim(save, entry)
+        try:
+            if waited:
+                self._say(entry, f"waited {waited:.2f} s for the saves before")
+            self._take_up_frozen(save, entry)
+            # Not into what waits to be written, which an error half-way would tear.
+            reuse = None if job.content else job.memory
+            memory = memory_of_host(parts.kinds, reuse)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        return Incoming(job, save, entry, where, memory)
+
+    def arrived(self, incoming: "Incoming") -> None:
+        """Have what was expected written: its memory is filled."""
+        save, memory = incoming.save, incoming.memory
+        leaves = [
+            memory[leaf.index] if isinstance(leaf, Sent) else leaf
+            for part in save.parts
+            for leaf in part.leaves
+        ]
+        incoming.entry.copies = Copies(None, [], leaves)
+        reuse = Copies(None, [], memory)
+        self._prepare(incoming.job, save, incoming.entry, incoming.where, reuse)
+        self._submit(incoming.job)
+
+    def hold(self, incoming: "Incoming") -> None:
+        """Note that several threads hand over what is expected."""
+        self._writer.hold(incoming.job)
+
+    def give_up_all(self) -> None:
+        """Forget what this thread has expected, and has not come."""
+        self._writer.take_back()
+
+    def give_up(self, incoming: "Incoming") -> None:
+        """Forget what was expected, and has not come."""
+        self._writer.give_back(incoming.job)
+
+    def fail(self, error: BaseException, *, ends: bool = False) -> None:
+        """Have an error raised by the next call; `ends` if it ends a program, too."""
+        self.counts.failed += 1
+        self._writer.fail(error, self._shown(self._series.root), ends=ends)
+
+    def check_parent(self) -> None:
+        """Check that this process was not forked from one that saves.
+
+        Raises:
+            CheckpointLockedError: If it was from the one that has made this.
+            CheckpointError: If it was from another one that uses JAX.
+        """
+        if self._writer.is_inherited:
+            raise self._series.area.inherited()
+        use_threads()
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is said what is decided."""
+        return self._tell is not None
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def _targets(self, entry: Entry, *, lasts: bool) -> tuple[Path | None, Path | None]:
+        """Check and return where an entry may go: in the series, and in the slot."""
+        path = None if entry.save is False else self._path(entry)
+        slot = self._series.slot() if lasts else None
+        if (
+            path is not None
+            and path in self._series.slots
+            and (path == (slot or self._series.slot()))
+        ):
+            raise CheckpointPathError(
+                self._shown(path),
+                "is where the last state is kept. Pass another filepath, or another "
+                "name as save_last.",
+            )
+        for target in (path, slot):
+            if target is not None:
+                check_target(target, self._series.root)
+        return path, slot
+
+    def _open(self, where: Path | None) -> None:
+        try:
+            self._series.area.open()
+        except OSError as error:
+            raise CheckpointWriteError(str(where), in_one_line(error)) from error
+
+    def _path(self, entry: Entry) -> Path | None:
+        """Fill the template in, unless it shows a value that is still computed.
+
+        Raises:
+            TemplateError: If it cannot be filled in, with any value.
+        """
+        logs, known = dict(entry.logs), True
+        for name in [find(logs, each) for each in self._template.fields]:
+            value = logs.get(name)
+            if is_unknown(value):
+                logs[name], known = np.zeros(value.shape, value.dtype), False
+        path = self._template.render(entry.epoch, entry.batch, logs)
+        return Path(path) if known else None
+
+    def _described(
+        self, tree: PyTree, entry: Entry, *, lasts: bool, path: Path | None
+    ) -> Save:
+        whole = None
+        if lasts or not self._weights_only:
+            whole = self._part(tree)
+        part = whole
+        if self._weights_only and (entry.save is not False or whole is None):
+            part = self._part(self._weights(tree), is_picked=True)
+            self._warn_of_unknown(tree)
+        assert part is not None
+        save = Save(part, whole if lasts else None, path)
+        if self._frozen is not None and not any(part.frozen for part in save.parts):
+            raise self._frozen.refuse_all(tree)
+        self._take_up_scalars(save, entry)
+        return save
+
+    def _part(
+        self,
+        tree: PyTree,
+        *,
+        is_picked: bool = False,
+        is_traced: bool = False,
+    ) -> Part:
+        """Describe a tree, which is all weights if these are picked already."""
+        flat = flatten(tree, self._free)
+        if flat.is_free and flat.key not in self._free:
+            self._free.append(flat.key)
+        layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        if all(leaf.is_from_like for leaf in layout.leaves):
+            raise refusal_of_nothing(tree, is_picked=is_picked)
+        skeleton = layout.skeleton if is_picked else self._locate(tree, layout, flat)
+        frozen = [] if self._frozen is None else self._frozen.indices(tree)
+        return Part(layout, leaves, skeleton, frozen)
+
+    def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
+        """Return where in a tree the weights are; by default, it depends on the layout.
+
+        Layouts of one structure have one skeleton, the very object.
+        """
+        if self._weights is not default_weights:
+            return weights_skeleton(tree, self._weights, flat.leaves)
+        for known, skeleton in self._located:
+            if known.skeleton is layout.skeleton and known.leaves == layout.leaves:
+                return skeleton
+        skeleton = weights_skeleton(tree, self._weights, flat.leaves)
+        self._located.appendleft((layout, skeleton))
+        return skeleton
+
+    def _warn_of_unknown(self, tree: PyTree) -> None:
+        """Warn, once, if all of a tree passes for its weights."""
+        if self._is_new_to_weights and self._weights is default_weights:
+            self._is_new_to_weights = False
+            if are_unknown(tree):
+                warnings.warn(
+                    "save_weights_only=True leaves nothing out of this "
+                    f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
+                    "metrics are known in it. Pass weights=lambda tree: tree if the "
+                    "whole tree is weights. Otherwise pass a function that picks the "
+                    "weights.",
+                    stacklevel=outside(),
+                )
+
+    def _take_up_frozen(self, save: Save, entry: Entry) -> None:
+        """Note which leaves are frozen, once a job is claimed.
+
+        What is stored already need not be copied again, if no save is under way that
+        may change where.
+        """
+        if self._frozen is None:
+            return
+        entry.frozen, first = {}, 0
+        is_alone = self._writer.is_idle()
+        for part in save.parts:
+            stays = is_alone and has_form(part.layout, part.leaves)
+            for index in part.frozen:
+                leaf = part.layout.leaves[index]
+                if leaf.in_orbax and leaf.kind != "str":
+                    value = part.leaves[index]
+                    entry.frozen[first + index] = self._frozen.leaf(
+                        value, is_known=stays
+                    )
+            first += len(part.leaves)
+
+    def _take_up_scalars(self, save: Save, entry: Entry) -> None:
+        """Have scalars on devices copied with the tree: they may be donated.
+
+        But for those that are there, and on other devices: these are looked at.
+        """
+        arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
+        for name, value in entry.scalars().items():
+            beside = not arrays or value.sharding.device_set == (
+                arrays[0].sharding.device_set
+            )
+            if beside or is_unknown(value):
+                save.scalars.append(name)
+            else:
+                entry.keep(name, fetched_value(value))
+
+    def _start_later(self, save: Save, entry: Entry) -> bool:
+        """Let the device decide, if there is memory to copy to without waiting."""
+        state, value = entry.state, entry.unknown
+        if state is None or value is None:  # it is there by now
+            return False
+        job = self._writer.claim(self._key(save, entry), self._limit(save), wait=False)
+        if job is None:
+            return False
+        try:
+            is_submitted = self._decide_later(save, entry, job, state, value)
+        except BaseException:
+            self._writer.give_back(job)
+            raise
+        if not is_submitted:
+            self._writer.give_back(job)
+        return is_submitted
+
+    def _decide_later(
+        self,
+        save: Save,
+        entry: Entry,
+        job: Job,
+        state: CheckpointState,
+        value: jax.Array,
+    ) -> bool:
+        self._take_up_frozen(save, entry)
+        leaves = save.leaves(entry)
+        plan = planned(leaves)
+        if not plan.is_on_one_mesh(value, state.best_value, state.has_best):
+            return False
+        memory: Copies | None = job.memory
+        fits = memory is not None and memory.plan is plan
+        if not fits and (job.content is not None or not self._is_on_device(leaves)):
+            return False
+        into, always = memory if fits else None, save.whole is not None
+        entry.copies = unfilled(leaves, plan)
+        self._prepare(job, save, entry, save.path)
+        entry.decide_on_device(state, value, leaves, into, always=always)
+        self._submit(job)
+        return True
+
+    def _claim(self, save: Save, entry: Entry) -> tuple[Job, float]:
+        """Claim a job; return it and for how many seconds that had to wait."""
+        key, limit = self._key(save, entry), self._limit(save)
+        job, waited = self._writer.claim(key, limit, wait=False), 0.0
+        if job is None:
+            start = time.perf_counter()
+            job = self._writer.claim(key, limit)
+            waited = time.perf_counter() - start
+            self.counts.delayed += 1
+            self.counts.delayed_secs += waited
+        assert job is not None
+        return job, waited
+
+    def _prepare(
+        self,
+        job: Job,
+        save: Save,
+        entry: Entry,
+        where: Path | None,
+        memory: Copies | None = None,
+    ) -> None:
+        """Tell a job what it does once the entry's copies are filled."""
+        key = self._key(save, entry)
+        for part in (save.part, save.whole):
+            if part is not None:
+                part.leaves = []  # from now on, the copies count
+        earlier: Save | None = job.content
+        content = replace(earlier or save, entries=[entry])
+        if earlier is not None:
+            content.entries[:0] = earlier.entries
+        copies = entry.copies
+        assert copies is not None
+        if memory is None and self._snapshot != "none":
+            memory = copies.memory()
+        job.then = Job(
+            key,
+            self._shown(where or self._series.root),
+            functools.partial(self._run, content),
+            self._series.area.sweep,
+            content,
+            memory,
+            is_filled=lambda: copies.is_filled,
+        )
+
+    def _submit(self, job: Job) -> None:
+        content: Save = job.then.content if job.then is not None else job.content
+        *earlier, entry = content.entries
+        is_sure = entry.save is True or (
+            entry.save is False and content.whole is not None
+        )
+        if entry.state is not None:
+            self._head = entry.state.best_value
+        self._writer.submit(job)
+        for each in earlier if is_sure else ():
+            each.copies = None  # superseded
+
+    def _key(self, save: Save, entry: Entry) -> Any:
+        """Return what a job writes: jobs of equal keys supersede each other."""
+        on_device = isinstance(entry.save, jax.Array) or entry.save is None
+        if on_device and save.whole is not None:
+            return None  # the one or the other
+        if entry.save is not False and save.path is None:
+            return None
+        where = None if entry.save is False else save.path
+        parts = [p for p in (save.part, save.whole) if p is not None]
+        layouts = [(part.layout, part.weights) for part in parts]
+        return where, entry.line, save.scalars, layouts
+
+    def _spares(self, entry: Entry) -> bool:
+        """Tell whether an entry may not replace a better checkpoint."""
+        state = entry.state
+        by_policy = state is not None and state.save_best_only and not entry.by_hand
+        return by_policy and not self._overwrite
+
+    def _number(self, entry: Entry) -> None:
+        """Note which earlier saves an entry may supersede: those that it improves on.
+
+        It does if its state is the one that was returned last, and it has a new best.
+        One by hand supersedes none.
+        """
+        if entry.by_hand and self._best_only and not self._overwrite:
+            self._line += 1
+            entry.line = self._line
+        if entry.state is None or entry.before is None or not self._spares(entry):
+            return
+        best, head = entry.before.best_value, self._head
+        on_host = isinstance(best, np.generic) and isinstance(head, np.generic)
+        goes_on = best is head or (on_host and best == head)
+        if entry.save is not False and not (
+            goes_on and (entry.save is None or entry.improves)
+        ):
+            self._line += 1
+        entry.line, self._head = self._line, entry.state.best_value
+
+    def _limit(self, save: Save) -> int:
+        if self._max_in_flight is not None:
+            return self._max_in_flight
+        size = save.part.layout.nbytes
+        if save.whole is not None and save.whole is not save.part:
+            size += save.whole.layout.nbytes
+        return min(max(SMALL_BYTES // max(size, 1), 1), MAX_IN_FLIGHT)
+
+    def _copy_all(self, save: Save, entry: Entry, job: Job, where: Path | None) -> None:
+        """Copy, and prepare the job before what it writes now may be written over."""
+        leaves, memory = save.leaves(entry), job.memory
+        if self._snapshot == "none":
+            entry.copies = Copies(None, [], leaves)
+            self._prepare(job, save, entry, where)
+            return
+        plan = planned(leaves)
+        fits = memory is not None and memory.plan is plan
+        if not (fits or self._is_on_device(leaves)):
+            # Not into what waits to be written, which would be torn by an error
+            # half-way.
+            entry.copies = copied_to_host(leaves, None if job.content else memory)
+            self._prepare(job, save, entry, where)
+            return
+        if not fits or (job.content and len(plan.groups) > 1):  # likewise
+            job.memory = memory = None  # before more is taken
+        entry.copies = unfilled(leaves, plan)
+        self._prepare(job, save, entry, where)
+        fill(entry.copies, leaves, memory)
+
+    def _is_on_device(self, leaves: list[Any]) -> bool:
+        return self._snapshot == "device" or (
+            self._snapshot == "auto" and fits_on_device(leaves)
+        )
+
+    # ---- in the background -----------------------------------------------------------
+
+    def _run(self, save: Save) -> None:
+        try:
+            self._write(save)
+        except BaseException:
+            self.counts.failed += 1
+            raise
+
+    def _write(self, save: Save) -> None:
+        """Write the last entry that saves, and delete what is no longer to be kept.
+
+        Nothing is deleted before what is new is in its place.
+        """
+        settled = self._settled(save)
+        if settled is not None:
+            with self._series.area.turn:
+                self._put(*settled)
+
+    def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:
+        """Wait for the copies, and return the entry to write and what of it, if any."""
+        newest = save.entries[-1].copies
+        assert newest is not None
+        # Without the interpreter's lock, which the loop needs to go on.
+        jax.block_until_ready((newest.arrays, newest.beside))
+        entry = self._chosen(save)
+        if entry is None:
+            return None
+        assert entry.copies is not None
+        leaves = entry.copies.refilled(newest).leaves()
+        for position, leaf in entry.frozen.items():
+            if leaf.value is None:
+                leaf.value = leaves[position]
+            leaves[position] = leaf
+        number = len(leaves) - len(save.scalars)
+        for name, value in zip(save.scalars, leaves[number:], strict=True):
+            entry.keep(name, np.asarray(value)[()])
+        del leaves[number:]
+        pages: list[Page] = []
+        if entry.save:
+            path = save.path
+            if path is None:
+                path = Path(self._template.render(entry.epoch, entry.batch, entry.logs))
+                self._check(path)
+                self._tell_saving(entry, path)
+            part, number = save.part, len(save.part.layout.leaves)
+            pages.append(Page(path, False, part.layout, leaves[:number], part.weights))
+        if save.whole is not None and not (entry.save and save.whole is save.part):
+            part, number = save.whole, len(save.whole.layout.leaves)
+            own = leaves[len(leaves) - number :]
+            slot = self._series.slot()
+            pages.append(Page(slot, True, part.layout, own, part.weights))
+        return entry, pages
+
+    def _put(
+        self, entry: Entry, pages: list[Page], together: Together | None = None
+    ) -> None:
+        """Write an entry, and delete what is no longer to be kept.
+
+        The caller holds the area's turn: other objects may write the series.
+
+        Args:
+            entry: The entry.
+            pages: What of it; their paths are changed where they go aside.
+            together: How several processes write each page; None where only one does.
+        """
+        state, logs = entry.kept, plain_scalars(entry.logs)
+        step = entry.epoch + 1
+        if state is not None and state.save_freq != "epoch":
+            step = int(np.asarray(state.batches))
+        for page in pages:
+            rest: list[Path] = []
+            if not page.in_slot:
+                rest = self._place(page, entry, logs)
+            self._series.put(
+                page,
+                entry.epoch,
+                entry.batch,
+                logs,
+                None if state is None else plain_state(state),
+                step=step,
+                time=entry.time,
+                weights_only=self._weights_only and not page.in_slot,
+                together=together,
+            )
+            self._series.drop(rest)
+            self._say(entry, f"finished saving model to {self._shown(page.path)}")
+        if entry.save:
+            self._series.prune(resumable=not self._weights_only)
+        self.counts.saved += 1
+        if self._frozen is not None:
+            self.counts.linked_bytes = self._frozen.linked_bytes
+
+    def _place(self, page: Page, entry: Entry, logs: Logs) -> list[Path]:
+        """Have a page go aside where something better is at its path.
+
+        Returns:
+            What is superfluous once it is there.
+        """
+        if not self._best_only:
+            return []
+        state, path = entry.kept, page.path
+        chosen, rest = self._series.place(path, logs, overwrite=self._overwrite)
+        if chosen != path and entry.by_hand:
+            self._make_way(path, chosen)
+            return rest
+        page.path = chosen
+        if chosen != path:
+            better, own = self._shown(path), self._shown(chosen)
+            self._say(entry, f"{better} has a better one: this one goes to {own}")
+        is_news = not self._has_saved or (self._owes_place and chosen != path)
+        if state is not None and is_news and not self._overwrite:
+            self._warn_of_better(state, chosen if chosen != path else None)
+        self._has_saved = True
+        return rest
+
+    def _make_way(self, path: Path, chosen: Path) -> None:
+        """Keep the better checkpoint that a save by hand would replace."""
+        here, aside = self._shown(path), self._shown(chosen)
+        self._series.make_way(path, chosen)
+        self._writer.warn(
+            f"save() took the place of a better checkpoint at {here!r}, which is kept "
+            f"at {aside!r}. To replace it, pass overwrite=True."
+        )
+
+    def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
+        """Warn if a run that saves only the best does not know of a better one."""
+        best, own = self._series.best_value(), plain_state(state)["best"]
+        if best is None or (
+            own is not None and (best >= own if state.mode == "min" else best <= own)
+        ):
+            return
+        self._owes_place = aside is None
+        of_run = "it has none yet" if own is None else f"its own best is {own:.5g}"
+        there, how = self._shown(self._series.root), ""
+        if aside is not None:
+            how = (
+                "The better one stays, and this run's is saved aside until it is "
+                f"better, at {self._shown(aside)!r}; to replace the better one, pass "
+                "overwrite=True. "
+            )
+        self._writer.warn(
+            f"{there!r} has a checkpoint of an earlier run with {state.monitor} "
+            f"{best:.5g}, which this run does not know of: {of_run}. {how}To go on "
+            "from the better one, begin with ckpt.restore(like=tree)."
+        )
+
+    def _check(self, path: Path) -> None:
+        check_target(path, self._series.root)
+
+    def _chosen(self, save: Save) -> Entry | None:
+        """Return the entry to write, learning what a device has decided."""
+        for entry in save.entries:
+            entry.take_verdict()  # unless that was done, and not interrupted
+            if isinstance(entry.save, jax.Array):
+                entry.save = bool(entry.save)
+                self.tell_decided(entry)
+                if entry.save and save.path is not None:
+                    self._tell_saving(entry, save.path)
+        wanted = [entry for entry in save.entries if entry.save]
+        if save.whole is not None:
+            wanted = wanted or save.entries
+        self.counts.superseded += max(len(wanted) - 1, 0)
+        for entry in wanted[:-1]:
+            self._say(entry, "superseded by a newer one before it was written")
+        return wanted[-1] if wanted else None
+
+    # ---- what verbose says -----------------------------------------------------------
+
+    def _shown(self, path: Path) -> str:
+        return str(self._series.area.shown(path))
+
+    def _say(self, entry: Entry, message: str) -> None:
+        if self._tell is not None:
+            self._tell(f"Epoch {entry.epoch + 1}: {message}")
+
+    def _tell_saving(self, entry: Entry, path: Path) -> None:
+        self._say(entry, f"{entry.news}saving model to {self._shown(path)}")
+
+    def tell_decided(self, entry: Entry) -> None:
+        """Say how a decision went, as Keras does, or prepare to."""
+        state = entry.kept
+        if self._tell is None or state is None or not state.save_best_only:
+            return
+        before = np.asarray(entry.before.best) if entry.before is not None else np.nan
+        old = "None" if np.isnan(before) else f"{before:.5f}"
+        new = np.asarray(state.best)
+        if entry.save and new != before and not np.isnan(new):
+            entry.news = f"{state.monitor} improved from {old} to {new:.5f}, "
+        elif not entry.save and entry.metric in entry.logs:
+            if np.isnan(float(entry.logs[entry.metric])):
+                self._say(entry, f"{state.monitor} is nan, which is no improvement")
+            else:
+                self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def _refuse_processes() -> None:
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"This is one of {jax.process_count()} processes, which was not known when "
+            "the ModelCheckpoint was made. Make it after jax.distributed.initialize()."
+        )

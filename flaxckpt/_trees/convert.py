@@ -1,0 +1,68 @@
+"""Stored leaves as the kind that is wanted: keys, numbers, texts, arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._trees.describe import as_it_is, impl_of
+from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
+from flaxckpt._trees.match import Wanted
+
+
+def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
+    """Bring a loaded value into the wanted form; their kinds are known to fit.
+
+    Raises:
+        ValueError: If a Python number does not fit the wanted dtype exactly, and
+            `cast` does not allow that.
+    """
+    kind = want.leaf.kind
+    own: Callable[[Any], Any] = want.type or as_it_is
+    if 0 in have.shape:
+        value = _empty(have)
+    if have.kind == "bytes":
+        return np.asarray(value).tobytes()
+    if have.kind == "str" and not have.is_text:
+        return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))
+    if kind == "key":
+        if want.sharding is None:
+            return _uncommitted_key(value)
+        is_elsewhere = value.sharding.memory_kind != want.sharding.memory_kind
+        return jax.device_put(value, want.sharding) if is_elsewhere else value
+    if kind not in ARRAYS:
+        if have.kind not in ARRAYS and have.kind != "complex" and have.kind == kind:
+            return own(value)
+        number = np.asarray(value).item()
+        return own(PYTHON[kind](number) if cast else number)
+    dtype = jnp.dtype(want.leaf.dtype)
+    if have.kind not in ARRAYS:
+        exact = np.asarray(value)
+        if jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(exact):
+            raise ValueError(f"{exact.item()!r} does not fit {dtype}")
+        value = exact.astype(dtype)
+        same = value == exact or (value != value and exact != exact)
+        if not (cast or want.is_weak or same):
+            raise ValueError(f"{exact.item()!r} does not fit {dtype} exactly")
+    elif value.dtype != dtype:
+        value = value.astype(dtype)
+    if kind == "numpy":
+        return np.asarray(value)
+    if kind == "numpy_scalar":
+        return np.asarray(value)[()]
+    if want.sharding is not None:
+        return jax.device_put(value, want.sharding)
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _empty(leaf: Leaf) -> Any:
+    if leaf.kind == "key":
+        return jax.random.split(jax.random.key(0, impl=leaf.impl), leaf.shape)
+    return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+
+
+def _uncommitted_key(key: jax.Array) -> jax.Array:
+    data = np.asarray(jax.random.key_data(key))
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=impl_of(key))

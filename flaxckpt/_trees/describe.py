@@ -1,0 +1,181 @@
+"""From a tree to its layout, and to leaves in the forms that the store takes."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.leaf import SCALARS, Leaf
+from flaxckpt._trees.names import is_in_pointer, spelled
+from flaxckpt._trees.skeleton import is_possible
+from flaxckpt._trees.structure import structure_of
+from flaxckpt._trees.ties import Flat, PyTree, flatten
+from flaxckpt._trees.values import is_function, is_value
+from flaxckpt.errors import UnsupportedLeafError
+
+
+def describe(
+    tree: PyTree,
+    storable: Callable[[str], bool],
+    *,
+    is_traced: bool = False,
+    flat: Flat | None = None,
+) -> tuple[Layout, list[Any]]:
+    """Describe a tree and bring its leaves into forms that Orbax stores.
+
+    Touches no device. Arrays in host memory are copied, since their owner may change
+    them; JAX arrays are passed on as they are.
+
+    Args:
+        tree: Any pytree.
+        storable: Tells whether a dtype of this name can be stored.
+        is_traced: Whether leaves may be values of a running trace.
+        flat: The tree, flattened, if that is there already.
+
+    Returns:
+        The layout, and the leaves in its order.
+
+    Raises:
+        UnsupportedLeafError: Naming every leaf that cannot be stored.
+    """
+    flat = flatten(tree) if flat is None else flat
+    structure = structure_of(flat, tree)
+    leaves: list[Leaf] = []
+    stored: list[Any] = []
+    refused: list[tuple[str, str]] = []
+    for value, path, in_equinox in zip(
+        flat.leaves,
+        structure.paths,
+        structure.in_equinox,
+        strict=True,
+    ):
+        if type(value) in _ARRAY_TYPES:  # the short way for what there may be many of
+            leaf = _ARRAY_LEAVES.get((path, value.dtype, value.shape))
+            if leaf is not None and not value.is_deleted():
+                leaves.append(leaf)
+                stored.append(value)
+                continue
+        kind = from_like(value, in_equinox=in_equinox)
+        if kind:
+            leaves.append(Leaf(path, kind))
+            stored.append(None)
+            continue
+        try:
+            leaf, value = normal(path, value, storable, is_traced=is_traced)
+        except RefusedError as refusal:
+            refused.append((Leaf(path, "").name, str(refusal)))
+            continue
+        leaves.append(leaf)
+        stored.append(value)
+    refused += structure.refused
+    if refused:
+        raise UnsupportedLeafError(tuple(refused))
+    names = structure.spelled
+    if any(leaf.is_text and is_in_pointer(leaf.path) for leaf in leaves):
+        names = spelled(structure.paths, slashes=False)
+    for index, keys in names.items():
+        leaves[index] = _stored_as(leaves[index], keys)
+    return Layout(structure.skeleton, tuple(leaves)), stored
+
+
+class RefusedError(Exception):
+    """A leaf cannot be stored, for the reason given."""
+
+
+def from_like(value: Any, *, in_equinox: bool) -> str:
+    """Return the kind of a leaf that is no value; empty for a value."""
+    if in_equinox and not is_value(value):
+        return "static"
+    return "function" if is_function(value) else ""
+
+
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+def normal(
+    path: tuple[str, ...],
+    value: Any,
+    storable: Callable[[str], bool],
+    *,
+    is_traced: bool = False,
+) -> tuple[Leaf, Any]:
+    if isinstance(value, Tracer) and not is_traced:
+        raise RefusedError("a value of a running trace, not known yet")
+    if isinstance(value, jax.Array):
+        if not isinstance(value, Tracer) and value.is_deleted():
+            raise RefusedError("an array that was deleted (donated to a jitted call)")
+        leaf = array_leaf(path, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise RefusedError("a masked array; save its data and mask as two arrays")
+    elif isinstance(value, np.ndarray) and type(value) not in _NUMPY_ARRAYS:
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise RefusedError(f"a {name}; save numpy.asarray of it")
+    elif isinstance(value, np.ndarray | np.generic):
+        kind = "numpy_scalar" if isinstance(value, np.generic) else "numpy"
+        value = np.array(value, dtype=value.dtype.newbyteorder("="))
+        leaf = Leaf(path, kind, str(value.dtype), value.shape)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RefusedError("an integer of more than 64 bits")
+    elif isinstance(value, bytes):
+        return Leaf(path, "bytes", "uint8", (len(value),)), np.frombuffer(
+            value, np.uint8
+        )
+    elif isinstance(value, str):
+        return _text(path, str(value))
+    else:
+        for kind, name in SCALARS.items():
+            if isinstance(value, kind):
+                stored = kind(value)
+                return Leaf(path, name), (
+                    np.asarray(stored) if name == "complex" else stored
+                )
+        raise RefusedError(f"an object of type {type(value).__qualname__}")
+    if not is_possible(leaf.shape):
+        raise RefusedError(f"an array of shape {leaf.shape}, which is too large")
+    if leaf.kind != "key" and not storable(leaf.dtype):
+        raise RefusedError(f"an array of dtype {leaf.dtype}")
+    if leaf.kind == "jax" and not isinstance(value, Tracer):
+        if len(_ARRAY_LEAVES) >= 2**16:
+            _ARRAY_LEAVES.clear()
+        leaf = _ARRAY_LEAVES.setdefault((path, value.dtype, value.shape), leaf)
+        _ARRAY_TYPES.add(type(value))
+    return leaf, value
+
+
+@functools.lru_cache(maxsize=2**16)
+def _stored_as(leaf: Leaf, keys: tuple[str, ...]) -> Leaf:
+    return replace(leaf, stored=keys)
+
+
+def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
+    """Store text as text; as an array of bytes, where UTF-8 does not know it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        found = np.frombuffer(value.encode(errors="surrogatepass"), np.uint8)
+        return Leaf(path, "str", "uint8", found.shape), found
+    return Leaf(path, "str"), value
+
+
+def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        impl = "" if isinstance(value, jax.ShapeDtypeStruct) else impl_of(value)
+        return Leaf(path, "key", str(value.dtype), tuple(value.shape), impl)
+    return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
+
+
+_NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds know more than their elements
+# Leaves of arrays that were found fit to be stored, and the arrays' types.
+_ARRAY_LEAVES: dict[tuple[Any, ...], Leaf] = {}
+_ARRAY_TYPES: set[type] = set()
+
+
+def impl_of(key: jax.Array) -> str:
+    return str(jax.random.key_impl(key))

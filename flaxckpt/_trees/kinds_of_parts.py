@@ -1,0 +1,223 @@
+"""What a part of a training state is, by its type and its name.
+
+Knows the types of Flax, optax, Equinox and Keras by their modules' names, and imports
+none of them.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._trees.ties import PyTree, leaves_of, role_of
+
+Weights: TypeAlias = Callable[[PyTree], PyTree]
+# Names of what is beside the models in a training state. The first alone say that it is
+# one: no model has parts of these names. Models have parts of all the other names, so
+# those decide only together with what is there.
+STATES = frozenset(
+    "opt_state opt_states optim_state optim_states optimizer_state optimizer_states "
+    "optimizer_variables metrics_variables".split()
+)
+OPTIMIZERS = frozenset("opt optim optimizer optimizers tx".split())
+METRICS = frozenset("metrics metric metrics_state".split())
+BESIDE = (STATES | OPTIMIZERS | METRICS) | frozenset(
+    "rng rngs rng_key rng_keys key keys prng prng_key seed count counter "
+    "step steps global_step epoch epochs batch iteration iterations data "
+    "dataset data_state data_iterator iterator train_iter loader dataloader sampler "
+    "ckpt checkpoint checkpoint_state ckpt_state loss_scale scheduler lr_scheduler "
+    "env_state env_states replay_buffer buffer logs history".split()
+)
+PLAIN = 64  # structures that are remembered as all weights
+LEAVES = np.ndarray | np.generic | bool | int | float | complex | str | bytes
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The weights of a part of a training state.
+
+    Attributes:
+        value: The weights.
+        is_known: Whether it is known by its type or names what they are.
+        is_train_state: Whether they are those of one `TrainState`.
+        is_training: Whether more than PRNG keys was left out, or may have been.
+    """
+
+    value: PyTree
+    is_known: bool = True
+    is_train_state: bool = False
+    is_training: bool = False
+
+
+def is_train_state(node: PyTree) -> bool:
+    """Tell whether a node is a `TrainState` itself, without a look at what is in it."""
+    if isinstance(node, jax.Array | LEAVES) or node is None or is_sequence(node):
+        return False
+    if isinstance(node, Mapping):
+        return "params" in node and not STATES.isdisjoint(node)
+    return hasattr(node, "params") and hasattr(node, "opt_state")
+
+
+def is_training(node: PyTree, fields: Mapping[str, Any]) -> bool:
+    """Tell a training state with `params` from a model or variables."""
+    if any(
+        name.lower() in STATES or is_optimizer(name, value)
+        for name, value in fields.items()
+    ):
+        return True
+    if not isinstance(node, Mapping):
+        return hasattr(node, "tx")  # a field that JAX does not flatten
+    return any(
+        is_beside(value) or is_named_beside(name, value)
+        for name, value in fields.items()
+        if name != "params"
+    )
+
+
+def is_optimizer(name: str, node: PyTree) -> bool:
+    """Tell whether a part is an optimizer's state, by its type or what it is called.
+
+    A part that is called an optimizer may be a model. An optimizer counts its steps.
+    """
+    if is_beside(node) and not _is_key(node):
+        return True
+    if not _is_node(node) or role_of(node):
+        return False
+    name = name.lower()
+    return name in STATES or (name in OPTIMIZERS and _has_count(leaves_of(node)))
+
+
+def is_left_out(name: str | int, child: PyTree, picked: Picked) -> bool:
+    """Tell whether a part of a training state is left out for its name or place."""
+    if isinstance(child, bool | int | str | bytes) or child is None:
+        return True
+    if not isinstance(name, str):
+        return _is_bookkeeping(child)
+    if name.lower() in STATES:
+        return True
+    # Of a part that has a training state in it, the weights are picked already.
+    return not picked.is_training and is_named_beside(name, child)
+
+
+def is_named_beside(name: str, node: PyTree) -> bool:
+    """Tell whether a part is no weights, by its name and by what it holds."""
+    name = name.lower()
+    return name in BESIDE and is_said_beside(name, leaves_of(node))
+
+
+def is_said_beside(name: str, leaves: Iterable[Any]) -> bool:
+    """Tell by a known name and its leaves whether a part is no weights.
+
+    Args:
+        name: The name, in small letters.
+        leaves: The leaves, or their `ShapeDtypeStruct`s.
+    """
+    if name in STATES or (name in OPTIMIZERS and _has_count(leaves)):
+        return True
+    return name in BESIDE and not any(map(is_floating, leaves))
+
+
+def _has_count(leaves: Iterable[Any]) -> bool:
+    """Tell whether leaves have a count among them, as those of optimizers do."""
+    return any(_is_count(leaf) for leaf in leaves)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Tell whether a leaf is, or has, numbers that may be trained."""
+    if isinstance(leaf, float | complex):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def is_beside(node: PyTree) -> bool:
+    """Tell by its type whether a node is no weights, but what is beside them."""
+    if is_from(type(node), "flaxckpt") or _is_key(node):
+        return True
+    if is_from(type(node), "optax"):
+        return type(node).__name__ != "LookaheadParams"
+    if is_from(type(node), "clu"):
+        return True
+    return (
+        type(node) in (tuple, list)
+        and len(node) > 0
+        and all(is_beside(each) for each in node)
+    )
+
+
+def _is_bookkeeping(node: PyTree) -> bool:
+    """Tell whether a leaf of a training state counts steps, or is a raw PRNG key."""
+    if not isinstance(node, jax.Array | np.ndarray | np.generic) or _is_key(node):
+        return False
+    is_raw_key = node.dtype == np.uint32 and node.shape in ((2,), (4,))
+    return is_raw_key or _is_count(node)
+
+
+def _is_count(leaf: Any) -> bool:
+    if isinstance(leaf, bool | str | bytes):
+        return False
+    if isinstance(leaf, int):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return (
+        dtype is not None
+        and getattr(leaf, "shape", None) == ()
+        and bool(jnp.issubdtype(dtype, jnp.integer))
+    )
+
+
+def is_keras(node: PyTree) -> bool:
+    """Tell whether a tuple is what Keras's stateless methods take, in their order.
+
+    Its optimizers' variables begin with a count and a learning rate.
+    """
+    if not (type(node) in (tuple, list) and len(node) in (3, 4)):
+        return False
+    if not all(type(each) in (tuple, list) for each in node):
+        return False
+    heads = [(getattr(x, "shape", 0), getattr(x, "dtype", None)) for x in node[2][:2]]
+    return (
+        len(heads) == 2
+        and all(shape == () and dtype is not None for shape, dtype in heads)
+        and bool(np.issubdtype(heads[0][1], np.integer))
+        and bool(np.issubdtype(heads[1][1], np.floating))
+    )
+
+
+def is_of_equinox(node: PyTree) -> bool:
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(node, equinox.Module)
+
+
+def is_sequence(node: PyTree) -> bool:
+    return type(node) in (tuple, list)
+
+
+def _is_node(node: PyTree) -> bool:
+    return not (isinstance(node, jax.Array | LEAVES) or node is None)
+
+
+def _is_key(node: PyTree) -> bool:
+    return isinstance(node, jax.Array) and bool(
+        jnp.issubdtype(node.dtype, jax.dtypes.prng_key)
+    )
+
+
+def are_keys(node: PyTree) -> bool:
+    """Tell whether a node holds PRNG keys, and nothing else."""
+    if _is_key(node):
+        return True
+    if not _is_node(node) or role_of(node) or is_beside(node):
+        return False
+    leaves = jax.tree_util.tree_leaves(node)
+    return bool(leaves) and all(map(_is_key, leaves))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_from(kind: type, package: str) -> bool:
+    return kind.__module__.partition(".")[0] == package

@@ -1,0 +1,125 @@
+"""Trees as they are stored: plain containers, and a table that describes each leaf.
+
+A user's tree of any node types becomes nested dicts and lists of arrays and scalars,
+which Orbax stores under readable names, and a `Layout`, which knows what Orbax does
+not: tuples from lists, numbers as dict keys, empty arrays, kinds of leaves. Restoring
+compares the stored leaves with the wanted ones by path, before anything is read.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxckpt._trees.skeleton import FROM_LIKE
+
+ARRAYS = ("jax", "numpy", "numpy_scalar")
+PLACED = "placed"  # of what is wanted as it is stored, at a place
+SCALARS: dict[Any, str] = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    complex: "complex",
+}
+PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is stored at one place of a tree.
+
+    Attributes:
+        path: Names from the root to the leaf.
+        kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
+            `int`, `float`, `complex`, `str`, `bytes`. Not stored are `function`, and
+            `static`: in an Equinox module, what is no array, number or text.
+        dtype: Name of the dtype, for arrays and keys.
+        shape: Shape, for arrays and keys.
+        impl: Name of the PRNG implementation, for keys.
+        digest: Fingerprint of the value that was saved; see `_digest`.
+        sums: Checksums of its files, in order; none where they are not known.
+        stored: The keys under which the store has it, where they differ from `path`:
+            as many, or a single one, which stands at the root; see `_names`.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    impl: str = ""
+    digest: str = ""
+    sums: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path) or "(the tree itself)"
+
+    @property
+    def stored_path(self) -> tuple[str, ...]:
+        """The keys under which the store has it."""
+        return self.stored or self.path
+
+    @property
+    def stored_name(self) -> str:
+        """The name under which the store has it."""
+        return ".".join(self.stored_path)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the store has it at the root, and not at its place in the tree."""
+        return bool(self.stored) and len(self.stored) != len(self.path)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is stored as text; text that is none in UTF-8 is an array."""
+        return self.kind == "str" and not self.dtype
+
+    @property
+    def in_orbax(self) -> bool:
+        """Whether Orbax holds it: it takes no arrays without elements."""
+        return not self.is_from_like and 0 not in self.shape
+
+    @property
+    def is_from_like(self) -> bool:
+        """Whether it is no value, and comes from the tree that a load is given."""
+        return self.kind in FROM_LIKE
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Size of its values in memory."""
+        if self.kind == "key":
+            return math.prod(self.shape) * 16
+        return math.prod(self.shape) * jnp.dtype(self.dtype or "complex128").itemsize
+
+    def __str__(self) -> str:
+        if self.kind not in (*ARRAYS, "key"):
+            return self.kind
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))
+
+
+def without_keys(leaf: Any) -> Any:
+    """Return a leaf, of typed PRNG keys the data."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
+
+
+@functools.lru_cache(maxsize=16)
+def key_numbers(impl: str) -> tuple[int, ...]:
+    """Return the shape of the numbers that one PRNG key of an implementation has."""
+    key = functools.partial(jax.random.key, 0, impl=impl)
+    return jax.eval_shape(lambda: jax.random.key_data(key())).shape
+
+
+@functools.lru_cache(maxsize=16)
+def key_dtype(impl: str) -> Any:
+    """Return the dtype of typed PRNG keys of an implementation."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype

@@ -1,0 +1,64 @@
+"""What of a leaf this process has, as pieces on the host."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import numpy as np
+
+from flaxckpt._trees.leaf import without_keys
+
+Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
+"""Where in an array it begins, and its elements."""
+
+
+@dataclass
+class Shards:
+    """Copies, on the host, of the pieces of an array of several processes.
+
+    Attributes:
+        sharding: The array's.
+        pieces: Those that are here.
+    """
+
+    is_fully_addressable: ClassVar[bool] = False
+    sharding: jax.sharding.Sharding
+    pieces: list[Piece]
+
+
+def is_shared(value: Any) -> bool:
+    """Tell whether a leaf is an array of several processes, or copied from one."""
+    return not getattr(value, "is_fully_addressable", True)
+
+
+def pieces(value: Any) -> list[Piece]:
+    """Return the pieces of a leaf that are here, each once, on the host.
+
+    With each, where in the array it begins.
+    """
+    if isinstance(value, Shards):
+        return value.pieces
+    value = without_keys(value)
+    if isinstance(value, jax.Array):
+        return [
+            (
+                tuple(
+                    part.indices(size)[0]
+                    for part, size in zip(shard.index, value.shape, strict=True)
+                ),
+                np.asarray(shard.data),
+            )
+            for shard in value.addressable_shards
+            if shard.replica_id == 0
+        ]
+    array = as_array(value)
+    return [((0,) * array.ndim, array)]
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return a leaf that is no key as an array; of text, its bytes."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        return np.frombuffer(value, np.uint8)
+    return np.asarray(value)

@@ -1,0 +1,129 @@
+"""The structure of a stored tree as JSON, and walks over it."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from flaxckpt._trees.ties import Place
+from flaxckpt.errors import UnsupportedLeafError
+
+Skeleton: TypeAlias = Any
+"""Structure as JSON: a leaf's index, null, or an object with one key, which is one of
+
+- {"dict": [[key, child], ...]}, {"list": [child, ...]} and {"tuple": [child, ...]};
+- {"module": [[key, child], ...]}, an object or State of Flax NNX;
+- {"variable": child}, an NNX Variable. Paths have the name `value` for this level;
+- {"same": [position, ...]}, another place of a module or variable that comes earlier,
+  or that this place is in: the positions of a child of the root, of one in that, and so
+  on. Such a place has no leaves of its own."""
+
+
+def found_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] | None:
+    """Return the structure below a path, and where it is; None where there is none."""
+    node, place = skeleton, ()
+    for name in path:
+        names = [str(key) for key, _ in children_in(node)]
+        if name not in names:
+            return None
+        place = (*place, names.index(name))
+        node = children_in(node)[place[-1]][1]
+        if isinstance(node, dict) and "same" in node:
+            place = tuple(node["same"])
+            node = node_at(skeleton, place)
+    return node, place
+
+
+def key_of(entry: Any) -> str | int:
+    """Return the name of one entry of a key path; a number only if it was one.
+
+    Raises:
+        UnsupportedLeafError: If it is a number of more digits than Python converts.
+    """
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            entry = getattr(entry, attribute)
+            break
+    try:
+        name = str(entry)
+    except ValueError:
+        problem = "a key that cannot be a name, a number of too many digits; rename it"
+        raise UnsupportedLeafError((("(a key)", problem),)) from None
+    return entry if type(entry) is int else name
+
+
+def children_in(node: Skeleton) -> list[tuple[str | int, Skeleton]]:
+    """Return the children of a skeleton's node with their names; none of a leaf."""
+    match node:
+        case {"dict": pairs} | {"module": pairs}:
+            return [(key, child) for key, child in pairs]
+        case {"list": children} | {"tuple": children}:
+            return list(enumerate(children))
+        case {"variable": child}:
+            return [(VALUE, child)]
+        case None | int() | {"same": _}:
+            return []
+        case _:
+            raise ValueError(f"no structure: {node!r}")
+
+
+def with_children(node: Skeleton, children: Sequence[Skeleton]) -> Skeleton:
+    """Return a skeleton's node with other children, one for each that it has."""
+    match node:
+        case {"dict": pairs} | {"module": pairs}:
+            (kind,) = node
+            keys = [key for key, _ in pairs]
+            return {kind: [list(pair) for pair in zip(keys, children, strict=True)]}
+        case {"list": _} | {"tuple": _}:
+            (kind,) = node
+            return {kind: list(children)}
+        case {"variable": _}:
+            return {"variable": children[0]}
+        case _:
+            return node
+
+
+def node_at(skeleton: Skeleton, place: Iterable[int]) -> Skeleton:
+    """Return the node of a skeleton at a place, as `same` gives it."""
+    for position in place:
+        skeleton = children_in(skeleton)[position][1]
+    return skeleton
+
+
+def target(skeleton: Skeleton, node: Skeleton) -> Skeleton:
+    """Return a node of a skeleton, or the one that it is another place of."""
+    is_same = isinstance(node, dict) and "same" in node
+    return node_at(skeleton, node["same"]) if is_same else node
+
+
+def is_variable(node: Skeleton) -> bool:
+    return isinstance(node, dict) and "variable" in node
+
+
+def has_same(skeleton: Skeleton) -> bool:
+    """Tell whether anything in a skeleton is in several places."""
+    if not isinstance(skeleton, dict):
+        return False
+    return "same" in skeleton or any(has_same(e) for _, e in children_in(skeleton))
+
+
+VALUE = "value"
+
+
+def indices_in(skeleton: Skeleton) -> Iterator[int]:
+    """Yield the indices of a structure's leaves."""
+    if isinstance(skeleton, int):
+        yield skeleton
+    for _, child in children_in(skeleton):
+        yield from indices_in(child)
+
+
+INT64 = 2**63
+_RANK = 64  # numpy's limit
+_ITEM_BYTES = 16  # of the largest elements
+FROM_LIKE = ("static", "function")  # kinds of leaves that are not stored
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Tell whether an array can be of a shape, were its empty axes of one element."""
+    size = math.prod(max(size, 1) for size in shape)
+    return len(shape) <= _RANK and size <= INT64 // _ITEM_BYTES

@@ -1,0 +1,186 @@
+"""The weights of a training state: what a model needs to predict.
+
+Looks through the containers that people put their training state in, for models and for
+what is beside them. Knows the types of Flax, optax, Equinox and Keras by their modules'
+names; imports none of them.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from flaxckpt._trees.kinds_of_parts import (
+    LEAVES,
+    METRICS,
+    PLAIN,
+    Picked,
+    are_keys,
+    is_beside,
+    is_from,
+    is_keras,
+    is_left_out,
+    is_named_beside,
+    is_of_equinox,
+    is_optimizer,
+    is_sequence,
+    is_train_state,
+    is_training,
+)
+from flaxckpt._trees.stored_weights import children_by_name, is_nnx_weights, nnx_weights
+from flaxckpt._trees.ties import MODULE, STATE, VARIABLE, PyTree, flatten, role_of
+
+
+def default_weights(tree: PyTree) -> PyTree:
+    """Pick the weights from a tree.
+
+    Args:
+        tree: A training state.
+
+    Returns:
+        - of a `TrainState`-like object (an attribute `params`), or a dict with `params`
+          and an optimizer's state: a dict of `params` and of the other fields that are
+          mappings, such as `batch_stats`: what Linen's `Module.apply` takes as
+          variables;
+        - of an NNX module or state: its state less RNG streams, optimizer state,
+          metrics, caches and intermediates;
+        - of a dict, tuple or object that has such things in it, or an optimizer's
+          state, a `CheckpointState` or PRNG keys beside others: the weights of its
+          parts, by their keys (of a tuple with one such part, or a dict whose one such
+          part is a `TrainState`: that part's), without what is known not to be weights
+          by its type, is called an optimizer's state, as Keras's `optimizer_variables`,
+          or is called `rng`, `step`, `data` or the like and holds no floats;
+        - of anything else, as Equinox modules and plain params: all of it.
+
+        A `TrainState`-like object has an optimizer's state or a `tx`. An object with
+        `params` and neither of them is a model.
+    """
+    picked = _pick_known(tree)
+    return {} if picked is None else picked.value
+
+
+def are_unknown(tree: PyTree) -> bool:
+    """Tell whether all of a tree passes for weights only because nothing is known."""
+    picked = _pick_known(tree)
+    return picked is not None and picked.value is tree and not picked.is_known
+
+
+def _pick_known(node: PyTree) -> Picked | None:
+    """Pick as `_pick` does; of a structure that was all weights before, at once."""
+    if role_of(node) or is_train_state(node):
+        return _pick(node)
+    flat = flatten(node)
+    kind = flat.key, tuple(map(_kind_of, flat.leaves))
+    try:
+        is_known = _ALL_WEIGHTS.get(kind)
+    except TypeError:  # static data that does not hash
+        return _pick(node)
+    if is_known is not None:
+        return Picked(node, is_known=is_known)
+    picked = _pick(node)
+    if picked is not None and picked.value is node:
+        if len(_ALL_WEIGHTS) >= PLAIN:
+            _ALL_WEIGHTS.clear()
+        _ALL_WEIGHTS[kind] = picked.is_known
+    return picked
+
+
+_ALL_WEIGHTS: dict[Any, bool] = {}
+
+
+def _kind_of(leaf: Any) -> Any:
+    """Return all that is looked at of a leaf."""
+    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    return type(leaf), (leaf.dtype, leaf.shape) if is_array else None
+
+
+def _pick(
+    node: PyTree, *, is_root: bool = True, in_model: bool = False
+) -> Picked | None:
+    """Pick the weights of a node; None if it is known to be none.
+
+    In a model, a part is left out only if its type is known, and a name says nothing.
+    """
+    if isinstance(node, LEAVES):
+        return Picked(node, is_known=False)
+    role = role_of(node)
+    if role == VARIABLE:
+        return Picked(node, is_training=True) if is_nnx_weights(node) else None
+    if role in (MODULE, STATE):
+        state = nnx_weights(node)
+        return Picked(state, is_training=True) if state else None
+    if is_beside(node):
+        return None
+    if isinstance(node, jax.Array) or node is None:
+        return Picked(node, is_known=False)
+    if is_from(type(node), "optax"):  # LookaheadParams
+        return Picked(node)
+    children = children_by_name(node)
+    if children is None:
+        return Picked(node, is_known=False)
+    fields = {name: child for name, child in children if isinstance(name, str)}
+    if "params" in fields and is_training(node, fields):
+        return Picked(_variables(fields), is_train_state=True, is_training=True)
+    if "params" in fields and isinstance(node, Mapping):
+        return Picked(node)  # Linen's variables
+    if is_keras(node):
+        return Picked(tuple(node[:2]), is_training=True)
+    is_equinox = is_of_equinox(node)
+    is_state = any(is_optimizer(name, child) for name, child in fields.items())
+    in_model = in_model or (is_equinox and not is_state)
+    if is_root and not in_model:
+        pick = _pick_known
+    else:
+        pick = functools.partial(_pick, is_root=False, in_model=in_model)
+    below = [(name, child, pick(child)) for name, child in children]
+    is_state = is_state or any(
+        not are_keys(child) if picked is None else picked.is_training
+        for _, child, picked in below
+    )
+    # A key alone says little: a model may have one, too.
+    is_plain = isinstance(node, Mapping) or is_sequence(node)
+    has_keys = is_plain and any(
+        picked is None or picked.value is not child for _, child, picked in below
+    )
+    if not is_state and (in_model or not has_keys):
+        is_model = is_equinox or any(p and p.is_known for _, _, p in below)
+        return Picked(node, is_known=is_model)
+    kept = [
+        (name, picked)
+        for name, child, picked in below
+        if picked is not None
+        and not (is_state and not in_model and is_left_out(name, child, picked))
+    ]
+    return _put_together(node, kept, is_training=is_state)
+
+
+def _put_together(
+    node: PyTree, kept: list[tuple[str | int, Picked]], *, is_training: bool
+) -> Picked | None:
+    if not kept:
+        return None
+    if len(kept) == 1 and (kept[0][1].is_train_state or is_sequence(node)):
+        return kept[0][1]
+    if is_sequence(node):
+        value: Any = tuple(picked.value for _, picked in kept)
+    else:
+        value = {name: picked.value for name, picked in kept}
+    return Picked(value, is_training=is_training)
+
+
+def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return params and the collections beside them, as Linen's `apply` takes them."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name == "params":
+            found[name] = nnx_weights(value) if role_of(value) else value
+        elif role_of(value):
+            state = nnx_weights(value)
+            found |= {name: state} if state else {}
+        elif isinstance(value, Mapping) and not is_beside(value):
+            # Where the params are named, metrics are none.
+            is_named = name.lower() in METRICS or is_named_beside(name, value)
+            if not is_named and not are_keys(value):
+                found[name] = value
+    return found
