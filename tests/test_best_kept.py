@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
-from flaxckpt._checkpoints.aside import target
+from flaxckpt._checkpoints.aside import placed
 from flaxckpt._object_store.objects import Objects
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
@@ -155,7 +155,8 @@ def test_a_forced_save_goes_aside_and_one_by_hand_makes_way(tmp_path):
                 with pytest.warns(UserWarning, match="which is kept at"):
                     ckpt.wait()
             ckpt.wait()
-            assert there(tmp_path) == {"best": value, "best.aside": 0.2}
+            (aside,) = there(tmp_path).keys() - {"best"}
+            assert there(tmp_path) == {"best": value, aside: 0.2}
             assert ckpt.restore(which=path).epoch == epoch
             assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, epoch)
             assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
@@ -166,22 +167,26 @@ def test_a_forced_save_goes_aside_and_one_by_hand_makes_way(tmp_path):
 def test_one_by_hand_makes_way_in_an_object_store(url):
     with ModelCheckpoint(f"{url}/best", save_best_only=True) as ckpt:
         state = ckpt.init()
-        ckpt.update(state, tree_of(0.2), {"val_loss": 0.2}, 0)
+        state = ckpt.update(state, tree_of(0.2), {"val_loss": 0.2}, 0)
         ckpt.wait()
-        for epoch, value in enumerate([0.7, 0.8], start=1):
+        ckpt.update(state, tree_of(0.5), {"val_loss": 0.5}, 1, force=True)
+        ckpt.wait()
+        assert there(url) == {"best": 0.2, "best.aside": 0.5}
+        for epoch, value in enumerate([0.7, 0.8], start=2):
             path = ckpt.save(tree_of(value), epoch, logs={"val_loss": value})
             assert str(path) == f"{url}/best"
-            if epoch == 1:
+            if epoch == 2:
                 with pytest.warns(UserWarning, match="which is kept at"):
                     ckpt.wait()
             ckpt.wait()
-            assert there(url) == {"best": value, "best.aside": 0.2}
+            (aside,) = there(url).keys() - {"best"}
+            assert there(url) == {"best": value, aside: 0.2}
             assert (ckpt.best.epoch, ckpt.latest.epoch) == (0, epoch)
             assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
             flaxckpt.verify(ckpt.best.path)
     with ModelCheckpoint(f"{url}/best", save_best_only=True) as ckpt:
         assert float(ckpt.restore(which="best").tree["w"][0]) == pytest.approx(0.2)
-        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 3)
+        ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 4)
     assert there(url) == {"best": 0.1}
     objects = Objects(url)
     (pointer,) = objects.keys_below(".flaxckpt-current")
@@ -530,27 +535,49 @@ def test_the_best_ever_decided_for_is_always_there(
 
 @given(
     st.sampled_from(["min", "max"]),
-    st.lists(st.tuples(st.sampled_from([1, 2, 3, None]), st.booleans()), max_size=6),
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 3, None]),
+            st.booleans(),
+            st.sampled_from(["", "move", "put", "drop"]),
+        ),
+        max_size=8,
+    ),
 )
-def test_of_two_places_the_best_stays(mode, saves):
-    """Also where some saves replace what is at the path, whatever is there."""
+def test_of_all_places_the_best_stays_and_the_newest_too(mode, saves):
+    """Also where a save ends before it moves, puts or drops anything."""
     there, sign = {}, 1 if mode == "min" else -1
-    for value, by_hand in saves:
-        known = [each for each in there.values() if each is not None]
-        place, rest = ("path", []) if by_hand else target(
-            "path", "aside", there, value, mode
-        )  # fmt: skip
-        there[place] = value
-        for each in rest:
+    newest = None  # that was acknowledged, as (value, number)
+    for number, (value, by_hand, end) in enumerate(saves):
+        values = {place: each for place, (each, _) in there.items()}
+        free = next(name for name in ("a", "b", "c") if name not in there)
+        found = placed("path", free, values, value, mode, by_hand=by_hand)
+        known = [each for each in values.values() if each is not None]
+
+        def check(known, newest):
+            best = min(known, key=lambda each: sign * each, default=None)
+            left = [each for each, _ in there.values()]
+            assert best is None or best in left
+            assert newest is None or newest in there.values()
+
+        assert not by_hand or found.path == "path"
+        if end == "move":
+            continue
+        if found.kept is not None:
+            assert found.kept == free
+            there[found.kept] = there.pop("path")
+        check(known, newest)
+        if end == "put":
+            continue
+        there[found.path] = newest = value, number
+        known += [] if value is None else [value]
+        check(known, newest)
+        if end == "drop":
+            continue
+        for each in found.rest:
             del there[each]
-        assert rest in ([], ["aside"])
-        left = [each for each in there.values() if each is not None]
-        if not by_hand and known:
-            known += [] if value is None else [value]
-            best = min(known, key=lambda each: sign * each)
-            assert best in left
-        if not by_hand and place == "path" and "aside" in there:
-            assert there["aside"] is not None
+        check(known, newest)
+        assert len(there) <= 2
 
 
 def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):

@@ -95,6 +95,18 @@ def test_what_is_saved_is_listed_kept_and_restored(url):
         assert_same(ckpt.restore(which=names[1]).tree, 2)
 
 
+def test_nothing_makes_way_where_its_files_are_not_known(url):
+    with ModelCheckpoint(f"{url}/best", "loss", save_best_only=True) as ckpt:
+        train(ckpt, [1.0])
+        ckpt.wait()
+        Objects(url).write(".flaxckpt-current/best", b"{")
+        before = [key for key in keys(url) if key.startswith("best")]
+        ckpt.save(tree_of(1), 1, logs={"loss": 2.0})
+        with pytest.raises(flaxckpt.CheckpointCorruptError, match="cannot be read"):
+            ckpt.wait()
+        assert [key for key in keys(url) if key.startswith("best")] == before
+
+
 def test_nothing_is_left_but_what_is_listed(url):
     with ModelCheckpoint(f"{url}/best", "loss", save_best_only=True) as ckpt:
         train(ckpt, [3.0, 2.0, 1.0])

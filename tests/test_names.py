@@ -147,6 +147,14 @@ def test_other_names_are_escaped(paths, names):
     assert joined(paths, folds=False) == names
 
 
+@pytest.mark.parametrize(
+    "paths", [[("A/x",), ("a/y",)], [("é/x",), ("e\u0301/y",)], [("ß/x",), ("ss/y",)]]
+)
+def test_directories_that_a_file_system_takes_for_one_are_not_made(paths):
+    assert joined(paths, folds=False) == [path for (path,) in paths]
+    assert not any("/" in name for name in joined(paths, folds=True))
+
+
 def test_texts_have_no_slashes_for_a_json_pointer_leads_to_them():
     paths = [("mlp/~/linear", "name"), ("mlp/~/linear", "w")]
     names = joined(paths, slashes=False, folds=False)

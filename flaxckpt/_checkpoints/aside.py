@@ -1,50 +1,76 @@
 """Where a save goes if what it would replace is better: aside. The better one stays.
 
-A path of a series is two places: the path itself, and one aside for a save that is not
-better than the checkpoint at the path. The better checkpoint is at one of the two at
-every moment. It is moved only for a save by hand, which gets the path it was given.
+A path of a series has places aside, for a save that is not better than the checkpoint
+at the path. The better checkpoint is at one of these places at every moment. It is
+moved only for a save by hand, which gets the path it was given. Nothing is deleted
+before the save is there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 SUFFIX = ".aside"
 
 
-def places_aside(path: Path, tag: str) -> tuple[Path, Path]:
-    """Return where a save to `path` may go aside.
+@dataclass(frozen=True)
+class Placed:
+    """Where a save goes, and what becomes of what is there.
+
+    Attributes:
+        path: Its place.
+        kept: Where the checkpoint at `path` is moved first; None if it is not moved.
+        rest: The checkpoints that are superfluous once the save is there.
+    """
+
+    path: Path
+    kept: Path | None = None
+    rest: Sequence[Path] = ()
+
+
+def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
+    """Return where a save to `path` may go aside, the preferred place first.
 
     Args:
         path: The path.
-        tag: Of the series; the second place has it in its name, for where the first is
-            somebody else's.
+        tag: Of the series; the later places have it in their names, for where the first
+            is somebody else's, or still has a checkpoint while another one moves aside.
     """
-    name = path.name + SUFFIX
-    return path.with_name(name), path.with_name(f"{name}-{tag}")
+    return tuple([path.with_name(path.name + suffix) for suffix in suffixes(tag)])
 
 
-def target(
+def suffixes(tag: str) -> tuple[str, ...]:
+    """Return what `places_aside` adds to a name."""
+    return SUFFIX, f"{SUFFIX}-{tag}", f"{SUFFIX}-{tag}-2"
+
+
+def placed(
     path: Path,
-    aside: Path,
+    free: Path,
     there: Mapping[Path, float | None],
     value: float | None,
     mode: str,
-) -> tuple[Path, list[Path]]:
-    """Choose between a path and the place aside, so that the best of both stays.
+    *,
+    by_hand: bool = False,
+) -> Placed:
+    """Choose between a path and the places aside, so that the best of all stays.
 
     Args:
         path: The path.
-        aside: The place aside.
-        there: The monitored values of the checkpoints that are at these two.
+        free: A place aside with nothing in it.
+        there: The monitored values of the checkpoints that are at the path and aside.
         value: That of the save, as it is compared; None if it has none.
         mode: `"min"` or `"max"`.
-
-    Returns:
-        Where the save goes, and what of the two is superfluous once it is there.
+        by_hand: Whether the save gets the path, and a better one makes way.
     """
     sign = 1 if mode == "min" else -1
+    aside = [place for place in there if place != path]
     known = {place: sign * value for place, value in there.items() if value is not None}
     best = min(known, key=known.__getitem__, default=None)
     if best is None or (value is not None and sign * value <= known[best]):
-        return path, [aside] if aside in there else []
-    return (aside if best == path else path), []
+        return Placed(path, rest=aside)
+    if best != path:
+        return Placed(path, rest=[place for place in aside if place != best])
+    if by_hand:
+        return Placed(path, kept=free, rest=aside)
+    return Placed(aside[0] if aside else free, rest=aside[1:])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flaxckpt._checkpoints.aside import SUFFIX, places_aside, target
+from flaxckpt._checkpoints.aside import Placed, placed, places_aside, suffixes
 from flaxckpt._checkpoints.looks import Looks
 from flaxckpt._checkpoints.retention import (
     PreservationPolicy,
@@ -147,7 +147,7 @@ class Series:
         if not unreadable.startswith(below):
             return False
         *above, name = unreadable.removeprefix(below).split("/")
-        for suffix in (f"{SUFFIX}-{self._tag}", SUFFIX):
+        for suffix in reversed(suffixes(self._tag)):
             name = name.removesuffix(suffix)
         return self._template.fits((*above, name))
 
@@ -203,54 +203,62 @@ class Series:
     # ---- writing ---------------------------------------------------------------------
 
     def place(
-        self, path: Path, logs: Mapping[str, Any], *, overwrite: bool
-    ) -> tuple[Path, list[Path]]:
+        self,
+        path: Path,
+        logs: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        by_hand: bool = False,
+    ) -> Placed:
         """Choose where a save goes that may not replace a better one. The area is open.
 
         Args:
             path: Where it is to go.
             logs: Its scalar metrics.
             overwrite: Whether it may all the same, and what is aside goes.
-
-        Returns:
-            Its place, and what is superfluous once it is there; see `_aside`.
+            by_hand: Whether it gets its path, and a better one makes way.
 
         Raises:
             CheckpointPathError: If it cannot be written there.
         """
-        infos = self._ledger().infos
-        aside, other = places_aside(path, self._tag)
-        if str(aside) not in infos and os.path.lexists(aside):
-            aside = other
-        if overwrite:
-            return path, [aside] if str(aside) in infos else []
+        infos, names = self._ledger().infos, places_aside(path, self._tag)
         there = {
             place: self._value(infos[str(place)].logs)
-            for place in (path, aside)
+            for place in (path, *names)
             if str(place) in infos and os.path.lexists(place)
         }
-        chosen, rest = target(path, aside, there, self._value(logs), self._mode)
-        if chosen != path:
-            check_target(chosen, self.root)
-        return chosen, rest
+        if overwrite:
+            return Placed(path, rest=[place for place in there if place != path])
+        free = next((name for name in names if not os.path.lexists(name)), names[-1])
+        found = placed(
+            path, free, there, self._value(logs), self._mode, by_hand=by_hand
+        )
+        for place in (found.path, found.kept):
+            if place is not None and place != path:
+                check_target(place, self.root)
+        return found
 
-    def make_way(self, path: Path, chosen: Path) -> None:
+    def make_way(self, path: Path, kept: Path) -> bool:
         """Move the checkpoint at a path aside, for a save by hand. The area is open.
 
         Args:
             path: The path.
-            chosen: What `place` has returned.
+            kept: Where `place` has it moved.
+
+        Returns:
+            Whether it was there to be moved, and not deleted meanwhile.
         """
         known = self._ledger()
-        if str(chosen) in known.infos:
-            self.drop([chosen])  # which is worse
-        self.area.move(path, chosen)
-        moved = [
-            replace(info, path=chosen) if info.path == path else info
-            for info in known.infos.values()
-        ]
-        known.infos, known.best = {str(info.path): info for info in moved}, None
-        known.changes = self.area.changes
+        try:
+            self.area.move(path, kept)
+        except FileNotFoundError:
+            is_moved = False
+            known.infos.pop(str(path), None)
+        else:
+            is_moved = True
+            known.infos[str(kept)] = replace(known.infos.pop(str(path)), path=kept)
+        known.best, known.changes = None, self.area.changes
+        return is_moved
 
     def drop(self, paths: Sequence[Path]) -> None:
         """Delete checkpoints, once what is new is in its place.

@@ -297,7 +297,10 @@ class Area:
             self._sync_directory(aside)
             self._sync_directory(path.parent)
         except BaseException:
-            self._kept_aside.append(aside)  # to be deleted, and never written over
+            # Else it may come back after a crash, written over or half deleted.
+            with contextlib.suppress(OSError):
+                os.rename(aside / "new", path)
+                aside.rmdir()
             raise
         self._trash.append(aside)
 

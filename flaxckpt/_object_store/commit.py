@@ -33,7 +33,11 @@ from flaxckpt._object_store.objects import Objects
 from flaxckpt._object_store.pointer import Pointer, key_of, read_pointers, write_record
 from flaxckpt._object_store.scratch import scratch, url_of
 from flaxckpt._runtime.locks import new_lock
-from flaxckpt.errors import CheckpointError, CheckpointLockedError
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointLockedError,
+)
 
 # Held while a pointer is written and the directory follows, and while it is read anew.
 _MOVING = new_lock()
@@ -123,29 +127,32 @@ class Mirror(Area):
     def move(self, path: Path, target: Path) -> None:
         """Keep a checkpoint under another name; see `Area.move`.
 
-        There are no renames in a store. The files are copied, by way of this machine,
-        and what is at `path` stays until something is put there.
+        There are no renames in a store. The files are copied, and what is at `path`
+        stays until something is put there.
         """
-        found = self._objects.read(key_of(self._name(path)))
-        if found.content is None:  # deleted meanwhile: there is nothing to keep
-            return
-        pointer = Pointer.parse(found.content)
+        self._shared.changes += 1
         name, at = self._name(target), self._fresh_place(target)
         self._check_lease()
         try:
+            found = self._objects.read(key_of(self._name(path)))
+            if found.content is None:
+                raise FileNotFoundError(path)
+            pointer = Pointer.parse(found.content)
+            if not pointer.at:
+                problem = "the object that says where its files are cannot be read"
+                raise CheckpointCorruptError(str(self.shown(path)), problem)
+            if self._objects.read(key_of(name)).content is not None:
+                raise FileExistsError(target)
             self._doubt(at)
-            with scratch() as copies:
-                self._objects.download(pointer.at, copies)
-                self._objects.upload(copies, at)
+            self._objects.copy(pointer.at, at)
             moved = Pointer(at, pointer.record)
             with _MOVING:
-                self._unused += self._point(name, moved)
+                self._point(name, moved)
                 write_record(target, moved)
                 _KNOWN[self._root].add(name)
         except BaseException:
             self._is_current = False
             raise
-        self._shared.changes += 1
         self._certain.append(at)
 
     def remove(self, path: Path) -> None:
@@ -166,7 +173,8 @@ class Mirror(Area):
         super().sweep(spare=spare)
         with self._deleting:
             while self._certain:
-                self._objects.delete(self._note_of(self._certain[0]))
+                if self._certain[0] not in self._unused:  # whose notes go with them
+                    self._objects.delete(self._note_of(self._certain[0]))
                 del self._certain[0]
             while self._unused:
                 self._delete_files(self._unused[0])

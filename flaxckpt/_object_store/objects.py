@@ -157,6 +157,21 @@ class Objects:
             for write, _ in writes:
                 write.result()
 
+    def copy(self, source: str, directory: str) -> None:
+        """Copy all objects of a directory into another one.
+
+        Raises:
+            FileNotFoundError: If there are none, or one is deleted meanwhile.
+        """
+        keys = self.keys_below(source)
+        contents = ((key, self.read(key).content) for key in keys)
+        for key, content in contents:
+            if content is None:
+                raise FileNotFoundError(key)
+            self.write(f"{directory}/{key.removeprefix(f'{source}/')}", content)
+        if not keys:
+            raise FileNotFoundError(source)
+
     def download(self, directory: str, target: Path) -> None:
         """Read all objects of a directory into one on the disk."""
         for key in self.keys_below(directory):

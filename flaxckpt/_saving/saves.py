@@ -11,7 +11,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -672,9 +672,9 @@ class Saves:
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
         for page in pages:
-            rest: list[Path] = []
-            if not page.in_slot:
-                rest = self._place(page, entry, logs)
+            rest, kept = list[Path](), None
+            if self._best_only and not page.in_slot:
+                rest, kept = self._place(page, entry, logs)
             self._series.put(
                 page,
                 entry.epoch,
@@ -687,6 +687,8 @@ class Saves:
                 together=together,
             )
             self._series.drop(rest)
+            if kept is not None:
+                self._warn_of_kept(page.path, kept)
             self._say(entry, f"finished saving model to {self._shown(page.path)}")
         if entry.save:
             self._series.prune(resumable=not self._weights_only)
@@ -694,19 +696,24 @@ class Saves:
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
 
-    def _place(self, page: Page, entry: Entry, logs: Logs) -> list[Path]:
-        """Have a page go aside where something better is at its path.
+    def _place(
+        self, page: Page, entry: Entry, logs: Logs
+    ) -> tuple[Sequence[Path], Path | None]:
+        """Have a page go aside, or a better one, where something better is at its path.
 
         Returns:
-            What is superfluous once it is there.
+            What is superfluous once it is there, and where the better one was moved.
         """
-        if not self._best_only:
-            return []
         state, path = entry.kept, page.path
-        chosen, rest = self._series.place(path, logs, overwrite=self._overwrite)
-        if chosen != path and entry.by_hand:
-            self._make_way(path, chosen)
-            return rest
+        placed = self._series.place(
+            path, logs, overwrite=self._overwrite, by_hand=entry.by_hand
+        )
+        chosen, rest = placed.path, placed.rest
+        if placed.kept is not None:
+            is_moved = self._series.make_way(path, placed.kept)
+            return rest, placed.kept if is_moved else None
+        if entry.by_hand:
+            return rest, None
         page.path = chosen
         if chosen != path:
             better, own = self._shown(path), self._shown(chosen)
@@ -715,12 +722,11 @@ class Saves:
         if state is not None and is_news and not self._overwrite:
             self._warn_of_better(state, chosen if chosen != path else None)
         self._has_saved = True
-        return rest
+        return rest, None
 
-    def _make_way(self, path: Path, chosen: Path) -> None:
-        """Keep the better checkpoint that a save by hand would replace."""
-        here, aside = self._shown(path), self._shown(chosen)
-        self._series.make_way(path, chosen)
+    def _warn_of_kept(self, path: Path, kept: Path) -> None:
+        """Tell where the better checkpoint is that a save by hand took the place of."""
+        here, aside = self._shown(path), self._shown(kept)
         self._writer.warn(
             f"save() took the place of a better checkpoint at {here!r}, which is kept "
             f"at {aside!r}. To replace it, pass overwrite=True."

@@ -128,7 +128,9 @@ def _are_paths(found: Sequence[Path], *, folds: bool) -> bool:
     if not any("/" in name for name in names):
         return True
     paths = [tuple(name.split("/")) for name in names]
-    above = {path[:depth] for path in paths for depth in range(1, len(path))}
+    above = _above(paths)
+    if len(above) < len(_above([tuple(".".join(path).split("/")) for path in found])):
+        return False  # directories that the file system takes for one
     parts = {part for path in paths for part in path}
     return (
         above.isdisjoint(paths)
@@ -136,6 +138,10 @@ def _are_paths(found: Sequence[Path], *, folds: bool) -> bool:
         and all(part.strip(".") for part in parts)
         and not any(part.endswith(_LOCK) or _SHORTENED in part for part in parts)
     )
+
+
+def _above(paths: Sequence[Path]) -> set[Path]:
+    return {path[:depth] for path in paths for depth in range(1, len(path))}
 
 
 def _escape(found: re.Match[str]) -> str:

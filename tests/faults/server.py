@@ -106,7 +106,7 @@ SCENARIOS = {
         "best", [0.9], [0.8, 0.7], earlier=[0.2], save_best_only=True
     ),
     "make way": Scenario(
-        "best", [], [0.8, 0.7], earlier=[0.2], by_hand=True, save_best_only=True
+        "best", [0.5], [0.8, 0.7], earlier=[0.2], by_hand=True, save_best_only=True
     ),
 }  # fmt: skip
 
