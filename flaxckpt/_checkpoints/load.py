@@ -70,6 +70,7 @@ def load(
 
     Example:
         >>> import flaxckpt
+        >>> import numpy as np
         >>> with flaxckpt.ModelCheckpoint("runs/{epoch}") as ckpt:
         ...     path = ckpt.save({"w": np.arange(3), "b": (1, 2)}, epoch=0)
         >>> flaxckpt.load(path)
@@ -177,6 +178,7 @@ def verify(path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import flaxckpt
+        >>> import numpy as np
         >>> with flaxckpt.ModelCheckpoint("runs/{epoch}") as ckpt:
         ...     path = ckpt.save({"w": np.arange(3)}, epoch=0)
         >>> flaxckpt.verify(path)
