@@ -712,8 +712,6 @@ class Saves:
         if placed.kept is not None:
             is_moved = self._series.make_way(path, placed.kept)
             return rest, placed.kept if is_moved else None
-        if entry.by_hand:
-            return rest, None
         page.path = chosen
         if chosen != path:
             better, own = self._shown(path), self._shown(chosen)
