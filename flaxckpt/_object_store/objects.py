@@ -164,13 +164,13 @@ class Objects:
             FileNotFoundError: If there are none, or one is deleted meanwhile.
         """
         keys = self.keys_below(source)
-        contents = ((key, self.read(key).content) for key in keys)
-        for key, content in contents:
+        if not keys:
+            raise FileNotFoundError(source)
+        for key in keys:
+            content = self.read(key).content
             if content is None:
                 raise FileNotFoundError(key)
             self.write(f"{directory}/{key.removeprefix(f'{source}/')}", content)
-        if not keys:
-            raise FileNotFoundError(source)
 
     def download(self, directory: str, target: Path) -> None:
         """Read all objects of a directory into one on the disk."""
