@@ -213,12 +213,12 @@ def test_a_metric_that_is_not_ready_is_not_waited_for(tmp_path):
         return jax.lax.fori_loop(0, 60, lambda _, y: jnp.tanh(y @ y), x).sum()
 
     x = jnp.ones((500, 500))
-    slow(x).block_until_ready()
+    loss = slow(x).block_until_ready()
     for settings in ({"save_freq": 1000}, {"save_freq": "epoch"}):
         ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True, **settings)
-        state = ckpt.init()
+        state = ckpt.update(ckpt.init(), {"x": x}, {"val_loss": loss}, 0, 0)
         loss = slow(x)
-        for batch in range(10):
+        for batch in range(1, 10):
             state = ckpt.update(state, {"x": x}, {"val_loss": loss}, 0, batch)
         assert not loss.is_ready()
         loss.block_until_ready()

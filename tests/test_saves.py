@@ -93,14 +93,17 @@ def test_a_due_check_waits_for_no_metric(tmp_path):
     with ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt:
         state = ckpt.init()
         tree = {"w": jnp.ones(8)}
-        for epoch in range(2):  # the first call compiles what the second runs
+        for epoch in range(2):  # these compile what the next one runs
             loss = slow(x) - epoch
             state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
+        ckpt.wait()
+        loss = slow(x) - 2
+        state = ckpt.update(state, tree, {"val_loss": loss}, 2)
         assert not loss.is_ready()
         assert not state.best.is_ready()
-        worse = ckpt.update(state, tree, {"val_loss": loss + 1}, 2)
+        worse = ckpt.update(state, tree, {"val_loss": loss + 1}, 3)
         ckpt.wait()
-        assert names(ckpt.checkpoints) == ["1", "2"]
+        assert names(ckpt.checkpoints) == ["1", "2", "3"]
         assert worse.best == state.best == loss
         assert ckpt.best.logs == {"val_loss": float(loss)}
 
