@@ -12,6 +12,7 @@ lines. A call that hangs ends the process, with all stacks.
 import collections
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -364,12 +365,17 @@ def attempt(scenario, at):
         each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
     }
     directory = tempfile.mkdtemp(prefix="flaxckpt-interrupt-")
+    gc.collect()  # what ends here of the attempt before is no line of this call
     faulthandler.dump_traceback_later(DEADLINE_SECS, exit=True)
     interrupt, problem, run = Interrupt(at), "", None
     try:
         run, call = SCENARIOS[scenario](directory)
-        with contextlib.suppress(KeyboardInterrupt), interrupt:
-            call()
+        with interrupt:
+            try:
+                call()
+            except BaseException as error:
+                if not is_interrupt(error):
+                    raise
         run.go()
         go_on(run)
         settled(run, handlers)
@@ -384,6 +390,13 @@ def attempt(scenario, at):
         for each, handler in handlers.items():
             signal.signal(each, handler)
     return interrupt.first, problem
+
+
+def is_interrupt(error):
+    """Tell whether this is an interrupt, or JAX's error for one within its own call."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def go_on(run):
