@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
-from flaxckpt._checkpoints.aside import placed
+from flaxckpt._checkpoints.aside import placed, places_aside
 from flaxckpt._object_store.objects import Objects
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
@@ -224,6 +224,38 @@ def test_a_better_one_that_waits_is_not_superseded(tmp_path):
             warnings.simplefilter("ignore")
             ckpt.wait()
     assert best_of(path) == 0.2
+
+
+def test_a_save_by_hand_beside_a_better_one_is_told_of_it(tmp_path):
+    """Where nothing has to move: each epoch has a path of its own."""
+    train(tmp_path / "{epoch}", [0.2])
+    with ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        ckpt.save(tree_of(0.5), 7, logs={"val_loss": 0.5}, state=state)
+        with pytest.warns(UserWarning, match=OF_EARLIER):
+            ckpt.wait()
+    assert sorted(there(tmp_path).values()) == [0.2, 0.5]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "a" * 250, "a" * 239, "ä" * 127])
+def test_a_name_that_no_suffix_fits_behind(tmp_path, name):
+    """Its places aside are short enough, and its own: a name like it has others."""
+    assert places_aside(tmp_path / "best", "12345678")[0].name == "best.aside"
+    twin = name[:-1] + "b"
+    for each in (name, twin):
+        train(tmp_path / each, [0.2])
+        train(tmp_path / each, [0.5])
+    assert sorted(there(tmp_path).values()) == [0.2, 0.2, 0.5, 0.5]
+    with ModelCheckpoint(tmp_path / name, save_best_only=True) as ckpt:
+        ckpt.save(tree_of(0.7), 0, logs={"val_loss": 0.7})
+        with pytest.warns(UserWarning, match="which is kept at"):
+            ckpt.wait()
+    assert len(ckpt.checkpoints) == 2
+    for each in (name, twin):
+        assert best_of(tmp_path / each) == 0.2
+        train(tmp_path / each, [0.1])
+        assert best_of(tmp_path / each) == 0.1
+    assert there(tmp_path) == {name: 0.1, twin: 0.1}
 
 
 def test_what_is_aside_of_another_series_is_not_touched(tmp_path):

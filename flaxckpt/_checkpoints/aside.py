@@ -6,9 +6,13 @@ moved only for a save by hand, which gets the path it was given. Nothing is dele
 before the save is there.
 """
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from flaxckpt._checkpoints.target import NAME_BYTES
 
 SUFFIX = ".aside"
 
@@ -36,7 +40,19 @@ def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
         tag: Of the series; the later places have it in their names, for where the first
             is somebody else's, or still has a checkpoint while another one moves aside.
     """
-    return tuple([path.with_name(path.name + suffix) for suffix in suffixes(tag)])
+    ends = suffixes(tag)
+    room = NAME_BYTES - max(map(len, ends))  # the names differ by their ends alone
+    return tuple([path.with_name(_shortened(path.name, room) + end) for end in ends])
+
+
+def _shortened(name: str, most: int) -> str:
+    """Return a name of so many bytes at most; a digest stands for what is left out."""
+    whole = os.fsencode(name)
+    if len(whole) <= most:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    head = whole[: most - len(digest) - 1].decode(errors="ignore")
+    return f"{head}~{digest}"
 
 
 def suffixes(tag: str) -> tuple[str, ...]:

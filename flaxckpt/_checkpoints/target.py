@@ -9,7 +9,7 @@ from flaxckpt._disk.open import is_damage, unreadable
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt.errors import CheckpointPathError
 
-_NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
+NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
 _PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300  # less what is below
 _ELSEWHERE = "Choose another filepath."
 
@@ -83,9 +83,9 @@ def _nearest(path: Path) -> tuple[Path, bool]:
         problem = f"is no path in this file system's encoding ({error})"
         raise CheckpointPathError(str(path), f"{problem}. {_ELSEWHERE}") from error
     longest = max(map(len, names))
-    if longest > _NAME_BYTES or sum(map(len, names)) + len(names) > _PATH_BYTES:
+    if longest > NAME_BYTES or sum(map(len, names)) + len(names) > _PATH_BYTES:
         problem = f"is too long for a checkpoint, or has a name of {longest} bytes"
-        limits = f"the limits are {_PATH_BYTES} bytes and {_NAME_BYTES}"
+        limits = f"the limits are {_PATH_BYTES} bytes and {NAME_BYTES}"
         raise CheckpointPathError(str(path), f"{problem}: {limits}. {_ELSEWHERE}")
     for each in (path, *path.parents):
         try:
