@@ -208,6 +208,32 @@ def test_in_a_store_a_run_goes_on_where_it_was(s3, tmp_path):
         assert resumed[index][-2:] == whole[index][-2:]
 
 
+@pytest.mark.parametrize("in_a_store", [False, True], ids=["disk", "store"])
+def test_what_is_saved_by_hand_makes_a_better_one_go_aside(s3, tmp_path, in_a_store):
+    said = pod.run(tmp_path, "save_by_hand", 2, s3 if in_a_store else tmp_path / "run")
+    for first, again, last in said:
+        assert first == [np.float32([0.7, 0.2]).round(3).tolist(), 2]
+        assert again == [np.float32([0.8, 0.2]).round(3).tolist(), 2]
+        assert last == [0.1]
+
+
+def test_a_full_disk_of_any_process_is_told_with_the_space_it_lacks(s3, tmp_path):
+    if not pod.can_be_apart():
+        pytest.skip("no file systems of their own for processes")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    said = pod.run(
+        tmp_path, "fill_a_disk", 2, s3, scratch=scratch,
+        faults={1: {"SCRATCH_SIZE": "8m"}},
+    )  # fmt: skip
+    for failed, names in said:
+        assert failed[:3] == ["failed", 1, f"{s3}/2"]
+        assert failed[3].startswith("No space left on device: it needs about 33.6 MB")
+        assert "are free on" in failed[3]
+        assert failed[3].endswith("(in process 1)")
+        assert names == ["1", "3"]
+
+
 KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
 SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
 

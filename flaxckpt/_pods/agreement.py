@@ -87,4 +87,9 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def translated_for_all(error: BaseException, where: str) -> CheckpointError:
-    return translated(error, where, f" (in process {process_index()})")
+    return translated(error, where, in_process())
+
+
+def in_process() -> str:
+    """Return what an error says behind what went wrong, in this process."""
+    return f" (in process {process_index()})"

@@ -35,6 +35,7 @@ from flaxckpt._pods.agreement import (
     ALLOWED,
     SEVERAL,
     agree,
+    in_process,
     nothing,
     placed,
     summary,
@@ -42,6 +43,7 @@ from flaxckpt._pods.agreement import (
 )
 from flaxckpt._pods.learning import exchanged_with_all, one_path
 from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
+from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Entry
 from flaxckpt._saving.contents import Parts, Save
 from flaxckpt._saving.queue import Job
@@ -315,7 +317,7 @@ class PodSaves(Saves):
         for index, page in enumerate(pages):
             place, area = exchange.hear(f"where {index}"), self._series.area
             try:
-                with area.share(place) as directory:
+                with area.share(place) as directory, self._space_told(page, directory):
                     share = write_share(
                         directory, page.layout, page.leaves, sync=area.sync
                     )
@@ -325,3 +327,9 @@ class PodSaves(Saves):
         exchange.hear("done")
         if pages:
             self.counts.saved += 1
+
+    def _space_told(
+        self, page: Page, directory: Path
+    ) -> contextlib.AbstractContextManager[None]:
+        shown, here = self._shown(page.path), in_process()
+        return space_told(shown, page.layout.nbytes, directory, here)

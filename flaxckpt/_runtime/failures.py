@@ -39,13 +39,16 @@ def listed(names: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def space_told(path: object, nbytes: int, directory: Path) -> Generator[None]:
+def space_told(
+    path: object, nbytes: int, directory: Path, where: str = ""
+) -> Generator[None]:
     """Have a save that fails for want of space say how much it needs.
 
     Args:
         path: The checkpoint, as its users know it.
         nbytes: How much its values need.
         directory: Where it is written.
+        where: To say behind it.
 
     Raises:
         CheckpointWriteError: In place of the error of a full disk.
@@ -58,7 +61,7 @@ def space_told(path: object, nbytes: int, directory: Path) -> Generator[None]:
         problem = _lack_of_space(error, nbytes, directory)
         if problem is None:
             raise
-        raise CheckpointWriteError(str(path), problem) from error
+        raise CheckpointWriteError(str(path), problem + where) from error
 
 
 def _lack_of_space(error: BaseException, nbytes: int, directory: Path) -> str | None:

@@ -105,7 +105,8 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
         devices: How many devices each process has.
         faults: Environment variables of some processes, by index.
         scratch: A directory to have for temporary files, each process another one
-            under that name, as if it were on a machine of its own.
+            under that name, as if it were on a machine of its own; of the size
+            that SCRATCH_SIZE in its environment gives, if any.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -119,7 +120,8 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
         environment.pop("XLA_FLAGS", None)
         if scratch is not None:
             environment["TMPDIR"] = str(scratch)
-            mount = 'mount -t tmpfs none "$TMPDIR" && exec "$0" "$@"'
+            size = '-o size="${SCRATCH_SIZE:-50%}"'
+            mount = f'mount -t tmpfs {size} none "$TMPDIR" && exec "$0" "$@"'
             command = ["unshare", "--mount", "sh", "-c", mount, *command]
         with log.open("w") as out:
             processes.append(

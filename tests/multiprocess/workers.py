@@ -341,6 +341,42 @@ def run_out_of_room(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
+def fill_a_disk(url):
+    """Save more than one of the processes has room for, then less."""
+    mesh = mesh_of(jax.device_count(), 1)
+    with flaxckpt.ModelCheckpoint(f"{url}/{{epoch}}", timeout_secs=20) as ckpt:
+        for epoch, rows in enumerate([1024, 16 * 1024, 1024]):
+            tree = {"w": place(np.ones((rows, 512), np.float32), mesh, "data")}
+            try:
+                ckpt.save(tree, epoch)
+                ckpt.wait()
+            except flaxckpt.CheckpointWriteError as error:
+                say("failed", epoch, error.path, error.cause)
+        say([info.path.name for info in ckpt.checkpoints])
+
+
+def save_by_hand(directory):
+    """Save by hand what is worse than what is there, again and again."""
+    mesh = mesh_of(jax.device_count(), 1)
+
+    def tree_of(value):
+        return {"w": place(np.full(64, value, np.float32), mesh, "data")}
+
+    path = f"{directory}/best"
+    with flaxckpt.ModelCheckpoint(path, "loss", save_best_only=True) as ckpt:
+        state = ckpt.update(ckpt.init(), tree_of(0.2), {"loss": 0.2}, 0)
+        ckpt.wait()
+        for epoch, value in enumerate([0.7, 0.8], start=1):
+            ckpt.save(tree_of(value), epoch, logs={"loss": value})
+            ckpt.wait()
+            found = [ckpt.restore(tree_of(0), which=w) for w in (path, "best")]
+            values = [float(each.tree["w"].addressable_data(0)[0]) for each in found]
+            say(np.float32(values).round(3).tolist(), len(ckpt.checkpoints))
+        state = ckpt.update(state, tree_of(0.1), {"loss": 0.1}, 4)
+        ckpt.wait()
+        say([info.logs["loss"] for info in ckpt.checkpoints])
+
+
 def train_by_the_clock(directory):
     """Train until three checkpoints are due by clocks that differ, as the speeds do."""
     from flaxckpt._processes.clock import AgreedInterval
