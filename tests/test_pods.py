@@ -223,8 +223,8 @@ def test_a_full_disk_of_any_process_is_told_with_the_space_it_lacks(s3, tmp_path
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     said = pod.run(
-        tmp_path, "fill_a_disk", 2, s3, scratch=scratch,
-        faults={1: {"SCRATCH_SIZE": "8m"}},
+        tmp_path, "fill_a_disk", 2, s3, scratch, scratch=scratch,
+        faults={1: {"SCRATCH_SIZE": "256m"}},
     )  # fmt: skip
     for failed, names in said:
         assert failed[:3] == ["failed", 1, f"{s3}/2"]

@@ -172,8 +172,14 @@ class PodSaves(Saves):
                 directory = self._shared_directory(exchange, stack)
                 if not is_plain(directory):
                     directory = stack.enter_context(one_path(exchange, directory))
-            learn_form(directory / "learnt", layout, leaves, exchanged)
-            exchange.tell("learnt", None)
+            try:
+                learn_form(directory / "learnt", layout, leaves, exchanged)
+                exchange.tell("learnt", None)
+            except Exception as error:
+                failure = self._translated(error)
+                for subject in ("files", "learnt"):
+                    exchange.tell(subject, failure, again=True)
+                raise failure from error
             exchange.hear_all("learnt")  # before it is deleted
         if is_leader() and not area.is_mirror:
             area.sweep()

@@ -7,9 +7,11 @@ import faulthandler
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 import warnings
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -341,17 +343,21 @@ def run_out_of_room(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
-def fill_a_disk(url):
-    """Save more than one of the processes has room for, then less."""
+def fill_a_disk(url, directory):
+    """Have no room left where one of the processes writes its share, once."""
     mesh = mesh_of(jax.device_count(), 1)
+    tree = {"w": place(np.ones((16 * 1024, 512), np.float32), mesh, "data")}
+    filler = Path(directory, "filler")
     with flaxckpt.ModelCheckpoint(f"{url}/{{epoch}}", timeout_secs=20) as ckpt:
-        for epoch, rows in enumerate([1024, 16 * 1024, 1024]):
-            tree = {"w": place(np.ones((rows, 512), np.float32), mesh, "data")}
+        for epoch in range(3):
+            if (epoch, jax.process_index()) == (1, 1):
+                filler.write_bytes(bytes(shutil.disk_usage(directory).free - 2**20))
             try:
                 ckpt.save(tree, epoch)
                 ckpt.wait()
             except flaxckpt.CheckpointWriteError as error:
                 say("failed", epoch, error.path, error.cause)
+            filler.unlink(missing_ok=True)
         say([info.path.name for info in ckpt.checkpoints])
 
 
