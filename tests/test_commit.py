@@ -246,3 +246,31 @@ def test_an_opening_that_fails_leaves_no_lock(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".flaxckpt-*.lock"))
     ckpt.save(tree_of(0), 0)
     ckpt.close()
+
+
+def test_a_removal_that_does_not_reach_the_disk_is_taken_back(tmp_path, monkeypatch):
+    """Else a crash could bring the checkpoint back, half deleted."""
+    with ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        with monkeypatch.context() as patch:
+            put = ckpt._series.area.put
+
+            def fail(_):
+                raise OSError(errno.EIO, "injected")
+
+            def put_then_fail(*args):
+                put(*args)
+                patch.setattr(ckpt._series.area, "_sync_directory", fail)
+
+            patch.setattr(ckpt._series.area, "put", put_then_fail)
+            ckpt.save(tree_of(1), 1)
+            with pytest.raises(flaxckpt.CheckpointError, match="injected"):
+                ckpt.wait()
+        for epoch, info in enumerate(flaxckpt.list_checkpoints(tmp_path)):
+            assert (flaxckpt.load(info.path)["w"] == epoch).all()
+        assert epoch == 1
+        ckpt.save(tree_of(2), 2)
+        ckpt.wait()
+        assert [info.path.name for info in ckpt.checkpoints] == ["3"]
+    assert os.listdir(tmp_path) == ["3"]
