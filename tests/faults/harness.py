@@ -32,6 +32,12 @@ SCENARIOS = (
 )
 MODES = ("kill", "torn", "ENOSPC", "EIO")
 STORE_SCENARIOS = ("replace the best", "keep the newest", "save the last", "make way")
+# What every process of a survey compiles again, it finds here.
+PROGRAMS = {
+    "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/flaxckpt-test-programs",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 STORE_MODES = ("before", "after")  # the call that changes the store
 
 
@@ -57,7 +63,7 @@ class Server:
         preloaded = {"LD_PRELOAD": str(library)} if self._is_disk else {}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", HERE / "server.py"],
-            env={**os.environ, "XLA_FLAGS": "", **preloaded},
+            env={**os.environ, **PROGRAMS, "XLA_FLAGS": "", **preloaded},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
