@@ -21,22 +21,34 @@ def library(tmp_path_factory):
     return harness.build(tmp_path_factory.mktemp("shim"))
 
 
+@pytest.fixture(scope="module")
+def disk(library):
+    with harness.serving(library) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def store(_s3):
+    with harness.serving(None) as servers:
+        yield servers
+
+
 @pytest.mark.parametrize("mode", harness.MODES)
 @pytest.mark.parametrize("scenario", harness.SCENARIOS)
-def test_nothing_acknowledged_is_lost(library, scenario, mode):
+def test_nothing_acknowledged_is_lost(disk, scenario, mode):
     seed = os.environ.get("FLAXCKPT_SEED", "0")
     _, points, problems = harness.survey(
-        library, scenario, mode, sample=SAMPLE, seed=f"{seed}{scenario}{mode}"
+        disk, scenario, mode, sample=SAMPLE, seed=f"{seed}{scenario}{mode}"
     )
     assert points
     assert not problems
 
 
 @pytest.mark.parametrize("mode", harness.MODES)
-def test_without_an_exchange_of_directories(library, mode):
+def test_without_an_exchange_of_directories(disk, mode):
     """On file systems that cannot exchange, three renames do."""
     _, points, problems = harness.survey(
-        library, "replace the best", mode, exchange=False, sample=SAMPLE, seed=mode
+        disk, "replace the best", mode, exchange=False, sample=SAMPLE, seed=mode
     )
     assert points
     assert not problems
@@ -44,11 +56,13 @@ def test_without_an_exchange_of_directories(library, mode):
 
 @pytest.mark.parametrize("mode", harness.STORE_MODES)
 @pytest.mark.parametrize("scenario", harness.STORE_SCENARIOS)
-def test_nothing_acknowledged_is_lost_in_a_store(s3, monkeypatch, scenario, mode):
+def test_nothing_acknowledged_is_lost_in_a_store(
+    store, s3, monkeypatch, scenario, mode
+):
     monkeypatch.setenv("FLAXCKPT_TEST_STORE", s3)
     seed = os.environ.get("FLAXCKPT_SEED", "0")
     _, points, problems = harness.survey(
-        None, scenario, mode, sample=SAMPLE, seed=f"{seed}{scenario}{mode}"
+        store, scenario, mode, sample=SAMPLE, seed=f"{seed}{scenario}{mode}"
     )
     assert points
     assert not problems

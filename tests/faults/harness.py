@@ -7,6 +7,7 @@ all its threads, TensorStore's in C++ as well as Python's.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -119,30 +120,36 @@ def verdict(mode, at, struck, checked):
     return ""
 
 
-def survey(library, scenario, mode, *, exchange=True, sample=None, servers=2, seed=0):
+@contextlib.contextmanager
+def serving(library, number=2):
+    """Start servers, for any number of surveys; see `Server`."""
+    servers = [Server(library) for _ in range(number)]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
+
+
+def survey(servers, scenario, mode, *, exchange=True, sample=None, seed=0):
     """Strike at every call of a scenario, or at a sample of them.
 
     Returns:
         Number of the scenario's calls, the points tried, and what went wrong by point.
     """
-    pool = [Server(library) for _ in range(servers)]
-    try:
-        problem, count = attempt(pool[0], scenario, mode, 0, exchange)
-        problems = {0: problem} if problem else {}
-        points = list(range(1, count + 1))
-        if sample is not None:
-            points = sorted(random.Random(seed).sample(points, min(sample, count)))
-        with ThreadPoolExecutor(servers) as threads:
-            runs = [
-                threads.submit(strike_all, server, scenario, mode, mine, exchange)
-                for server, mine in zip(pool, shares(points, servers), strict=True)
-            ]
-            for run in runs:
-                problems |= run.result()
-        return count, points, problems
-    finally:
-        for server in pool:
-            server.close()
+    problem, count = attempt(servers[0], scenario, mode, 0, exchange)
+    problems = {0: problem} if problem else {}
+    points = list(range(1, count + 1))
+    if sample is not None:
+        points = sorted(random.Random(seed).sample(points, min(sample, count)))
+    with ThreadPoolExecutor(len(servers)) as threads:
+        runs = [
+            threads.submit(strike_all, server, scenario, mode, mine, exchange)
+            for server, mine in zip(servers, shares(points, len(servers)), strict=True)
+        ]
+        for run in runs:
+            problems |= run.result()
+    return count, points, problems
 
 
 def shares(points, number):
@@ -168,13 +175,14 @@ def main():
     failed = False
     print("| scenario | fault | file calls | struck at | survived |")
     print("|---|---|--:|--:|--:|")
-    with tempfile.TemporaryDirectory() as directory:
-        library = build(directory)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        servers = stack.enter_context(serving(build(directory)))
         cases = [(s, m, True) for s in SCENARIOS for m in options.modes]
         cases += [(SCENARIOS[0], mode, False) for mode in options.modes]
         for scenario, mode, exchange in cases:
             count, points, problems = survey(
-                library, scenario, mode, exchange=exchange, sample=options.sample
+                servers, scenario, mode, exchange=exchange, sample=options.sample
             )
             where = scenario if exchange else f"{scenario}, by renaming"
             survived = len(points) - len(problems)
