@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -633,15 +633,19 @@ class ModelCheckpoint:
     @property
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints of this filepath that are on disk, oldest first."""
-        infos, damaged = self._series.listed()
-        for error in damaged:
-            warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
+        infos, unlisted = self._series.listed()
+        self._warn_of_unlisted(unlisted)
         return tuple(map(self._shown, infos))
+
+    def _warn_of_unlisted(self, errors: Iterable[CheckpointError]) -> None:
+        for error in errors:
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
 
     @property
     def latest(self) -> CheckpointInfo | None:
         """What was saved last, of what is on disk, the last slot included, or None."""
-        infos, _ = self._series.by_age()
+        infos, unlisted = self._series.by_age()
+        self._warn_of_unlisted(unlisted)
         return self._shown(infos[-1]) if infos else None
 
     @property
@@ -724,7 +728,9 @@ class ModelCheckpoint:
                 if mark in errors:
                     continue
                 try:
-                    loaded = self._loaded(path, like, cast=cast, verify=verify)
+                    loaded = self._loaded(
+                        path, like, cast=cast, verify=verify, damaged=errors
+                    )
                     if loaded.epoch is not None:
                         return loaded
                     is_deleted = True  # its record was, and it was loaded without
@@ -980,9 +986,18 @@ class ModelCheckpoint:
         return replace(info, path=self._series.area.shown(info.path))
 
     def _loaded(
-        self, path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
+        self,
+        path: str | os.PathLike[str],
+        like: PyTree,
+        *,
+        cast: bool,
+        verify: bool,
+        damaged: Container[str] = (),
     ) -> Restored:
-        """Load a checkpoint, in all processes or in none."""
+        """Load a checkpoint, in all processes or in none.
+
+        Those that were found to be damaged, by their times, are nothing to beat.
+        """
         shown = os.fspath(path)
         where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
         found, problem = None, None
@@ -995,7 +1010,7 @@ class ModelCheckpoint:
         tree, info = found.tree, found.info
         if like is not None:
             self._note_shardings(tree)  # `like` may have placed whole subtrees
-        durable = from_leader("best", lambda: self._series.durable_best(info))
+        durable = from_leader("best", lambda: self._series.durable_best(info, damaged))
         with unchecked():
             state = resumed(self.init(), info and info.state, durable)
         state = as_arguments(state, lambda: leaves_of(tree))

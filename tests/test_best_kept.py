@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 
 import hypothesis.strategies as st
@@ -20,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import series as _series
 from flaxckpt._checkpoints.aside import placed, places_aside
 from flaxckpt._object_store.objects import Objects
 
@@ -54,6 +56,22 @@ def there(directory):
         assert loaded == info.logs["val_loss"]
         found[info.path.name] = loaded
     return found
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Have the first write wait, once it has arrived."""
+    arrived, go = threading.Event(), threading.Event()
+    write = _series.write_checkpoint
+
+    def wait_and_write(*args, **kwargs):
+        arrived.set()
+        assert go.wait(60)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    yield arrived, go
+    go.set()
 
 
 def best_of(path, **settings):
@@ -224,6 +242,130 @@ def test_a_better_one_that_waits_is_not_superseded(tmp_path):
             warnings.simplefilter("ignore")
             ckpt.wait()
     assert best_of(path) == 0.2
+
+
+def test_a_best_of_zero_that_waits_is_not_superseded(tmp_path, held):
+    """By one of a state that has no best: its value is a zero that means nothing."""
+    arrived, go = held
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True, max_in_flight=8) as c:
+        fresh = state = c.init()
+        state = c.update(state, tree_of(0.5), {"val_loss": 0.5}, 0)
+        assert arrived.wait(60)
+        c.update(state, tree_of(0), {"val_loss": np.float32(0)}, 1)
+        c.update(fresh, tree_of(0.9), {"val_loss": 0.9}, 2)
+        go.set()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            c.wait()
+    assert there(tmp_path) == {"best": 0, "best.aside": 0.9}
+
+
+@pytest.mark.parametrize("how", ["a newer format", "a flipped bit"])
+def test_what_cannot_be_read_is_not_replaced(tmp_path, how):
+    path = tmp_path / "best"
+    train(path, [0.1])
+    record = path / "flaxckpt.json"
+    whole = record.read_bytes()
+    if how == "a newer format":
+        at = whole.index(b'"format"')
+        record.write_bytes(whole[:at] + whole[at:].replace(b"3", b"9", 1))
+    else:
+        record.write_bytes(whole.replace(b"0", b"1", 1))
+    spoilt = record.read_bytes()
+    said, _ = train(path, [0.9, 0.8])
+    assert len([each for each in said if "is not replaced" in each]) == 1
+    assert record.read_bytes() == spoilt
+    record.write_bytes(whole)
+    assert there(tmp_path) == {"best": 0.1, "best.aside": 0.8}
+    record.write_bytes(spoilt)
+    assert "is not replaced" not in "".join(train(path, [0.7], overwrite=True)[0])
+    assert there(tmp_path) == {"best": 0.7}
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_the_best_by_another_metric_is_not_replaced(tmp_path, restores):
+    path = tmp_path / "best"
+    train(path, [0.1])
+    with ModelCheckpoint(path, "acc", save_best_only=True) as ckpt:
+        found = ckpt.restore() if restores else None
+        state = found.state if found else ckpt.init()
+        for epoch, value in enumerate([0.5, 0.7]):
+            logs = {"val_loss": 1 - value, "acc": value}
+            state = ckpt.update(state, tree_of(1 - value), logs, epoch)
+        with pytest.warns(
+            UserWarning, match=r"saved as the best by 'val_loss' \(min\)"
+        ):
+            ckpt.wait()
+        assert ckpt.best.logs["acc"] == 0.7
+    assert best_of(path) == 0.1
+
+
+@pytest.mark.parametrize("first", ["{epoch}", "best"])
+def test_a_better_one_of_another_template_is_not_replaced(tmp_path, first):
+    """Where two templates name the same directory."""
+    second = {"{epoch}": "{epoch:01d}", "best": "{tag}"}[first]
+    with ModelCheckpoint(tmp_path / first, save_best_only=True) as ckpt:
+        ckpt.update(ckpt.init(), tree_of(0.1), {"val_loss": 0.1}, 0)
+    with ModelCheckpoint(tmp_path / second, save_best_only=True) as ckpt:
+        logs = {"val_loss": 0.9, "tag": "best"}
+        ckpt.update(ckpt.init(), tree_of(0.9), logs, 0)
+    assert sorted(there(tmp_path).values()) == [0.1, 0.9]
+    assert (
+        float(flaxckpt.load(tmp_path / ("best" if first == "best" else "1"))["w"][0])
+        == 0.1
+    )
+
+
+# ---- what the user has put somewhere else ------------------------------------------------
+
+
+def test_what_was_copied_or_renamed_is_no_longer_of_the_series(tmp_path):
+    """So retention does not delete it, and no run goes on from it unasked."""
+    with ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+        for epoch in range(2):
+            ckpt.save(tree_of(1 - epoch), epoch, logs={"val_loss": 1 - epoch})
+            ckpt.wait()
+            name = str(epoch + 1)
+            shutil.copytree(tmp_path / name, tmp_path / f"{name}-for-the-paper")
+        (tmp_path / "2").rename(tmp_path / "good-one")
+        assert ckpt.checkpoints == ()
+        with pytest.warns(UserWarning, match="good-one"):
+            assert ckpt.restore() is None
+    train(tmp_path / "{epoch}", [0.5], max_to_keep=1)
+    kept = {"1-for-the-paper": 1, "2-for-the-paper": 0, "good-one": 0}
+    assert there(tmp_path) == kept | {"1": 0.5}
+    found = ModelCheckpoint(tmp_path / "{epoch}").restore(which=tmp_path / "good-one")
+    assert found.epoch == 1
+
+
+def test_a_directory_that_was_moved_keeps_its_series(tmp_path):
+    train(tmp_path / "a/best", [0.2])
+    train(tmp_path / "a/best", [0.5])
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert best_of(tmp_path / "b/best") == 0.2
+    train(tmp_path / "b/best", [0.1])
+    assert there(tmp_path) == {"best": 0.1}
+
+
+def test_an_archived_best_is_nothing_to_beat(tmp_path):
+    train(tmp_path / "best", [0.05])
+    (tmp_path / "best").rename(tmp_path / "best-of-the-first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(tmp_path / "best", [0.5], restore=True)
+    assert there(tmp_path) == {"best": 0.5, "best-of-the-first": 0.05}
+
+
+def test_a_best_that_restore_has_passed_over_is_nothing_to_beat(tmp_path):
+    for path, losses in (("a/{epoch}", [0.5, 0.1]), ("b/{epoch}", [0.5])):
+        train(tmp_path / path, losses)
+    (values,) = (p for p in (tmp_path / "a/2").rglob("d/*") if p.is_file())
+    values.write_bytes(bytes(len(values.read_bytes())))
+    ckpt = ModelCheckpoint(tmp_path / "a/{epoch}", save_best_only=True)
+    with pytest.warns(UserWarning, match="PASSED OVER"):
+        found = ckpt.restore()
+    assert found.epoch == 0
+    assert float(found.state.best) == 0.5
 
 
 def test_a_save_by_hand_beside_a_better_one_is_told_of_it(tmp_path):

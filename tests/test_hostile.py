@@ -465,3 +465,29 @@ def test_plain_orbax_s_checkpoints_are_looked_at_too(tmp_path, what):
         else:
             assert found["w"].tolist() == [1, 1, 1]
         shutil.rmtree(tmp_path / "bad")
+
+
+def test_a_record_of_the_last_time_stops_no_save(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": np.ones(3)}, 0)
+        ckpt.wait()
+        change(
+            tmp_path / "1",
+            "flaxckpt.json",
+            lambda record: {**record, "time": "8999-12-31T23:59:59.999999+00:00"},
+        )
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in (1, 2):
+            ckpt.save({"w": np.ones(3)}, epoch)
+            ckpt.wait()
+        assert [info.epoch for info in ckpt.checkpoints] == [0, 1, 2]
+
+
+def test_latest_says_what_it_leaves_out(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(2):
+            ckpt.save({"w": np.ones(3)}, epoch)
+            ckpt.wait()
+        (tmp_path / "2/flaxckpt.json").write_bytes(b"{}")
+        with pytest.warns(UserWarning, match=r"Left out of the listing: .*/2"):
+            assert ckpt.latest.epoch == 0

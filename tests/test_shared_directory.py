@@ -575,3 +575,29 @@ def test_it_runs_from_a_source_tree(shared, bob):
     assert bob.run(code, shared) == "3.0\n"
     record = json.loads((shared / "x/flaxckpt.json").read_text())
     assert record["versions"]["flaxckpt"] == "unknown"
+
+
+# ---- the slot ----------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_private_slot_of_somebody_else_stops_nothing(shared, bob):
+    (shared / "last").mkdir(mode=0o700)
+    for first in (0, 2):
+        bob.run(
+            """
+            with flaxckpt.ModelCheckpoint(
+                args[0] + "/best", "loss", save_best_only=True, save_last=True
+            ) as ckpt:
+                found = ckpt.restore()
+                state = ckpt.init() if found is None else found.state
+                first = 0 if found is None else found.epoch + 1
+                assert first == int(args[1]), first
+                for epoch in range(first, first + 2):
+                    tree = {"w": np.full(3, float(epoch))}
+                    state = ckpt.update(state, tree, {"loss": 0.5 + epoch}, epoch)
+            assert ckpt.latest.epoch == first + 1, ckpt.latest
+            """,
+            shared,
+            first,
+        )

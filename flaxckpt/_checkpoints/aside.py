@@ -25,11 +25,14 @@ class Placed:
         path: Its place.
         kept: Where the checkpoint at `path` is moved first; None if it is not moved.
         rest: The checkpoints that are superfluous once the save is there.
+        unknown: What is wrong with the checkpoint at `path`, if nobody can tell whether
+            it is better.
     """
 
     path: Path
     kept: Path | None = None
     rest: Sequence[Path] = ()
+    unknown: str = ""
 
 
 def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
@@ -43,6 +46,14 @@ def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
     ends = suffixes(tag)
     room = NAME_BYTES - max(map(len, ends))  # the names differ by their ends alone
     return tuple([path.with_name(_shortened(path.name, room) + end) for end in ends])
+
+
+def without_suffix(name: str, tag: str) -> str:
+    """Return the same text for a name and for the names of its places aside."""
+    ends = suffixes(tag)
+    for end in reversed(ends):
+        name = name.removesuffix(end)
+    return _shortened(name, NAME_BYTES - max(map(len, ends)))
 
 
 def _shortened(name: str, most: int) -> str:

@@ -8,13 +8,20 @@ checkpoints, reading all records anew takes a second.
 
 import datetime
 import hashlib
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flaxckpt._checkpoints.aside import Placed, placed, places_aside, suffixes
+from flaxckpt._checkpoints.aside import (
+    Placed,
+    placed,
+    places_aside,
+    suffixes,
+    without_suffix,
+)
 from flaxckpt._checkpoints.looks import Looks
 from flaxckpt._checkpoints.retention import (
     PreservationPolicy,
@@ -32,11 +39,12 @@ from flaxckpt._disk.commit import Area
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
 from flaxckpt._disk.record import read_record
+from flaxckpt._disk.record_fields import LAST_TIME
 from flaxckpt._object_store.commit import Mirror
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
-from flaxckpt.errors import CheckpointCorruptError, CheckpointError
+from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
 
 # What has several processes write a checkpoint, and returns what each has written.
 Together: TypeAlias = Callable[[Path, Callable[[], list[Share]]], list[list[Share]]]
@@ -130,10 +138,21 @@ class Series:
         self.area.refresh()
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
-        return tuple(info for info in infos if info.series == self.name), [
+        return tuple(filter(self._is_own, infos)), [
             type(error)(str(self.area.shown(Path(error.path))), error.problem)
             for error in damaged
         ]
+
+    def _is_own(self, info: CheckpointInfo) -> bool:
+        """Tell whether a checkpoint is of this series, and where it was saved."""
+        is_there = info.saved_as in (None, self._saved_as(info.path))
+        return info.series == self.name and is_there
+
+    def _saved_as(self, path: Path) -> str:
+        """Return what a record has for a path, and for its places aside."""
+        below = path.relative_to(self.root)
+        name = without_suffix(below.name, self._tag)
+        return below.with_name(name).as_posix() if name else ""
 
     def may_be_ours(self, unreadable: str) -> bool:
         """Tell whether a path that cannot be read may be of one of these checkpoints.
@@ -170,6 +189,10 @@ class Series:
             return read_record(path)
         except CheckpointCorruptError:
             return None
+        except CheckpointPathError:
+            if path == self.slots[-1]:  # nobody else's
+                raise
+            return None
 
     def _is_slot(self, info: CheckpointInfo) -> bool:
         return info.series == self.name + _SLOT_SERIES
@@ -198,7 +221,7 @@ class Series:
     def others(self) -> list[str]:
         """Name the checkpoints of other series in the same place."""
         infos, _ = list_below(self._template.root, self._template.depth)
-        return [info.path.name for info in infos if info.series != self.name]
+        return [info.path.name for info in infos if not self._is_own(info)]
 
     # ---- writing ---------------------------------------------------------------------
 
@@ -224,11 +247,14 @@ class Series:
         infos, names = self._ledger().infos, places_aside(path, self._tag)
         there = {
             place: self._value(infos[str(place)].logs)
-            for place in (path, *names)
+            for place in names
             if str(place) in infos and os.path.lexists(place)
         }
         if overwrite:
-            return Placed(path, rest=[place for place in there if place != path])
+            return Placed(path, rest=[*there])
+        unknown = ""
+        if os.path.lexists(path):
+            there[path], unknown = self._to_beat(path, infos.get(str(path)))
         free = next((name for name in names if not os.path.lexists(name)), names[-1])
         found = placed(
             path, free, there, self._value(logs), self._mode, by_hand=by_hand
@@ -236,7 +262,34 @@ class Series:
         for place in (found.path, found.kept):
             if place is not None and place != path:
                 check_target(place, self.root)
-        return found
+        return replace(found, unknown=unknown)
+
+    def _to_beat(
+        self, path: Path, info: CheckpointInfo | None
+    ) -> tuple[float | None, str]:
+        """Return the value that the checkpoint at a path has, and why none can beat it.
+
+        Args:
+            path: The path, at which there is something.
+            info: What the ledger has; None if it is not a checkpoint of this series, or
+                if its record cannot be read.
+        """
+        problem = ""
+        if info is None:
+            try:
+                info = read_record(path)
+            except (CheckpointCorruptError, CheckpointPathError) as error:
+                problem = error.problem
+        value = None if info is None else self._value(info.logs)
+        if info is not None and info.state is not None:
+            monitor, mode = info.state["monitor"], info.state["mode"]
+            if (monitor, mode) != (self._monitor, self._mode):
+                problem = f"it was saved as the best by {monitor!r} ({mode})"
+        if info is not None and info.series != self.name and value is None:
+            problem = f"it is of another filepath, and has no {self._monitor!r}"
+        if problem:
+            value = -math.inf if self._mode == "min" else math.inf
+        return value, problem
 
     def make_way(self, path: Path, kept: Path) -> bool:
         """Move the checkpoint at a path aside, for a save by hand. The area is open.
@@ -256,7 +309,9 @@ class Series:
             known.infos.pop(str(path), None)
         else:
             is_moved = True
-            known.infos[str(kept)] = replace(known.infos.pop(str(path)), path=kept)
+            info = known.infos.pop(str(path), None)
+            if info is not None:
+                known.infos[str(kept)] = replace(info, path=kept)
         known.best, known.changes = None, self.area.changes
         return is_moved
 
@@ -307,11 +362,11 @@ class Series:
             batch=batch,
             step=step,
             logs=logs,
-            # So the order of saves survives a clock that was set back.
-            time=time if known.newest is None else max(time, known.newest + _TICK),
+            time=_after(known.newest, time),
             weights_only=weights_only,
             series=self.name + _SLOT_SERIES if page.in_slot else self.name,
             state=state,
+            saved_as=self._saved_as(page.path),
         )
         self._known = None  # until it is known that nothing failed half-way
         what = info, self.area, page.layout, page.leaves, page.weights
@@ -422,18 +477,26 @@ class Series:
             known.best = self.best_of(tuple(known.infos.values()))
         return known.best
 
-    def durable_best(self, info: CheckpointInfo | None) -> float | None:
+    def durable_best(
+        self, info: CheckpointInfo | None, damaged: Container[str] = ()
+    ) -> float | None:
         """Return the best monitored value on disk.
 
         Args:
             info: What was loaded, and counts as well, wherever it is; but not a last
                 state, which is not there to stay. None for plain Orbax's checkpoint.
+            damaged: Times of checkpoints whose values are known to be damaged.
         """
-        infos = self.listed()[0]
+        infos = tuple(i for i in self.listed()[0] if str(i.time) not in damaged)
         if info is not None and not info.series.endswith(_SLOT_SERIES):
             infos = (*infos, info)
         best = self.best_of(infos)
         return None if best is None else self._value(best.logs)
+
+
+def _after(newest: datetime.datetime | None, now: datetime.datetime) -> Any:
+    """Return when a save was asked for: in the order of saves, whatever the clock."""
+    return now if newest is None else max(now, min(newest + _TICK, LAST_TIME))
 
 
 @dataclass

@@ -23,6 +23,10 @@ class CheckpointInfo:
         series: The part of the filepath template behind its fixed directory:
             checkpoints of one series are retained and deleted together.
         state: The decision state at that time, as plain values; None if none was given.
+        saved_as: Its path below the fixed directory of the template at that time. A
+            checkpoint that was copied or renamed by hand is at another path: it is no
+            longer of the series, which neither restores nor deletes it. None for a
+            checkpoint of a flaxckpt that did not record it.
     """
 
     path: Path
@@ -34,6 +38,7 @@ class CheckpointInfo:
     weights_only: bool
     series: str
     state: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    saved_as: str | None = dataclasses.field(default=None, repr=False)
 
     def __fspath__(self) -> str:
         """Return the path, so that a record can be passed for one."""

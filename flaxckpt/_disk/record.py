@@ -51,6 +51,7 @@ def encode_record(
         "weights_only": info.weights_only,
         "series": info.series,
         "state": None if info.state is None else _encoded(info.state),
+        **({} if info.saved_as is None else {"saved_as": info.saved_as}),
         "versions": dict(versions),
         "leaves_sha256": hashlib.sha256(leaves).hexdigest(),
     }
@@ -151,6 +152,7 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
         weights_only=fields["weights_only"],
         series=fields["series"],
         state=fields["state"],
+        saved_as=fields.get("saved_as"),
     )
 
 

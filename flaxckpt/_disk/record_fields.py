@@ -20,7 +20,8 @@ from flaxckpt._disk.fields import (
 from flaxckpt._trees.skeleton import INT64
 
 Skeleton: TypeAlias = Any
-_LAST_YEAR = 9000  # so that a later time can be told
+_YEAR = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
+LAST_TIME = _YEAR - datetime.datetime.resolution  # so that a later one can be told
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -53,6 +54,8 @@ def check_record(fields: dict[str, Any]) -> dict[str, Any]:
     bool_in(fields, "weights_only")
     text_in(fields, "series")
     text_in(fields, "leaves_sha256")
+    if "saved_as" in fields:
+        text_in(fields, "saved_as")
     state = fields.get("state", 0)
     return {
         **fields,
@@ -94,7 +97,7 @@ def _state(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _time(text: str) -> datetime.datetime:
     try:
         time = datetime.datetime.fromisoformat(text)
-        if time.tzinfo is not None and time.astimezone(datetime.UTC).year < _LAST_YEAR:
+        if time.tzinfo is not None and time.astimezone(datetime.UTC) <= LAST_TIME:
             return time
     except (ValueError, OverflowError):
         pass

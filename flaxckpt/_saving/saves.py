@@ -104,11 +104,11 @@ class Saves:
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
         self._writer = Writer()
         self._is_new_to_weights = True
-        self._has_saved = False
+        self._has_saved = self._has_told_unknown = False
         self._owes_place = False  # where this run's own goes is still to be told
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
-        self._head: Any = None  # the best value in the state that was returned last
+        self._head: CheckpointState | None = None  # that was returned last
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
@@ -524,7 +524,7 @@ class Saves:
             entry.save is False and content.whole is not None
         )
         if entry.state is not None:
-            self._head = entry.state.best_value
+            self._head = entry.state
         self._writer.submit(job)
         for each in earlier if is_sure else ():
             each.copies = None  # superseded
@@ -558,14 +558,12 @@ class Saves:
             entry.line = self._line
         if entry.state is None or entry.before is None or not self._spares(entry):
             return
-        best, head = entry.before.best_value, self._head
-        on_host = isinstance(best, np.generic) and isinstance(head, np.generic)
-        goes_on = best is head or (on_host and best == head)
+        goes_on = _are_same(entry.before, self._head)
         if entry.save is not False and not (
             goes_on and (entry.save is None or entry.improves)
         ):
             self._line += 1
-        entry.line, self._head = self._line, entry.state.best_value
+        entry.line, self._head = self._line, entry.state
 
     def _limit(self, save: Save) -> int:
         if self._max_in_flight is not None:
@@ -709,6 +707,13 @@ class Saves:
             path, logs, overwrite=self._overwrite, by_hand=entry.by_hand
         )
         chosen, rest = placed.path, placed.rest
+        if placed.unknown and not self._has_told_unknown and chosen != path:
+            self._has_told_unknown = True
+            self._writer.warn(
+                f"{self._shown(path)!r} is not replaced, for it may be better: "
+                f"{placed.unknown}. What this run saves goes to "
+                f"{self._shown(chosen)!r}. To replace it, pass overwrite=True."
+            )
         if placed.kept is not None:
             is_moved = self._series.make_way(path, placed.kept)
             return rest, placed.kept if is_moved else None
@@ -799,6 +804,18 @@ class Saves:
                 self._say(entry, f"{state.monitor} is nan, which is no improvement")
             else:
                 self._say(entry, f"{state.monitor} did not improve from {old}")
+
+
+def _are_same(one: CheckpointState, other: CheckpointState | None) -> bool:
+    """Tell whether two states have the same best, as far as that is known."""
+    if other is None:
+        return False
+    if one.best_value is other.best_value:
+        return True
+    bests = one.best_value, one.has_best, other.best_value, other.has_best
+    if not all(isinstance(value, np.generic) for value in bests):
+        return False
+    return bests[:2] == bests[2:]
 
 
 def _refuse_processes() -> None:
