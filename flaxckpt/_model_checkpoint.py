@@ -599,8 +599,8 @@ class ModelCheckpoint:
                 watch.close()
         if is_late and watch is not None:
             warnings.warn(
-                f"{watch.signal} came after the last update outside of jit, and "
-                "no state was saved for it. End the program now.",
+                f"{watch.signal} came after the last call of update or save outside of "
+                "jit, so no state was saved for it. End the program now.",
                 stacklevel=outside(),
             )
 
@@ -830,9 +830,10 @@ class ModelCheckpoint:
                 "into it.",
             )
         if self._has_policy:
+            number = self._max_to_keep
             raise SettingError(
-                "max_to_keep or preserve",
-                self._max_to_keep,
+                "preserve" if number is None else "max_to_keep",
+                "<a policy>" if number is None else number,
                 "the members of an ensemble count as one series, of which it would "
                 "keep so many in all. A snapshot's `keep` holds that many of each.",
             )
