@@ -21,7 +21,7 @@ from flaxckpt._checkpoints.load import check_like, restore
 from flaxckpt._checkpoints.retention import LatestN, PreservationPolicy
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.target import check_root
-from flaxckpt._decision.logs import Logs, find, left_out, normalized
+from flaxckpt._decision.logs import Logs, find, left_out, taken
 from flaxckpt._decision.scalars import is_real
 from flaxckpt._decision.state import CheckpointState, check_state, resumed
 from flaxckpt._decision.step import judge, tick
@@ -48,6 +48,7 @@ from flaxckpt._program.shards import Place, place_of
 from flaxckpt._program.traced_update import OUTSIDE, is_traced
 from flaxckpt._restoring import Restored
 from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.gone import check_there
 from flaxckpt._runtime.patience import looks
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._saving.call import Entry
@@ -426,7 +427,8 @@ class ModelCheckpoint:
         self._never_due = False
         self._saves.check_parent()
         check_state(state, self._fresh)
-        logs = normalized(logs)
+        check_there("force", [("", force)])
+        logs = taken(logs)
         if self._has_policy:
             self._check_policy(logs)
         if is_traced(due, force, epoch, batch, logs, tree, state):
@@ -478,7 +480,7 @@ class ModelCheckpoint:
         self._saves.check()
         self._saves.check_parent()
         preempted = self._is_newly_preempted()
-        logs = normalized(logs)
+        logs = taken(logs)
         if is_traced(epoch, batch, logs, tree, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "

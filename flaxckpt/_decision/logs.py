@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt.errors import SettingError
+from flaxckpt._runtime.gone import GONE, is_gone
+from flaxckpt.errors import MetricError, SettingError
 
 Logs: TypeAlias = Mapping[str, Any]
 _PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
@@ -56,6 +57,20 @@ def normalized(logs: Any) -> dict[str, Any]:
     """
     check_logs(logs)
     return dict(_flat("", logs or {}))
+
+
+def taken(logs: Any) -> dict[str, Any]:
+    """Return the metrics of a call as `normalized` does, all with values.
+
+    Raises:
+        SettingError: If `logs` is no mapping.
+        MetricError: If an array among them was deleted or donated.
+    """
+    flat = normalized(logs)
+    for name, value in flat.items():
+        if is_gone(value):
+            raise MetricError(name, GONE)
+    return flat
 
 
 def check_logs(logs: Any) -> None:
@@ -187,8 +202,8 @@ def _array(value: Any) -> Any:
         return value
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((), value.dtype)
-    if isinstance(value, jax.Array):
-        return value.reshape(()) if value.shape else value
+    if isinstance(value, jax.Array):  # one that is gone is refused where it counts
+        return value if not value.shape or is_gone(value) else value.reshape(())
     return value.reshape(())[()]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._decision.logs import Unusable
+from flaxckpt._runtime.gone import GONE, check_there, is_gone
 from flaxckpt.errors import MetricError, SettingError
 
 Scalar: TypeAlias = jax.typing.ArrayLike
@@ -53,6 +54,8 @@ def monitored(monitor: str, value: Any) -> Any:
         problem = "is text" if isinstance(value, str) else value.problem
         advice = "and a monitored value must be a real number."
         raise MetricError(monitor, f"{problem}, {advice}")
+    if is_gone(value):
+        raise MetricError(monitor, GONE)
     if value.shape != ():
         advice = "Reduce it first, say with .mean()."
         if _is_of_pmap(value):
@@ -88,6 +91,7 @@ def index(name: str, value: Any) -> Any:
     if type(value) is int and 0 <= value < LARGEST:
         return value
     if isinstance(value, jax.Array):
+        check_there(name, [("", value)])
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
             return value
     else:
@@ -113,6 +117,7 @@ def whole(name: str, value: Any) -> int:
     Raises:
         SettingError: If it is no zero-based integer.
     """
+    check_there(name, [("", value)])
     value = np.asarray(value)[()] if hasattr(value, "shape") else value
     if isinstance(value, bool | np.bool_):
         raise _not_an_index(name, value)

@@ -12,7 +12,7 @@ normal one count as zero, because XLA treats them so on some devices: all ways t
 import math
 import numbers
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from jax.core import Tracer
 from flaxckpt._decision.direction import direction
 from flaxckpt._decision.logs import rounded
 from flaxckpt._decision.scalars import LARGEST, Scalar, array, is_real
+from flaxckpt._runtime.gone import check_there, shown
 from flaxckpt._runtime.unchecked import as_arguments
 from flaxckpt.errors import SettingError
 
@@ -93,9 +94,13 @@ class CheckpointState:
     min_delta: float = field(metadata=_STATIC)
     _warned: _Once = field(metadata=_STATIC, default_factory=_Once, repr=False)
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     @property
     def best(self) -> Any:
         """Best monitored value so far; NaN while there is none."""
+        check_values(self, BEST)
         return _known_best(self.best_value, self.has_best)
 
     @classmethod
@@ -175,7 +180,7 @@ def check_state(state: Any, own: CheckpointState) -> None:
     """Check that a state is one of those that begin with `own`.
 
     Raises:
-        SettingError: If it is something else, or of other settings.
+        SettingError: If it is something else, of other settings, or without values.
     """
     advice = "pass what init, restore or the last update has returned."
     if not isinstance(state, CheckpointState):
@@ -186,6 +191,16 @@ def check_state(state: Any, own: CheckpointState) -> None:
             raise SettingError(
                 "state", state, f"its {name} is {given!r}, here {wanted!r}: {advice}"
             )
+    check_values(state)
+
+
+def check_values(state: CheckpointState, names: Iterable[str] = LEAVES) -> None:
+    """Check that leaves of a state were not deleted or donated.
+
+    Raises:
+        SettingError: If one was.
+    """
+    check_there("state", ((name, getattr(state, name)) for name in names))
 
 
 def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:

@@ -21,7 +21,7 @@ from flaxckpt._decision.scalars import (
     pick,
     to_int32,
 )
-from flaxckpt._decision.state import CheckpointState, with_leaves
+from flaxckpt._decision.state import CheckpointState, check_values, with_leaves
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.unchecked import unchecked
 from flaxckpt.errors import SettingError
@@ -96,6 +96,7 @@ def tick(
     )  # fmt: skip
     if _HOST_INTS.issuperset(map(type, counts)):
         return _counted(state, map(int, counts), pick, np.int32)
+    check_values(state)
     with unchecked():
         return _counted(state, map(to_int32, counts), jnp.where, to_int32)
 
@@ -126,6 +127,7 @@ def judge(
     """Compare, where a check is due: the half of `step` that needs the metric."""
     if not state.save_best_only or not (isinstance(due, jax.Array) or due):
         return state, due
+    check_values(state)
     with unchecked():
         return _judged(state, logs, due)
 

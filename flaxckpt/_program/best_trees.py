@@ -19,10 +19,9 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._decision.direction import direction
-from flaxckpt._decision.logs import find, normalized
+from flaxckpt._decision.logs import find, taken
 from flaxckpt._decision.scalars import flushed, improves, index, monitored
 from flaxckpt._program.best_trees_checks import (
-    Shown,
     check_tree,
     checked_logs,
     form,
@@ -35,6 +34,7 @@ from flaxckpt._program.best_trees_checks import (
     one_of,
 )
 from flaxckpt._program.best_trees_slots import put_in, put_in_program, zeros_like
+from flaxckpt._runtime.gone import Shown, check_there, shown
 from flaxckpt._runtime.unchecked import as_arguments, runs_unchecked, unchecked
 from flaxckpt._trees.ties import has_ties
 from flaxckpt.errors import MetricError, SettingError
@@ -88,6 +88,9 @@ class Snapshot:
     logs: dict[str, Any]
     monitor: str = field(metadata=_STATIC)
     mode: str = field(metadata=_STATIC)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def like(
@@ -263,6 +266,7 @@ class Snapshot:
             SettingError: A `ValueError`, if `member` is needed and not given, or given
                 and not there.
         """
+        check_there("snapshot", leaves(self))
         one = self._member(member)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(one)):
             raise SettingError(
@@ -326,9 +330,12 @@ class Snapshot:
                 Shown(f"<{self.order.shape[:-1]} members>"),
                 "it is that of an ensemble. Call take under vmap, as it was made.",
             )
+        check_there("snapshot", leaves(self))
+        check_there("save", [("", save)])
+        check_there("tree", leaves(tree))
         if np.shape(save) != ():
             raise SettingError("save", save, "pass one truth value, of shape ().")
-        logs = normalized(logs)
+        logs = taken(logs)
         if self.monitor not in logs:
             there = ", ".join(map(repr, logs or {})) or "none"
             raise MetricError(

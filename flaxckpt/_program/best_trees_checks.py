@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._decision.logs import Unusable, find, normalized
+from flaxckpt._runtime.gone import Shown
 from flaxckpt.errors import MetricError, SettingError
 
 _ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds what the ones before do
 _SHOWN = 8  # leaves that an error lists
-
-
-class Shown(str):
-    """A text that an error shows as it is."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
 
 
 def check_tree(tree: Any, old: Any) -> None:

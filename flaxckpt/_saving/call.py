@@ -16,7 +16,7 @@ from flaxckpt._decision.scalars import monitored, whole
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._decision.step import judge
 from flaxckpt._direct.frozen_files import FrozenLeaf
-from flaxckpt.errors import MetricError
+from flaxckpt._runtime.gone import is_gone
 
 
 class Entry:
@@ -84,18 +84,10 @@ class Entry:
         )
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
-        """Return what of logs and state is on devices, where it may be donated.
-
-        Raises:
-            MetricError: If that has happened.
-        """
+        """Return what of logs and state is on devices, where it may be donated."""
         found: dict[tuple[str, str], jax.Array] = {}
         for name, value in self.logs.items():
             if isinstance(value, jax.Array) and not value.shape:
-                if value.is_deleted():
-                    raise MetricError(
-                        name, "was deleted (donated to a jitted call). Pass a copy."
-                    )
                 found["logs", name] = value
         for name in LEAVES:
             value = getattr(self.state, name, None)
@@ -164,7 +156,9 @@ class Entry:
 
 def is_unknown(value: Any) -> TypeGuard[jax.Array]:
     """Tell whether a device still computes a value."""
-    return isinstance(value, jax.Array) and not cast(Any, value).is_ready()
+    if not isinstance(value, jax.Array) or is_gone(value):
+        return False
+    return not cast(Any, value).is_ready()
 
 
 def _kept(value: Any) -> Any:

@@ -1,0 +1,58 @@
+"""Arrays without values: deleted ones, and those that were donated to a jitted call.
+
+Their shapes and dtypes stay known. JAX raises an error of its own where anything else
+is asked of them, and crashes where that is whether they are ready.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from flaxckpt.errors import SettingError
+
+GONE = (
+    "was deleted or donated: its values are gone, as are those of what a jitted "
+    "function takes by donate_argnums. Pass what that returns, or a copy made before."
+)
+
+
+class Shown(str):
+    """A text that an error or a `repr` shows as it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+_SHOWN = Shown("<deleted>")
+
+
+def is_gone(value: Any) -> bool:
+    """Tell whether a value is an array that was deleted or donated."""
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return False
+    return value.is_deleted()
+
+
+def check_there(argument: str, leaves: Iterable[tuple[str, Any]]) -> None:
+    """Check that none of the arrays of an argument was deleted or donated.
+
+    Args:
+        argument: Its name.
+        leaves: Its values with their names; "" for the argument itself.
+
+    Raises:
+        SettingError: If one was.
+    """
+    for name, value in leaves:
+        if is_gone(value):
+            raise SettingError(argument, _SHOWN, f"{name or 'it'} {GONE}")
+
+
+def shown(record: Any) -> str:
+    """Return the `repr` of a dataclass that is a pytree; its arrays may be gone."""
+    there = jax.tree.map(lambda leaf: _SHOWN if is_gone(leaf) else leaf, record)
+    each = [f"{f.name}={getattr(there, f.name)!r}" for f in fields(record) if f.repr]
+    return f"{type(record).__name__}({', '.join(each)})"
