@@ -50,6 +50,11 @@ class Bottomless:
         return Bottomless()
 
 
+class Masked:
+    def __array__(self, dtype=None, copy=None):
+        return np.ma.array([1.0], mask=[1])
+
+
 class Level(enum.IntEnum):
     LOW = 1
 
@@ -68,6 +73,9 @@ SCALARS = {
     "(1,)": lambda x: np.full(1, x),
     "(1, 1)": lambda x: jnp.full((1, 1), x),
     "list": lambda x: [x],
+    "not masked": np.ma.array,
+    "not masked, (1,)": lambda x: np.ma.array([x], mask=[0]),
+    "mean of the others": lambda x: np.ma.array([x, 9.0], mask=[0, 1]).mean(),
     "Decimal": lambda x: decimal.Decimal(str(x)),
     "Fraction": fractions.Fraction,
     "nnx metric": average,
@@ -91,6 +99,12 @@ OTHERS = {
     "time": np.timedelta64(1, "s"),
     "key": jax.random.key(0),
     "objects": np.array([None]),
+    "masked": np.ma.masked,
+    "mean of masked": np.ma.array([1.0, 2.0], mask=[1, 1]).mean(),
+    "masked in part": np.ma.array([1.0, 2.0], mask=[0, 1]),
+    "masked records": np.ma.array([(1.0, 2)], mask=[(1, 0)], dtype="f4,i4"),
+    "list of masked": [np.ma.array(3, mask=True)],
+    "says it is masked": Masked(),
 }
 others = pytest.mark.parametrize("value", OTHERS.values(), ids=OTHERS)
 

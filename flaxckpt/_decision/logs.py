@@ -193,11 +193,15 @@ def _computed(value: Any) -> Any:
 
 
 def _array(value: Any) -> Any:
-    """Return an array, as a scalar if it has one element."""
+    """Return an array, as a scalar if it has one element, and without a mask."""
     if not _is_real(value.dtype):
         if isinstance(value, str):  # numpy's
             return str(value)
         return Unusable(f"is of dtype {value.dtype}")
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):  # what is behind the mask is no value
+            return Unusable("is masked")
+        value = value.data
     if math.prod(value.shape) != 1:
         return value
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -228,10 +232,12 @@ def _converted(value: Any) -> Any:
     kind = f"is of type {type(value).__name__}"
     if not is_array and not isinstance(value, list | tuple):
         return Unusable(kind)
+    if isinstance(value, list | tuple) and any(map(np.ma.is_masked, value)):
+        return Unusable("is masked")
     try:
         if hasattr(value, "__jax_array__"):
             return _array(jnp.asarray(value))
-        array = np.asarray(value)
+        array = np.asanyarray(value)
     except Exception as error:
         return Unusable(f"{kind}, and no number: {error}")
     return _array(array) if _is_real(array.dtype) else Unusable(kind)
