@@ -264,6 +264,120 @@ def test_several_objects_hear_the_same_signal(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+# Handlers that others set while an object watches: what a process says, and ends with.
+CHAINED = """
+    import os, signal, sys, flaxckpt
+
+    def made():
+        return flaxckpt.ModelCheckpoint(directory + "/{epoch}", save_on_preemption=True)
+
+    def chained():
+        old = signal.getsignal(number)
+        signal.signal(number, lambda *args: (print("chained", flush=True), old(*args)))
+
+    def forked(act):
+        child = os.fork()
+        if not child:
+            try:
+                act()
+                print("deaf", flush=True)
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+            except BaseException as error:
+                print(repr(error), flush=True)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    directory, name, *scenarios = sys.argv[1:]
+    number = signal.Signals[name]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    for scenario in scenarios:
+        def act():
+            exec(scenario)
+        print(f"ended with {forked(act)}", flush=True)
+"""
+SCENARIOS = [
+    """ckpt = made(); chained(); ckpt.close()
+signal.raise_signal(number)""",
+    """one = made(); chained(); two = made(); chained(); one.close(); two.close()
+signal.raise_signal(number)""",
+    """one = made(); chained(); two = made()
+signal.raise_signal(number)
+assert two._watch.signal == one._watch.signal == number.name
+signal.raise_signal(number)""",
+    """before = signal.getsignal(number)
+ckpt = made(); ours = signal.getsignal(number); ckpt.close()
+assert signal.getsignal(number) == before
+signal.signal(number, ours)
+signal.raise_signal(number)""",
+    """ckpt = made(); chained()
+print(forked(lambda: signal.raise_signal(number)), flush=True)""",
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_handlers_that_call_the_ones_before_end_the_process(tmp_path, number):
+    process = program(CHAINED, tmp_path, number.name, *SCENARIOS)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    end = "ended with -15\n"
+    if number == signal.SIGINT:
+        end = "interrupted\nended with 0\n"
+    in_fork = end.replace("ended with ", "") + "deaf\nended with 0\n"
+    chained = "chained\n"
+    assert out == (
+        f"{chained}{end}{chained}{chained}{end}{chained}{end}{end}{chained}{in_fork}"
+    )
+
+
+@pytest.fixture
+def handlers():
+    """Sets the handlers of before again."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def test_a_signal_that_another_handler_was_set_for_is_watched_again(tmp_path, handlers):
+    """As a notebook sets SIGINT before each cell, and back after it."""
+    one = ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption="flag")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    two = ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption="flag")
+    signal.raise_signal(signal.SIGINT)
+    assert one._watch.signal == two._watch.signal == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    for ckpt in (one, two):
+        ckpt.update(ckpt.init(), tree_of(0), {}, 0)
+        ckpt.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+
+
+def test_a_handler_that_c_has_set(tmp_path, monkeypatch, handlers):
+    """Python knows of none then, and cannot set it again."""
+    known = signal.getsignal
+
+    def getsignal(number):
+        found = known(number)
+        return None if found == handlers[number] else found
+
+    monkeypatch.setattr(signal, "getsignal", getsignal)
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption="flag")
+    signal.raise_signal(signal.SIGTERM)
+    assert ckpt.update(ckpt.init(), tree_of(0), {}, 0) is not None
+    assert ckpt.preempted
+    ckpt.close()
+    with ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption="flag") as ckpt:
+        signal.raise_signal(signal.SIGTERM)
+        ckpt.update(ckpt.init(), tree_of(1), {}, 1)
+        assert ckpt.preempted
+
+
 # ---- the last state, beside the best -----------------------------------------------------
 
 

@@ -40,8 +40,9 @@ class Watch:
         weakref.finalize(self, _give_back)
         _watches.add(self)
         for number in _SIGNALS:
-            if number not in _earlier:
-                _earlier[number] = signal.signal(number, _remember)
+            there = signal.getsignal(number)
+            if not isinstance(there, _Handler):
+                signal.signal(number, _Handler(there))
 
     def look(self) -> str | None:
         """Return `signal`."""
@@ -80,7 +81,32 @@ class AgreedWatch:
 
 
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
-_earlier: dict[int, Any] = {}  # the handlers of before, of the signals taken over
+
+
+class _Handler:
+    """Remembers a signal for those who watch, or else does what the one before did.
+
+    Others may call it long after: a handler that was set since, and calls the one that
+    it found.
+    """
+
+    def __init__(self, earlier: Any) -> None:
+        """Keep what `signal.getsignal` has returned; None for a handler that C set."""
+        self.earlier = earlier
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        watches = list(_watches)
+        if watches and all(watch.signal is None for watch in watches):
+            for watch in watches:
+                watch.signal = signal.Signals(number).name
+            return
+        if not watches:
+            _give_back()
+        if callable(self.earlier):
+            self.earlier(number, frame)
+        elif self.earlier != signal.SIG_IGN:  # nor can Python call what C set
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def _give_back() -> None:
@@ -90,10 +116,11 @@ def _give_back() -> None:
     """
     if _watches or threading.current_thread() is not threading.main_thread():
         return
-    for number in list(_earlier):
-        if signal.getsignal(number) is _remember:
-            signal.signal(number, _earlier[number])
-        del _earlier[number]
+    for number in _SIGNALS:
+        there = signal.getsignal(number)
+        # Python cannot set what C set: then ours stays, and does the default.
+        if isinstance(there, _Handler) and there.earlier is not None:
+            signal.signal(number, there.earlier)
 
 
 def _forget() -> None:
@@ -103,19 +130,3 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-def _remember(number: int, frame: FrameType | None) -> None:
-    watches = list(_watches)
-    if any(watch.signal is not None for watch in watches) or not watches:
-        handler = _earlier.get(number)
-        if not watches:
-            _give_back()
-        if callable(handler):
-            handler(number, frame)
-        elif handler == signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        return
-    for watch in watches:
-        watch.signal = signal.Signals(number).name
