@@ -47,6 +47,7 @@ from flaxckpt._program.handover import finish_programs, stream_tree
 from flaxckpt._program.shards import Place, place_of
 from flaxckpt._program.traced_update import OUTSIDE, is_traced
 from flaxckpt._restoring import Restored
+from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.gone import check_there
 from flaxckpt._runtime.patience import looks
@@ -699,6 +700,8 @@ class ModelCheckpoint:
                 metrics that there are, if there are checkpoints and none of them has
                 the monitored one.
         """
+        if self._series.area.is_inherited:  # and nothing of the parent's is waited for
+            use_threads()
         self.wait()
         check_like(like)
         self._note_shardings(like)

@@ -129,6 +129,35 @@ def test_a_child_does_nothing_with_its_parent_s_object(tmp_path, kind):
     assert latest == "[4, 4]"
 
 
+# Where nothing is there yet: no first run may be taken for that.
+FIRST = """
+    ckpt = flaxckpt.ModelCheckpoint(directory + "/{epoch}", save_best_only=True)
+    _series.write_checkpoint = wait_and_write
+    ckpt.save(tree_of(0), 0)
+    assert begun.wait(60)
+
+    def act():
+        calls = [
+            ckpt.restore,
+            lambda: ckpt.restore(which="best"),
+            lambda: ckpt.restore(which=directory + "/1"),
+        ]
+        return " ".join(map(outcome, calls))
+
+    print(forked(act))
+    go.set()
+    print(ckpt.restore().epoch)
+    ckpt.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["numpy", "jax"])
+def test_a_child_does_not_restore_as_if_nothing_were_saved(tmp_path, kind):
+    said, restored = run(FIRST, tmp_path, kind)
+    assert said == "CheckpointError CheckpointError CheckpointError (0)"
+    assert restored == "0"
+
+
 # Where the parent has not used JAX yet, a child may.
 EARLY = """
     ckpt = flaxckpt.ModelCheckpoint(directory + "/{epoch}")
