@@ -197,6 +197,35 @@ def test_a_template_that_cannot_be_filled_in_is_an_error_at_once(tmp_path, late)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_name_leads_nowhere_else(tmp_path):
+    for name in ("{tag}/{epoch}", "{epoch}/{tag}", "{epoch}/{tag}/x"):
+        with ModelCheckpoint(tmp_path / name) as ckpt:
+            with pytest.raises(flaxckpt.TemplateError, match="a name is empty"):
+                ckpt.save(tree_of(0), 0, logs={"tag": ""})
+            with pytest.raises(flaxckpt.TemplateError, match="a name is empty"):
+                ckpt.update(ckpt.init(), tree_of(0), {"tag": ""}, 0)
+            program = jax.jit(lambda s, c=ckpt: c.update(s, tree_of(0), {"tag": ""}, 0))
+            with pytest.raises(flaxckpt.TemplateError, match="a name is empty"):
+                program(ckpt.init())
+            assert ckpt.checkpoints == ()
+    assert list(tmp_path.iterdir()) == []
+    with ModelCheckpoint(f"{tmp_path}/{{epoch}}//{{tag}}") as ckpt:
+        path = ckpt.save(tree_of(0), 0, logs={"tag": "x"})
+    assert [info.path for info in ckpt.checkpoints] == [path] == [tmp_path / "1/x"]
+
+
+def test_a_name_that_a_program_cannot_show_is_an_error_of_the_host(tmp_path):
+    """No width of four digits, which would fill the memory, gets to the formatting."""
+    with ModelCheckpoint(tmp_path / "{epoch:{n}d}") as ckpt:
+        program = jax.jit(lambda s, n: ckpt.update(s, tree_of(0), {"n": n}, 0))
+        program(ckpt.init(), jnp.int32(10**9))
+        with pytest.raises(flaxckpt.CheckpointError, match="no file name has a width"):
+            ckpt.wait()
+        program(ckpt.init(), jnp.int32(3))
+        ckpt.wait()
+    assert [info.path.name for info in ckpt.checkpoints] == ["  1"]
+
+
 def test_on_a_mesh(tmp_path, late):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))

@@ -79,9 +79,11 @@ def test_paths_are_absolute_from_where_the_template_was_parsed(tmp_path, monkeyp
         ("/a/x{epoch}/b/{x/y}/", "/a", "x{epoch}/b/{x/y}", 3),
         ("/a/../c/{epoch}", "/c", "{epoch}", 1),
         ("/{{a}}/{epoch}", "/{a}", "{epoch}", 1),
+        ("/a//{epoch}", "/a", "{epoch}", 1),
         ("/{{a}}", "/", "{{a}}", 1),
+        ("/a/{epoch}//b///{x//y!r:/>{n//m}}-{{//}}//", "/a", "{epoch}/b/{x//y!r:/>{n//m}}-{{/}}", 4),
     ],
-)
+)  # fmt: skip
 def test_root_and_name(text, root, name, depth):
     template = Template.parse(text)
     assert (template.root, template.name, template.depth) == (root, name, depth)
@@ -103,6 +105,8 @@ def test_root_and_name(text, root, name, depth):
         ("{epoch:{a.b}}", "field {a.b} looks up an attribute or an index. Use plain names: {epoch}, {batch} or a key of `logs`."),
         ("{epoch!z}", "field {epoch} has a conversion or format spec that Python does not know. See the format specification of Python's `str.format`."),
         ("{x:.2q}", "field {x} has a conversion or format spec that Python does not know. See the format specification of Python's `str.format`."),
+        ("{epoch:1000000000d}", "field {epoch}: no file name has a width or precision of four digits. Take a smaller one."),
+        ("{x:{n:.1000000000f}}", "field {n}: no file name has a width or precision of four digits. Take a smaller one."),
         ("{epoch}/../x", "has a '.' or '..' behind a field. Write the path without them."),
     ],
 )  # fmt: skip
@@ -122,6 +126,13 @@ def test_malformed_templates_are_refused_when_parsed(text, problem):
         ("/r/{x}", {"x": np.ones(2)}, "{x} cannot show array([1., 1.]): it has shape (2,), and only a scalar can be shown. Change the format spec, or what `logs` holds."),
         ("/r/{x}", {"x": "a/b"}, "field {x} gives 'a/b', which is no part of a file name."),
         ("/r/{x}", {"x": ".."}, "gives '..', which is no file name."),
+        ("/r/{x}", {"x": ""}, "gives '', which is no file name."),
+        ("/r/{x}/{epoch}", {"x": ""}, "gives '/1', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
+        ("/r/{epoch}/{x}", {"x": ""}, "gives '1/', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
+        ("/r/{epoch}/{x}/x", {"x": ""}, "gives '1//x', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
+        ("/r/{epoch}/.{x}", {"x": "."}, "gives '1/..', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
+        ("/r/{epoch:{x}}", {"x": 10**9}, "{epoch:1000000000} cannot show 1: no file name has a width or precision of four digits. Change the format spec, or what `logs` holds."),
+        ("/r/{epoch:{x:{y}}}", {"x": 1, "y": 10**9}, "{epoch:{x:{y}}} cannot show 1: no file name has a width or precision of four digits. Change the format spec, or what `logs` holds."),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_shown(text, logs, problem):
@@ -144,4 +155,25 @@ def test_any_literal_text_names_a_file_below_the_root(text, epoch, batch):
     path = template.render(epoch, batch, {})
     assert path.startswith(f"/root/{epoch + 1}")
     assert path.endswith(f"{batch + 1}")
+    assert os.path.relpath(path, "/root").count("/") == template.depth - 1
+
+
+def test_slashes_in_a_row_are_one(tmp_path):
+    assert shown(f"{tmp_path}//a/{{epoch}}//x///").endswith("/a/1/x")
+    assert Template.parse("/r/{a:/>3}//{b}").name == "{a:/>3}/{b}"
+
+
+@given(
+    st.lists(st.sampled_from(["{a}", "{b}", "{a}-{b}", ".{a}", "x"]), min_size=1),
+    st.text("./~ a"),
+    st.text("./~ a"),
+)
+def test_whatever_the_fields_show_the_path_is_so_deep_below_the_root(names, a, b):
+    template = Template.parse("/root/{epoch}/" + "/".join(names))
+    try:
+        path = template.render(0, None, {"a": a, "b": b})
+    except TemplateError:
+        return
+    assert path == os.path.normpath(path)
+    assert path.startswith("/root/1/")
     assert os.path.relpath(path, "/root").count("/") == template.depth - 1

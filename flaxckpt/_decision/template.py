@@ -10,6 +10,8 @@ from typing import Any
 from flaxckpt._decision.logs import Unusable, find, normalized
 from flaxckpt.errors import TemplateError
 
+_TOO_WIDE = re.compile(r"\d{4}")
+_REFUSAL_OF_WIDTH = "no file name has a width or precision of four digits"
 _NUMBER = ".*(?:[0-9]|nan|inf|NAN|INF).*"
 
 
@@ -49,7 +51,8 @@ class Template:
 
         Raises:
             TemplateError: If the text is not a path, its braces are malformed, or a
-                field is empty, a number, or looks up an attribute or an index.
+                field is empty, a number, looks up an attribute or an index, or has a
+                width that no file name has.
         """
         raw = os.fspath(filepath)
         if not isinstance(raw, str) or not raw or "\0" in raw:
@@ -69,7 +72,7 @@ class Template:
         # A field's name or spec may hold separators: only literal text is a path.
         cut = raw[: _first_field(raw)].rfind("/") + 1
         root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
-        name = raw[cut:].rstrip("/")
+        name = _without_empty_names(raw[cut:].rstrip("/"))
         if {".", ".."} & set(_outline(name).split("/")):
             raise TemplateError(
                 raw, "has a '.' or '..' behind a field. Write the path without them."
@@ -80,7 +83,7 @@ class Template:
     @property
     def depth(self) -> int:
         """How many directories below `root` the checkpoints lie; 1 is in it."""
-        return len([part for part in _outline(self.name).split("/") if part])
+        return _outline(self.name).count("/") + 1
 
     def render(
         self, epoch: int, batch: int | None, logs: Mapping[str, Any] | None
@@ -100,7 +103,7 @@ class Template:
 
         Raises:
             TemplateError: If a field has no value, a value does not fit its format
-                spec, or the result would leave `root`.
+                spec, or the result would not be `depth` names below `root`.
         """
         values = normalized(logs)
         for field in self.fields:
@@ -126,9 +129,16 @@ class Template:
             if field is not None:
                 parts.append(self._show(field, spec or "", conversion, values))
         name = "".join(parts)
-        if not name.strip() or {".", ".."} & set(name.split("/")):
-            raise TemplateError(self.label, f"gives {name!r}, which is no file name.")
-        return os.path.normpath(os.path.join(self.root, name))
+        names = name.split("/")
+        if not name.strip() or {"", ".", ".."} & set(names) or len(names) != self.depth:
+            problem = f"gives {name!r}, which is no file name."
+            if self.depth > 1:
+                problem = (
+                    f"gives {name!r}, in which a name is empty, '.' or '..'. Change "
+                    "what `logs` holds, or the filepath."
+                )
+            raise TemplateError(self.label, problem)
+        return os.path.join(self.root, name)
 
     def fits(self, parts: Sequence[str]) -> bool:
         """Tell whether a path below `root` looks like a checkpoint's, or is above one.
@@ -163,9 +173,9 @@ class Template:
             if spec or conversion:
                 numbers = {key: values[key] for key in self.fields}
                 numbers = {key: _number(each) for key, each in numbers.items()}
-                spec = string.Formatter().vformat(spec, (), numbers)
-                value = string.Formatter().convert_field(_number(value), conversion)
-                text = format(value, spec)
+                spec = _FORMATTER.vformat(spec, (), numbers)
+                value = _FORMATTER.convert_field(_number(value), conversion)
+                text = _FORMATTER.format_field(value, spec)
             else:  # a float32 of 0.1 is shown as 0.1, not with the digits of a float64
                 _number(value)
                 text = str(value)
@@ -183,6 +193,18 @@ class Template:
                 f"field {{{field}}} gives {text!r}, which is no part of a file name.",
             )
         return text
+
+
+class _Formatter(string.Formatter):
+    """Python's, but for widths that would fill the memory."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if _TOO_WIDE.search(format_spec):
+            raise ValueError(_REFUSAL_OF_WIDTH)
+        return super().format_field(value, format_spec)
+
+
+_FORMATTER = _Formatter()
 
 
 def _number(value: Any) -> Any:
@@ -217,6 +239,10 @@ def _fields(whole: str, text: str) -> Iterator[str]:
                 f"field {{{field}}} looks up an attribute or an index. Use plain names:"
                 " {epoch}, {batch} or a key of `logs`.",
             )
+        if "{" not in (spec or "") and _TOO_WIDE.search(spec or ""):
+            raise TemplateError(
+                whole, f"field {{{field}}}: {_REFUSAL_OF_WIDTH}. Take a smaller one."
+            )
         if conversion not in (None, "r", "s", "a") or not _shows_something(spec or ""):
             raise TemplateError(
                 whole,
@@ -246,6 +272,19 @@ def _outline(name: str) -> str:
     return "".join(
         text + ("x" if field is not None else "") for text, field, *_ in parsed
     )
+
+
+def _without_empty_names(name: str) -> str:
+    """Return a template with one slash for several in its literal text."""
+    if "//" not in _outline(name):
+        return name
+    parts: list[str] = []
+    for literal, field, spec, conversion in string.Formatter().parse(name):
+        parts.append(re.sub("/+", "/", _escaped(literal)))
+        if field is not None:
+            shown = f"{field}!{conversion}" if conversion else field
+            parts.append(f"{{{shown}:{spec}}}" if spec else f"{{{shown}}}")
+    return "".join(parts)
 
 
 def _first_field(text: str) -> int:
