@@ -1,8 +1,10 @@
 """What is written over is nobody else's, and who reads meanwhile sees one or the other."""
 
+import contextlib
 import errno
 import gc
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -69,6 +71,64 @@ def test_another_structure_does_not_get_the_files_of_the_one_before(tmp_path, fi
             found = flaxckpt.load(path)
             assert found.keys() == tree.keys()
             assert all((found[name] == epoch).all() for name in tree)
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def bound_socket(path):
+    with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):
+        one.bind(path.name)  # the names of sockets are short
+
+
+def directory(path):
+    path.mkdir()
+    (path / "more").write_bytes(b"x")
+
+
+def link_to_a_device(path):
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("put", [fifo, bound_socket, directory, link_to_a_device])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_to_keep": 1}], ids=["replaced", "deleted"]
+)
+def test_what_is_no_plain_file_in_an_old_checkpoint_is_replaced(
+    tmp_path, files, put, settings
+):
+    """A FIFO would keep the save waiting for ever."""
+    name = "{epoch}" if settings else "best"
+    with ModelCheckpoint(tmp_path / name, **settings) as ckpt:
+        for epoch in range(8):
+            path = ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+            assert (flaxckpt.load(path)["w"] == epoch).all()
+            if epoch in (2, 3):
+                for each in ("state/w/c.0.0", "state/w/zarr.json", "flaxckpt.json"):
+                    (path / each).unlink()
+                    put(path / each)
+
+
+@pytest.mark.parametrize("gone", ["new", "new/state"])
+def test_an_old_directory_that_is_a_link_is_not_written_over(tmp_path, files, gone):
+    elsewhere = tmp_path / "elsewhere"
+    with ModelCheckpoint(tmp_path / "runs/best") as ckpt:
+        for epoch in range(3):
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+        writer = ckpt._saves._writer
+        with writer._changed:  # what is deleted after `wait` has returned
+            writer._changed.wait_for(lambda: not writer._is_busy)
+        (spare,) = (tmp_path / "runs").glob(".flaxckpt-*-*")
+        (spare / gone).rename(elsewhere)
+        (spare / gone).symlink_to(elsewhere)
+        before = sorted(elsewhere.rglob("*"))
+        path = ckpt.save(tree_of(3), 3)
+        ckpt.wait()
+        assert (flaxckpt.load(path)["w"] == 3).all()
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 @pytest.mark.parametrize("verify", [True, False])

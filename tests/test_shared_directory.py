@@ -312,6 +312,38 @@ def test_a_lock_that_is_replaced_while_it_is_held_is_left_alone(tmp_path):
     assert path.read_text() == "somebody else's"
 
 
+# ---- what is written over ----------------------------------------------------------------
+
+OVER = """
+from pathlib import Path
+path = Path(args[0], "best")
+with flaxckpt.ModelCheckpoint(path) as ckpt:
+    for epoch in range(6):
+        ckpt.save({"w": np.full(2**19, epoch, np.float32)}, epoch)
+        ckpt.wait()
+        assert (flaxckpt.load(path)["w"] == epoch).all()
+        if epoch == 3:
+            for each in list(path.rglob("*")):
+                if each.is_file():
+                    each.chmod(0o444)
+                elif args[1] == "all":
+                    each.chmod(0o555)
+print(*os.listdir(args[0]))
+for each in Path(args[0]).rglob("*"):
+    if each.is_dir():
+        each.chmod(0o755)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["files", "all"])
+def test_what_this_user_cannot_write_is_made_anew(shared, bob, what):
+    """Files are replaced; an old directory that cannot be changed is given up."""
+    left = bob.run(OVER, shared, what).split()
+    assert "best" in left
+    assert what == "all" or left == ["best"]
+
+
 # ---- permissions -------------------------------------------------------------------------
 
 LOOK = """

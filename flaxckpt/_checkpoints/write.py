@@ -97,7 +97,8 @@ def write_checkpoint(
     form = None if compress else form_of(layout, held, is_database=is_database)
     if frozen is not None:
         frozen.begin()
-    with area.staging(reuse=form is not None and not is_database) as directory:
+    reuse = None if form is None or is_database else form.names | OURS
+    with area.staging(reuse=reuse) as directory:
         written = directory / "new"
         by_orbax = None
         if form is None:
@@ -114,7 +115,6 @@ def write_checkpoint(
             else:
                 assert form is not None
                 _adopt(form, frozen, earlier)
-                draft.keep_only(form.names | OURS)
                 found, sums = form.write(draft, written, held, frozen)
             _finish(draft, written, info, _table(layout, weights, found, sums))
         if area.sync and not is_ours:
@@ -246,10 +246,9 @@ def write_together(
         CheckpointWriteError: As `write` does.
     """
     form, held = known_form(layout, leaves)
-    with area.staging(reuse=True) as directory:
+    with area.staging(reuse=form.names | OURS) as directory:
         written = directory / "new"
         with Draft(written, sync=area.sync) as draft:
-            draft.keep_only(form.names | OURS)
             form.begin(draft, held)
             share = functools.partial(form.write_share, draft, held, leads=True)
             found, sums = form.joined(meet(written, share))

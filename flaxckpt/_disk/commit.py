@@ -21,13 +21,13 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flaxckpt._disk.exchange import replace
-from flaxckpt._disk.files import sync_path
+from flaxckpt._disk.files import keep_only, sync_path
 from flaxckpt._disk.lock import acquire_lock, drop_lock, release_lock, settle_lock
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
@@ -199,17 +199,18 @@ class Area:
         return path
 
     @contextmanager
-    def staging(self, *, reuse: bool = False) -> Generator[Path]:
+    def staging(self, *, reuse: Container[str] | None = None) -> Generator[Path]:
         """Make a directory to write in; what is left in it is for `sweep`.
 
         Args:
-            reuse: Whether it may be one with an old checkpoint in it, at `new`, to be
-                written over. Then one is kept for the next time.
+            reuse: The files to be written at `new`, if the directory may be one with an
+                old checkpoint there, to be written over. Then one is kept for the next
+                time.
         """
-        self._reuses = reuse
-        if not reuse:
+        self._reuses = reuse is not None
+        if reuse is None:
             self._sweep_disk(spare=True)  # it may be the room that is needed
-        path = self._trash.pop() if reuse and self._trash else self._made()
+        path = self._made() if reuse is None else self._cleared(reuse)
         try:
             yield path
         except BaseException:
@@ -224,6 +225,18 @@ class Area:
         path = self._root / f"{self._staging}{uuid.uuid4().hex[:12]}"
         path.mkdir()
         return path
+
+    def _cleared(self, names: Container[str]) -> Path:
+        """Return an old directory that can be written over, or make a new one."""
+        while self._trash:
+            path = self._trash.pop()
+            try:
+                keep_only(path / "new", names)
+            except OSError:  # somebody has made it, or something in it, immutable
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                return path
+        return self._made()
 
     def sweep(self, *, spare: bool = True) -> None:
         """Delete what was replaced or removed, which may take a while.

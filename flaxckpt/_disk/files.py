@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Container, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,44 @@ def sync_tree(directory: Path) -> None:
         for name in files:
             sync_path(Path(path, name))
         sync_path(Path(path))
+
+
+def keep_only(directory: Path, names: Container[str]) -> None:
+    """Make a directory of which nobody has any use ready to be written over.
+
+    Of its files, those stay that have one of the names and that this process can write;
+    of its directories, those with files.
+
+    Args:
+        directory: The directory; nothing happens if there is none.
+        names: Paths in it.
+
+    Raises:
+        OSError: If it cannot be written over.
+    """
+    if not os.path.lexists(directory):
+        return
+    if directory.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "is a link", str(directory))
+    for path, directories, files in os.walk(directory, topdown=False, onerror=_refuse):
+        here = Path(path)
+        for name in files:
+            file = here / name
+            if file.relative_to(directory).as_posix() not in names or not (
+                stat.S_ISREG(file.lstat().st_mode) and os.access(file, os.W_OK)
+            ):
+                file.unlink()
+        for name in directories:
+            if (here / name).is_symlink():
+                (here / name).unlink()
+            elif not any((here / name).iterdir()):
+                (here / name).rmdir()
+        if not os.access(here, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 class Draft:
@@ -57,19 +96,6 @@ class Draft:
     def __exit__(self, *error: object) -> None:
         """Wait until nothing is done to the files any more."""
         self._disk.shutdown()
-
-    def keep_only(self, names: Container[str]) -> None:
-        """Remove all files of other names, and directories without any files."""
-        for path, directories, files in os.walk(self._root, topdown=False):
-            here = Path(path)
-            for name in files:
-                if (here / name).relative_to(self._root).as_posix() not in names:
-                    (here / name).unlink()
-            for name in directories:
-                if (here / name).is_symlink():
-                    (here / name).unlink()
-                elif not any((here / name).iterdir()):
-                    (here / name).rmdir()
 
     def write(self, name: str, parts: Iterable[Any]) -> None:
         """Write a file.
@@ -193,17 +219,17 @@ def stamp_of(path: Path) -> Stamp:
 
 def _open_over(path: Path) -> tuple[int, bool]:
     """Open a file to write it; tell whether it is a new one."""
-    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
         pass
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
+    except OSError:  # a link, a FIFO, a file that this process cannot write
         path.unlink()
     else:
-        if os.fstat(descriptor).st_nlink == 1 and _is_only_opener(descriptor):
+        found = os.fstat(descriptor)
+        is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if is_plain and _is_only_opener(descriptor):
             return descriptor, False
         os.close(descriptor)
         path.unlink()
