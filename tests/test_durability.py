@@ -15,6 +15,7 @@ import pytest
 
 import flaxckpt
 from flaxckpt import CheckpointLockedError, ModelCheckpoint, Preempted, SettingError
+from flaxckpt._disk import exchange as _exchange
 from flaxckpt._disk import lock as _lock
 
 
@@ -467,6 +468,100 @@ def test_two_filepaths_have_two_slots(tmp_path):
         a.wait()
         assert a.latest.path.name == "a"
         assert (b.restore().tree["w"] == 21).all()
+
+
+def last_of(directory, name):
+    return ModelCheckpoint(directory / name, save_best_only=True, save_last=True)
+
+
+def save_last(ckpt, state, epoch):
+    """Save what is no improvement, and so goes to the slot."""
+    state = ckpt.update(state, tree_of(epoch), {"val_loss": 1.0 + epoch}, epoch)
+    ckpt.wait()
+    assert ckpt.restore().epoch == epoch
+    return state
+
+
+def choose_the_first(ckpt):
+    """Have it go by a look at a time at which the slot was nobody's."""
+    ckpt._series.slot = lambda: ckpt._series.slots[0]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+def test_a_slot_that_two_series_have_chosen_is_the_first_ones(
+    tmp_path, monkeypatch, exchange
+):
+    """Each sees it free before the other one puts its state there."""
+    if not exchange:
+        monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
+    with last_of(tmp_path, "a") as a, last_of(tmp_path, "b") as b:
+        states = {}
+        for number, ckpt in enumerate((a, b)):
+            logs = {"val_loss": 0.5}
+            states[ckpt] = ckpt.update(ckpt.init(), tree_of(number), logs, 0)
+            ckpt.wait()
+        states[a] = save_last(a, states[a], 1)
+        choose_the_first(b)
+        states[b] = b.update(states[b], tree_of(7), {"val_loss": 7.0}, 7)
+        b.wait()
+        del b._series.slot
+        assert (a.restore().epoch, b.restore().epoch) == (1, 7)
+        own = b._series.slots[1].name
+        assert a.restore().path.name == "last"
+        assert b.restore().path.name == own
+        for epoch in (8, 9):
+            for ckpt in (a, b):
+                states[ckpt] = save_last(ckpt, states[ckpt], epoch)
+        a.update(states[a], tree_of(0), {"val_loss": 0.1}, 10)  # empties its slot
+        a.wait()
+        save_last(b, states[b], 11)
+        assert sorted(names(flaxckpt.list_checkpoints(tmp_path))) == [
+            "a",
+            "b",
+            own,
+        ]
+
+
+def test_a_slot_that_is_missing_for_a_moment_is_not_free(tmp_path, monkeypatch):
+    """As between the renames of a file system that cannot exchange directories."""
+    monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
+    with last_of(tmp_path, "a") as a, last_of(tmp_path, "b") as b:
+        state = a.update(a.init(), tree_of(0), {"val_loss": 0.5}, 0)
+        other = b.update(b.init(), tree_of(0), {"val_loss": 0.5}, 0)
+        state = save_last(a, state, 1)
+        b.wait()
+        last, area, own = tmp_path / "last", a._series.area, a._series.slots[1]
+        sync, met = area._sync_directory, []
+
+        def meet(directory):
+            sync(directory)
+            if directory == tmp_path and not last.exists() and not met:
+                met.append(directory)
+                choose_the_first(b)
+                save = other, tree_of(5), {"val_loss": 5.0}, 5
+                b.update(*save)
+                b.wait()
+
+        area._sync_directory = meet
+        state = save_last(a, state, 2)
+        assert met
+        del b._series.slot
+        assert (a.restore().path.name, a.restore().epoch) == ("last", 2)
+        assert (b.restore().path, b.restore().epoch) == (b._series.slots[1], 5)
+
+        def take(directory):  # as one that does not look back, for it is killed
+            sync(directory)
+            if directory == tmp_path and not last.exists():
+                b._series.slots[1].rename(last)
+
+        area._sync_directory = take
+        state = save_last(a, state, 3)
+        assert a.restore().path == own
+        area._sync_directory = sync
+        state = save_last(a, state, 4)
+        assert b.restore().epoch == 5
+    hidden = [path.name for path in tmp_path.iterdir() if "replaced" in path.name]
+    assert hidden == []
 
 
 def test_preempted_names_what_can_be_resumed_from(tmp_path):

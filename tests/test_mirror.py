@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -407,6 +409,49 @@ def test_the_last_state_of_another_series_is_not_replaced(s3):
             assert other.stdout.readline() == f"{epoch}\n"
         assert_same(ckpt.restore().tree, 2)
     assert sorted(info.epoch for info in flaxckpt.list_checkpoints(s3)) == [0, 0, 2, 2]
+
+
+def test_a_slot_that_two_series_have_chosen_is_the_first_ones(s3):
+    """Each sees it free before the other one puts its state there."""
+    settings = {"save_best_only": True, "save_last": True}
+    with (
+        ModelCheckpoint(f"{s3}/a", "loss", **settings) as a,
+        ModelCheckpoint(f"{s3}/b", "loss", **settings) as b,
+    ):
+        states = {ckpt: train(ckpt, [0.5]) for ckpt in (a, b)}
+        a.update(states[a], tree_of(1), {"loss": 1.0}, 1)
+        a.wait()
+        b._series.slot = lambda: b._series.slots[0]
+        b.update(states[b], tree_of(2), {"loss": 2.0}, 2)
+        b.wait()
+        del b._series.slot
+        for epoch in (1, 5):
+            if epoch == 5:
+                a.update(states[a], tree_of(5), {"loss": 5.0}, 5)
+                a.wait()
+            assert_same(a.restore().tree, epoch)
+            assert_same(b.restore().tree, 2)
+        assert a.restore().path.name == "last"
+        assert b.restore().path.name == b._series.slots[1].name
+        area, shared = b._series.area, b._series.slots[0]
+        with area.staging() as directory:  # several processes write to the first place
+            written = directory / "new"
+            place = area.meeting_place(written, shared)
+            with area.share(place) as share:
+                (share / "share").write_text("another process's")
+            written.mkdir()
+            key = f".flaxckpt-current/{b._series.slots[1].name}"
+            record = json.loads(area._objects.read(key).content)["record"]
+            (written / "flaxckpt.json").write_text(record)
+            page = SimpleNamespace(path=shared)
+            with area.turn:
+                own = b._series._put_in_slot(page, written, shared)
+        area.sweep()
+        assert own == page.path == b._series.slots[1]
+        names = [key.split("/") for key in keys(s3) if f"{own.name}/" in key]
+        assert [each[-1] for each in names] == ["flaxckpt.json", "share"]
+        assert_same(a.restore().tree, 5)
+    assert not [key for key in keys(s3) if "doubtful" in key or place in key]
 
 
 def test_a_damaged_pointer_is_that_of_one_checkpoint(s3):

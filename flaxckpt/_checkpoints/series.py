@@ -7,6 +7,7 @@ checkpoints, reading all records anew takes a second.
 """
 
 import datetime
+import functools
 import hashlib
 import math
 import os
@@ -35,10 +36,10 @@ from flaxckpt._checkpoints.write import write_checkpoint, write_together
 from flaxckpt._decision.template import Template
 from flaxckpt._direct.form import Share
 from flaxckpt._direct.frozen_files import Frozen
-from flaxckpt._disk.commit import Area
+from flaxckpt._disk.commit import Area, OccupiedError
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
-from flaxckpt._disk.record import read_record
+from flaxckpt._disk.record import is_of, read_record, set_aside
 from flaxckpt._disk.record_fields import LAST_TIME
 from flaxckpt._object_store.commit import Mirror
 from flaxckpt._runtime.failures import space_told
@@ -174,10 +175,12 @@ class Series:
         """Return where the slot is, or will be: its name may be another series'."""
         self.area.refresh(*self.slots)
         found = [self._of_slot(place) for place in self.slots]
-        ours = [info.path for info in found if info and self._is_slot(info)]
+        ours = [info for info in found if info and self._is_slot(info)]
+        if ours:
+            return max(ours, key=lambda info: info.time).path
         pairs = zip(self.slots, found, strict=True)
         free = [place for place, info in pairs if not info]
-        return (ours or free or [self.slots[1]])[0]
+        return (free or [self.slots[1]])[0]
 
     def slot_info(self) -> CheckpointInfo | None:
         """Return what is in the slot, if it is ours and whole."""
@@ -370,6 +373,7 @@ class Series:
         )
         self._known = None  # until it is known that nothing failed half-way
         what = info, self.area, page.layout, page.leaves, page.weights
+        put = functools.partial(self._put_in_slot, page) if page.in_slot else None
         with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
             if together is None:
                 earlier = list(known.infos.values())[-1:]
@@ -379,9 +383,10 @@ class Series:
                     frozen=self._frozen,
                     earlier=earlier[0].path if earlier else None,
                     looks=self._looks,
+                    put=put,
                 )
             else:
-                write_together(*what, together, looks=self._looks)
+                write_together(*what, together, looks=self._looks, put=put)
         self._known = known
         known.newest = info.time
         if page.in_slot:
@@ -389,6 +394,32 @@ class Series:
         else:
             self._add(known, info)
         known.changes = self.area.changes
+
+    def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
+        """Put a page in the slot's place, or the next if that is another series'.
+
+        It may have become that since `slot` has looked: each series has a lock of its
+        own. Only the first place has a name that others may want.
+        """
+        first, second = self.slots
+        series = self.name + _SLOT_SERIES
+        if place == first:
+            try:
+                self.area.put(written, first, only_over=series)
+            except OccupiedError:
+                check_target(second, self.root)
+            else:
+                return first
+        self.area.put(written, second)
+        page.path = second
+        if place == first and not self.area.is_mirror:
+            for older in (
+                set_aside(first),
+                first,
+            ):  # the other one came between renames
+                if is_of(older, series):
+                    self._remove(older)
+        return second
 
     def prune(self, *, resumable: bool) -> None:
         """Delete what is no longer to be kept, once what is new is in its place.

@@ -69,6 +69,7 @@ def write_checkpoint(
     frozen: Frozen | None = None,
     earlier: Path | None = None,
     looks: Looks | None = None,
+    put: Callable[[Path, Path], Path] | None = None,
 ) -> None:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
@@ -86,6 +87,8 @@ def write_checkpoint(
         frozen: Where frozen leaves are stored.
         earlier: A checkpoint of the series that may hold them, if it is not known.
         looks: What the writer has looked at before; None for no look.
+        put: Puts what is written in its place or another one, and returns which; None
+            to put it in its place.
 
     Raises:
         CheckpointWriteError: If not all is there that was to be written.
@@ -128,9 +131,18 @@ def write_checkpoint(
                 looks,
                 (way, layout, placements_of(held)),
             )
-        area.put(written, info.path)
+        place = _put(area, written, info.path, put)
     if frozen is not None:
-        frozen.settle(info.path)
+        frozen.settle(place)
+
+
+def _put(
+    area: Area, written: Path, path: Path, put: Callable[[Path, Path], Path] | None
+) -> Path:
+    if put is not None:
+        return put(written, path)
+    area.put(written, path)
+    return path
 
 
 def learn_form(
@@ -229,6 +241,7 @@ def write_together(
     weights: Skeleton,
     meet: Callable[[Path, Callable[[], list[Share]]], list[list[Share]]],
     looks: Looks | None = None,
+    put: Callable[[Path, Path], Path] | None = None,
 ) -> None:
     """Write a checkpoint as `write` does, but that other processes write parts of it.
 
@@ -241,6 +254,7 @@ def write_together(
         meet: Tells the others where, calls what writes this one's share, and returns
             all shares.
         looks: As for `write`.
+        put: As for `write`.
 
     Raises:
         CheckpointWriteError: As `write` does.
@@ -256,7 +270,7 @@ def write_together(
         if looks is not None and not area.is_mirror:  # where all shares are here
             shown = area.shown(info.path)
             _look(written, shown, looks, ("together", layout, placements_of(held)))
-        area.put(written, info.path)
+        _put(area, written, info.path, put)
 
 
 def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> None:

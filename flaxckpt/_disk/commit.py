@@ -11,7 +11,6 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import os
@@ -26,14 +25,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._disk.exchange import replace
+from flaxckpt._disk.exchange import IN_THE_WAY, replace
 from flaxckpt._disk.files import keep_only, sync_path
 from flaxckpt._disk.lock import acquire_lock, drop_lock, release_lock, settle_lock
 from flaxckpt._disk.open import is_there
-from flaxckpt._disk.record import HIDDEN_PREFIX, REPLACED_PREFIX, read_record
+from flaxckpt._disk.record import (
+    HIDDEN_PREFIX,
+    REPLACED_PREFIX,
+    is_of,
+    read_record,
+    set_aside,
+)
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.locks import new_lock
 from flaxckpt.errors import CheckpointError, CheckpointLockedError
+
+
+class OccupiedError(Exception):
+    """Something is in a place that may not be replaced there."""
 
 
 class _Shared:
@@ -253,7 +262,7 @@ class Area:
                 shutil.rmtree(self._trash[0], ignore_errors=True)
                 del self._trash[0]
 
-    def put(self, written: Path, target: Path) -> None:
+    def put(self, written: Path, target: Path, *, only_over: str | None = None) -> None:
         """Move a finished directory to its place, or exchange it with the one there.
 
         `target` is at every moment the old directory, whole, or the new one, whole. Its
@@ -263,24 +272,64 @@ class Area:
         Args:
             written: The new directory, which is on disk already; see `_draft`.
             target: Its place.
+            only_over: The series of which a checkpoint may be replaced there; None if
+                all may.
+
+        Raises:
+            OccupiedError: If something else is there, which was not touched.
         """
         self._make(target.parent)
         self._shared.changes += 1
         with self.committing:
-            replaces = False
-            try:
-                os.rename(written, target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                replaces = True
-                replace(written, target, self._sync_directory)
+            if only_over is None:
+                replaces = self._put_over(written, target)
+            else:
+                replaces = self._put_over_own(written, target, only_over)
             try:
                 self._sync_directory(target.parent)
                 self._sync_directory(written.parent)
             except BaseException:
                 self._take_back(written, target, replaces=replaces)
                 raise
+
+    def _put_over(self, written: Path, target: Path) -> bool:
+        """Give a directory its name; tell whether another one had it."""
+        try:
+            os.rename(written, target)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            replace(written, target, self._sync_directory)
+            return True
+        return False
+
+    def _put_over_own(self, written: Path, target: Path, own: str) -> bool:
+        """Give a directory its name, if that is free or a series' own.
+
+        Other processes may want the name, too. What the own series has there, only this
+        one changes, and a rename replaces nothing. Where directories cannot be
+        exchanged, a name is missing for a moment that is another series' all the same.
+        """
+        aside = set_aside(target)
+        try:
+            os.rename(written, target)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+        else:
+            if not os.path.lexists(aside) or is_of(aside, own):
+                return False
+            os.rename(target, written)
+            raise OccupiedError(target)
+        if not is_of(target, own):
+            raise OccupiedError(target)
+        try:
+            replace(written, target, self._sync_directory)
+        except OSError as error:
+            if error.errno in IN_THE_WAY:  # taken while the name was missing
+                raise OccupiedError(target) from error
+            raise
+        return True
 
     def _take_back(self, written: Path, target: Path, *, replaces: bool) -> None:
         """Undo what the disk may not have taken: who fails leaves what was there."""
@@ -331,7 +380,7 @@ class Area:
         another series', or another user's.
         """
         for directory in _directories(self._root, self._depth - 1):
-            for aside in _set_aside(directory):
+            for aside in _all_set_aside(directory):
                 try:
                     self._finish_replacement(directory, aside)
                 except (OSError, CheckpointError) as error:
@@ -392,7 +441,7 @@ def _directories(root: Path, depth: int) -> Generator[Path]:
                 left.append((Path(entry.path), below - 1))
 
 
-def _set_aside(directory: Path) -> list[Path]:
+def _all_set_aside(directory: Path) -> list[Path]:
     names = [entry.name for entry in _entries(directory)]
     return [
         directory / name

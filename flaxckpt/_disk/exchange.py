@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flaxckpt._disk.record import REPLACED_PREFIX
+from flaxckpt._disk.record import set_aside
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# What a rename fails with where a directory is that is not empty.
+IN_THE_WAY = errno.ENOTEMPTY, errno.EEXIST
 
 
 def replace(
@@ -18,7 +20,7 @@ def replace(
     """Exchange two directories, by one call or, where there is none, by three."""
     if _exchange(written, target):
         return
-    aside = target.with_name(REPLACED_PREFIX + target.name)
+    aside = set_aside(target)
     if aside.exists():  # an error came between the last two calls
         os.rename(aside, written.with_name("replaced"))
     os.rename(target, aside)

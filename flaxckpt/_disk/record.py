@@ -16,7 +16,11 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.open import NoFileError, is_there, read_small
 from flaxckpt._disk.record_fields import check_record, parse_record
 from flaxckpt._disk.table import parse_table
-from flaxckpt.errors import CheckpointCorruptError, CheckpointError
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointPathError,
+)
 
 FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
 RECORD_FILE = "flaxckpt.json"
@@ -69,9 +73,14 @@ def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
     return encode_record(one, {}, b"") == encode_record(other, {}, b"")
 
 
+def set_aside(path: Path) -> Path:
+    """Return where a checkpoint is while another one is put at `path` by renames."""
+    return path.with_name(REPLACED_PREFIX + path.name)
+
+
 def located(path: Path) -> Path:
     """Return where a checkpoint's files are: at `path`, or set aside beside it."""
-    aside = path.with_name(REPLACED_PREFIX + path.name)
+    aside = set_aside(path)
     return aside if not is_there(path) and is_there(aside) else path
 
 
@@ -84,7 +93,7 @@ def is_checkpoint(path: Path) -> bool:
     Raises:
         CheckpointPathError: If this process cannot know.
     """
-    aside = path.with_name(REPLACED_PREFIX + path.name)
+    aside = set_aside(path)
     for _ in range(2):
         if _holds_checkpoint(path):
             return True
@@ -93,6 +102,24 @@ def is_checkpoint(path: Path) -> bool:
         if _holds_checkpoint(aside):
             return True
     return False
+
+
+def is_of(path: Path, series: str) -> bool:
+    """Tell whether there is a checkpoint at `path` whose record names this series."""
+    try:
+        info = read_record(path)
+    except (CheckpointCorruptError, CheckpointPathError):
+        return False
+    return info is not None and info.series == series
+
+
+def series_in(record: str) -> str | None:
+    """Return the series that a record names; None where it cannot be read."""
+    try:
+        fields, is_whole = parse_record(record.encode())
+        return check_record(fields)["series"] if is_whole else None
+    except (MalformedError, UnicodeEncodeError):
+        return None
 
 
 def _holds_checkpoint(directory: Path) -> bool:

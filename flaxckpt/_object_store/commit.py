@@ -26,8 +26,8 @@ from pathlib import Path
 
 from etils import epath
 
-from flaxckpt._disk.commit import Area
-from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE
+from flaxckpt._disk.commit import Area, OccupiedError
+from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
 from flaxckpt._object_store.lease import Lease, acquire_lease, drop_lease, release_lease
 from flaxckpt._object_store.objects import Objects
 from flaxckpt._object_store.pointer import Pointer, key_of, read_pointers, write_record
@@ -102,27 +102,36 @@ class Mirror(Area):
         below = path.relative_to(self._root).parts
         return epath.Path("/".join([self._objects.url, *below]))  # pyright: ignore
 
-    def put(self, written: Path, target: Path) -> None:
+    def put(self, written: Path, target: Path, *, only_over: str | None = None) -> None:
         """Move a finished directory to the store; see `Area.put`."""
-        name, at = self._name(target), self._place_for(written, target)
-        self._place = None
+        name, first = self._name(target), self._place_for(written, target)
+        # Its first place was another series', but shares of it may be there.
+        is_second = first.rpartition("/")[0] != name
+        at = self._fresh_place(target) if is_second else first
         self._check_lease()
         try:
             self._doubt(at)
-            self._objects.upload(written, at)
+            if is_second:
+                self._objects.copy(first, at)
+            else:
+                self._objects.upload(written, at)
             pointer = Pointer(at, (written / RECORD_FILE).read_text())
             stub = written.with_name("record")
             write_record(stub, pointer)
             with _MOVING:
-                before = self._point(name, pointer)
+                before = self._point(name, pointer, only_over)
                 super().put(stub, target)
                 _KNOWN[self._root].add(name)
+        except OccupiedError:
+            raise  # the caller puts it elsewhere, or ends with it
         except BaseException:
+            self._place = None
             self._is_current = False  # what the store has is not known
             raise
+        self._place = None
         shutil.rmtree(stub, ignore_errors=True)
         self._certain.append(at)
-        self._unused += before
+        self._unused += [*before, first] if is_second else before
 
     def move(self, path: Path, target: Path) -> None:
         """Keep a checkpoint under another name; see `Area.move`.
@@ -250,17 +259,23 @@ class Mirror(Area):
 
     # ---- in the store ----------------------------------------------------------------
 
-    def _point(self, name: str, pointer: Pointer | None) -> list[str]:
+    def _point(
+        self, name: str, pointer: Pointer | None, only_over: str | None = None
+    ) -> list[str]:
         """Change a pointer, or delete it; return the directory of before, if any.
 
         That is doubtful from then on.
 
         Raises:
             CheckpointLockedError: If another process has taken the lock.
+            OccupiedError: If what is there is of none of the series `only_over`.
         """
         key = key_of(name)
         found = self._objects.read(key)
-        before = "" if found.content is None else Pointer.parse(found.content).at
+        there = None if found.content is None else Pointer.parse(found.content)
+        if only_over is not None and there and series_in(there.record) != only_over:
+            raise OccupiedError(name)
+        before = there.at if there else ""
         if before:
             self._doubt(before)
         content = None if pointer is None else pointer.encoded()
@@ -269,6 +284,8 @@ class Mirror(Area):
         if written is None:
             now = self._objects.read(key)
             if now.content != content:
+                if only_over is not None:
+                    raise OccupiedError(name)
                 raise CheckpointError(
                     f"{self._objects.url}/{name} was changed by another process "
                     "meanwhile, and is as that one left it."
