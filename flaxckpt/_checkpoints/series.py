@@ -174,13 +174,21 @@ class Series:
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""
         self.area.refresh(*self.slots)
-        found = [self._of_slot(place) for place in self.slots]
-        ours = [info for info in found if info and self._is_slot(info)]
+        ours, free = list[CheckpointInfo](), list[Path]()
+        for place in self.slots:
+            try:
+                info = self._of_slot(place)
+            except CheckpointPathError:
+                if place == self.slots[-1]:  # nobody else's
+                    raise
+                continue
+            if info is None:
+                free.append(place)
+            elif self._is_slot(info):
+                ours.append(info)
         if ours:
             return max(ours, key=lambda info: info.time).path
-        pairs = zip(self.slots, found, strict=True)
-        free = [place for place, info in pairs if not info]
-        return (free or [self.slots[1]])[0]
+        return (free or [self.slots[-1]])[0]
 
     def slot_info(self) -> CheckpointInfo | None:
         """Return what is in the slot, if it is ours and whole."""
@@ -191,10 +199,6 @@ class Series:
         try:
             return read_record(path)
         except CheckpointCorruptError:
-            return None
-        except CheckpointPathError:
-            if path == self.slots[-1]:  # nobody else's
-                raise
             return None
 
     def _is_slot(self, info: CheckpointInfo) -> bool:
