@@ -31,7 +31,7 @@ def open_lock_file(path: Path, opened: list[io.FileIO]) -> tuple[int, bool]:
         try:
             try:
                 opened.append(io.FileIO(os.open(path, os.O_RDWR | flags), "r+"))
-            except PermissionError:  # reading another user's suffices to lock it
+            except PermissionError:  # reading it suffices to lock it
                 opened.append(io.FileIO(os.open(path, os.O_RDONLY | flags), "r"))
             break
         except FileNotFoundError:  # its owner has just taken it away
@@ -49,7 +49,7 @@ def open_lock_file(path: Path, opened: list[io.FileIO]) -> tuple[int, bool]:
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         what = "a file with other names (hard links)"
         raise _no_lock(path, what if stat.S_ISREG(found.st_mode) else "no plain file")
-    return descriptor, found.st_uid == os.geteuid()
+    return descriptor, found.st_uid == os.geteuid() and opened[-1].writable()
 
 
 def made(path: Path, opened: list[io.FileIO]) -> int:
@@ -100,7 +100,7 @@ def is_alive(pid: int) -> bool:
 def is_still(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
