@@ -312,6 +312,168 @@ def test_a_lock_that_is_replaced_while_it_is_held_is_left_alone(tmp_path):
     assert path.read_text() == "somebody else's"
 
 
+@needs_root
+def test_a_lock_that_its_own_user_cannot_write_is_replaced(shared, bob):
+    said = bob.run(
+        """
+        from pathlib import Path
+        path = Path(args[0])
+        path.write_text("{}")
+        path.chmod(0o444)
+        _lock.acquire_lock(path)
+        print(path.read_text())
+        _lock.release_lock(path)
+        """,
+        shared / "x.lock",
+    )
+    assert json.loads(said)["pid"] == bob.pid
+    assert not os.listdir(shared)
+
+
+BEST = """
+ckpt = flaxckpt.ModelCheckpoint(args[0], "loss", mode="min", save_best_only=True)
+try:
+    ckpt.update(ckpt.init(), {"w": np.ones(3)}, {"loss": float(args[1])}, epoch=0)
+    ckpt.wait()
+    print("saved")
+except flaxckpt.CheckpointLockedError as error:
+    print(error.pid)
+if "close" in args:
+    ckpt.close()
+_lock.kept = ckpt
+"""
+
+
+def best_only(path):
+    return ModelCheckpoint(path, "loss", mode="min", save_best_only=True)
+
+
+def improve(ckpt, loss, state=None):
+    state = ckpt.init() if state is None else state
+    state = ckpt.update(state, tree_of(0), {"loss": loss}, epoch=0)
+    ckpt.wait()
+    writer = ckpt._saves._writer
+    with writer._changed:  # what is deleted after `wait` has returned
+        writer._changed.wait_for(lambda: not writer._is_busy)
+    return state
+
+
+@pytest.fixture
+def other():
+    user = User(0, saves=False)
+    yield user
+    user.kill()
+
+
+def test_a_run_that_is_deleted_is_begun_anew(tmp_path):
+    """By the object that wrote it, at its next save, and under a lock of its own."""
+    path = tmp_path / "runs/best"
+    with best_only(path) as ckpt:
+        state = improve(ckpt, 0.5)
+        for loss in (0.4, 0.3):
+            shutil.rmtree(tmp_path / "runs")
+            state = improve(ckpt, loss, state)
+            assert flaxckpt.list_checkpoints(path)[0].logs["loss"] == loss
+            (lock,) = (tmp_path / "runs").glob(".flaxckpt-*.lock")
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert os.listdir(tmp_path / "runs") == ["best"]
+
+
+def test_a_run_that_is_deleted_has_one_writer(tmp_path, other):
+    path = tmp_path / "runs/best"
+    with best_only(path) as one, best_only(path) as two:
+        state = improve(one, 0.5)
+        shutil.rmtree(tmp_path / "runs")
+        improve(two, 0.45)
+        assert int(other.run(BEST, path, 0.1)) == os.getpid()
+        improve(one, 0.4, state)
+        assert int(other.run(BEST, path, 0.1)) == os.getpid()
+        assert flaxckpt.list_checkpoints(path)[0].logs["loss"] == 0.4
+
+
+def test_who_finds_another_writer_in_a_run_that_was_deleted_is_told(tmp_path, other):
+    path = tmp_path / "runs/best"
+    with best_only(path) as ckpt:
+        state = improve(ckpt, 0.5)
+        shutil.rmtree(tmp_path / "runs")
+        assert other.run(BEST, path, 0.1).strip() == "saved"
+        with pytest.raises(CheckpointLockedError, match=f"by process {other.pid}"):
+            improve(ckpt, 0.4, state)
+        other.run("_lock.kept.close()")
+        improve(ckpt, 0.4, state)
+        assert flaxckpt.list_checkpoints(path)[0].logs["loss"] == 0.1
+
+
+def test_what_another_process_saved_meanwhile_is_not_replaced(tmp_path, other):
+    """It has come and gone, and this process has another object that took the lock."""
+    path = tmp_path / "runs/best"
+    with best_only(path) as one, best_only(path) as two:
+        state = improve(one, 0.5)
+        shutil.rmtree(tmp_path / "runs")
+        assert other.run(BEST, path, 0.1, "close").strip() == "saved"
+        with pytest.warns(UserWarning, match="an earlier run with loss 0.1"):
+            improve(two, 0.45)
+        improve(one, 0.4, state)
+        assert flaxckpt.list_checkpoints(path)[0].logs["loss"] == 0.1
+
+
+def test_a_lock_that_is_deleted_during_a_save_ends_that_save(tmp_path, monkeypatch):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        area = ckpt._series.area
+        put = area.put
+        with monkeypatch.context() as patch:
+
+            def deleted(*args):
+                area._lock.unlink()
+                put(*args)
+
+            patch.setattr(area, "put", deleted)
+            ckpt.save(tree_of(1), 1)
+            with pytest.raises(flaxckpt.CheckpointWriteError, match="lock of these"):
+                ckpt.wait()
+        ckpt.save(tree_of(2), 2)
+        ckpt.wait()
+        assert [info.epoch for info in ckpt.checkpoints] == [0, 2]
+    assert sorted(os.listdir(tmp_path)) == ["1", "3"]
+
+
+def test_a_directory_has_one_lock_whatever_it_is_called(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to("runs")
+    with (
+        ModelCheckpoint(tmp_path / "runs/{epoch}") as one,
+        ModelCheckpoint(tmp_path / "link/{epoch}", max_to_keep=2) as other,
+    ):
+        for epoch in range(6):
+            ckpt = (one, other)[epoch % 2]
+            ckpt.save(tree_of(epoch), epoch)
+            ckpt.wait()
+        assert [info.epoch for info in one.checkpoints] == [4, 5]
+    assert sorted(os.listdir(tmp_path / "runs")) == ["5", "6"]
+
+
+@pytest.mark.parametrize("back", ["link", "directory"])
+def test_a_link_that_leads_elsewhere_by_now_has_the_lock_of_there(tmp_path, back):
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    runs.symlink_to("one")
+    with ModelCheckpoint(runs / "{epoch}") as ckpt:
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        runs.unlink()
+        if back == "link":
+            runs.symlink_to("two")
+        ckpt.save(tree_of(1), 1)
+        ckpt.wait()
+        assert len(list(runs.glob(".flaxckpt-*.lock"))) == 1
+        assert not list((tmp_path / "one").glob(".flaxckpt-*.lock"))
+    assert os.listdir(runs) == ["2"]
+    assert "1" in os.listdir(tmp_path / "one")
+
+
 # ---- what is written over ----------------------------------------------------------------
 
 OVER = """

@@ -16,7 +16,6 @@ import hashlib
 import os
 import shutil
 import socket
-import threading
 import uuid
 import warnings
 import weakref
@@ -27,7 +26,13 @@ from typing import Any
 
 from flaxckpt._disk.exchange import IN_THE_WAY, replace
 from flaxckpt._disk.files import keep_only, sync_path
-from flaxckpt._disk.lock import acquire_lock, drop_lock, release_lock, settle_lock
+from flaxckpt._disk.lock import (
+    acquire_lock,
+    drop_lock,
+    holds_lock,
+    release_lock,
+    settle_lock,
+)
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import (
     HIDDEN_PREFIX,
@@ -38,7 +43,11 @@ from flaxckpt._disk.record import (
 )
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.locks import new_lock
-from flaxckpt.errors import CheckpointError, CheckpointLockedError
+from flaxckpt.errors import (
+    CheckpointError,
+    CheckpointLockedError,
+    CheckpointWriteError,
+)
 
 
 class OccupiedError(Exception):
@@ -56,7 +65,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.changes = 0
-        self.turn, self.committing = threading.RLock(), new_lock()
+        self.turn, self.committing = new_lock(), new_lock()
 
 
 _OPENING, _SHARING = new_lock(), new_lock()
@@ -90,16 +99,26 @@ class Area:
         tag = hashlib.sha256(os.fsencode(series[0])).hexdigest()[:8]
         self._root, self._series, self._depth, self.sync = root, series, depth, sync
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
-        self._lock = root / f"{HIDDEN_PREFIX}{tag}.lock"
+        self._lock = Path(f"{HIDDEN_PREFIX}{tag}.lock")
         self._owner = 0  # the process that has opened it
         self._trash: list[Path] = []
         self._kept_aside: list[Path] = []
         self._reuses = False
         self._sweeping = new_lock()
         self.process, self._holder = os.getpid(), object()
-        with _SHARING:
-            self._shared = _SHARED.setdefault(str(self._lock), _Shared())
+        self._find_lock()
         weakref.finalize(self, _discard, self._trash, self.process)
+
+    def _find_lock(self) -> None:
+        """Find the lock in its directory, whatever path and links lead there."""
+        lock = Path(os.path.realpath(self._root), self._lock.name)
+        if lock == self._lock:
+            return
+        if self._owner == os.getpid():
+            self._release()
+        self._lock = lock
+        with _SHARING:
+            self._shared = _SHARED.setdefault(str(lock), _Shared())
         weakref.finalize(self, self._drop())
 
     @property
@@ -123,21 +142,38 @@ class Area:
         Raises:
             CheckpointLockedError: If another process writes this series.
         """
-        if self._owner == os.getpid():
+        if self._owner == os.getpid() and self._is_held():
             return
         self._make(self._root)
-        with _OPENING:  # so that nobody writes what is cleared up here
-            try:
+        self._find_lock()
+        # A save under way here whose lock was deleted goes by what was there before:
+        # it ends, by an error, before the lock is taken anew.
+        is_under_way = self._is_held()
+        with contextlib.nullcontext() if is_under_way else self.turn, _OPENING:
+            self._owner = 0
+            try:  # nobody writes what is cleared up here
                 if self._acquire():
                     self._clear_up()
                     self._note_cleared()
+                self._shared.changes += 1  # others may have changed it
             except BaseException:
                 self._release()
                 raise
-        self._owner = os.getpid()
+            self._owner = os.getpid()
+
+    def _is_held(self) -> bool:
+        """Tell whether this process has the lock, and nobody has deleted it."""
+        return holds_lock(self._lock, self._root / self._lock.name)
+
+    def _check_lock(self, path: Path) -> None:
+        if not self._is_held():
+            raise CheckpointWriteError(
+                str(path),
+                "the lock of these checkpoints was deleted meanwhile, and another "
+                "process may be writing them",
+            )
 
     def _clear_up(self) -> None:
-        self._shared.changes += 1  # others may have
         self._finish_replacements()
         for entry in list(os.scandir(self._root)):
             if entry.name.startswith(self._staging):
@@ -278,6 +314,7 @@ class Area:
         Raises:
             OccupiedError: If something else is there, which was not touched.
         """
+        self._check_lock(target)
         self._make(target.parent)
         self._shared.changes += 1
         with self.committing:
@@ -343,6 +380,7 @@ class Area:
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint: it is gone at once, however long its files take."""
+        self._check_lock(path)
         self._shared.changes += 1
         if path.is_symlink():  # to where somebody else keeps it
             path.unlink()
@@ -368,6 +406,7 @@ class Area:
 
     def move(self, path: Path, target: Path) -> None:
         """Give a checkpoint another name, at which there is nothing."""
+        self._check_lock(path)
         self._shared.changes += 1
         with self.committing:
             path.rename(target)

@@ -67,6 +67,9 @@ _guard = new_lock()
 def acquire_lock(path: Path, holder: Hashable = None) -> bool:
     """Take the lock, or share it if this process has it already.
 
+    Who has it by a file that was deleted, or replaced, takes it anew, for all its
+    holders: another process may have had it meanwhile.
+
     Waits, for a few seconds at most, only where another machine seems to hold it. An
     interrupt may leave it taken, or not; the same call again goes on from there.
 
@@ -87,15 +90,21 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
         if held is not None and not held.holders:
             _let_go(path, held)  # an interrupt has come before it was
             held = None
-        if held is None:
+        if held is None or not is_still(path, held.file.fileno()):
             opened: list[io.FileIO] = []
+            lost = None if held is None else held.file
             try:
                 _take(path, opened)
-                held = _held[path] = _Held(opened[0], {holder})
+                if held is None:
+                    held = _held[path] = _Held(opened[0], {holder})
+                else:
+                    held.file = opened[0]
             except BaseException:
                 for file in opened:
                     file.close()
                 raise
+            if lost is not None:
+                lost.close()
         held.holders.add(holder)
         if held.heart is None:
             heart = threading.Thread(
@@ -104,6 +113,18 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
             heart.start()
             held.heart = heart
         return not held.is_cleared
+
+
+def holds_lock(path: Path, at: Path) -> bool:
+    """Tell whether this process has the lock, and its file is the one at a path.
+
+    Args:
+        path: By which the lock was acquired.
+        at: Where its file should be: at that path, or at another one that leads there.
+    """
+    with _guard:
+        held = _held.get(path)
+        return held is not None and is_still(at, held.file.fileno())
 
 
 def settle_lock(path: Path) -> None:

@@ -210,6 +210,10 @@ class Mirror(Area):
         self._lease, is_new = acquire_lease(self._objects, key, holder)
         return is_new
 
+    def _is_held(self) -> bool:
+        """Tell nothing: the lease is looked at whenever the store is changed."""
+        return True
+
     def _note_cleared(self) -> None:
         assert self._lease is not None
         self._lease.is_cleared = True

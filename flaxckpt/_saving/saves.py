@@ -665,6 +665,7 @@ class Saves:
             pages: What of it; their paths are changed where they go aside.
             together: How several processes write each page; None where only one does.
         """
+        self._open(pages[0].path if pages else None)  # somebody may have deleted it
         state, logs = entry.kept, plain_scalars(entry.logs)
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
