@@ -580,10 +580,13 @@ class ModelCheckpoint:
                 self._saves.close()  # before the lock is given back
                 raise
             self._saves.close()
-        except Exception:
-            self._release()
+        except Exception as error:
+            if late := self._release():
+                _warn_beside(error, late)
             raise
-        self._release()  # but not where an interrupt left a save under way
+        # But not where an interrupt left a save under way.
+        if late := self._release():
+            warnings.warn(late, stacklevel=outside())
         if self._never_due:
             how = "without `batch`" if self._by_epoch else "with `batch`"
             warnings.warn(
@@ -592,7 +595,8 @@ class ModelCheckpoint:
                 stacklevel=outside(),
             )
 
-    def _release(self) -> None:
+    def _release(self) -> str:
+        """Release lock and signal handlers; say if a signal has come to nothing."""
         watch = self._watch
         is_late = self._is_newly_preempted()
         try:
@@ -600,12 +604,12 @@ class ModelCheckpoint:
         finally:
             if watch is not None:
                 watch.close()
-        if is_late and watch is not None:
-            warnings.warn(
-                f"{watch.signal} came after the last call of update or save outside of "
-                "jit, so no state was saved for it. End the program now.",
-                stacklevel=outside(),
-            )
+        if watch is None or not is_late:
+            return ""
+        return (
+            f"{watch.signal} came after the last call of update or save outside of jit, "
+            "so no state was saved for it. End the program now."
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -620,16 +624,29 @@ class ModelCheckpoint:
         if error is None:
             self.close()
             return
-        try:
-            self.close()
-        except CheckpointError as failure:
-            if isinstance(error, CheckpointError):  # they are told together
-                error.add_note(f"And: {failure}")
-                return
-            warnings.warn(
-                f"A save failed, too, while another error ended the loop: {failure}",
-                stacklevel=outside(),
-            )
+        said: set[str] = set()
+        is_closed = False
+        while not is_closed:
+            try:
+                self.close()
+                is_closed = True
+            except Warning as warning:  # where a filter makes errors of them
+                notes = [f"And: {warning}", *getattr(warning, "__notes__", ())]
+                new = [note for note in notes if note not in said]
+                for note in new:
+                    error.add_note(note)
+                said.update(new)
+                is_closed = not new  # each close says that
+            except CheckpointError as failure:
+                is_closed = True
+                if isinstance(error, CheckpointError):  # they are told together
+                    error.add_note(f"And: {failure}")
+                else:
+                    _warn_beside(
+                        error,
+                        "A save failed, too, while another error ended the loop: "
+                        f"{failure}",
+                    )
 
     # ---- what there is ---------------------------------------------------------------
 
@@ -1066,6 +1083,14 @@ class ModelCheckpoint:
                 "restore(which=path).",
                 stacklevel=outside(),
             )
+
+
+def _warn_beside(error: BaseException, message: str) -> None:
+    """Warn beside an error; where a filter makes an error of that, note it on this."""
+    try:
+        warnings.warn(message, stacklevel=outside())
+    except Warning:
+        error.add_note(f"And: {message}")
 
 
 def _print(message: str) -> None:

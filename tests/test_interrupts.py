@@ -212,6 +212,46 @@ def test_close_tells_of_a_late_signal_when_it_has_released_all(tmp_path):
     assert {each: interrupts.signal.getsignal(each) for each in SIGNALS} == before
 
 
+def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
+    """Where warnings are errors, what `close` says are notes on it; all of it."""
+
+    def fail(*args, **kwargs):
+        raise OSError("injected")
+
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=5, save_on_preemption=True)
+    ckpt.update(ckpt.init(), {"w": np.zeros(2)}, {}, 0)  # without a batch
+    for message in ("one", "two"):
+        ckpt._saves._writer.warn(message)
+    os.kill(os.getpid(), interrupts.signal.SIGTERM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError, match="mine") as caught, ckpt:
+            raise KeyError("mine")
+    notes = [note.partition(",")[0] for note in caught.value.__notes__]
+    assert notes == [
+        "And: one",
+        "And: SIGTERM came after the last update outside of jit",
+        "And: two",
+    ]
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=5)
+    ckpt.update(ckpt.init(), {"w": np.zeros(2)}, {}, 0)
+    monkeypatch.setattr(_series, "write_checkpoint", fail)
+    for error in (KeyError("mine"), flaxckpt.MetricError("mine", "is odd")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(type(error), match="mine") as caught, ckpt:
+                raise error
+        assert caught.value.__notes__[0].startswith("And: No check was ever due")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(type(error), match="mine") as caught, ckpt:
+                ckpt.save({"w": np.zeros(2)}, 0)
+                ckpt._saves._writer.warn("three")
+                raise error
+        assert caught.value.__notes__[-2] == "And: three"
+        assert "injected" in caught.value.__notes__[-1]
+
+
 AT_END = """
     import sys, numpy as np, flaxckpt
     from flaxckpt._checkpoints import series as _series
