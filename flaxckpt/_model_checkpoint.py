@@ -22,6 +22,7 @@ from flaxckpt._checkpoints.retention import LatestN, PreservationPolicy
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs, find, left_out, taken
+from flaxckpt._decision.reserved import ADVICE, is_reserved
 from flaxckpt._decision.scalars import is_real
 from flaxckpt._decision.state import CheckpointState, check_state, resumed
 from flaxckpt._decision.step import judge, tick
@@ -607,8 +608,8 @@ class ModelCheckpoint:
         if watch is None or not is_late:
             return ""
         return (
-            f"{watch.signal} came after the last call of update or save outside of jit, "
-            "so no state was saved for it. End the program now."
+            f"{watch.signal} came after the last call of update or save outside of "
+            "jit, so no state was saved for it. End the program now."
         )
 
     def __enter__(self) -> Self:
@@ -874,6 +875,8 @@ class ModelCheckpoint:
         name = save_last if isinstance(save_last, str) else "last"
         if not name or name in (".", "..") or "/" in name or "\0" in name:
             raise SettingError("save_last", save_last, "pass True, or a file's name.")
+        if is_reserved(name):
+            raise SettingError("save_last", save_last, f"it is {ADVICE}")
         path = self._root / name
         if not save_last and self._template.text == str(path):
             path = self._root / "preempted"

@@ -226,6 +226,29 @@ def test_a_name_that_a_program_cannot_show_is_an_error_of_the_host(tmp_path):
     assert [info.path.name for info in ckpt.checkpoints] == ["  1"]
 
 
+@pytest.mark.parametrize(
+    "name", [".flaxckpt-z", "flaxckpt.json", "FLAXCKPT_LEAVES.JSON"]
+)
+def test_the_last_state_has_no_name_of_our_own_files(tmp_path, name):
+    with pytest.raises(flaxckpt.SettingError, match="flaxckpt's own files"):
+        ModelCheckpoint(tmp_path / "{epoch}", save_last=name)
+
+
+def test_nothing_is_saved_within_the_last_state(tmp_path):
+    """It would go with it, when a newer one takes its place."""
+    path = tmp_path / "{tag}/{epoch}"
+    with ModelCheckpoint(path, save_best_only=True, save_last=True) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate((1.0, 2.0)):
+            logs = {"tag": "a", "val_loss": loss}
+            state = ckpt.update(state, tree_of(epoch), logs, epoch)
+        with pytest.raises(
+            flaxckpt.CheckpointPathError, match="the last state is kept"
+        ):
+            ckpt.update(state, tree_of(2), {"tag": "last", "val_loss": 0.5}, 2)
+    assert [info.path for info in ckpt.checkpoints] == [tmp_path / "a/1"]
+
+
 def test_on_a_mesh(tmp_path, late):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))

@@ -1,16 +1,23 @@
 """The filepath template."""
 
+import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flaxckpt import TemplateError
+from flaxckpt import CheckpointError, ModelCheckpoint, TemplateError, list_checkpoints
 from flaxckpt._decision.template import Template
+
+OWN = (
+    "a name of flaxckpt's own files. Choose one that does not begin with "
+    "'.flaxckpt-', and is not 'flaxckpt.json' or 'flaxckpt_leaves.json'."
+)
 
 
 def shown(template, epoch=0, batch=None, **logs):
@@ -107,6 +114,10 @@ def test_root_and_name(text, root, name, depth):
         ("{x:.2q}", "field {x} has a conversion or format spec that Python does not know. See the format specification of Python's `str.format`."),
         ("{epoch:1000000000d}", "field {epoch}: no file name has a width or precision of four digits. Take a smaller one."),
         ("{x:{n:.1000000000f}}", "field {n}: no file name has a width or precision of four digits. Take a smaller one."),
+        ("/r/.flaxckpt-x", f"has {OWN}"),
+        ("/r/.flaxckpt-{epoch}/{a}", f"has {OWN}"),
+        ("/r/{epoch}/flaxckpt.json/x", f"has {OWN}"),
+        ("/r/FlaxCkpt_Leaves.json/{epoch}", f"has {OWN}"),
         ("{epoch}/../x", "has a '.' or '..' behind a field. Write the path without them."),
     ],
 )  # fmt: skip
@@ -131,6 +142,9 @@ def test_malformed_templates_are_refused_when_parsed(text, problem):
         ("/r/{epoch}/{x}", {"x": ""}, "gives '1/', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
         ("/r/{epoch}/{x}/x", {"x": ""}, "gives '1//x', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
         ("/r/{epoch}/.{x}", {"x": "."}, "gives '1/..', in which a name is empty, '.' or '..'. Change what `logs` holds, or the filepath."),
+        ("/r/{x}", {"x": ".flaxckpt-x"}, f"gives '.flaxckpt-x', with {OWN}"),
+        ("/r/{x}{y}", {"x": ".flax", "y": "ckpt-replaced-a"}, f"gives '.flaxckpt-replaced-a', with {OWN}"),
+        ("/r/{epoch}/{x}/x", {"x": "flaxckpt.json"}, f"gives '1/flaxckpt.json/x', with {OWN}"),
         ("/r/{epoch:{x}}", {"x": 10**9}, "{epoch:1000000000} cannot show 1: no file name has a width or precision of four digits. Change the format spec, or what `logs` holds."),
         ("/r/{epoch:{x:{y}}}", {"x": 1, "y": 10**9}, "{epoch:{x:{y}}} cannot show 1: no file name has a width or precision of four digits. Change the format spec, or what `logs` holds."),
     ],
@@ -158,6 +172,13 @@ def test_any_literal_text_names_a_file_below_the_root(text, epoch, batch):
     assert os.path.relpath(path, "/root").count("/") == template.depth - 1
 
 
+def test_names_that_only_look_like_our_own():
+    assert shown("{epoch}/.flaxckpt") == "1/.flaxckpt"
+    assert (
+        shown(".fla{x}ckpt-/flaxckpt.json{epoch}", x="?") == ".fla?ckpt-/flaxckpt.json1"
+    )
+
+
 def test_slashes_in_a_row_are_one(tmp_path):
     assert shown(f"{tmp_path}//a/{{epoch}}//x///").endswith("/a/1/x")
     assert Template.parse("/r/{a:/>3}//{b}").name == "{a:/>3}/{b}"
@@ -177,3 +198,47 @@ def test_whatever_the_fields_show_the_path_is_so_deep_below_the_root(names, a, b
     assert path == os.path.normpath(path)
     assert path.startswith("/root/1/")
     assert os.path.relpath(path, "/root").count("/") == template.depth - 1
+
+
+NAMES = (
+    *("", "last", ".flax", "ckpt-x", ".json", ".flaxckpt-x", ".flaxckpt-12345678.lock"),
+    *(".flaxckpt-replaced-", ".flaxckpt-replaced-a", "flaxckpt.json", "x" * 240),
+)
+SHAPES = (
+    *("{a}", "{a}{b}", "{a}/{b}", "{epoch}/{a}", "{a}/{epoch}", "{epoch}/{a}/x"),
+    *(".{a}", "flaxckpt{a}", "{epoch}//{a}", "{a!r:.{n}}", "{a}/{b}/{epoch}"),
+)
+texts = st.one_of(st.text(), st.text("./~- alst"), st.sampled_from(NAMES))
+
+
+@example("{a}/{epoch}", "last", "", True)
+@given(
+    st.sampled_from(SHAPES),
+    texts,
+    texts,
+    st.one_of(st.booleans(), texts),
+)
+def test_what_is_saved_is_listed_or_refused(tmp_path_factory, name, a, b, last):
+    """Whatever text is in the logs; nor does the last state take its place."""
+    directory = tmp_path_factory.mktemp("names")
+    root, tree = directory / "runs", {"w": np.ones(2)}
+    settings = {"save_best_only": True, "initial_value_threshold": 1.0}
+    with contextlib.ExitStack() as closed:
+        try:
+            ckpt = ModelCheckpoint(root / name, "loss", save_last=last, **settings)
+            closed.enter_context(ckpt)
+            logs = {"a": a, "b": b, "n": 9}
+            ckpt.update(ckpt.init(), tree, {**logs, "loss": 2.0}, 0)
+            path = ckpt.save(tree, 0, logs={**logs, "loss": 0.5})
+            ckpt.wait()
+        except CheckpointError:
+            assert {each.name for each in directory.iterdir()} <= {"runs"}
+            return
+        with contextlib.suppress(CheckpointError):
+            ckpt.update(ckpt.init(), tree, {**logs, "loss": 2.0}, 1)
+            ckpt.wait()
+        assert path in [info.path for info in ckpt.checkpoints]
+        assert path.is_relative_to(root)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            list_checkpoints(directory)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._decision.logs import Unusable, find, normalized
+from flaxckpt._decision.reserved import ADVICE, is_reserved
 from flaxckpt.errors import TemplateError
 
 _TOO_WIDE = re.compile(r"\d{4}")
@@ -52,7 +53,7 @@ class Template:
         Raises:
             TemplateError: If the text is not a path, its braces are malformed, or a
                 field is empty, a number, looks up an attribute or an index, or has a
-                width that no file name has.
+                width that no file name has; or a name is one of flaxckpt's own.
         """
         raw = os.fspath(filepath)
         if not isinstance(raw, str) or not raw or "\0" in raw:
@@ -67,16 +68,18 @@ class Template:
             if not name:
                 raise TemplateError(raw, "is the root directory. Name one below it.")
             name = _escaped(name)
-            text = os.path.join(_escaped(root), name)
-            return cls(text, root, name, fields, label or text)
-        # A field's name or spec may hold separators: only literal text is a path.
-        cut = raw[: _first_field(raw)].rfind("/") + 1
-        root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
-        name = _without_empty_names(raw[cut:].rstrip("/"))
-        if {".", ".."} & set(_outline(name).split("/")):
+        else:
+            # A field's name or spec may hold separators: only literal text is a path.
+            cut = raw[: _first_field(raw)].rfind("/") + 1
+            root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
+            name = _without_empty_names(raw[cut:].rstrip("/"))
+        names = _outline(name).split("/")
+        if {".", ".."} & set(names):
             raise TemplateError(
                 raw, "has a '.' or '..' behind a field. Write the path without them."
             )
+        if any(map(is_reserved, (os.path.basename(root), *names))):
+            raise TemplateError(raw, f"has {ADVICE}")
         text = os.path.join(_escaped(root), name)
         return cls(text, root, name, fields, label or text)
 
@@ -103,7 +106,8 @@ class Template:
 
         Raises:
             TemplateError: If a field has no value, a value does not fit its format
-                spec, or the result would not be `depth` names below `root`.
+                spec, or the result would not be `depth` names below `root`, or have
+                one of flaxckpt's own.
         """
         values = normalized(logs)
         for field in self.fields:
@@ -138,6 +142,8 @@ class Template:
                     "what `logs` holds, or the filepath."
                 )
             raise TemplateError(self.label, problem)
+        if any(map(is_reserved, names)):
+            raise TemplateError(self.label, f"gives {name!r}, with {ADVICE}")
         return os.path.join(self.root, name)
 
     def fits(self, parts: Sequence[str]) -> bool:
@@ -267,10 +273,10 @@ def _shows_something(spec: str) -> bool:
 
 
 def _outline(name: str) -> str:
-    """Return a template's literal text, with one letter for each field."""
+    """Return a template's literal text, with a NUL for each field."""
     parsed = string.Formatter().parse(name)
     return "".join(
-        text + ("x" if field is not None else "") for text, field, *_ in parsed
+        text + ("\0" if field is not None else "") for text, field, *_ in parsed
     )
 
 

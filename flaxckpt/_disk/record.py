@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxckpt._decision.reserved import HIDDEN_PREFIX, LEAVES_FILE, RECORD_FILE
 from flaxckpt._disk.fields import MalformedError, checksum, dumped
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.open import NoFileError, is_there, read_small
@@ -23,12 +24,7 @@ from flaxckpt.errors import (
 )
 
 FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
-RECORD_FILE = "flaxckpt.json"
-LEAVES_FILE = "flaxckpt_leaves.json"
-# What is ours beside the checkpoints; no listing looks into it, but for what was set
-# aside where two directories cannot be exchanged, and not replaced (see _commit.py).
-HIDDEN_PREFIX = ".flaxckpt-"
-REPLACED_PREFIX = ".flaxckpt-replaced-"
+REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
 _RECORD_BYTES = 64 * 2**20  # that a record may have
 
 

@@ -298,19 +298,10 @@ class Saves:
         """Check and return where an entry may go: in the series, and in the slot."""
         path = None if entry.save is False else self._path(entry)
         slot = self._series.slot() if lasts else None
-        if (
-            path is not None
-            and path in self._series.slots
-            and (path == (slot or self._series.slot()))
-        ):
-            raise CheckpointPathError(
-                self._shown(path),
-                "is where the last state is kept. Pass another filepath, or another "
-                "name as save_last.",
-            )
-        for target in (path, slot):
-            if target is not None:
-                check_target(target, self._series.root)
+        if path is not None:
+            self._check_path(path)
+        if slot is not None:
+            check_target(slot, self._series.root)
         return path, slot
 
     def _open(self, where: Path | None) -> None:
@@ -759,6 +750,17 @@ class Saves:
         )
 
     def _check(self, path: Path) -> None:
+        self._check_path(path)
+
+    def _check_path(self, path: Path) -> None:
+        """Check that a checkpoint can be written there, and not where the slot is."""
+        at = {path, *path.parents}.intersection(self._series.slots)
+        if at and (slot := self._series.slot()) in at:
+            raise CheckpointPathError(
+                self._shown(slot),
+                "is where the last state is kept. Pass another filepath, or another "
+                "name as save_last.",
+            )
         check_target(path, self._series.root)
 
     def _chosen(self, save: Save) -> Entry | None:
