@@ -230,7 +230,7 @@ def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
     notes = [note.partition(",")[0] for note in caught.value.__notes__]
     assert notes == [
         "And: one",
-        "And: SIGTERM came after the last update outside of jit",
+        "And: SIGTERM came after the last call of update or save outside of jit",
         "And: two",
     ]
     ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=5)

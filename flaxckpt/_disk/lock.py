@@ -90,7 +90,7 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
         if held is not None and not held.holders:
             _let_go(path, held)  # an interrupt has come before it was
             held = None
-        if held is None or not is_still(path, held.file.fileno()):
+        if held is None or not _is_at(path, held):
             opened: list[io.FileIO] = []
             lost = None if held is None else held.file
             try:
@@ -124,7 +124,12 @@ def holds_lock(path: Path, at: Path) -> bool:
     """
     with _guard:
         held = _held.get(path)
-        return held is not None and is_still(at, held.file.fileno())
+        return held is not None and _is_at(at, held)
+
+
+def _is_at(path: Path, held: _Held) -> bool:
+    """Tell whether the lock's file is the one at a path; not if it was let go."""
+    return not held.file.closed and is_still(path, held.file.fileno())
 
 
 def settle_lock(path: Path) -> None:
