@@ -45,7 +45,10 @@ class SettingError(CheckpointError, ValueError):
     def __str__(self) -> str:
         value = self.value
         is_type = isinstance(value, str) and value[:1] + value[-1:] == "<>"
-        shown = value if is_type else repr(value)
+        try:
+            shown = value if is_type else repr(value)
+        except Exception:  # another's
+            shown = f"<{type(value).__name__}>"
         return f"{self.name}={shown} cannot work: {self.advice}"
 
 

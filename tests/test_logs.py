@@ -50,6 +50,20 @@ class Bottomless:
         return Bottomless()
 
 
+class Raising:
+    """Objects of which even looking for a method fails."""
+
+    @property
+    def compute(self):
+        raise RuntimeError("not yet")
+
+
+class RaisingArray:
+    @property
+    def __array__(self):
+        raise RuntimeError("not yet")
+
+
 class Masked:
     def __array__(self, dtype=None, copy=None):
         return np.ma.array([1.0], mask=[1])
@@ -99,6 +113,8 @@ OTHERS = {
     "time": np.timedelta64(1, "s"),
     "key": jax.random.key(0),
     "objects": np.array([None]),
+    "raising": Raising(),
+    "raising array": RaisingArray(),
     "masked": np.ma.masked,
     "mean of masked": np.ma.array([1.0, 2.0], mask=[1, 1]).mean(),
     "masked in part": np.ma.array([1.0, 2.0], mask=[0, 1]),
@@ -337,3 +353,73 @@ def test_any_logs_have_one_form(logs):
     assert not kept.keys() & rest.keys()
     assert all(type(value) in (bool, int, float, str) for value in kept.values())
     assert json.loads(json.dumps(kept)).keys() == kept.keys()
+
+
+class Stubborn:
+    """An object that shows nothing of itself."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name}")
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+def without_end():
+    logs = {"val_loss": 0.5}
+    logs["more"] = {"logs": logs}
+    return logs
+
+
+REFUSED = {
+    "in itself": (without_end(), SettingError, "nested without end"),
+    "key without text": ({Stubborn(): 0.5}, SettingError, "key of type Stubborn"),
+    "no mapping": (Stubborn(), SettingError, "<Stubborn> cannot work: pass a mapping"),
+    "surrogate": ({"text": "a\ud800"}, MetricError, "text with surrogates"),
+    "pair": ({"text": "\ud83d\ude00"}, MetricError, "text with surrogates"),
+    "surrogate in a name": ({"a\udcff": 0.5}, MetricError, "name with surrogates"),
+    "pair of names": ({"\ud83d": {"\ude00": 0.5}}, MetricError, "name with surr"),
+    "struct": (
+        {"loss": jax.ShapeDtypeStruct((), jnp.float32)},
+        MetricError,
+        "'loss'. is a jax.ShapeDtypeStruct, which has no value",
+    ),
+    "structs": (
+        {"loss": jax.ShapeDtypeStruct((2,), jnp.float32)},
+        MetricError,
+        "'loss'. is a jax.ShapeDtypeStruct, which has no value",
+    ),
+}
+
+
+@pytest.mark.parametrize(("logs", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_logs_that_cannot_be_are_refused_at_the_call(tmp_path, logs, kind, message):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    calls = [
+        lambda: ckpt.update(ckpt.init(), TREE, logs, 0),
+        lambda: ckpt.save(TREE, 0, logs=logs),
+        lambda: jax.jit(lambda x: ckpt.update(ckpt.init(), x, logs, 0))(TREE),
+    ]
+    if kind is SettingError:
+        state = CheckpointState.create(save_best_only=True, monitor="acc")
+        calls.append(lambda: step(state, logs, 0))
+    for call in calls:
+        with pytest.raises(kind, match=message):
+            call()
+    ckpt.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_struct_is_no_monitored_value_and_is_one_for_like():
+    logs = {"val_loss": jax.ShapeDtypeStruct((1,), jnp.float32)}
+    with pytest.raises(MetricError, match="which has no value"):
+        step(CheckpointState.create(save_best_only=True), logs, 0)
+    snapshot = Snapshot.like(TREE, logs)
+    with pytest.raises(MetricError, match="which has no value"):
+        snapshot.take(True, TREE, logs, 0)
+
+
+@pytest.mark.parametrize("monitor", ["a\ud800", "\ud83d\ude00"])
+def test_a_monitor_that_no_record_keeps(tmp_path, monitor):
+    with pytest.raises(SettingError, match=r"monitor=.* surrogates"):
+        ModelCheckpoint(tmp_path / "{epoch}", monitor=monitor)

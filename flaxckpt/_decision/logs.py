@@ -21,6 +21,10 @@ from flaxckpt.errors import MetricError, SettingError
 Logs: TypeAlias = Mapping[str, Any]
 _PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
 _MOST_BITS = 1024  # of an integer that is a float as well
+SURROGATES = (
+    "surrogates, which are no characters, and no record keeps them as they are. Take "
+    'them out, as text.encode(errors="replace").decode() does.'
+)
 _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
@@ -49,14 +53,19 @@ def normalized(logs: Any) -> dict[str, Any]:
         Numbers, texts and arrays by their names; `Unusable` for anything else.
 
     Raises:
-        SettingError: If `logs` is no mapping.
+        SettingError: If `logs` is no mapping, or is in itself, or has a key that is
+            none.
 
     Example:
         >>> normalized({"val": {"loss": np.ones(1), "acc": None}, "lr": 0.5})
         {'val/loss': np.float64(1.0), 'lr': 0.5}
     """
     check_logs(logs)
-    return dict(_flat("", logs or {}))
+    try:
+        return dict(_flat("", logs or {}))
+    except RecursionError as error:
+        advice = "it is nested without end. Pass a flat mapping of names to metrics."
+        raise SettingError("logs", f"<{type(logs).__name__}>", advice) from error
 
 
 def taken(logs: Any) -> dict[str, Any]:
@@ -64,13 +73,32 @@ def taken(logs: Any) -> dict[str, Any]:
 
     Raises:
         SettingError: If `logs` is no mapping.
-        MetricError: If an array among them was deleted or donated.
+        MetricError: If one of them has no value, or is a text that no record keeps.
     """
     flat = normalized(logs)
     for name, value in flat.items():
-        if is_gone(value):
-            raise MetricError(name, GONE)
+        if problem := without_value(value):
+            raise MetricError(name, problem)
+        for what, text in (("name", name), ("text", value)):
+            if isinstance(text, str) and has_surrogates(text):
+                raise MetricError(name, f"has a {what} with {SURROGATES}")
     return flat
+
+
+def without_value(value: Any) -> str:
+    """Say why a metric has a shape and a dtype, and no value; nothing if it has one."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "is a jax.ShapeDtypeStruct, which has no value. Pass the metric itself."
+    return GONE if is_gone(value) else ""
+
+
+def has_surrogates(text: str) -> bool:
+    """Tell whether a text has surrogates, which are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_logs(logs: Any) -> None:
@@ -167,7 +195,7 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _flat(prefix: str, logs: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in logs.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{_text_of(key)}"
         value = _computed(value)
         if isinstance(value, Mapping):
             yield from _flat(f"{name}/", value)
@@ -175,16 +203,22 @@ def _flat(prefix: str, logs: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield name, settled(value)
 
 
+def _text_of(key: Any) -> str:
+    try:
+        return str(key)
+    except Exception as error:
+        advice = f"a key of type {type(key).__name__} has no text. Pass text as keys."
+        raise SettingError("logs", "<mapping>", advice) from error
+
+
 def _computed(value: Any) -> Any:
     """Return the result of a metric object, and other values as they are."""
     if type(value) in _PLAIN or isinstance(value, jax.Array | type):
         return value
-    compute = getattr(value, "compute", None)
-    is_slow = hasattr(value, "__dask_graph__")  # it may run for hours
-    if is_slow or not callable(compute):
-        return value
     try:
-        return compute()
+        compute = getattr(value, "compute", None)
+        is_slow = hasattr(value, "__dask_graph__")  # it may run for hours
+        return value if is_slow or not callable(compute) else compute()
     except Exception as error:
         return Unusable(
             f"is of type {type(value).__name__}, whose compute() raised "
@@ -228,13 +262,14 @@ def _as_float(value: Any) -> Any:
 
 def _converted(value: Any) -> Any:
     """Return an object as the array that it says it is, or a list of numbers."""
-    is_array = hasattr(value, "__jax_array__") or hasattr(value, "__array__")
     kind = f"is of type {type(value).__name__}"
-    if not is_array and not isinstance(value, list | tuple):
-        return Unusable(kind)
-    if isinstance(value, list | tuple) and any(map(np.ma.is_masked, value)):
+    is_list = isinstance(value, list | tuple)
+    if is_list and any(map(np.ma.is_masked, value)):
         return Unusable("is masked")
     try:
+        is_array = hasattr(value, "__jax_array__") or hasattr(value, "__array__")
+        if not (is_list or is_array):
+            return Unusable(kind)
         if hasattr(value, "__jax_array__"):
             return _array(jnp.asarray(value))
         array = np.asanyarray(value)

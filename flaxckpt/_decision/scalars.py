@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.logs import Unusable
-from flaxckpt._runtime.gone import GONE, check_there, is_gone
+from flaxckpt._decision.logs import Unusable, without_value
+from flaxckpt._runtime.gone import check_there
 from flaxckpt.errors import MetricError, SettingError
 
 Scalar: TypeAlias = jax.typing.ArrayLike
@@ -54,8 +54,8 @@ def monitored(monitor: str, value: Any) -> Any:
         problem = "is text" if isinstance(value, str) else value.problem
         advice = "and a monitored value must be a real number."
         raise MetricError(monitor, f"{problem}, {advice}")
-    if is_gone(value):
-        raise MetricError(monitor, GONE)
+    if problem := without_value(value):
+        raise MetricError(monitor, problem)
     if value.shape != ():
         advice = "Reduce it first, say with .mean()."
         if _is_of_pmap(value):

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._decision.direction import direction
-from flaxckpt._decision.logs import rounded
+from flaxckpt._decision.logs import SURROGATES, has_surrogates, rounded
 from flaxckpt._decision.scalars import LARGEST, Scalar, array, is_real
 from flaxckpt._runtime.gone import check_there, shown
 from flaxckpt._runtime.unchecked import as_arguments
@@ -275,6 +275,8 @@ def _check_settings(
 ) -> None:
     if not isinstance(monitor, str) or not monitor:
         raise SettingError("monitor", monitor, "pass the name of a key in `logs`.")
+    if has_surrogates(monitor):
+        raise SettingError("monitor", monitor, f"it has {SURROGATES}")
     if mode not in ("auto", "min", "max"):
         raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
     if not isinstance(save_best_only, bool | np.bool_):
