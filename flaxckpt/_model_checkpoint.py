@@ -30,7 +30,7 @@ from flaxckpt._decision.template import Template
 from flaxckpt._direct.frozen_files import Filter, Frozen
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._object_store.scratch import mirrored
-from flaxckpt._object_store.url import is_url
+from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._orbax.restore import foreign_checkpoints
 from flaxckpt._pods.saves import PodSaves
 from flaxckpt._processes.clock import AgreedInterval, Interval
@@ -433,7 +433,7 @@ class ModelCheckpoint:
         logs = taken(logs)
         if self._has_policy:
             self._check_policy(logs)
-        if is_traced(due, force, epoch, batch, logs, tree, state):
+        if is_traced(tree, due, force, epoch, batch, logs, state):
             state = self._update_traced(
                 given, state, due, tree, logs, epoch, batch, force
             )
@@ -483,7 +483,7 @@ class ModelCheckpoint:
         self._saves.check_parent()
         preempted = self._is_newly_preempted()
         logs = taken(logs)
-        if is_traced(epoch, batch, logs, tree, state):
+        if is_traced(tree, epoch, batch, logs, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "
                 "update(..., force=True) there, which saves when the program runs."
@@ -723,17 +723,20 @@ class ModelCheckpoint:
         self.wait()
         check_like(like)
         self._note_shardings(like)
-        if not isinstance(which, str | os.PathLike):
-            advice = 'pass "latest", "best" or the path of a checkpoint.'
-            raise SettingError("which", f"<{type(which).__name__}>", advice)
+        advice = 'pass "latest", "best" or the path of a checkpoint.'
+        check_readable("which", which, advice)
         if is_url(which) or isinstance(which, CheckpointInfo):
             return self._loaded(which, like, cast=cast, verify=verify)
         if which not in ("latest", "best"):
             path = Path(os.path.abspath(os.path.expanduser(which)))
-            if isinstance(which, str) and os.sep not in which and not path.exists():
-                raise SettingError(
-                    "which", which, 'pass "latest", "best" or the path of a checkpoint.'
+            if (
+                isinstance(which, str)
+                and os.sep not in which
+                and not (
+                    os.path.exists(path)  # nor does a name that is too long
                 )
+            ):
+                raise SettingError("which", which, advice)
             return self._loaded(path, like, cast=cast, verify=verify)
         if which == "best":
             self._need_mode()

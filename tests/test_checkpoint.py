@@ -788,6 +788,53 @@ def test_paths_and_trees_in_each_other_s_place(tmp_path):
         flaxckpt.step(flaxckpt.step(ckpt.init(), {}, 0), {}, 0)
 
 
+@pytest.mark.parametrize("value", [None, 3, b"runs", ["runs"]], ids=repr)
+def test_what_is_no_path_is_refused(tmp_path, value):
+    kind = f"<{type(value).__name__}> cannot work: pass the path of"
+    for read in (flaxckpt.load, flaxckpt.load_weights, flaxckpt.verify):
+        with pytest.raises(SettingError, match=f"path={kind} a checkpoint"):
+            read(value)
+    with pytest.raises(SettingError, match=f"directory={kind} a directory"):
+        flaxckpt.list_checkpoints(value)
+    with pytest.raises((SettingError, TemplateError), match="path"):
+        ModelCheckpoint(value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://x/y", "file:///x", "az://b/c", "gs:///y", "s3://"]
+)
+def test_urls_that_cannot_be_read(tmp_path, url):
+    is_ours = url.startswith(("gs", "s3"))
+    problem = (
+        "names no bucket" if is_ours else "is a URL of another kind than gs:// and"
+    )
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    for read in (
+        flaxckpt.load,
+        flaxckpt.load_weights,
+        flaxckpt.verify,
+        flaxckpt.list_checkpoints,
+        lambda url: ckpt.restore(which=url),
+    ):
+        with pytest.raises(CheckpointPathError, match=f"'{url}' {problem}"):
+            read(url)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "x"], ids=["name", "path"])
+def test_no_checkpoint_has_a_name_that_is_too_long(tmp_path, name):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    for read in (
+        flaxckpt.load,
+        flaxckpt.load_weights,
+        flaxckpt.verify,
+        lambda path: ckpt.restore(which=path),
+    ):
+        with pytest.raises(CheckpointNotFoundError, match="No checkpoint at"):
+            read(tmp_path / name)
+    with pytest.raises(SettingError, match='pass "latest", "best" or the path'):
+        ckpt.restore(which="x" * 300)
+
+
 def test_checkpoints_of_orbax_are_named(tmp_path):
     """A run of its CheckpointManager, to go on with."""
     ocp.save(tmp_path / "7", {"w": np.zeros(2)})

@@ -7,7 +7,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import list_below
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import RECORD_FILE
-from flaxckpt._object_store.url import is_url
+from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointPathError
 
@@ -29,6 +29,7 @@ def list_checkpoints(
         is left out, and so are directories that cannot be read.
 
     Raises:
+        SettingError: If `directory` is no path.
         CheckpointPathError: If `directory` is a file, or cannot be read.
         CheckpointError: If the object store cannot be reached.
 
@@ -40,6 +41,7 @@ def list_checkpoints(
         >>> list_checkpoints("no/such/directory")
         ()
     """
+    check_readable("directory", directory, "pass the path of a directory.")
     if is_url(directory):
         from flaxckpt._object_store.listing import listed
 

@@ -16,7 +16,7 @@ from flaxckpt._disk.record import (
     read_record,
 )
 from flaxckpt._object_store.source import fetched
-from flaxckpt._object_store.url import is_url
+from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._orbax.restore import (
     entries,
     foreign_checkpoints,
@@ -32,7 +32,6 @@ from flaxckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointPathError,
-    SettingError,
 )
 
 T = TypeVar("T")
@@ -46,6 +45,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     `CheckpointInfo` is read only while the checkpoint that it is of is there.
     """
     use_threads()
+    check_readable("path", path, "pass the path of a checkpoint first.")
     if isinstance(path, CheckpointInfo):
         read = functools.partial(_read_listed, path, read)
     if is_url(path):
@@ -138,21 +138,17 @@ def _stamp(path: Path) -> tuple[Any, ...]:
 
 
 def _found(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise SettingError(
-            "path", f"<{type(path).__name__}>", "pass the path of a checkpoint first."
-        )
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or is_orbax(found):
         return found
     if (
-        found.is_dir()
+        os.path.isdir(found)  # nor is a name that is too long
         and not is_checkpoint(found.parent)
         and is_orbax(found.parent)
         and found.name in items_of(found.parent)
     ):
         return found
-    beside = found if found.is_dir() else found.parent
+    beside = found if os.path.isdir(found) else found.parent
     names = [each.name for each in entries(beside) if is_ours(each)]
     names += foreign_checkpoints(beside)
     raise CheckpointNotFoundError(str(found), tuple(names))

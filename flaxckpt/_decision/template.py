@@ -9,7 +9,7 @@ from typing import Any
 
 from flaxckpt._decision.logs import Unusable, find, normalized
 from flaxckpt._decision.reserved import ADVICE, is_reserved
-from flaxckpt.errors import TemplateError
+from flaxckpt.errors import SettingError, TemplateError
 
 _TOO_WIDE = re.compile(r"\d{4}")
 _REFUSAL_OF_WIDTH = "no file name has a width or precision of four digits"
@@ -51,10 +51,14 @@ class Template:
             The template.
 
         Raises:
+            SettingError: If it is no path.
             TemplateError: If the text is not a path, its braces are malformed, or a
                 field is empty, a number, looks up an attribute or an index, or has a
                 width that no file name has; or a name is one of flaxckpt's own.
         """
+        if not isinstance(filepath, str | bytes | os.PathLike):
+            shown = f"<{type(filepath).__name__}>"
+            raise SettingError("filepath", shown, "pass the path to save at first.")
         raw = os.fspath(filepath)
         if not isinstance(raw, str) or not raw or "\0" in raw:
             raise TemplateError(str(raw), "must be a non-empty path as text.")

@@ -1,10 +1,12 @@
 """URLs of object stores."""
 
 import os
+import re
 
-from flaxckpt.errors import CheckpointPathError
+from flaxckpt.errors import CheckpointPathError, SettingError
 
 _SCHEMES = ("gs://", "s3://")
+_OTHER = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(path: object) -> bool:
@@ -23,8 +25,30 @@ def is_url(path: object) -> bool:
     return text.startswith(_SCHEMES)
 
 
+def check_readable(name: str, path: object, advice: str) -> None:
+    """Check that an argument is a path, or a URL of an object store.
+
+    Args:
+        name: The argument's name.
+        path: What was given.
+        advice: What to pass.
+
+    Raises:
+        SettingError: If it is neither.
+        CheckpointPathError: If it is a URL of another kind, or without a bucket.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise SettingError(name, f"<{type(path).__name__}>", advice)
+    if text.startswith(_SCHEMES) and not split_url(text)[1]:
+        raise CheckpointPathError(text, "names no bucket. Pass gs://bucket/path.")
+    if _OTHER.match(text) and not text.startswith(_SCHEMES):
+        advice = "is a URL of another kind than gs:// and s3://. Mount it."
+        raise CheckpointPathError(text, advice)
+
+
 def split_url(url: str) -> tuple[str, str, str]:
     """Return a URL's scheme, bucket, and path in it, without a slash at its end."""
-    scheme, _, rest = url.rstrip("/").partition("://")
-    bucket, _, path = rest.partition("/")
+    scheme, _, rest = url.partition("://")
+    bucket, _, path = rest.rstrip("/").partition("/")
     return scheme, bucket, path
