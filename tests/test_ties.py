@@ -1,6 +1,7 @@
 """What is one thing in two places stays one: shared Variables and modules of NNX."""
 
 import json
+import re
 
 import flax.linen as nn
 import hypothesis
@@ -21,6 +22,7 @@ from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
     SettingError,
+    UnsupportedLeafError,
 )
 
 
@@ -496,3 +498,41 @@ def test_what_is_in_a_hundred_places_is_loaded(tmp_path):
     with flaxckpt.ModelCheckpoint(tmp_path / "a") as ckpt:
         path = ckpt.save([shared] * 100, epoch=0)
     assert len(flaxckpt.load(path)) == 100
+
+
+@pytest.mark.parametrize("keys", [((1, 2), ("a",)), (1, "a"), (None, "a")], ids=repr)
+@pytest.mark.parametrize("is_nnx", [False, True])
+def test_keys_that_cannot_be_sorted_are_named(tmp_path, keys, is_nnx):
+    bad = dict.fromkeys(keys, np.float32(1))
+    tree = {"a": [bad], "b": nnx.Linear(2, 2, rngs=nnx.Rngs(0)) if is_nnx else 1.0}
+    if is_nnx:
+        tree["b"].above = tree["b"]
+    good = {"a": [np.zeros(2)]}
+    path = saved(tmp_path, good)
+    ckpt = flaxckpt.ModelCheckpoint(tmp_path / "{epoch}")
+    logs = {"val_loss": 0.5}
+    message = r"\n  a/0: a dict with keys that cannot be sorted \(" + re.escape(
+        ", ".join(map(repr, bad))
+    )
+    for call in (
+        lambda: ckpt.save(tree, 1),
+        lambda: ckpt.update(ckpt.init(), tree, logs, 1),
+        lambda: ckpt.init(like=tree),
+        lambda: flaxckpt.Snapshot.like({"a": [bad]}, logs),
+        lambda: flaxckpt.Snapshot.like(good, logs).take(True, {"a": [bad]}, logs, 0),
+    ):
+        with pytest.raises(UnsupportedLeafError, match=f"cannot be saved:{message}"):
+            call()
+    for call in (
+        lambda: ckpt.restore(like=tree),
+        lambda: flaxckpt.load(path, like=tree),
+        lambda: flaxckpt.load_weights(path, like=tree),
+    ):
+        with pytest.raises(UnsupportedLeafError, match=f"cannot be restored:{message}"):
+            call()
+    with pytest.raises(
+        UnsupportedLeafError, match=r"the tree itself: a dict with keys"
+    ):
+        ckpt.save(bad, 1)
+    ckpt.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["1"]

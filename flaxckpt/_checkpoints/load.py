@@ -16,8 +16,8 @@ from flaxckpt._object_store.url import is_url
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.match import on_host
 from flaxckpt._trees.stored_weights import plain_weights
-from flaxckpt._trees.ties import PyTree
-from flaxckpt.errors import CheckpointError, SettingError
+from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt.errors import CheckpointError, SettingError, UnsupportedLeafError
 
 _BATCH_BYTES = 256 * 2**20
 
@@ -216,10 +216,11 @@ def batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:
 
 
 def check_like(like: Any) -> None:
-    """Check that `like` is no path.
+    """Check that `like` is a tree.
 
     Raises:
-        SettingError: If it is one: the arguments were swapped.
+        SettingError: If it is a path: the arguments were swapped.
+        UnsupportedLeafError: If JAX cannot flatten it.
     """
     if isinstance(like, os.PathLike) or (
         isinstance(like, str) and (os.sep in like or like in ("latest", "best"))
@@ -227,3 +228,7 @@ def check_like(like: Any) -> None:
         raise SettingError(
             "like", like, "it is the wanted tree. Paths go to load, or as which=."
         )
+    try:
+        flatten(like)
+    except UnsupportedLeafError as error:
+        raise UnsupportedLeafError(error.leaves, "restored") from error

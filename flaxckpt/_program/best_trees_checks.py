@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxckpt._decision.logs import Unusable, find, normalized
 from flaxckpt._runtime.gone import Shown
+from flaxckpt._trees.ties import leaves_of
 from flaxckpt.errors import MetricError, SettingError
 
 _ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds what the ones before do
@@ -44,10 +45,12 @@ def check_tree(tree: Any, old: Any) -> None:
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
+    try:
+        found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    except ValueError:
+        leaves_of(tree)  # which says what is wrong
+        raise
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in found]
 
 
 def lines(items: list[str]) -> str:

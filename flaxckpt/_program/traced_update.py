@@ -9,9 +9,9 @@ from flaxckpt._trees.ties import PyTree, leaves_of
 OUTSIDE = get_opaque_trace_state(convention="nnx")
 
 
-def is_traced(*values: PyTree) -> bool:
-    """Tell whether a trace is running, or any value is that of one."""
+def is_traced(tree: PyTree, *values: PyTree) -> bool:
+    """Tell whether a trace is running, or a tree or any value is that of one."""
     if get_opaque_trace_state(convention="nnx") != OUTSIDE:
         return True
-    kinds = set(map(type, leaves_of(values)))
+    kinds = set(map(type, [*leaves_of(tree), *leaves_of(values)]))
     return any(issubclass(kind, Tracer) for kind in kinds)

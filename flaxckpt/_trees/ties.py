@@ -18,9 +18,12 @@ from typing import Any, TypeAlias
 
 import jax
 
+from flaxckpt.errors import UnsupportedLeafError
+
 PyTree: TypeAlias = Any
 Place: TypeAlias = tuple[int, ...]
 """Where a node is: the position of a child in the root, of one in that, and so on."""
+_SHOWN = 8  # keys that an error lists
 VARIABLE, MODULE, STATE = "variable", "module", "state"
 
 
@@ -59,7 +62,20 @@ def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
         tree: The tree.
         free: Keys of trees that had nothing of NNX in them. A tree of such a key costs
             no more than JAX's own flattening.
+
+    Raises:
+        UnsupportedLeafError: If JAX cannot sort the keys of a dict.
     """
+    try:
+        return _flattened(tree, free)
+    except ValueError as error:
+        unsorted = _unsorted(tree, set())
+        if unsorted is None:
+            raise
+        raise UnsupportedLeafError((unsorted,)) from error
+
+
+def _flattened(tree: PyTree, free: Collection[Hashable]) -> Flat:
     if "flax.nnx" not in sys.modules:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
@@ -131,7 +147,12 @@ def nodes_with_paths(
 
 
 def has_ties(tree: PyTree) -> bool:
-    """Tell whether a part of a tree is in two places, or in itself."""
+    """Tell whether a part of a tree is in two places, or in itself.
+
+    Raises:
+        UnsupportedLeafError: As `flatten`.
+    """
+    flatten(tree)
     if "flax.nnx" not in sys.modules:
         return False
     watch = _Watch()
@@ -150,6 +171,28 @@ def children_of(node: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda _: next(is_below, True)
     )
+
+
+def _unsorted(node: PyTree, above: set[int], name: str = "") -> tuple[str, str] | None:
+    """Find a dict whose keys JAX cannot sort: return where it is, and what is wrong."""
+    if id(node) in above:  # a module may refer to its parent
+        return None
+    try:
+        children, treedef = children_of(node)
+    except ValueError:
+        if not isinstance(node, dict):
+            return None
+        keys = ", ".join(map(repr, list(node)[:_SHOWN]))
+        problem = f"a dict with keys that cannot be sorted ({keys}); name all by text"
+        return name or "the tree itself", problem
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return None
+    for path, child in children:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        below = f"{name}/{key}" if name else key
+        if found := _unsorted(child, above | {id(node)}, below):
+            return found
+    return None
 
 
 def role_of(node: PyTree) -> str:
