@@ -297,6 +297,17 @@ def test_a_better_best_of_an_earlier_run_is_not_replaced_without_a_word(tmp_path
     assert names(again.checkpoints) == ["best"]
 
 
+def test_bests_that_are_nearly_equal_are_told_apart(tmp_path):
+    near = np.nextafter(np.float32(0.1), np.float32(1))
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True) as ckpt:
+        run(ckpt, [np.float32(0.1)])
+    again = ModelCheckpoint(tmp_path / "best", save_best_only=True)
+    message = r"val_loss 0\.1, which .* its own best is 0\.10000001\."
+    with pytest.warns(UserWarning, match=message):
+        run(again, [near])
+        again.close()
+
+
 def test_preserve_takes_policies_of_orbax(tmp_path):
     policies = ocp.training.preservation_policies
     keep = policies.AnyPreservationPolicy(

@@ -735,7 +735,8 @@ class Saves:
         ):
             return
         self._owes_place = aside is None
-        of_run = "it has none yet" if own is None else f"its own best is {own:.5g}"
+        shown, own_shown = _apart(best, best if own is None else own)
+        of_run = "it has none yet" if own is None else f"its own best is {own_shown}"
         there, how = self._shown(self._series.root), ""
         if aside is not None:
             how = (
@@ -745,7 +746,7 @@ class Saves:
             )
         self._writer.warn(
             f"{there!r} has a checkpoint of an earlier run with {state.monitor} "
-            f"{best:.5g}, which this run does not know of: {of_run}. {how}To go on "
+            f"{shown}, which this run does not know of: {of_run}. {how}To go on "
             "from the better one, begin with ckpt.restore(like=tree)."
         )
 
@@ -819,6 +820,14 @@ def _are_same(one: CheckpointState, other: CheckpointState | None) -> bool:
     if not all(isinstance(value, np.generic) for value in bests):
         return False
     return bests[:2] == bests[2:]
+
+
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Show two numbers with five digits, or as many as tell them apart."""
+    digits = 5
+    while one != other and digits < 17 and f"{one:.{digits}g}" == f"{other:.{digits}g}":
+        digits += 1
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"
 
 
 def _refuse_processes() -> None:
