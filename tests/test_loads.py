@@ -13,6 +13,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
+from flaxckpt._checkpoints import undisturbed
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -274,6 +275,63 @@ def test_an_item_that_cannot_be_read_is_named(tmp_path):
     ):
         flaxckpt.load(path)
     assert_equal(flaxckpt.load(path / "params"), PARAMS)
+
+
+# ---- what is no checkpoint ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["x/y", "x/file", "x/y/z/file", "x/_METADATA.txt"])
+def test_a_directory_of_other_things_is_no_checkpoint(tmp_path, monkeypatch, below):
+    """Nor is it walked: Orbax takes any directory for one of its own."""
+    (tmp_path / below).mkdir(parents=True)
+    monkeypatch.setattr(undisturbed, "looks", lambda: iter([1]))
+    for read in (flaxckpt.load, flaxckpt.load_weights, flaxckpt.verify):
+        with pytest.raises(CheckpointNotFoundError, match="beside it: none"):
+            read(tmp_path / "x")
+
+
+def test_the_root_is_no_checkpoint(monkeypatch):
+    monkeypatch.setattr(undisturbed, "_names_below", lambda directory, depth: ())
+    for path in ("/", "/usr"):
+        with pytest.raises(CheckpointNotFoundError, match=f"No checkpoint at '{path}'"):
+            flaxckpt.load(path)
+
+
+@pytest.mark.parametrize("writer", ["ours", "save", "manager"])
+def test_of_a_directory_above_checkpoints_they_are_named(tmp_path, writer):
+    run = tmp_path / "a/run"
+    if writer == "ours":
+        with flaxckpt.ModelCheckpoint(run / "{epoch}") as ckpt:
+            ckpt.save(PARAMS, 2)
+    elif writer == "save":
+        ocp.save(run / "3", PARAMS)
+    else:
+        by_manager(run, COMPOSITE)
+    for path, name in ((run, "3"), (tmp_path / "a", "run/3"), (tmp_path, "a/run/3")):
+        for read in (flaxckpt.load, flaxckpt.verify):
+            with pytest.raises(CheckpointNotFoundError, match=f"beside it: {name}"):
+                read(path)
+
+
+def test_a_checkpoint_of_orbax_without_a_tree_is_not_damaged(tmp_path):
+    path = by_manager(tmp_path, {"meta": META})
+    with pytest.raises(CheckpointError, match="holds no tree of arrays") as caught:
+        flaxckpt.load(path)
+    assert not isinstance(caught.value, CheckpointCorruptError)
+    assert f"load('{path}/meta')" in str(caught.value)
+    assert flaxckpt.load(path / "meta") == META
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_ocdbt": False}, {"use_zarr3": True}])
+@pytest.mark.parametrize("without", [(), ("_CHECKPOINT_METADATA",)])
+def test_a_tree_that_a_bare_handler_wrote(tmp_path, settings, without):
+    path = tmp_path / "tree"
+    handler = ocp0.PyTreeCheckpointHandler(**settings)
+    with ocp0.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp0.args.PyTreeSave(PARAMS))
+    for name in without:
+        (path / name).unlink()
+    assert_equal(flaxckpt.load(path), PARAMS)
 
 
 # ---- nothing to save -----------------------------------------------------------------------

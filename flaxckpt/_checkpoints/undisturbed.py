@@ -20,9 +20,8 @@ from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._orbax.restore import (
     entries,
     foreign_checkpoints,
-    is_orbax,
     is_ours,
-    items_of,
+    is_readable,
 )
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.patience import LOOKS, looks, pause
@@ -35,6 +34,8 @@ from flaxckpt.errors import (
 )
 
 T = TypeVar("T")
+_DEPTH = 3  # how far below a directory without a checkpoint others are looked for
+_DIRECTORIES = 100  # and in how many of each depth
 
 
 @runs_unchecked
@@ -99,7 +100,7 @@ def _stays(path: Path) -> bool:
     """Tell whether a checkpoint stays as it is: none of its files is on its way out."""
     before = _files_of(path)
     pause()
-    return _files_of(path) == before != []
+    return located(path).is_dir() and _files_of(path) == before
 
 
 def _files_of(path: Path) -> list[str]:
@@ -139,16 +140,28 @@ def _stamp(path: Path) -> tuple[Any, ...]:
 
 def _found(path: str | os.PathLike[str]) -> Path:
     found = Path(os.path.abspath(os.path.expanduser(path)))
-    if is_checkpoint(found) or is_orbax(found):
+    if is_checkpoint(found) or is_readable(found):
         return found
-    if (
-        os.path.isdir(found)  # nor is a name that is too long
-        and not is_checkpoint(found.parent)
-        and is_orbax(found.parent)
-        and found.name in items_of(found.parent)
-    ):
-        return found
-    beside = found if os.path.isdir(found) else found.parent
-    names = [each.name for each in entries(beside) if is_ours(each)]
-    names += foreign_checkpoints(beside)
-    raise CheckpointNotFoundError(str(found), tuple(names))
+    is_there = os.path.isdir(found)  # nor is a name that is too long
+    names = _names_below(*((found, _DEPTH) if is_there else (found.parent, 1)))
+    raise CheckpointNotFoundError(str(found), names)
+
+
+def _names_below(directory: Path, depth: int) -> tuple[str, ...]:
+    """Name the nearest checkpoints below a directory; looks into some directories."""
+    level = [directory]
+    for _ in range(depth):
+        names = [
+            str((each / name).relative_to(directory))
+            for each in level
+            for name in (
+                *(one.name for one in entries(each) if is_ours(one)),
+                *foreign_checkpoints(each),
+            )
+        ]
+        if names:
+            return tuple(names)
+        below = (one for each in level for one in entries(each))
+        level = [one for one in below if os.path.isdir(one) and not os.path.islink(one)]
+        level = level[:_DIRECTORIES]
+    return ()

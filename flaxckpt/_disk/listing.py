@@ -98,7 +98,7 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 def _was_seen(path: Path) -> bool:
     """Tell whether what a listing has seen of a path is there, whatever it is."""
-    aside = path.with_name(REPLACED_PREFIX + path.name)
+    aside = path.parent / f"{REPLACED_PREFIX}{path.name}"
     return os.path.lexists(path) or os.path.lexists(aside)
 
 

@@ -71,7 +71,7 @@ def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
 
 def set_aside(path: Path) -> Path:
     """Return where a checkpoint is while another one is put at `path` by renames."""
-    return path.with_name(REPLACED_PREFIX + path.name)
+    return path.parent / f"{REPLACED_PREFIX}{path.name}"  # the root has no name
 
 
 def located(path: Path) -> Path:

@@ -6,7 +6,7 @@ Orbax's exceptions do not leave this folder.
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from flaxckpt.errors import (
     CheckpointPathError,
 )
 
-_ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "_METADATA")
+# What Orbax puts into a checkpoint, and into a tree, be it one or an item of one.
+_WHOLE = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
+_TREE = ("_METADATA", "manifest.ocdbt")
+_ARRAY = (".zarray", "zarr.json")
 OURS = {LEAVES_FILE, RECORD_FILE, ZARR_MARK}
 _DEFAULT_ITEMS = ("state", "pytree", "default")
 
@@ -100,7 +103,7 @@ def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
     a warning names the others.
     """
     check_plain(path)
-    if not is_orbax(path):
+    if _is_item(path):
         handler = items_of(path.parent).get(path.name, "")
         return _read_item(path.parent, path.name, handler)
     items = items_of(path)
@@ -221,6 +224,7 @@ def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
 
     Raises:
         CheckpointCorruptError: Naming it, if Orbax cannot read it.
+        CheckpointError: If there is no tree, and no item was named.
         _NoHandlerError: If Orbax's v1 functions cannot read what that class writes.
     """
 
@@ -244,11 +248,27 @@ def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
         raise
     except Exception as error:
         check_readable(path)
+        if name is None and isinstance(error, ocp.errors.InvalidLayoutError):
+            raise _no_tree(path) from error
         if not _has_handler(path, name, handler, error):
             item = name or next(iter(items_of(path)))
             raise _NoHandlerError(path, {item: handler}) from error
         item = "" if name is None else f"its item {name!r} cannot be read: "
         raise CheckpointCorruptError(str(path), item + in_one_line(error)) from error
+
+
+def _no_tree(path: Path) -> CheckpointError:
+    items = items_of(path)
+    advice = "Read it with Orbax."
+    if items:
+        first = str(path / next(iter(items)))
+        advice = (
+            f"It has the items {', '.join(items)}: load one by its path, as in "
+            f"load({first!r})."
+        )
+    return CheckpointError(
+        f"Checkpoint {str(path)!r} of plain Orbax holds no tree of arrays. {advice}"
+    )
 
 
 def _placed_form(described: Any) -> Any:
@@ -273,8 +293,7 @@ def foreign_checkpoints(directory: Path) -> list[str]:
         for each in entries(directory)
         if not each.name.startswith(".")
         and not is_ours(each)
-        and any(os.path.isfile(each / name) for name in _ORBAX_FILES)
-        and is_orbax(each)
+        and any(os.path.isfile(each / name) for name in (*_WHOLE, "_METADATA"))
     ]
 
 
@@ -287,11 +306,41 @@ def is_ours(path: Path) -> bool:
 
 
 def is_orbax(path: Path) -> bool:
+    """Tell whether a directory is a checkpoint of Orbax's, by the files it puts there.
+
+    Orbax itself takes any directory with something in it for one.
+    """
+    if _has_any(path, (*_WHOLE, *_TREE)):
+        return True
     try:
-        with quiet():
-            return os.path.isdir(path) and ocp.is_orbax_checkpoint(path)
-    except Exception:  # as where this process may not look
+        with os.scandir(path) as found:
+            below = [entry.path for entry in found if entry.is_dir()]
+    except OSError:  # as where this process may not look
         return False
+    # Items, or arrays of the first versions; a directory of checkpoints is none.
+    return any(
+        _has_any(each, (*_TREE, *_ARRAY)) and not _has_any(each, _WHOLE)
+        for each in below
+    )
+
+
+def is_readable(path: Path) -> bool:
+    """Tell whether there is a checkpoint that plain Orbax wrote, or an item of one."""
+    return is_orbax(path) or _is_item(path)
+
+
+def _is_item(path: Path) -> bool:
+    return (
+        path.is_dir()
+        and not _has_any(path, _WHOLE)
+        and not is_ours(path.parent)
+        and is_orbax(path.parent)
+        and path.name in items_of(path.parent)
+    )
+
+
+def _has_any(directory: str | os.PathLike[str], names: Iterable[str]) -> bool:
+    return any(os.path.lexists(os.path.join(directory, name)) for name in names)
 
 
 def entries(directory: Path) -> list[Path]:
