@@ -326,6 +326,56 @@ def test_what_is_no_float_is_left_out_for_its_name(name, value):
     assert_same(default_weights({"w": W, "o": ADAM, name: value}), {"w": W})
 
 
+STATES = {
+    "pair": (PARAMS, ADAM),
+    "list": [PARAMS, ADAM],
+    "with a key": (PARAMS, ADAM, KEY),
+    "dict": {"model": PARAMS, "opt_state": ADAM},
+    "TrainState": ONE,
+    "nnx": (NET, OPTIMIZER),
+    "equinox": (EQX, ADAM),
+}
+COUNTS = st.sampled_from(
+    [jnp.int32(3), 3, np.int64(3), jax.random.key(1), jax.random.PRNGKey(1)]
+)
+BESIDE_A_STATE = {
+    "tuple": lambda state, beside: (state, *beside),
+    "list": lambda state, beside: [state, *beside],
+    "first": lambda state, beside: (*beside, state),
+    "dict": lambda state, beside: {
+        "train": state,
+        **dict(zip(("rng", "epoch"), beside, strict=False)),
+    },
+}
+
+
+@hypothesis.given(
+    st.sampled_from(sorted(STATES)),
+    st.lists(
+        st.tuples(
+            st.sampled_from(sorted(BESIDE_A_STATE)),
+            st.lists(COUNTS, min_size=1, max_size=2),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_what_is_beside_a_training_state_changes_nothing_of_its_weights(name, around):
+    """However often it is wrapped, with steps, keys and counts beside it."""
+    tree, weights = STATES[name], default_weights(STATES[name])
+    for kind, beside in around:
+        tree = BESIDE_A_STATE[kind](tree, beside)
+        if kind == "dict" and name != "TrainState":
+            weights = {"train": weights}
+        assert_same(default_weights(tree), weights)
+
+
+@pytest.mark.parametrize("wrap", [tuple, list])
+def test_a_count_beside_several_states_is_no_weights(wrap):
+    got = default_weights(wrap([(PARAMS, ADAM), (PARAMS, ADAM), jnp.int32(1)]))
+    assert_same(got, (PARAMS, PARAMS))
+
+
 def test_keras_models(tmp_path):
     import keras
 

@@ -7,6 +7,7 @@ names; imports none of them.
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -161,7 +162,8 @@ def _put_together(
     if not kept:
         return None
     if len(kept) == 1 and (kept[0][1].is_train_state or is_sequence(node)):
-        return kept[0][1]
+        part = kept[0][1]
+        return replace(part, is_training=part.is_training or is_training)
     if is_sequence(node):
         value: Any = tuple(picked.value for _, picked in kept)
     else:
