@@ -681,6 +681,26 @@ def test_what_lies_beside_checkpoints_stops_nothing(tmp_path, template):
             flaxckpt.load(root / name)
 
 
+@pytest.mark.parametrize("to", ["7", "8", "7/x"])
+def test_a_link_in_a_circle_by_the_name_of_a_checkpoint_is_a_damaged_one(tmp_path, to):
+    """The good ones beside it are taken; a link of another name says nothing."""
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "x").symlink_to(root / "x")
+    with ModelCheckpoint(root / "{epoch}") as ckpt:
+        with pytest.warns(UserWarning, match="Left out: .*x' cannot be read"):
+            assert ckpt.restore() is None
+        (root / "7").symlink_to(root / to)
+        (root / "8").symlink_to(root / "7")
+        with pytest.raises(flaxckpt.CheckpointCorruptError, match="7' is damaged: can"):
+            ckpt.restore()
+        ckpt.save(tree_of(0), 0)
+        ckpt.wait()
+        (root / "x").unlink()
+        with pytest.warns(UserWarning, match="PASSED OVER: .*[78]' is damaged: cannot"):
+            assert ckpt.restore().epoch == 0
+
+
 def test_a_listing_ends_however_deep_it_goes(tmp_path):
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         ckpt.save(tree_of(0), 0)

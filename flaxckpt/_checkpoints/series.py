@@ -39,6 +39,7 @@ from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.commit import Area, OccupiedError
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
+from flaxckpt._disk.open import leads_nowhere
 from flaxckpt._disk.record import is_of, read_record, set_aside
 from flaxckpt._disk.record_fields import LAST_TIME
 from flaxckpt._object_store.commit import Mirror
@@ -140,8 +141,7 @@ class Series:
         with self.area.committing:  # what is listed is on disk
             infos, damaged = list_below(template.root, template.depth)
         return tuple(filter(self._is_own, infos)), [
-            type(error)(str(self.area.shown(Path(error.path))), error.problem)
-            for error in damaged
+            self._shown(error) for error in damaged
         ]
 
     def _is_own(self, info: CheckpointInfo) -> bool:
@@ -154,6 +154,17 @@ class Series:
         below = path.relative_to(self.root)
         name = without_suffix(below.name, self._tag)
         return below.with_name(name).as_posix() if name else ""
+
+    def _shown(self, error: LeftOut) -> LeftOut:
+        """Return an error with the path as its users know it, and of the right kind.
+
+        A link in a circle, by the name of a checkpoint, is a damaged one.
+        """
+        path = str(self.area.shown(Path(error.path)))
+        if isinstance(error, CheckpointPathError) and leads_nowhere(error.path):
+            if self.may_be_ours(path):
+                return CheckpointCorruptError(path, error.problem.rstrip("."))
+        return type(error)(path, error.problem)
 
     def may_be_ours(self, unreadable: str) -> bool:
         """Tell whether a path that cannot be read may be of one of these checkpoints.

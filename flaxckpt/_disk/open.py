@@ -56,6 +56,15 @@ def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointPathEr
     )
 
 
+def leads_nowhere(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path leads to nothing, as a link in a circle does, for anybody."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return is_damage(error)
+    return False
+
+
 def open_file(path: str | os.PathLike[str]) -> int:
     """Open a plain file for reading, and never wait for anybody.
 
