@@ -21,13 +21,22 @@ def check_target(path: Path, root: Path) -> None:
         CheckpointPathError: If something else is there, or the directory cannot be
             written to.
     """
-    check_root(root)
-    there, is_directory = _nearest(path)
-    if not is_directory:
+    device = check_root(root).st_dev
+    if os.path.islink(path):
+        raise CheckpointPathError(
+            str(path),
+            "is a symbolic link, and a checkpoint is a directory of that very name. "
+            f"Remove the link, or save to where it leads, {os.path.realpath(path)!r}.",
+        )
+    there, found = _nearest(path)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise _no_directory(there, found, "a checkpoint is a directory")
+    if found.st_dev != device:
+        fixed = os.path.join(os.path.realpath(path.parent), "{epoch:02d}")
         raise CheckpointPathError(
             str(there),
-            "is a file, and a checkpoint is a directory. Remove the file, or choose "
-            "another filepath.",
+            f"is on another file system than {str(root)!r}, in which each checkpoint "
+            f"is written before it is renamed. Save there by filepath={fixed!r}.",
         )
     if there == path:
         if _holds_other_things(path):
@@ -54,23 +63,35 @@ def _holds_other_things(path: Path) -> bool:
     return has_any and not is_checkpoint(path)  # which that thread has put there by now
 
 
-def check_root(root: Path) -> None:
+def check_root(root: Path) -> os.stat_result:
     """Check that `root` is a directory, or can be made.
+
+    Returns:
+        What the nearest directory is that exists: it, or one above.
 
     Raises:
         CheckpointPathError: If it, or what should be a directory above it, is a file.
     """
-    there, is_directory = _nearest(root)
-    if not is_directory:
-        raise CheckpointPathError(
-            str(there),
-            "is a file, and checkpoints need a directory there. Remove the file, or "
-            "choose another filepath.",
-        )
+    there, found = _nearest(root)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise _no_directory(there, found, "checkpoints need a directory there")
+    return found
 
 
-def _nearest(path: Path) -> tuple[Path, bool]:
-    """Find what exists of a path: the nearest, and whether it is a directory.
+def _no_directory(
+    path: Path, found: os.stat_result | None, need: str
+) -> CheckpointPathError:
+    what, name = "a file", "file"
+    if found is None:
+        what, name = "a symbolic link that leads nowhere", "link"
+    advice = f"Remove the {name}, or choose another filepath."
+    return CheckpointPathError(str(path), f"is {what}, and {need}. {advice}")
+
+
+def _nearest(path: Path) -> tuple[Path, os.stat_result | None]:
+    """Find what exists of a path: the nearest, and what it is.
+
+    None for a symbolic link that leads nowhere.
 
     One look at each, for other threads make directories meanwhile.
 
@@ -89,10 +110,10 @@ def _nearest(path: Path) -> tuple[Path, bool]:
         raise CheckpointPathError(str(path), f"{problem}: {limits}. {_ELSEWHERE}")
     for each in (path, *path.parents):
         try:
-            return each, stat.S_ISDIR(each.stat().st_mode)
+            return each, each.stat()
         except OSError as error:
             if not is_damage(error):
                 raise unreadable(each, error) from error
-            if each.is_symlink():  # to nothing
-                return each, False
+            if each.is_symlink():
+                return each, None
     raise AssertionError(f"{path} has no root")
