@@ -5,8 +5,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -546,6 +548,135 @@ def test_a_directory_of_other_things_is_not_replaced(tmp_path):
         'filepath="directory/{epoch:02d}".'
     )
     assert (tmp_path / "results/plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        ("exp", "exp/{epoch}"),
+        ("exp", "exp/deep/er/{epoch}"),
+        ("exp", "exp/state/best"),
+        ("{epoch}", "{epoch}/ema"),
+        ("{epoch}", "{epoch}/deep/{epoch}"),
+        ("{epoch}", "1/ema"),
+    ],
+)
+def test_no_checkpoint_is_saved_in_another(tmp_path, outer, inner):
+    """It would be deleted with that one."""
+    with ModelCheckpoint(tmp_path / outer, max_to_keep=1) as one:
+        path = one.save(TREE, 0)
+        one.wait()
+        before = sorted(path.rglob("*"))
+        with (
+            ModelCheckpoint(tmp_path / inner) as other,
+            pytest.raises(CheckpointPathError, match="is a checkpoint, and") as caught,
+        ):
+            other.save(TREE, 0)
+        assert caught.value.path == str(path)
+        assert sorted(path.rglob("*")) == before
+
+
+def test_a_root_in_a_checkpoint_is_found_through_a_link(tmp_path):
+    with ModelCheckpoint(tmp_path / "exp") as one:
+        path = one.save(TREE, 0)
+    (path / "more").mkdir()
+    (tmp_path / "link").symlink_to(path / "more")
+    with (
+        ModelCheckpoint(tmp_path / "link/{epoch}") as other,
+        pytest.raises(CheckpointPathError, match=r"exp' is a checkpoint, and"),
+    ):
+        other.save(TREE, 0)
+    assert not os.listdir(path / "more")
+
+
+@pytest.mark.parametrize("at", ["exp/1", "exp/deep/er/1"])
+def test_a_checkpoint_with_another_one_in_it_is_not_replaced(tmp_path, at):
+    with ModelCheckpoint(tmp_path / "other") as ckpt:
+        other = ckpt.save(TREE, 0)
+    with ModelCheckpoint(tmp_path / "exp") as ckpt:
+        ckpt.save(TREE, 0)
+        ckpt.wait()
+        shutil.copytree(other, tmp_path / at)  # as a process without our checks may
+        ckpt.save(TREE, 1)
+        with pytest.raises(CheckpointPathError, match="has another checkpoint in it"):
+            ckpt.wait()
+        assert flaxckpt.list_checkpoints(tmp_path / "exp")[0].epoch == 0
+        flaxckpt.verify(tmp_path / at)
+        shutil.rmtree(tmp_path / at)
+        ckpt.save(TREE, 1)
+    assert flaxckpt.list_checkpoints(tmp_path / "exp")[0].epoch == 1
+
+
+def test_retention_leaves_a_checkpoint_with_another_one_in_it(tmp_path):
+    with ModelCheckpoint(tmp_path / "other") as ckpt:
+        other = ckpt.save(TREE, 0)
+    with ModelCheckpoint(tmp_path / "runs/{epoch}", max_to_keep=1) as ckpt:
+        ckpt.save(TREE, 0)
+        ckpt.wait()
+        shutil.copytree(other, tmp_path / "runs/1/ema")
+        ckpt.save(TREE, 1)
+        with pytest.warns(UserWarning, match="has another checkpoint in it"):
+            ckpt.wait()
+        ckpt.save(TREE, 2)
+        ckpt.wait()
+    assert sorted(os.listdir(tmp_path / "runs")) == ["1", "3"]
+    flaxckpt.verify(tmp_path / "runs/1/ema")
+
+
+@pytest.mark.parametrize("where", ["there", "nowhere", "itself"])
+def test_a_link_in_the_place_of_a_checkpoint_is_refused(tmp_path, where):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "best"
+    link.symlink_to(link if where == "itself" else tmp_path / where)
+    with ModelCheckpoint(link) as ckpt:
+        with pytest.raises(
+            CheckpointPathError, match="is a symbolic link, and a"
+        ) as it:
+            ckpt.save(TREE, 0)
+        assert it.value.path == str(link)
+        assert sorted(os.listdir(tmp_path)) == ["best", "there"]
+        link.unlink()
+        ckpt.save(TREE, 0)
+    assert not os.listdir(tmp_path / "there")
+    flaxckpt.verify(link)
+
+
+def test_a_link_to_nothing_above_a_checkpoint_is_called_that(tmp_path):
+    (tmp_path / "runs").symlink_to("nowhere")
+    match = r"runs' is a symbolic link that leads nowhere, and .* Remove the link"
+    with pytest.raises(CheckpointPathError, match=match):
+        ModelCheckpoint(tmp_path / "runs/{epoch}")
+    ckpt = ModelCheckpoint(tmp_path / "{run}/{epoch}")
+    with pytest.raises(CheckpointPathError, match=match):
+        ckpt.save(TREE, 0, logs={"run": "runs"})
+
+
+def test_a_link_above_a_checkpoint_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a").symlink_to("there")
+    with ModelCheckpoint(tmp_path / "{run}/{epoch}") as ckpt:
+        path = ckpt.save(TREE, 0, logs={"run": "a"})
+    assert os.listdir(tmp_path / "there") == ["1"]
+    flaxckpt.verify(path)
+
+
+def test_another_file_system_below_the_root_is_refused(tmp_path):
+    """A finished checkpoint could not be renamed to there."""
+    try:
+        there = tempfile.mkdtemp(dir="/dev/shm")
+    except OSError:
+        pytest.skip("there is one file system")
+    try:
+        if os.stat(there).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("there is one file system")
+        (tmp_path / "a").symlink_to(there)
+        ckpt = ModelCheckpoint(tmp_path / "{run}/{epoch}")
+        with pytest.raises(CheckpointPathError, match="another file system") as caught:
+            ckpt.save(TREE, 0, logs={"run": "a"})
+        assert f"filepath='{there}/{{epoch:02d}}'" in str(caught.value)
+        assert os.listdir(tmp_path) == ["a"]
+    finally:
+        shutil.rmtree(there)
 
 
 def test_a_read_only_directory(tmp_path):

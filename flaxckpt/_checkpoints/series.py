@@ -436,20 +436,26 @@ class Series:
                     self._remove(older)
         return second
 
-    def prune(self, *, resumable: bool) -> None:
+    def prune(self, *, resumable: bool) -> list[str]:
         """Delete what is no longer to be kept, once what is new is in its place.
 
         Args:
             resumable: Whether what is new makes the slot superfluous.
 
+        Returns:
+            What is wrong with those that stay because of what is in them.
+
         Raises:
             CheckpointError: If something could not be deleted.
         """
-        known = self._ledger()
+        known, problems = self._ledger(), list[str]()
         if self._policy is not None:
             gone = self._expired(known, self._policy)
             for info in gone:
-                self._remove(info.path)
+                try:
+                    self._remove(info.path)
+                except CheckpointPathError as error:
+                    problems.append(str(error))
                 del known.infos[str(info.path)]
         if resumable and known.has_slot:
             slot = self.slot_info()
@@ -457,6 +463,7 @@ class Series:
                 self._remove(slot.path)
             known.has_slot = False
         known.changes = self.area.changes
+        return problems
 
     def _expired(self, known: "_Known", policy: PreservationPolicy) -> Infos:
         infos = tuple(known.infos.values())
@@ -473,6 +480,8 @@ class Series:
             self.area.remove(path)
         except FileNotFoundError:
             return  # somebody has deleted it by hand
+        except CheckpointPathError:
+            raise
         except (OSError, CheckpointError) as error:
             raise CheckpointError(
                 f"What was new was saved, but {str(self.area.shown(path))!r}, which is "

@@ -1,10 +1,12 @@
 """Whether a path can be written to, before anything is."""
 
+import itertools
 import os
 import stat
 import sys
 from pathlib import Path
 
+from flaxckpt._disk.nested import refuse_inside
 from flaxckpt._disk.open import is_damage, unreadable
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt.errors import CheckpointPathError
@@ -38,6 +40,7 @@ def check_target(path: Path, root: Path) -> None:
             f"is on another file system than {str(root)!r}, in which each checkpoint "
             f"is written before it is renamed. Save there by filepath={fixed!r}.",
         )
+    refuse_inside(path, itertools.takewhile(lambda each: each != root, path.parents))
     if there == path:
         if _holds_other_things(path):
             raise CheckpointPathError(

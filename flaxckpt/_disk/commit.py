@@ -33,6 +33,7 @@ from flaxckpt._disk.lock import (
     release_lock,
     settle_lock,
 )
+from flaxckpt._disk.nested import refuse_around, refuse_inside
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import (
     HIDDEN_PREFIX,
@@ -141,9 +142,12 @@ class Area:
 
         Raises:
             CheckpointLockedError: If another process writes this series.
+            CheckpointPathError: If the directory is in a checkpoint.
         """
         if self._owner == os.getpid() and self._is_held():
             return
+        real = Path(os.path.realpath(self._root))
+        refuse_inside(real, (real, *real.parents))
         self._make(self._root)
         self._find_lock()
         # A save under way here whose lock was deleted goes by what was there before:
@@ -172,6 +176,10 @@ class Area:
                 "the lock of these checkpoints was deleted meanwhile, and another "
                 "process may be writing them",
             )
+
+    def _spare_others(self, path: Path) -> None:
+        """Check that no checkpoint is moved or deleted with what is at a path."""
+        refuse_around(path)
 
     def _clear_up(self) -> None:
         self._finish_replacements()
@@ -315,6 +323,7 @@ class Area:
             OccupiedError: If something else is there, which was not touched.
         """
         self._check_lock(target)
+        self._spare_others(target)
         self._make(target.parent)
         self._shared.changes += 1
         with self.committing:
@@ -386,6 +395,7 @@ class Area:
             path.unlink()
             self._sync_directory(path.parent)
             return
+        self._spare_others(path)
         aside = self._made()
         try:
             path.rename(aside / "new")
@@ -407,6 +417,7 @@ class Area:
     def move(self, path: Path, target: Path) -> None:
         """Give a checkpoint another name, at which there is nothing."""
         self._check_lock(path)
+        self._spare_others(path)
         self._shared.changes += 1
         with self.committing:
             path.rename(target)

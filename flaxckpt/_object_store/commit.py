@@ -214,6 +214,9 @@ class Mirror(Area):
         """Tell nothing: the lease is looked at whenever the store is changed."""
         return True
 
+    def _spare_others(self, path: Path) -> None:
+        """Check nothing: a store has no directories that would go with others."""
+
     def _note_cleared(self) -> None:
         assert self._lease is not None
         self._lease.is_cleared = True

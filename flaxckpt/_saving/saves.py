@@ -681,7 +681,8 @@ class Saves:
                 self._warn_of_kept(page.path, kept)
             self._say(entry, f"finished saving model to {self._shown(page.path)}")
         if entry.save:
-            self._series.prune(resumable=not self._weights_only)
+            for problem in self._series.prune(resumable=not self._weights_only):
+                self._writer.warn(problem)
         self.counts.saved += 1
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
