@@ -755,7 +755,12 @@ class ModelCheckpoint:
                     continue
                 try:
                     loaded = self._loaded(
-                        path, like, cast=cast, verify=verify, damaged=errors
+                        path,
+                        like,
+                        cast=cast,
+                        verify=verify,
+                        mark=mark,
+                        damaged=errors,
                     )
                     if loaded.epoch is not None:
                         return loaded
@@ -1021,17 +1026,23 @@ class ModelCheckpoint:
         *,
         cast: bool,
         verify: bool,
+        mark: str | None = None,
         damaged: Container[str] = (),
     ) -> Restored:
         """Load a checkpoint, in all processes or in none.
 
         Those that were found to be damaged, by their times, are nothing to beat.
+
+        Raises:
+            CheckpointNotFoundError: Also if it is not the one that was listed there.
         """
         shown = os.fspath(path)
         where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
         found, problem = None, None
         try:
             found = restore(path, like, cast=cast, verify=verify)
+            if mark is not None and found.info and str(found.info.time) != mark:
+                raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
         except CheckpointError as error:
             problem = error
         gathered("restored", problem)  # raises what any of them met

@@ -1,5 +1,6 @@
 """A worse best does not take the place of a better one, whatever a run knows."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
@@ -23,6 +25,8 @@ import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
 from flaxckpt._checkpoints import series as _series
 from flaxckpt._checkpoints.aside import placed, places_aside
+from flaxckpt._disk import commit as _commit
+from flaxckpt._disk import exchange as _exchange
 from flaxckpt._object_store.objects import Objects
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
@@ -180,6 +184,127 @@ def test_a_forced_save_goes_aside_and_one_by_hand_makes_way(tmp_path):
             assert (flaxckpt.load(ckpt.best)["w"] == 0.2).all()
         ckpt.update(state, tree_of(0.1), {"val_loss": 0.1}, 5)
     assert there(tmp_path) == {"best": 0.1}
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exchange):
+    """Nor after a kill or an error at any step; and what was better is somewhere."""
+    if not exchange:
+        monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
+    path, run = tmp_path / "best", {"logs": {"val_loss": 0.7}}
+    train(path, [0.2])
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        series, seen = ckpt._series, []
+        area = series.area
+        put, sync = area.put, area._sync_directory
+
+        def look():
+            assert float(flaxckpt.load(path)["w"][0]) in (0.2, 0.7)
+            assert 0.2 in there(tmp_path).values()
+            seen.append(there(tmp_path))
+
+        def look_and_put(*arguments, **settings):
+            look()
+            put(*arguments, **settings)
+            look()
+
+        def look_and_sync(directory):
+            if directory == tmp_path:
+                look()
+            sync(directory)
+
+        area.put, area._sync_directory = look_and_put, look_and_sync
+
+        def no_room(*arguments, **settings):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def fail(*arguments, **settings):
+            raise OSError(errno.EIO, "Input/output error")
+
+        area.put = no_room
+        ckpt.save(tree_of(0.7), 1, **run)
+        with pytest.raises(flaxckpt.CheckpointWriteError, match="No earlier"):
+            ckpt.wait()
+        assert there(tmp_path) == {"best": 0.2}
+        area.put = look_and_put
+        with monkeypatch.context() as patch:
+            patch.setattr(_commit, "swap", fail)
+            ckpt.save(tree_of(0.7), 1, **run)
+            with pytest.raises(flaxckpt.CheckpointWriteError, match="No earlier"):
+                ckpt.wait()
+        assert there(tmp_path) == {"best": 0.2, "best.aside": 0.7}  # as after a kill
+        assert ckpt.best.logs == {"val_loss": 0.2}
+        ckpt.save(tree_of(0.7), 1, **run)
+        with pytest.warns(UserWarning, match="which is kept at"):
+            ckpt.wait()
+        found = there(tmp_path)
+        assert found.pop("best") == 0.7
+        assert [*found.values()] == [0.2]
+        assert len(seen) >= 6
+        infos = series._ledger().infos
+        assert {str(info.path) for info in infos.values()} == {*infos}
+        assert {*infos} == {str(info.path) for info in ckpt.checkpoints}
+        assert series.best_value() == np.float32(0.2)
+    assert best_of(path) == 0.2
+    assert not [each for each in tmp_path.iterdir() if "replaced" in each.name]
+
+
+@pytest.mark.parametrize("which", ["first", "second", "third"])
+def test_one_of_the_renames_fails(tmp_path, monkeypatch, which):
+    """Then what is at the path, and the better one, are found all the same."""
+    monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
+    path, run = tmp_path / "best", {"logs": {"val_loss": 0.7}}
+    train(path, [0.2])
+    rename, left = os.rename, [which == "first", which == "second", which == "third"]
+
+    def fail_at_one(*names):
+        """Of those in one directory, which is what is there to stay."""
+        if all(Path(each).parent == tmp_path for each in names) and left:
+            if left.pop(0):
+                left.clear()
+                raise OSError(errno.EIO, "Input/output error")
+        rename(*names)
+
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(_exchange.os, "rename", fail_at_one)
+            ckpt.save(tree_of(0.7), 1, **run)
+            with pytest.raises(flaxckpt.CheckpointWriteError):
+                ckpt.wait()
+        at_path = 0.7 if which == "third" else 0.2
+        found = there(tmp_path)
+        assert found == {"best": at_path, "best.aside": 0.2 if at_path == 0.7 else 0.7}
+        assert flaxckpt.load(path)["w"][0] == at_path
+        assert ckpt.best.logs == {"val_loss": 0.2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ModelCheckpoint(path, save_best_only=True) as ckpt:
+            ckpt.save(tree_of(0.7), 1, **run)
+    found = there(tmp_path)
+    assert found.pop("best") == 0.7
+    assert [*found.values()] == [0.2]
+    assert not [each for each in tmp_path.iterdir() if "replaced" in each.name]
+
+
+def test_one_by_hand_over_what_was_deleted_meanwhile(tmp_path):
+    path = tmp_path / "best"
+    train(path, [0.2])
+    with ModelCheckpoint(path, save_best_only=True) as ckpt:
+        area = ckpt._series.area
+        swap = area.swap
+
+        def delete_and_swap(new, path):
+            shutil.rmtree(path)
+            swap(new, path)
+
+        area.swap = delete_and_swap
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ckpt.save(tree_of(0.7), 1, logs={"val_loss": 0.7})
+            ckpt.wait()
+        assert there(tmp_path) == {"best": 0.7}
+        assert [*ckpt._series._ledger().infos] == [str(path)]
+        assert ckpt.best.logs == {"val_loss": 0.7}
 
 
 def test_one_by_hand_makes_way_in_an_object_store(url):
@@ -717,9 +842,13 @@ def test_the_best_ever_decided_for_is_always_there(
         ),
         max_size=8,
     ),
+    st.booleans(),
 )
-def test_of_all_places_the_best_stays_and_the_newest_too(mode, saves):
-    """Also where a save ends before it moves, puts or drops anything."""
+def test_of_all_places_the_best_stays_and_the_newest_too(mode, saves, swaps):
+    """Also where a save ends before it moves, puts or drops anything.
+
+    On a disk it swaps: it is put aside first, and moved with the better one.
+    """
     there, sign = {}, 1 if mode == "min" else -1
     newest = None  # that was acknowledged, as (value, number)
     for number, (value, by_hand, end) in enumerate(saves):
@@ -739,11 +868,20 @@ def test_of_all_places_the_best_stays_and_the_newest_too(mode, saves):
             continue
         if found.kept is not None:
             assert found.kept == free
-            there[found.kept] = there.pop("path")
-        check(known, newest)
-        if end == "put":
-            continue
-        there[found.path] = newest = value, number
+        if found.kept is not None and swaps:
+            there[found.kept] = value, number
+            check(known, newest)
+            if end == "put":
+                continue
+            there["path"], there[found.kept] = there[found.kept], there["path"]
+            newest = value, number
+        else:
+            if found.kept is not None:
+                there[found.kept] = there.pop("path")
+            check(known, newest)
+            if end == "put":
+                continue
+            there[found.path] = newest = value, number
         known += [] if value is None else [value]
         check(known, newest)
         if end == "drop":

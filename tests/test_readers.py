@@ -279,6 +279,41 @@ def test_what_is_replaced_at_any_step_is_read_once_more(
     )
 
 
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+@pytest.mark.parametrize("read", READS_IN_PLACE)
+def test_a_save_by_hand_and_a_better_one_change_places_at_any_step(
+    tmp_path, monkeypatch, read, exchange
+):
+    runs = tmp_path / "runs"
+    with ModelCheckpoint(runs / "best", "loss", save_best_only=True) as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate((0.5, 0.9)):
+            state = ckpt.update(state, tree_of(7), {"loss": loss}, epoch, force=True)
+    if not exchange:
+        monkeypatch.setattr(_exchange, "_exchange", lambda *_: False)
+
+    def strike():
+        _exchange.swap(runs / "best.aside", runs / "best", lambda _: None)
+
+    epoch = {"restore": 1, "latest": 1, "restore the best": 0, "best": 0}.get(read)
+
+    def check(found):
+        listed = {info.epoch for info in flaxckpt.list_checkpoints(runs)}
+        assert listed == {0, 1}
+        if read in ("checkpoints", "list_checkpoints"):
+            assert found.epoch == 1  # the newest
+        elif epoch is not None:
+            assert found.epoch == epoch
+
+    each_step(
+        monkeypatch,
+        prepare=lambda: None,
+        strike=strike,
+        read=lambda: READS_IN_PLACE[read](ckpt, runs),
+        check=check,
+    )
+
+
 @pytest.mark.parametrize("step", ["set aside", "replaced"])
 def test_between_two_renames_the_one_set_aside_counts(tmp_path, monkeypatch, step):
     """The reader's look falls between the writer's renames, at any of its steps."""

@@ -2,8 +2,8 @@
 
 A path of a series has places aside, for a save that is not better than the checkpoint
 at the path. The better checkpoint is at one of these places at every moment. It is
-moved only for a save by hand, which gets the path it was given. Nothing is deleted
-before the save is there.
+moved only for a save by hand, which gets the path it was given: such a save is written
+aside, and then the two change places. Nothing is deleted before the save is there.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Placed:
 
     Attributes:
         path: Its place.
-        kept: Where the checkpoint at `path` is moved first; None if it is not moved.
+        kept: Where the checkpoint at `path` is moved; None if it is not moved.
         rest: The checkpoints that are superfluous once the save is there.
         unknown: What is wrong with the checkpoint at `path`, if nobody can tell whether
             it is better.

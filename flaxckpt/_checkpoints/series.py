@@ -309,8 +309,37 @@ class Series:
             value = -math.inf if self._mode == "min" else math.inf
         return value, problem
 
+    def swap(self, new: Path, path: Path) -> bool:
+        """Give a save by hand its path, and the better one there the name it had.
+
+        So what is at the path, and the better one, are there at every moment.
+
+        Args:
+            new: Where `put` has put the save, aside.
+            path: The path.
+
+        Returns:
+            Whether a better one was still there.
+        """
+        known, names = self._ledger(), {str(new): path, str(path): new}
+        self._known = None  # until it is known that nothing failed half-way
+        try:
+            self.area.swap(new, path)
+        except FileNotFoundError:  # somebody has deleted it by hand
+            self.area.move(new, path)
+            known.infos.pop(str(path), None)
+        infos = [
+            replace(info, path=names.get(place, info.path))
+            for place, info in known.infos.items()
+        ]
+        known.infos = {str(info.path): info for info in infos}
+        known.best, known.changes, self._known = None, self.area.changes, known
+        return str(new) in known.infos
+
     def make_way(self, path: Path, kept: Path) -> bool:
-        """Move the checkpoint at a path aside, for a save by hand. The area is open.
+        """Move a checkpoint in an object store aside, for a save by hand.
+
+        It stays at its path, too, until the save is there.
 
         Args:
             path: The path.

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._disk.exchange import IN_THE_WAY, replace
+from flaxckpt._disk.exchange import IN_THE_WAY, replace, swap
 from flaxckpt._disk.files import keep_only, sync_path
 from flaxckpt._disk.lock import (
     acquire_lock,
@@ -413,6 +413,29 @@ class Area:
                 aside.rmdir()
             raise
         self._trash.append(aside)
+
+    def swap(self, new: Path, path: Path) -> None:
+        """Exchange the names of two checkpoints in one directory.
+
+        Args:
+            new: The one that is to be at `path`.
+            path: The other one.
+
+        Raises:
+            FileNotFoundError: If there is nothing at `path`.
+        """
+        self._check_lock(path)
+        self._shared.changes += 1
+        with self.committing:
+            if is_there(set_aside(path)):  # an error came between two renames
+                self._finish_replacement(path.parent, set_aside(path))
+            swap(new, path, self._sync_directory)
+            try:
+                self._sync_directory(path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    swap(new, path, lambda _: None)
+                raise
 
     def move(self, path: Path, target: Path) -> None:
         """Give a checkpoint another name, at which there is nothing."""

@@ -34,6 +34,27 @@ def replace(
     os.rename(aside, written)
 
 
+def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
+    """Exchange the names of two checkpoints in one directory.
+
+    Where there is no such call, three renames do it. Between them the one at `path` is
+    there or at `new`, and who reads `path` finds one of the two: nothing is at a place
+    at which it counts as replaced, but the new one.
+    """
+    if _exchange(new, path):
+        return
+    aside = set_aside(path)
+    os.rename(new, aside)
+    try:
+        sync_directory(path.parent)
+        os.rename(path, new)
+    except OSError:
+        os.rename(aside, new)
+        raise
+    sync_directory(path.parent)
+    os.rename(aside, path)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two directories atomically, by Linux's renameat2(2), if it is there."""
     try:

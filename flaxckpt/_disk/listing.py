@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
         CheckpointError: If each checkpoint that was seen was gone before it was read.
     """
     known: dict[tuple[Path, Any], CheckpointInfo] = {}
-    problems, was_empty = set[str](), False
+    problems, doubles, was_empty = set[str](), set[Path](), False
     infos: Infos = ()
     damaged: list[LeftOut] = []
     for _ in looks():
@@ -47,7 +48,12 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
             [error for error in damaged if str(error) in problems],
             damaged,
         )
-        is_settled = len(damaged) == len(before) and not look.has_missed
+        # One may have been seen at two places, while two checkpoints changed theirs.
+        twice, had = _doubles(infos), doubles
+        doubles = twice
+        is_settled = (
+            len(damaged) == len(before) and not look.has_missed and twice <= had
+        )
         is_empty = not infos and not before
         if is_settled and (was_empty or not is_empty):
             return infos, damaged
@@ -85,6 +91,12 @@ class _Look:
                 return None
             self.known[key] = info
         return self.known[key]
+
+
+def _doubles(infos: Infos) -> set[Path]:
+    """Return where one checkpoint seems to be at several places."""
+    times = Counter((info.series, info.time) for info in infos)
+    return {info.path for info in infos if times[info.series, info.time] > 1}
 
 
 def _directory_at(path: Path) -> tuple[int, int] | None:

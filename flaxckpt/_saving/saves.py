@@ -662,9 +662,10 @@ class Saves:
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
         for page in pages:
-            rest, kept = list[Path](), None
+            rest, kept, path = list[Path](), None, page.path
             if self._best_only and not page.in_slot:
                 rest, kept = self._place(page, entry, logs)
+            swaps = kept is not None and page.path == kept
             self._series.put(
                 page,
                 entry.epoch,
@@ -676,6 +677,9 @@ class Saves:
                 weights_only=self._weights_only and not page.in_slot,
                 together=together,
             )
+            if swaps and kept is not None:
+                page.path = path
+                kept = kept if self._series.swap(kept, path) else None
             self._series.drop(rest)
             if kept is not None:
                 self._warn_of_kept(page.path, kept)
@@ -693,7 +697,9 @@ class Saves:
         """Have a page go aside, or a better one, where something better is at its path.
 
         Returns:
-            What is superfluous once it is there, and where the better one was moved.
+            What is superfluous once it is there, and where the better one is to be. On
+            a disk the page goes there first, and then they change places: the path is
+            not missing while the page is written.
         """
         state, path = entry.kept, page.path
         placed = self._series.place(
@@ -708,8 +714,11 @@ class Saves:
                 f"{self._shown(chosen)!r}. To replace it, pass overwrite=True."
             )
         if placed.kept is not None:
-            is_moved = self._series.make_way(path, placed.kept)
-            return rest, placed.kept if is_moved else None
+            if self._series.area.is_mirror:
+                is_moved = self._series.make_way(path, placed.kept)
+                return rest, placed.kept if is_moved else None
+            page.path = placed.kept
+            return rest, placed.kept
         page.path = chosen
         if chosen != path:
             better, own = self._shown(path), self._shown(chosen)
