@@ -4,16 +4,19 @@ import contextlib
 import errno
 import gc
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 import weakref
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
@@ -334,3 +337,113 @@ def test_a_removal_that_does_not_reach_the_disk_is_taken_back(tmp_path, monkeypa
         ckpt.wait()
         assert [info.path.name for info in ckpt.checkpoints] == ["3"]
     assert os.listdir(tmp_path) == ["3"]
+
+
+# ---- what was being replaced, by renames, when its writer was killed ---------------------
+
+
+def in_the_way(path, what):
+    """Put something where a checkpoint was that is set aside."""
+    match what:
+        case "file":
+            path.write_text("mine")
+        case "link":
+            path.symlink_to(path.parent / "nowhere")
+        case _:
+            path.mkdir()
+            if what == "directory":
+                (path / "mine").write_text("mine")
+
+
+@pytest.mark.parametrize("what", ["empty", "directory", "file", "link", "orbax"])
+def test_what_is_no_checkpoint_does_not_replace_one(tmp_path, what):
+    """As a script's `os.makedirs` beside the only copy."""
+    path, aside = tmp_path / "best", tmp_path / ".flaxckpt-replaced-best"
+    ckpt = ModelCheckpoint(path)
+    with ckpt:
+        ckpt.save({"w": np.full(3, 7.0)}, 7)
+    path.rename(aside)
+    if what == "orbax":
+        ocp.save(path, {"w": np.zeros(3)})
+    else:
+        in_the_way(path, what)
+
+    def look():
+        assert ModelCheckpoint(path).restore().epoch == 7
+        assert ModelCheckpoint(path).latest.epoch == 7
+        (info,) = flaxckpt.list_checkpoints(tmp_path)
+        assert info.path == path
+        for each in (path, info):
+            assert (flaxckpt.load(each)["w"] == 7).all()
+        flaxckpt.verify(path)
+
+    if what == "orbax":  # is the one that is at the path
+        assert (flaxckpt.load(path)["w"] == 0).all()
+    else:
+        look()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ckpt = ModelCheckpoint(path)
+        if what == "empty":
+            ckpt._series.area.open()
+            assert not aside.exists()
+            look()
+            with ckpt:
+                ckpt.save({"w": np.zeros(3)}, 8)
+            assert ckpt.latest.epoch == 8
+            assert not told
+            return
+        with pytest.raises(flaxckpt.CheckpointPathError):
+            ckpt.save({"w": np.zeros(3)}, 8)
+        ckpt._series.area.open()
+        ckpt.close()
+    (said,) = {str(each.message) for each in told}
+    assert "is left as it is" in said
+    assert "Move it away" in said
+    assert aside.exists()
+    if what == "orbax":
+        shutil.rmtree(path)
+    elif what == "directory":
+        assert (path / "mine").read_text() == "mine"
+        look()
+        shutil.rmtree(path)
+    else:
+        look()
+        path.unlink()
+    ModelCheckpoint(path)._series.area.open()
+    look()
+    assert not aside.exists()
+
+
+def test_retention_deletes_no_more_than_what_was_set_aside(tmp_path):
+    path, aside = tmp_path / "1", tmp_path / ".flaxckpt-replaced-1"
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": np.zeros(3)}, 0)
+    path.rename(aside)
+    in_the_way(path, "directory")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ModelCheckpoint(tmp_path / "{epoch}", max_to_keep=1) as ckpt:
+            assert ckpt.latest.epoch == 0
+            ckpt.save({"w": np.zeros(3)}, 1)
+        assert [info.path.name for info in ckpt.checkpoints] == ["2"]
+    assert not aside.exists()
+    assert (path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("of", ["another series", "damaged"])
+def test_what_was_set_aside_stays_beside_what_is_not_its_successor(tmp_path, of):
+    aside, shown = tmp_path / ".flaxckpt-replaced-1", tmp_path / "1"
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": np.zeros(3)}, 0)
+    shown.rename(aside)
+    other = "{epoch:d}" if of == "another series" else "{epoch}"
+    with ModelCheckpoint(tmp_path / "other" / other) as ckpt:
+        ckpt.save({"w": np.ones(3)}, 0)
+    (tmp_path / "other/1").rename(shown)
+    if of == "damaged":
+        (shown / "flaxckpt.json").write_text("{")
+    with pytest.warns(UserWarning, match="is left as it is"):
+        with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+            ckpt.save({"w": np.zeros(3)}, 1)
+    assert (aside / "flaxckpt.json").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flaxckpt._disk.nested import refuse_inside
 from flaxckpt._disk.open import is_damage, unreadable
-from flaxckpt._disk.record import is_checkpoint
+from flaxckpt._disk.record import holds_checkpoint
 from flaxckpt.errors import CheckpointPathError
 
 NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
@@ -57,13 +57,15 @@ def check_target(path: Path, root: Path) -> None:
 
 
 def _holds_other_things(path: Path) -> bool:
-    if is_checkpoint(path):
+    if holds_checkpoint(path):
         return False
     try:
         has_any = any(path.iterdir())
     except FileNotFoundError:  # the thread that writes has deleted it by now
         return False
-    return has_any and not is_checkpoint(path)  # which that thread has put there by now
+    return has_any and not holds_checkpoint(
+        path
+    )  # which that thread has put there by now
 
 
 def check_root(root: Path) -> os.stat_result:

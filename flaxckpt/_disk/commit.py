@@ -6,8 +6,8 @@ What a series of checkpoints has on disk beside them, all of it hidden from list
 - `.flaxckpt-TAG-…/`: work in progress, or things on their way out; garbage if nobody
   holds the lock;
 - `.flaxckpt-replaced-NAME/`: only where the file system cannot exchange two
-  directories: what was at NAME, while something new is put there. Where NAME is
-  missing, this is it.
+  directories: what was at NAME, while something new is put there. Where no checkpoint
+  is at NAME, this is it.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import (
     HIDDEN_PREFIX,
     REPLACED_PREFIX,
+    holds_checkpoint,
     is_of,
+    located,
     read_record,
     set_aside,
 )
@@ -47,6 +49,7 @@ from flaxckpt._runtime.locks import new_lock
 from flaxckpt.errors import (
     CheckpointError,
     CheckpointLockedError,
+    CheckpointPathError,
     CheckpointWriteError,
 )
 
@@ -395,6 +398,7 @@ class Area:
             path.unlink()
             self._sync_directory(path.parent)
             return
+        path = located(path)  # what is at `path`, and no checkpoint, stays
         self._spare_others(path)
         aside = self._made()
         try:
@@ -468,11 +472,19 @@ class Area:
         if info is None or info.series not in self._series:
             return
         target = directory / aside.name.removeprefix(REPLACED_PREFIX)
-        if is_there(target):
+        if holds_checkpoint(target) and is_of(target, info.series):
             self.remove(aside)
-        else:
-            os.rename(aside, target)
-            self._sync_directory(directory)
+            return
+        with contextlib.suppress(OSError):
+            target.rmdir()  # only if nothing is in it, as where a script has made it
+        if os.path.lexists(target):
+            raise CheckpointPathError(
+                str(target),
+                "is something else than the checkpoint that was there. Move it away, "
+                "and the next save puts the checkpoint back.",
+            )
+        os.rename(aside, target)
+        self._sync_directory(directory)
 
     def _make(self, directory: Path) -> None:
         """Make a directory and those above it, each on disk before the next."""

@@ -4,7 +4,7 @@ import dataclasses
 import errno
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from flaxckpt._disk.record import (
     HIDDEN_PREFIX,
     REPLACED_PREFIX,
     is_checkpoint,
+    located,
     read_record,
 )
 from flaxckpt._runtime.patience import looks, pause
@@ -129,8 +130,7 @@ def _find(
                 continue
             if info is not None:
                 yield info
-                continue
-            if below == 0:
+            if below == 0 or (info is not None and located(directory) == directory):
                 continue
         try:
             with os.scandir(directory) as found:
@@ -139,27 +139,33 @@ def _find(
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 yield unreadable(directory, error)
             continue
-        deeper: list[tuple[Path, int | None]] = []
-        names = {entry.name for entry in entries}
-        for entry in entries:
+        deeper: dict[Path, int | None] = {}
+        # Under its own name first: there may be more in it than what is set aside.
+        for entry in sorted(entries, key=_is_set_aside):
             try:
-                deeper += _candidates(directory, entry, below, names)
+                for path, left_below in _candidates(directory, entry, below):
+                    deeper.setdefault(path, left_below)
             except OSError as error:
                 yield unreadable(entry.path, error)
             except CheckpointPathError as error:
                 yield error
-        left += reversed(deeper)
+        left += reversed(deeper.items())
+
+
+def _is_set_aside(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(REPLACED_PREFIX)
 
 
 def _candidates(
-    directory: Path, entry: os.DirEntry[str], depth: int | None, names: Container[str]
+    directory: Path, entry: os.DirEntry[str], depth: int | None
 ) -> list[tuple[Path, int | None]]:
     """Return where to look for checkpoints, because of an entry of a directory."""
     name = entry.name
-    if name.startswith(REPLACED_PREFIX):
+    if _is_set_aside(entry):
         name = name.removeprefix(REPLACED_PREFIX)
-        # What has that name, if it was not seen, may be there by now.
-        if name and depth in (None, 1) and name not in names:
+        # What has that name, if it was not seen, may be there by now; or it is no
+        # checkpoint.
+        if name and depth in (None, 1):
             return [(directory / name, 0)]
     elif not name.startswith(HIDDEN_PREFIX):
         if depth is not None:

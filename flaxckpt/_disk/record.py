@@ -25,6 +25,7 @@ from flaxckpt.errors import (
 
 FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
+_ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each of Orbax's
 _RECORD_BYTES = 64 * 2**20  # that a record may have
 
 
@@ -75,9 +76,13 @@ def set_aside(path: Path) -> Path:
 
 
 def located(path: Path) -> Path:
-    """Return where a checkpoint's files are: at `path`, or set aside beside it."""
+    """Return where a checkpoint's files are: at `path`, or set aside beside it.
+
+    What is at `path` and no checkpoint, as a directory that a script has made, does not
+    stand for the one that is set aside.
+    """
     aside = set_aside(path)
-    return aside if not is_there(path) and is_there(aside) else path
+    return aside if not _is_taken(path) and holds_checkpoint(aside) else path
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -91,11 +96,11 @@ def is_checkpoint(path: Path) -> bool:
     """
     aside = set_aside(path)
     for _ in range(2):
-        if _holds_checkpoint(path):
+        if holds_checkpoint(path):
             return True
-        if is_there(path):  # something else, unless it has come in between
-            return _holds_checkpoint(path)
-        if _holds_checkpoint(aside):
+        if _is_taken(path):  # by plain Orbax's, unless it has come in between
+            return holds_checkpoint(path)
+        if holds_checkpoint(aside):
             return True
     return False
 
@@ -118,8 +123,14 @@ def series_in(record: str) -> str | None:
         return None
 
 
-def _holds_checkpoint(directory: Path) -> bool:
+def holds_checkpoint(directory: Path) -> bool:
+    """Tell whether a checkpoint of flaxckpt's is in this very directory."""
     return is_there(directory / RECORD_FILE) or is_there(directory / LEAVES_FILE)
+
+
+def _is_taken(path: Path) -> bool:
+    """Tell whether a checkpoint is in this very directory, of plain Orbax's, too."""
+    return holds_checkpoint(path) or is_there(path / _ORBAX_FILE)
 
 
 def read_leaves(path: Path) -> dict[str, Any]:
