@@ -79,6 +79,7 @@ def placed(
     mode: str,
     *,
     by_hand: bool = False,
+    swaps: bool = True,
 ) -> Placed:
     """Choose between a path and the places aside, so that the best of all stays.
 
@@ -89,6 +90,8 @@ def placed(
         value: That of the save, as it is compared; None if it has none.
         mode: `"min"` or `"max"`.
         by_hand: Whether the save gets the path, and a better one makes way.
+        swaps: Whether it is put aside first then, and the two change places; else the
+            better one is moved to where nothing is.
     """
     sign = 1 if mode == "min" else -1
     aside = [place for place in there if place != path]
@@ -98,6 +101,7 @@ def placed(
         return Placed(path, rest=aside)
     if best != path:
         return Placed(path, rest=[place for place in aside if place != best])
-    if by_hand:
+    if by_hand and not swaps:
         return Placed(path, kept=free, rest=aside)
-    return Placed(aside[0] if aside else free, rest=aside[1:])
+    place, rest = aside[0] if aside else free, aside[1:]
+    return Placed(path, place, rest) if by_hand else Placed(place, rest=rest)

@@ -275,7 +275,13 @@ class Series:
             there[path], unknown = self._to_beat(path, infos.get(str(path)))
         free = next((name for name in names if not os.path.lexists(name)), names[-1])
         found = placed(
-            path, free, there, self._value(logs), self._mode, by_hand=by_hand
+            path,
+            free,
+            there,
+            self._value(logs),
+            self._mode,
+            by_hand=by_hand,
+            swaps=not self.area.is_mirror,
         )
         for place in (found.path, found.kept):
             if place is not None and place != path:
