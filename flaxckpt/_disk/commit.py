@@ -155,8 +155,7 @@ class Area:
         self._find_lock()
         # A save under way here whose lock was deleted goes by what was there before:
         # it ends, by an error, before the lock is taken anew.
-        is_under_way = self._is_held()
-        with contextlib.nullcontext() if is_under_way else self.turn, _OPENING:
+        with contextlib.nullcontext() if self._is_held() else self.turn, _OPENING:
             self._owner = 0
             try:  # nobody writes what is cleared up here
                 if self._acquire():

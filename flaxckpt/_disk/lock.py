@@ -118,13 +118,18 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
 def holds_lock(path: Path, at: Path) -> bool:
     """Tell whether this process has the lock, and its file is the one at a path.
 
+    Waits for nobody: a handler of a signal may come here and wait for a save, which
+    asks this too.
+
     Args:
         path: By which the lock was acquired.
         at: Where its file should be: at that path, or at another one that leads there.
     """
-    with _guard:
-        held = _held.get(path)
+    held = _held.get(path)
+    try:
         return held is not None and _is_at(at, held)
+    except ValueError:  # it is given back at this moment
+        return False
 
 
 def _is_at(path: Path, held: _Held) -> bool:

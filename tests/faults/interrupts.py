@@ -395,6 +395,8 @@ def attempt(scenario, at):
 def is_interrupt(error):
     """Tell whether this is an interrupt, or JAX's error for one within its own call."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
+        if "KeyboardInterrupt" in str(error):  # of a callback: its text is all there is
+            return True
         error = error.__cause__
     return error is not None
 
