@@ -25,14 +25,14 @@ class Placed:
         path: Its place.
         kept: Where the checkpoint at `path` is moved; None if it is not moved.
         rest: The checkpoints that are superfluous once the save is there.
-        unknown: What is wrong with the checkpoint at `path`, if nobody can tell whether
-            it is better.
+        reason: Why the checkpoint at the path that was asked for may have to stay, if
+            that is not for a better value in this series.
     """
 
     path: Path
     kept: Path | None = None
     rest: Sequence[Path] = ()
-    unknown: str = ""
+    reason: str = ""
 
 
 def places_aside(path: Path, tag: str) -> tuple[Path, ...]:

@@ -270,9 +270,9 @@ class Series:
         }
         if overwrite:
             return Placed(path, rest=[*there])
-        unknown = ""
+        reason = ""
         if os.path.lexists(path):
-            there[path], unknown = self._to_beat(path, infos.get(str(path)))
+            there[path], reason = self._to_beat(path, infos.get(str(path)))
         free = next((name for name in names if not os.path.lexists(name)), names[-1])
         found = placed(
             path,
@@ -286,34 +286,38 @@ class Series:
         for place in (found.path, found.kept):
             if place is not None and place != path:
                 check_target(place, self.root)
-        return replace(found, unknown=unknown)
+        return replace(found, reason=reason)
 
     def _to_beat(
         self, path: Path, info: CheckpointInfo | None
     ) -> tuple[float | None, str]:
-        """Return the value that the checkpoint at a path has, and why none can beat it.
+        """Return the value of the checkpoint at a path, and why it may have to stay.
+
+        It has the best value of all if nobody can tell whether another one is better.
 
         Args:
             path: The path, at which there is something.
             info: What the ledger has; None if it is not a checkpoint of this series, or
                 if its record cannot be read.
         """
-        problem = ""
+        unbeaten = -math.inf if self._mode == "min" else math.inf
         if info is None:
             try:
                 info = read_record(path)
             except (CheckpointCorruptError, CheckpointPathError) as error:
-                problem = error.problem
-        value = None if info is None else self._value(info.logs)
-        if info is not None and info.state is not None:
+                return unbeaten, f"it may be better ({error.problem.rstrip('.')})"
+            if info is None:
+                return None, ""
+        if info.state is not None:
             monitor, mode = info.state["monitor"], info.state["mode"]
             if (monitor, mode) != (self._monitor, self._mode):
-                problem = f"it was saved as the best by {monitor!r} ({mode})"
-        if info is not None and info.series != self.name and value is None:
-            problem = f"it is of another filepath, and has no {self._monitor!r}"
-        if problem:
-            value = -math.inf if self._mode == "min" else math.inf
-        return value, problem
+                return unbeaten, f"it is the best by {monitor!r} ({mode})"
+        value = self._value(info.logs)
+        if info.series == self.name:
+            return value, ""
+        if value is None:
+            return unbeaten, f"it is of another filepath, without {self._monitor!r}"
+        return value, f"it is better, and of another filepath ({info.series!r})"
 
     def swap(self, new: Path, path: Path) -> bool:
         """Give a save by hand its path, and the better one there the name it had.
@@ -329,18 +333,20 @@ class Series:
         """
         known, names = self._ledger(), {str(new): path, str(path): new}
         self._known = None  # until it is known that nothing failed half-way
+        is_there = True
         try:
             self.area.swap(new, path)
         except FileNotFoundError:  # somebody has deleted it by hand
             self.area.move(new, path)
             known.infos.pop(str(path), None)
+            is_there = False
         infos = [
             replace(info, path=names.get(place, info.path))
             for place, info in known.infos.items()
         ]
         known.infos = {str(info.path): info for info in infos}
         known.best, known.changes, self._known = None, self.area.changes, known
-        return str(new) in known.infos
+        return is_there
 
     def make_way(self, path: Path, kept: Path) -> bool:
         """Move a checkpoint in an object store aside, for a save by hand.

@@ -104,7 +104,7 @@ class Saves:
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
         self._writer = Writer()
         self._is_new_to_weights = True
-        self._has_saved = self._has_told_unknown = False
+        self._has_saved = self._has_told_reason = False
         self._owes_place = False  # where this run's own goes is still to be told
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
@@ -706,12 +706,12 @@ class Saves:
             path, logs, overwrite=self._overwrite, by_hand=entry.by_hand
         )
         chosen, rest = placed.path, placed.rest
-        if placed.unknown and not self._has_told_unknown and chosen != path:
-            self._has_told_unknown = True
+        if placed.reason and not self._has_told_reason and chosen != path:
+            self._has_told_reason = True
             self._writer.warn(
-                f"{self._shown(path)!r} is not replaced, for it may be better: "
-                f"{placed.unknown}. What this run saves goes to "
-                f"{self._shown(chosen)!r}. To replace it, pass overwrite=True."
+                f"{self._shown(path)!r} is not replaced: {placed.reason}. What this "
+                f"run saves goes to {self._shown(chosen)!r}. To replace it, pass "
+                "overwrite=True."
             )
         if placed.kept is not None:
             if self._series.area.is_mirror:
