@@ -8,10 +8,13 @@ import sys
 import pytest
 from faults import harness
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None,
-    reason="needs Linux and a C compiler",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("cc") is None,
+        reason="needs Linux and a C compiler",
+    ),
+]
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 SAMPLE = None if FULL else 6
 

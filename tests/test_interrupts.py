@@ -52,6 +52,7 @@ def survey(tmp_path_factory):
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", interrupts.SCENARIOS)
 def test_an_interrupted_object_goes_on(survey, scenario):
     seed = os.environ.get("FLAXCKPT_SEED", "0")

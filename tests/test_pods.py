@@ -238,6 +238,7 @@ KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
 SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_from_what_was_on_disk(tmp_path):
     """Kill one of four at random, again and again; the others have to end, too."""
     chance = random.Random(SEED)
