@@ -145,9 +145,16 @@ class Series:
         ]
 
     def _is_own(self, info: CheckpointInfo) -> bool:
-        """Tell whether a checkpoint is of this series, and where it was saved."""
-        is_there = info.saved_as in (None, self._saved_as(info.path))
-        return info.series == self.name and is_there
+        """Tell whether a checkpoint is of this series.
+
+        One that was copied or renamed by hand is not, unless to a name of the series.
+        """
+        if info.series != self.name:
+            return False
+        place = self._saved_as(info.path)
+        return info.saved_as in (None, place) or self._template.may_give(
+            place.split("/")
+        )
 
     def _saved_as(self, path: Path) -> str:
         """Return what a record has for a path, and for its places aside."""

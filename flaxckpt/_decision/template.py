@@ -14,6 +14,7 @@ from flaxckpt.errors import SettingError, TemplateError
 _TOO_WIDE = re.compile(r"\d{4}")
 _REFUSAL_OF_WIDTH = "no file name has a width or precision of four digits"
 _NUMBER = ".*(?:[0-9]|nan|inf|NAN|INF).*"
+_BARE_NUMBER = "[-+ ]*(?:[0-9][0-9.,_e+-]*|nan|inf)%?"
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,20 @@ class Template:
         Args:
             parts: The path's names, from `root` on.
         """
+        return self._match(_NUMBER, parts)
+
+    def may_give(self, parts: Sequence[str]) -> bool:
+        """Tell whether it gives this path below `root` for some numbers in its fields.
+
+        Args:
+            parts: The path's names, from `root` on.
+        """
+        return len(parts) == self.depth and self._match(_BARE_NUMBER, parts)
+
+    def _match(self, field: str, parts: Sequence[str]) -> bool:
         pattern = "".join(
-            re.escape(text) + ("" if field is None else _NUMBER)
-            for text, field, *_ in string.Formatter().parse(self.name)
+            re.escape(text) + ("" if name is None else field)
+            for text, name, *_ in string.Formatter().parse(self.name)
         )
         pairs = zip(pattern.split("/"), parts, strict=False)
         return all(re.fullmatch(own, part, re.DOTALL) for own, part in pairs)

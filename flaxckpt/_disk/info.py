@@ -24,9 +24,9 @@ class CheckpointInfo:
             checkpoints of one series are retained and deleted together.
         state: The decision state at that time, as plain values; None if none was given.
         saved_as: Its path below the fixed directory of the template at that time. A
-            checkpoint that was copied or renamed by hand is at another path: it is no
-            longer of the series, which neither restores nor deletes it. None for a
-            checkpoint of a flaxckpt that did not record it.
+            checkpoint that was copied or renamed by hand, to a name that the template
+            would not give, is no longer of the series, which neither restores nor
+            deletes it. None for a checkpoint of a flaxckpt that did not record it.
     """
 
     path: Path
