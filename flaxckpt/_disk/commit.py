@@ -34,7 +34,7 @@ from flaxckpt._disk.lock import (
     settle_lock,
 )
 from flaxckpt._disk.nested import refuse_around, refuse_inside
-from flaxckpt._disk.open import is_there
+from flaxckpt._disk.open import is_there, real
 from flaxckpt._disk.record import (
     HIDDEN_PREFIX,
     REPLACED_PREFIX,
@@ -115,7 +115,7 @@ class Area:
 
     def _find_lock(self) -> None:
         """Find the lock in its directory, whatever path and links lead there."""
-        lock = Path(os.path.realpath(self._root), self._lock.name)
+        lock = Path(real(self._root), self._lock.name)
         if lock == self._lock:
             return
         if self._owner == os.getpid():
@@ -149,8 +149,8 @@ class Area:
         """
         if self._owner == os.getpid() and self._is_held():
             return
-        real = Path(os.path.realpath(self._root))
-        refuse_inside(real, (real, *real.parents))
+        root = real(self._root)
+        refuse_inside(root, (root, *root.parents))
         self._make(self._root)
         self._find_lock()
         # A save under way here whose lock was deleted goes by what was there before:

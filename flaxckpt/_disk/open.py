@@ -173,3 +173,11 @@ def plain_files(directory: Path) -> Iterator[os.DirEntry[str]]:
             if is_damage(error):
                 raise NoFileError(f"{here}: {error.strerror}") from error
             raise unreadable(here, error) from error
+
+
+def real(path: Path) -> Path:
+    """Return a path without links; the path itself if no file system takes it."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # it has a character that names cannot have
+        return path

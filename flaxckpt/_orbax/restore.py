@@ -331,7 +331,7 @@ def is_readable(path: Path) -> bool:
 
 def _is_item(path: Path) -> bool:
     return (
-        path.is_dir()
+        os.path.isdir(path)  # nor is a name that is too long
         and not _has_any(path, _WHOLE)
         and not is_ours(path.parent)
         and is_orbax(path.parent)
