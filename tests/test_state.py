@@ -114,7 +114,7 @@ def test_min_delta_asks_for_more_than_it():
 
 
 MISSING = (
-    "No best is saved: save_best_only needs 'val_loss', and it is not in `logs` (keys "
+    "Nothing is saved as the best: save_best_only needs 'val_loss', and it is not in `logs` (keys "
     "there are: 'loss'). Pass the metric, or another `monitor`."
 )
 

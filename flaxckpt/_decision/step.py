@@ -164,7 +164,7 @@ def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> 
     state._warned.done = True
     there = ", ".join(map(repr, normalized(logs))) or "none"
     warnings.warn(
-        f"No best is saved: save_best_only needs {state.monitor!r}, and it is not in "
+        f"Nothing is saved as the best: save_best_only needs {state.monitor!r}, and it is not in "
         f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
         stacklevel=outside(),
     )
