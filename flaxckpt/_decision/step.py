@@ -164,7 +164,8 @@ def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> 
     state._warned.done = True
     there = ", ".join(map(repr, normalized(logs))) or "none"
     warnings.warn(
-        f"Nothing is saved as the best: save_best_only needs {state.monitor!r}, and it is not in "
-        f"`logs` (keys there are: {there}). Pass the metric, or another `monitor`.",
+        f"Nothing is saved as the best: save_best_only needs {state.monitor!r}, and it "
+        f"is not in `logs` (keys there are: {there}). Pass the metric, or another "
+        "`monitor`.",
         stacklevel=outside(),
     )
