@@ -50,10 +50,14 @@ def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
 
 def without_suffix(name: str, tag: str) -> str:
     """Return the same text for a name and for the names of its places aside."""
-    ends = suffixes(tag)
-    for end in reversed(ends):
+    return _shortened(bare(name, tag), NAME_BYTES - max(map(len, suffixes(tag))))
+
+
+def bare(name: str, tag: str) -> str:
+    """Return a name without what a place aside adds to it."""
+    for end in reversed(suffixes(tag)):
         name = name.removesuffix(end)
-    return _shortened(name, NAME_BYTES - max(map(len, ends)))
+    return name
 
 
 def _shortened(name: str, most: int) -> str:

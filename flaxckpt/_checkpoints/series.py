@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 
 from flaxckpt._checkpoints.aside import (
     Placed,
+    bare,
     placed,
     places_aside,
-    suffixes,
     without_suffix,
 )
 from flaxckpt._checkpoints.looks import Looks
@@ -185,9 +185,7 @@ class Series:
         if not unreadable.startswith(below):
             return False
         *above, name = unreadable.removeprefix(below).split("/")
-        for suffix in reversed(suffixes(self._tag)):
-            name = name.removesuffix(suffix)
-        return self._template.fits((*above, name))
+        return self._template.fits((*above, bare(name, self._tag)))
 
     def slot(self) -> Path:
         """Return where the slot is, or will be: its name may be another series'."""

@@ -23,15 +23,7 @@ def replace(
     aside = set_aside(target)
     if aside.exists():  # an error came between the last two calls
         os.rename(aside, written.with_name("replaced"))
-    os.rename(target, aside)
-    try:
-        sync_directory(target.parent)
-        os.rename(written, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    sync_directory(target.parent)
-    os.rename(aside, written)
+    _rename_by_way_of(aside, target, written, sync_directory)
 
 
 def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
@@ -43,16 +35,22 @@ def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
     """
     if _exchange(new, path):
         return
-    aside = set_aside(path)
-    os.rename(new, aside)
+    _rename_by_way_of(set_aside(path), new, path, sync_directory)
+
+
+def _rename_by_way_of(
+    aside: Path, first: Path, second: Path, sync_directory: Callable[[Path], None]
+) -> None:
+    """Exchange two directories by three renames; the first waits aside meanwhile."""
+    os.rename(first, aside)
     try:
-        sync_directory(path.parent)
-        os.rename(path, new)
+        sync_directory(first.parent)
+        os.rename(second, first)
     except OSError:
-        os.rename(aside, new)
+        os.rename(aside, first)
         raise
-    sync_directory(path.parent)
-    os.rename(aside, path)
+    sync_directory(first.parent)
+    os.rename(aside, second)
 
 
 def _exchange(one: Path, other: Path) -> bool:
