@@ -24,7 +24,12 @@ from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs, find, left_out, taken
 from flaxckpt._decision.reserved import ADVICE, is_reserved
 from flaxckpt._decision.scalars import is_real
-from flaxckpt._decision.state import CheckpointState, check_state, resumed
+from flaxckpt._decision.state import (
+    CheckpointState,
+    check_state,
+    plain_state,
+    resumed,
+)
 from flaxckpt._decision.step import judge, tick
 from flaxckpt._decision.template import Template
 from flaxckpt._direct.frozen_files import Filter, Frozen
@@ -441,6 +446,8 @@ class ModelCheckpoint:
             return state
         self._finish_programs()
         with unchecked():
+            if state.save_best_only and self._saves.lost_best():
+                state = self._with_best_on_disk(state)
             entry = Entry(bool(force), epoch, batch, logs, state)
             if due or (late and self._is_comparable(logs)):
                 self._saves.decide(entry, now=preempted)
@@ -455,6 +462,11 @@ class ModelCheckpoint:
         self._stale = given if improved or counted else None
         self._warn_of_left_out(logs)
         return as_arguments(entry.state, lambda: leaves_of(tree))
+
+    def _with_best_on_disk(self, state: CheckpointState) -> CheckpointState:
+        """Return a state after a save that failed: its best is one that is on disk."""
+        stored = {**plain_state(state), "best": None}
+        return resumed(self.init(), stored, self._series.durable_best(None))
 
     def save(
         self,

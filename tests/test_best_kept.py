@@ -905,3 +905,48 @@ def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):
             assert not series.may_be_ours(str(tmp_path / name))
         assert series.may_be_ours(str(tmp_path))
         assert not series.may_be_ours(str(tmp_path.parent / "3"))
+
+
+@given(
+    losses=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    failing=st.sets(st.integers(0, 7), max_size=4),
+    on_device=st.booleans(),
+    threshold=st.sampled_from([None, 6.0]),
+)
+@example(losses=[5, 2, 3], failing={1}, on_device=False, threshold=None)
+@example(losses=[2, 3], failing={0}, on_device=True, threshold=None)
+@settings(max_examples=100 if FULL else 15)
+def test_the_best_of_a_save_that_failed_need_not_be_beaten(
+    tmp_path_factory, losses, failing, on_device, threshold
+):
+    root, write, failed = tmp_path_factory.mktemp("best"), _series.write_checkpoint, []
+    best, saved = threshold, {}
+
+    def fail_or_write(*args, **kwargs):
+        if epoch in failing:
+            failed.append(epoch)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args, **kwargs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ModelCheckpoint(
+            root / "{epoch}", save_best_only=True, initial_value_threshold=threshold
+        ) as ckpt,
+    ):
+        patch.setattr(_series, "write_checkpoint", fail_or_write)
+        state = ckpt.init()
+        for epoch, loss in enumerate(losses):
+            value = jnp.float32(loss) if on_device else float(loss)
+            logs, is_better = {"val_loss": value}, best is None or loss < best
+            state = ckpt.update(state, tree_of(loss), logs, epoch)
+            try:
+                ckpt.wait()
+            except flaxckpt.CheckpointWriteError:
+                assert failed.pop() == epoch
+                assert is_better
+            else:
+                if is_better:
+                    best, saved[str(epoch + 1)] = loss, loss
+            assert not failed
+    assert there(root) == saved

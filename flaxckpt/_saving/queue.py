@@ -205,9 +205,9 @@ class Writer:
             return
         self.take_back()
         with self._lock:
-            if self._is_working():
+            if self.is_working():
                 self._start()
-            self._changed.wait_for(lambda: not self._is_working())
+            self._changed.wait_for(lambda: not self.is_working())
         self.check()
         UNHEARD.discard(self)
 
@@ -300,7 +300,8 @@ class Writer:
         """Tell whether there is no job but the one that the caller has claimed."""
         return len(self._jobs) == 1
 
-    def _is_working(self) -> bool:
+    def is_working(self) -> bool:
+        """Tell whether a job waits for its turn, or is under way."""
         return any(job.holder in (_NOBODY, _WRITER) for job in self._jobs)
 
     def _work(self) -> None:

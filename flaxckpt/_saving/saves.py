@@ -105,6 +105,7 @@ class Saves:
         self._writer = Writer()
         self._is_new_to_weights = True
         self._has_saved = self._has_told_reason = False
+        self._has_failed = False  # since `lost_best` was asked last
         self._owes_place = False  # where this run's own goes is still to be told
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
@@ -286,6 +287,18 @@ class Saves:
         if self._writer.is_inherited:
             raise self._series.area.inherited()
         use_threads()
+
+    def lost_best(self) -> bool:
+        """Tell, once, whether a state may have a best that could not be written.
+
+        As long as a save is under way, which may be better, that is not told yet; nor
+        ever in several processes, which would have to agree on it.
+        """
+        is_one = jax.process_count() == 1
+        if not (self._has_failed and is_one) or self._writer.is_working():
+            return False
+        self._has_failed = False
+        return True
 
     @property
     def tells(self) -> bool:
@@ -597,6 +610,7 @@ class Saves:
             self._write(save)
         except BaseException:
             self.counts.failed += 1
+            self._has_failed = True
             raise
 
     def _write(self, save: Save) -> None:
