@@ -100,7 +100,7 @@ def _spelled(path: Path, unsafe: re.Pattern[str], *, folds: bool) -> Path:
     if _folded(name, folds=folds) in _taken(folds=folds) or name.endswith(_LOCK):
         last = parts[-1]
         parts = (*parts[:-1], last[:-1] + _escaped(last[-1]))
-    if len(name.encode()) <= _LIMIT_BYTES:
+    if len(".".join(parts).encode()) <= _LIMIT_BYTES:
         return parts
     marks = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
     head = name.encode()[:_HEAD_BYTES].decode(errors="ignore")
