@@ -23,14 +23,14 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs, find, left_out, taken
 from flaxckpt._decision.reserved import ADVICE, is_reserved
-from flaxckpt._decision.scalars import is_real
+from flaxckpt._decision.scalars import LARGEST, is_real
 from flaxckpt._decision.state import (
     CheckpointState,
     check_state,
     plain_state,
     resumed,
 )
-from flaxckpt._decision.step import judge, tick
+from flaxckpt._decision.step import is_no_better, judge, tick
 from flaxckpt._decision.template import Template
 from flaxckpt._direct.frozen_files import Filter, Frozen
 from flaxckpt._disk.info import CheckpointInfo
@@ -51,7 +51,7 @@ from flaxckpt._program.arrivals import Stream
 from flaxckpt._program.best_trees import Kept, Snapshot
 from flaxckpt._program.handover import finish_programs, stream_tree
 from flaxckpt._program.shards import Place, place_of
-from flaxckpt._program.traced_update import OUTSIDE, is_traced
+from flaxckpt._program.traced_update import OUTSIDE, is_traced, runs_in_trace
 from flaxckpt._restoring import Restored
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
@@ -340,6 +340,13 @@ class ModelCheckpoint:
         self._shardings: dict[Any, list[Any]] = {}
         self._stop_on_error = bool(stop_on_error)
         self._stale: CheckpointState | None = None  # it has a new best by now
+        self._known: CheckpointState | None = None  # that was returned last
+        self._is_plain = (  # a call that finds no new best has nothing else to do
+            bool(save_best_only and not save_last and save_interval_secs is None)
+            and self._mode != "auto"
+            and not self._saves.tells
+            and type(self._saves) is Saves
+        )
         self._is_warned = self._is_warned_of_best = False
         self._left_out: set[str] = set()  # names in logs that were warned of
         self._by_epoch = save_freq == "epoch"
@@ -430,9 +437,15 @@ class ModelCheckpoint:
         if due is np.False_ and force is False and not (preempted or late):
             if self._never_due is None:
                 self._never_due = self._by_epoch or batch is None
+            if given is self._known:
+                self._known = state
             return state
         self._never_due = False
         self._saves.check_parent()
+        if self._is_passed_over(given, state, logs, epoch, anyway=preempted or force):
+            self._stale = None if self._by_epoch else given
+            self._known = state
+            return state
         check_state(state, self._fresh)
         check_there("force", [("", force)])
         logs = taken(logs)
@@ -461,7 +474,32 @@ class ModelCheckpoint:
         counted = bool(due) and not self._by_epoch
         self._stale = given if improved or counted else None
         self._warn_of_left_out(logs)
-        return as_arguments(entry.state, lambda: leaves_of(tree))
+        self._known = as_arguments(entry.state, lambda: leaves_of(tree))
+        return self._known
+
+    def _is_passed_over(
+        self,
+        given: CheckpointState,
+        state: CheckpointState,
+        logs: Any,
+        epoch: Any,
+        *,
+        anyway: Any,
+    ) -> bool:
+        """Tell, at the cost of a comparison, that a call changes and saves nothing.
+
+        Most due checks find no new best. False where more is to be looked at.
+        """
+        return (
+            self._is_plain
+            and given is self._known
+            and anyway is False
+            and type(epoch) is int
+            and 0 <= epoch < LARGEST
+            and is_no_better(state, logs)
+            and not self._saves.has_failed
+            and not runs_in_trace()
+        )
 
     def _with_best_on_disk(self, state: CheckpointState) -> CheckpointState:
         """Return a state after a save that failed: its best is one that is on disk."""

@@ -33,7 +33,7 @@ from flaxckpt import (
     TemplateError,
 )
 from flaxckpt._decision.state import plain_state, resumed
-from flaxckpt._disk.fields import checksum, dumped
+from flaxckpt._disk.fields import signed
 
 TREE = {"w": np.arange(3.0)}
 
@@ -72,7 +72,7 @@ def shown(directory):
 def rewrite(record, fields):
     """Change a record as if it had been written so."""
     fields.pop("sha256")
-    record.write_bytes(dumped({**fields, "sha256": checksum(fields)}))
+    record.write_bytes(signed(fields))
 
 
 # ---- the loop --------------------------------------------------------------------------

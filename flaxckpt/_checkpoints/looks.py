@@ -1,14 +1,15 @@
-"""The ways of writing that a writer has already checked.
+"""The ways of writing that this process has already checked, by directory.
 
-A checkpoint is looked at before it takes its place where its tree is written for the
-first time, or for the first time in this way: a bug in what writes it shows then, and
-not when it is to be restored.
+A checkpoint is looked at before it takes its place where its tree is written into a
+directory for the first time, or for the first time in this way: a bug in what writes it
+shows then, and not when it is to be restored.
 """
 
+import functools
 from collections import deque
 from typing import Any
 
-_REMEMBERED = 32
+_REMEMBERED = 64
 
 
 class Looks:
@@ -22,11 +23,18 @@ class Looks:
         """Tell whether a look is due.
 
         Args:
-            *what: The way of writing, the tree's layout, and where its leaves were:
-                whatever compares as equal where the same files are to be there.
+            *what: The directory, the way of writing, the tree's layout, and where its
+                leaves were: whatever compares as equal where the same files are to be
+                there.
         """
-        return what not in self._seen
+        return what not in tuple(self._seen)  # which another thread may change
 
     def note(self, *what: Any) -> None:
         """Note what was looked at and all there."""
         self._seen.appendleft(what)
+
+
+@functools.cache
+def shared_looks() -> Looks:
+    """Return what all objects of this process have looked at."""
+    return Looks()

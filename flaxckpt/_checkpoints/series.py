@@ -23,7 +23,7 @@ from flaxckpt._checkpoints.aside import (
     places_aside,
     without_suffix,
 )
-from flaxckpt._checkpoints.looks import Looks
+from flaxckpt._checkpoints.looks import shared_looks
 from flaxckpt._checkpoints.retention import (
     PreservationPolicy,
     best_of,
@@ -119,7 +119,7 @@ class Series:
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._dtype = dtype
         self._compress, self._frozen = compress, frozen
-        self._looks = Looks()
+        self._looks = shared_looks()
         make = Mirror if in_store else Area
         self.area = make(
             self.root,

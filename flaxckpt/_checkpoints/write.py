@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -281,6 +282,8 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
     Raises:
         CheckpointWriteError: If it is not.
     """
+    there = os.stat(written.parents[1])  # the directory in which it is staged
+    what = (there.st_dev, there.st_ino, *what)
     if not looks.is_new(*what):
         return
     missing = [name for name in NEEDED if not (written / name).is_file()]
@@ -290,6 +293,7 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
         if read_record(written) is None or layout is None:
             raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
         reader, turn = Reader(written), time.perf_counter()
+        reader.expect(leaf for leaf in layout.leaves if leaf.in_orbax)
         for index, leaf in enumerate(layout.leaves):
             turn = give_way(turn)
             if leaf.in_orbax and not reader.holds(leaf):

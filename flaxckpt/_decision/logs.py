@@ -5,6 +5,7 @@ decision, the filepath, the record, and the copies that a program carries.
 """
 
 import decimal
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from flaxckpt.errors import MetricError, SettingError
 
 Logs: TypeAlias = Mapping[str, Any]
 _PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
+FLOATS = frozenset((float, np.float32, np.float64))
 _MOST_BITS = 1024  # of an integer that is a float as well
 SURROGATES = (
     "surrogates, which are no characters, and no record keeps them as they are. Take "
@@ -77,6 +79,8 @@ def taken(logs: Any) -> dict[str, Any]:
     """
     flat = normalized(logs)
     for name, value in flat.items():
+        if type(value) in FLOATS and name.isascii():  # as nearly all are
+            continue
         if problem := without_value(value):
             raise MetricError(name, problem)
         for what, text in (("name", name), ("text", value)):
@@ -169,7 +173,13 @@ def rounded(value: Any, dtype: Any) -> Any:
             value = dtype.type(value)
     except OverflowError:  # an integer beyond all floats
         return dtype.type(math.inf if value > 0 else -math.inf)
-    return dtype.type(0) if abs(value) < np.finfo(dtype).tiny else value
+    return dtype.type(0) if abs(value) < tiny_of(dtype) else value
+
+
+@functools.cache
+def tiny_of(dtype: Any) -> Any:
+    """Return the smallest normal number of a dtype."""
+    return jnp.finfo(dtype).tiny
 
 
 def left_out(logs: Mapping[str, Any]) -> dict[str, str]:
@@ -196,6 +206,9 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
 def _flat(prefix: str, logs: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in logs.items():
         name = f"{prefix}{_text_of(key)}"
+        if type(value) in FLOATS:
+            yield name, value
+            continue
         value = _computed(value)
         if isinstance(value, Mapping):
             yield from _flat(f"{name}/", value)
@@ -280,6 +293,8 @@ def _converted(value: Any) -> Any:
 
 def _excess(value: Any) -> str:
     """Say what a value is that no record keeps; nothing for one that it keeps."""
+    if type(value) in FLOATS:
+        return ""
     if isinstance(value, Unusable):
         return value.problem
     shape = getattr(value, "shape", ())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.logs import Unusable, without_value
+from flaxckpt._decision.logs import Unusable, tiny_of, without_value
 from flaxckpt._runtime.gone import check_there
 from flaxckpt.errors import MetricError, SettingError
 
@@ -140,5 +140,5 @@ def pick(condition: Any, true: Any, false: Any) -> Any:
 
 def flushed(value: Any, where: Where) -> Any:
     """Return zero for a number below the smallest normal one, as XLA may see it."""
-    tiny = jnp.finfo(value.dtype).tiny
+    tiny = tiny_of(value.dtype)
     return where(abs(value) < tiny, value.dtype.type(0), value)

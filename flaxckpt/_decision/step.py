@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.logs import normalized, rounded, value_of
+from flaxckpt._decision.logs import FLOATS, normalized, rounded, value_of
 from flaxckpt._decision.scalars import (
     Scalar,
     Where,
@@ -129,12 +129,13 @@ def judge(
         return state, due
     check_values(state)
     with unchecked():
-        return _judged(state, logs, due)
+        return compared(state, logs, due)
 
 
-def _judged(
+def compared(
     state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> tuple[CheckpointState, Any]:
+    """Compare, as `judge` does, a state that has its values, among no checks of JAX."""
     traced = isinstance(due, jax.Array)
     value = value_of(logs, state.monitor)
     if value is None:
@@ -156,6 +157,25 @@ def _judged(
             save = improves(value, best, has_best, state.mode, state.min_delta, where)
         known = np.bool_(has_best or save)
     return with_leaves(state, best_value=where(save, value, best), has_best=known), save
+
+
+def is_no_better(state: CheckpointState, logs: Any) -> bool:
+    """Tell, by one comparison of two numbers, that a due check finds no new best.
+
+    What is not less than the best is no improvement on it, however it is rounded and
+    whatever `min_delta` is. False where more is to be looked at: at arrays, or at what
+    may deserve a warning.
+    """
+    best = array(state.best_value)
+    if type(best) not in FLOATS or state.has_best is not np.True_:
+        return False
+    if type(logs) is not dict or type(logs.get(state.monitor)) not in FLOATS:
+        return False
+    for name, value in logs.items():
+        if type(value) not in FLOATS or type(name) is not str or not name.isascii():
+            return False
+    value, best = float(logs[state.monitor]), float(best)
+    return not (value < best if state.mode == "min" else value > best)
 
 
 def _warn_missing(state: CheckpointState, logs: Mapping[str, object] | None) -> None:

@@ -229,6 +229,11 @@ class Database:
         spec = {"driver": "ocdbt", "base": base, "context": context}
         self._directory = directory
         self._store = self._result(tensorstore.KvStore.open(spec))
+        self._coming: dict[str, Any] = {}
+
+    def expect(self, key: str) -> None:
+        """Begin to read what `read` will be asked for, once."""
+        self._coming[key] = self._store.read(key)
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         return _take_in(self.read(key), values, check=check)
@@ -242,7 +247,7 @@ class Database:
         return key in self._keys
 
     def read(self, key: str) -> bytes:
-        found = self._result(self._store.read(key))
+        found = self._result(self._coming.pop(key, None) or self._store.read(key))
         if found.state != "value":
             raise OtherwiseError
         return bytes(found.value)

@@ -104,6 +104,15 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
         _OtherwiseError: If it is in another way than the one known here.
         MalformedError: If it is none.
     """
+    shape, chunk, separator = _grid(description, dtype)
+    return Stored(name, description, jnp.dtype(dtype), shape, chunk, separator)
+
+
+@functools.lru_cache(maxsize=1024)
+def _grid(
+    description: bytes, dtype: str
+) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Return shape, chunks and separator; arrays of one shape share a description."""
     found = parse_zarr(description)
     codec = {
         "name": "sharding_indexed",
@@ -128,8 +137,7 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
         or found.dtype != dtype
     ):
         raise OtherwiseError
-    kind = jnp.dtype(dtype)
-    return Stored(name, description, kind, found.shape, found.chunk, found.separator)
+    return found.shape, found.chunk, found.separator
 
 
 def below(name: str, file: str) -> str:

@@ -38,11 +38,17 @@ def parse_json(data: bytes) -> Any:
 
 def checksum(fields: Mapping[str, Any]) -> str:
     """Return the checksum of a record's fields."""
-    return hashlib.sha256(dumped(fields)).hexdigest()
+    return hashlib.sha256(_dumped(fields)).hexdigest()
 
 
-def dumped(fields: Mapping[str, Any]) -> bytes:
-    """Return a record's fields as bytes."""
+def signed(fields: Mapping[str, Any]) -> bytes:
+    """Return a record's fields as bytes, with their checksum as the last one."""
+    text = _dumped(fields)
+    last = f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}'
+    return text.removesuffix(b"\n}") + last.encode()
+
+
+def _dumped(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, indent=1, allow_nan=False).encode()
 
 

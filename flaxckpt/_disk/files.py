@@ -25,8 +25,8 @@ def sync_tree(directory: Path) -> None:
     """Have the disk take all files and directories in a directory, and itself."""
     for path, _, files in os.walk(directory, topdown=False):
         for name in files:
-            sync_path(Path(path, name))
-        sync_path(Path(path))
+            sync_path(os.path.join(path, name))
+        sync_path(path)
 
 
 def keep_only(directory: Path, names: Container[str]) -> None:
@@ -251,7 +251,7 @@ def _is_only_opener(descriptor: int) -> bool:
     return True
 
 
-def sync_path(path: Path) -> None:
+def sync_path(path: str | Path) -> None:
     """Have the disk take a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

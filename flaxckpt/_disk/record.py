@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._decision.reserved import HIDDEN_PREFIX, LEAVES_FILE, RECORD_FILE
-from flaxckpt._disk.fields import MalformedError, checksum, dumped
+from flaxckpt._disk.fields import MalformedError, signed
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.open import NoFileError, is_there, read_small
 from flaxckpt._disk.record_fields import check_record, parse_record
@@ -56,7 +56,7 @@ def encode_record(
         "versions": dict(versions),
         "leaves_sha256": hashlib.sha256(leaves).hexdigest(),
     }
-    record = dumped({**fields, "sha256": checksum(fields)})
+    record = signed(fields)
     if len(record) > _RECORD_BYTES:
         raise CheckpointError(
             f"The record of {str(info.path)!r} would have {len(record)} bytes, and may "
@@ -125,7 +125,8 @@ def series_in(record: str) -> str | None:
 
 def holds_checkpoint(directory: Path) -> bool:
     """Tell whether a checkpoint of flaxckpt's is in this very directory."""
-    return is_there(directory / RECORD_FILE) or is_there(directory / LEAVES_FILE)
+    here = os.fspath(directory)  # this is asked often, and pathlib is slow
+    return any(is_there(f"{here}/{name}") for name in (RECORD_FILE, LEAVES_FILE))
 
 
 def _is_taken(path: Path) -> bool:

@@ -11,7 +11,12 @@ OUTSIDE = get_opaque_trace_state(convention="nnx")
 
 def is_traced(tree: PyTree, *values: PyTree) -> bool:
     """Tell whether a trace is running, or a tree or any value is that of one."""
-    if get_opaque_trace_state(convention="nnx") != OUTSIDE:
+    if runs_in_trace():
         return True
     kinds = set(map(type, [*leaves_of(tree), *leaves_of(values)]))
-    return any(issubclass(kind, Tracer) for kind in kinds)
+    return any([issubclass(kind, Tracer) for kind in kinds])  # no generator: often
+
+
+def runs_in_trace() -> bool:
+    """Tell whether a trace is running."""
+    return get_opaque_trace_state(convention="nnx") != OUTSIDE

@@ -64,6 +64,7 @@ class Saves:
 
     Attributes:
         counts: What became of them.
+        has_failed: Whether one has failed since `lost_best` was asked last.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Saves:
         self._writer = Writer()
         self._is_new_to_weights = True
         self._has_saved = self._has_told_reason = False
-        self._has_failed = False  # since `lost_best` was asked last
+        self.has_failed = False
         self._owes_place = False  # where this run's own goes is still to be told
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
@@ -295,9 +296,9 @@ class Saves:
         ever in several processes, which would have to agree on it.
         """
         is_one = jax.process_count() == 1
-        if not (self._has_failed and is_one) or self._writer.is_working():
+        if not (self.has_failed and is_one) or self._writer.is_working():
             return False
-        self._has_failed = False
+        self.has_failed = False
         return True
 
     @property
@@ -610,7 +611,7 @@ class Saves:
             self._write(save)
         except BaseException:
             self.counts.failed += 1
-            self._has_failed = True
+            self.has_failed = True
             raise
 
     def _write(self, save: Save) -> None:
@@ -779,7 +780,7 @@ class Saves:
 
     def _check_path(self, path: Path) -> None:
         """Check that a checkpoint can be written there, and not where the slot is."""
-        at = {path, *path.parents}.intersection(self._series.slots)
+        at = [slot for slot in self._series.slots if f"{path}/".startswith(f"{slot}/")]
         if at and (slot := self._series.slot()) in at:
             raise CheckpointPathError(
                 self._shown(slot),

@@ -1,16 +1,24 @@
 """`step` agrees with its plain-Python twin, however it is called."""
 
+import math
+import tempfile
 import warnings
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import strategies
 from hypothesis import given, settings
 from twin import Twin
 
-from flaxckpt import CheckpointState, step
+from flaxckpt import CheckpointState, ModelCheckpoint, step
+from flaxckpt._decision.state import plain_state
+from flaxckpt._decision.step import is_no_better
+
+TREE = {"w": np.zeros(3, np.float32)}
 
 STEP = jax.jit(step)
 
@@ -154,3 +162,90 @@ def test_x64_compares_in_float64(config, values):
                 saves.append(bool(save))
             assert saves == expected
             assert_state(state, twin)
+
+
+_EDGES = [0.0, -0.0, 1e-40, -1e-40, 1.1754944e-38, 1e-45, 0.1, 1 / 3, 1e300, -1e300]
+_NUMBERS = st.one_of(st.sampled_from(_EDGES), st.floats(), st.floats(width=32))
+
+
+@given(
+    best=_NUMBERS,
+    value=_NUMBERS,
+    kind=st.sampled_from([float, np.float32, np.float64]),
+    mode=st.sampled_from(["min", "max"]),
+    min_delta=st.sampled_from([0.0, 1e-45, 1e-38, 0.5, 1e30]),
+    wide=st.booleans(),
+)
+@settings(deadline=None, max_examples=2000)
+def test_what_is_passed_over_is_no_new_best(best, value, kind, mode, min_delta, wide):
+    with jax.enable_x64(wide), np.errstate(all="ignore"):
+        state = CheckpointState.create(
+            "m", mode=mode, save_best_only=True, min_delta=min_delta
+        )
+        state, _ = step(state, {"m": best}, 0)
+        logs = {"m": kind(value)}
+        if is_no_better(state, logs):
+            after, save = step(state, logs, 1)
+            assert not save
+            assert after.best_value.tobytes() == state.best_value.tobytes()
+            assert after == state
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        None, {}, {"other": 1.0}, {"m": 1}, {"m": True}, {"m": "1.0"}, {"m": None},
+        {"m": 2.0, "text": "x"}, {"m": 2.0, "much": np.ones(3)}, {"m": jnp.float32(2)},
+        {"m": np.float32([2.0])}, {1: 2.0, "m": 2.0}, {"m": 2.0, "\ud800": 1.0},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_has_to_be_looked_at_is_not_passed_over(logs):
+    state = CheckpointState.create("m", mode="min", save_best_only=True)
+    state, _ = step(state, {"m": 1.0}, 0)
+    assert is_no_better(state, {"m": 2.0})
+    assert not is_no_better(state, logs)
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 3])
+@given(data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_updates_that_pass_over_are_those_that_do_not(save_freq, data):
+    """The same states, warnings and errors, whatever the calls are."""
+    logs_of = st.sampled_from(
+        [{"m": x} for x in (0.5, 1.0, 2.0, np.float32(0.7), math.nan, math.inf, 1)]
+        + [{"m": jnp.float32(0.6)}, {"m": 2.0, "x": np.ones(2)}, {}, {"m": "x"}]
+    )
+    epochs = st.sampled_from([0, 1, 2, 5, np.int64(3), -1, 2**30, True, 1.5])
+    calls = data.draw(st.lists(st.tuples(logs_of, epochs, st.booleans()), max_size=12))
+    told = []
+    for is_plain in (True, False):
+        said = []
+        with tempfile.TemporaryDirectory() as directory:
+            ckpt = ModelCheckpoint(
+                Path(directory, "best"), "m", mode="min", save_best_only=True,
+                save_freq=save_freq,
+            )  # fmt: skip
+            if not is_plain:
+                ckpt._is_plain = False
+            state, older = ckpt.init(), None
+            for number, (logs, epoch, is_again) in enumerate(calls):
+                given = older if is_again and older is not None else state
+                batch = None if save_freq == "epoch" else number
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    try:
+                        after = ckpt.update(given, TREE, logs, epoch, batch)
+                        older, state = given, after
+                        said.append(plain_state(state))
+                    except ValueError as error:
+                        said.append(str(error))
+                said.append([str(each.message) for each in caught])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ckpt.close()
+            counts = ckpt.counts
+            said.append((counts.saved + counts.superseded, counts.failed))
+            said.append([(i.epoch, i.logs) for i in ckpt.checkpoints])
+        told.append(repr(said))
+    assert told[0] == told[1]
