@@ -386,6 +386,22 @@ def test_a_best_of_zero_that_waits_is_not_superseded(tmp_path, held):
     assert there(tmp_path) == {"best": 0, "best.aside": 0.9}
 
 
+def test_an_older_state_that_did_not_improve_supersedes_nothing_either(tmp_path, held):
+    arrived, go = held
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True, max_in_flight=8) as c:
+        older = c.update(c.init(), tree_of(0.9), {"val_loss": 0.9}, 0)
+        assert arrived.wait(60)
+        c.update(older, tree_of(0.5), {"val_loss": 0.5}, 1)  # waits to be written
+        with pytest.warns(UserWarning, match="the same state as in the call before"):
+            again = c.update(older, tree_of(2), {"val_loss": 2.0}, 2)
+        c.update(again, tree_of(0.7), {"val_loss": 0.7}, 3)
+        go.set()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            c.wait()
+    assert there(tmp_path) == {"best": 0.5, "best.aside": 0.7}
+
+
 @pytest.mark.parametrize("how", ["a newer format", "a flipped bit"])
 def test_what_cannot_be_read_is_not_replaced(tmp_path, how):
     path = tmp_path / "best"

@@ -564,8 +564,8 @@ class Saves:
         if entry.state is None or entry.before is None or not self._spares(entry):
             return
         goes_on = _are_same(entry.before, self._head)
-        if entry.save is not False and not (
-            goes_on and (entry.save is None or entry.improves)
+        if not goes_on or not (
+            entry.save is False or entry.save is None or entry.improves
         ):
             self._line += 1
         entry.line, self._head = self._line, entry.state
