@@ -113,9 +113,9 @@ def _nearest(path: Path) -> tuple[Path, os.stat_result | None]:
         problem = f"is too long for a checkpoint, or has a name of {longest} bytes"
         limits = f"the limits are {_PATH_BYTES} bytes and {NAME_BYTES}"
         raise CheckpointPathError(str(path), f"{problem}: {limits}. {_ELSEWHERE}")
-    for each in (path, *path.parents):
+    for each in itertools.chain([path], path.parents):  # mostly, the first is there
         try:
-            return each, each.stat()
+            return each, os.stat(each)
         except OSError as error:
             if not is_damage(error):
                 raise unreadable(each, error) from error

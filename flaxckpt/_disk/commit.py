@@ -169,7 +169,7 @@ class Area:
 
     def _is_held(self) -> bool:
         """Tell whether this process has the lock, and nobody has deleted it."""
-        return holds_lock(self._lock, self._root / self._lock.name)
+        return holds_lock(self._lock, os.path.join(self._root, self._lock.name))
 
     def _check_lock(self, path: Path) -> None:
         if not self._is_held():

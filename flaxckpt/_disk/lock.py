@@ -115,7 +115,7 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
         return not held.is_cleared
 
 
-def holds_lock(path: Path, at: Path) -> bool:
+def holds_lock(path: Path, at: str | Path) -> bool:
     """Tell whether this process has the lock, and its file is the one at a path.
 
     Waits for nobody: a handler of a signal may come here and wait for a save, which
@@ -132,7 +132,7 @@ def holds_lock(path: Path, at: Path) -> bool:
         return False
 
 
-def _is_at(path: Path, held: _Held) -> bool:
+def _is_at(path: str | Path, held: _Held) -> bool:
     """Tell whether the lock's file is the one at a path; not if it was let go."""
     return not held.file.closed and is_still(path, held.file.fileno())
 

@@ -97,7 +97,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def is_still(path: Path, descriptor: int) -> bool:
+def is_still(path: str | Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except (FileNotFoundError, NotADirectoryError):
