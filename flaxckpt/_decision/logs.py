@@ -21,7 +21,6 @@ from flaxckpt.errors import MetricError, SettingError
 
 Logs: TypeAlias = Mapping[str, Any]
 _PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
-FLOATS = frozenset((float, np.float32, np.float64))
 _MOST_BITS = 1024  # of an integer that is a float as well
 SURROGATES = (
     "surrogates, which are no characters, and no record keeps them as they are. Take "
@@ -79,8 +78,6 @@ def taken(logs: Any) -> dict[str, Any]:
     """
     flat = normalized(logs)
     for name, value in flat.items():
-        if type(value) in FLOATS and name.isascii():  # as nearly all are
-            continue
         if problem := without_value(value):
             raise MetricError(name, problem)
         for what, text in (("name", name), ("text", value)):
@@ -206,9 +203,6 @@ def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
 def _flat(prefix: str, logs: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in logs.items():
         name = f"{prefix}{_text_of(key)}"
-        if type(value) in FLOATS:
-            yield name, value
-            continue
         value = _computed(value)
         if isinstance(value, Mapping):
             yield from _flat(f"{name}/", value)
@@ -293,8 +287,6 @@ def _converted(value: Any) -> Any:
 
 def _excess(value: Any) -> str:
     """Say what a value is that no record keeps; nothing for one that it keeps."""
-    if type(value) in FLOATS:
-        return ""
     if isinstance(value, Unusable):
         return value.problem
     shape = getattr(value, "shape", ())

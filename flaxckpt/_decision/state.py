@@ -200,7 +200,7 @@ def check_values(state: CheckpointState, names: Iterable[str] = LEAVES) -> None:
     Raises:
         SettingError: If one was.
     """
-    check_there("state", [(name, getattr(state, name)) for name in names])
+    check_there("state", ((name, getattr(state, name)) for name in names))
 
 
 def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.logs import FLOATS, normalized, rounded, value_of
+from flaxckpt._decision.logs import normalized, rounded, value_of
 from flaxckpt._decision.scalars import (
     Scalar,
     Where,
@@ -27,6 +27,7 @@ from flaxckpt._runtime.unchecked import unchecked
 from flaxckpt.errors import SettingError
 
 _INT32_MAX = 2**31 - 1
+_FLOATS = frozenset((float, np.float32, np.float64))
 _HOST_INTS = frozenset((int, np.int32, np.int64))
 
 
@@ -129,13 +130,12 @@ def judge(
         return state, due
     check_values(state)
     with unchecked():
-        return compared(state, logs, due)
+        return _judged(state, logs, due)
 
 
-def compared(
+def _judged(
     state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> tuple[CheckpointState, Any]:
-    """Compare, as `judge` does, a state that has its values, among no checks of JAX."""
     traced = isinstance(due, jax.Array)
     value = value_of(logs, state.monitor)
     if value is None:
@@ -167,12 +167,12 @@ def is_no_better(state: CheckpointState, logs: Any) -> bool:
     may deserve a warning.
     """
     best = array(state.best_value)
-    if type(best) not in FLOATS or state.has_best is not np.True_:
+    if type(best) not in _FLOATS or state.has_best is not np.True_:
         return False
-    if type(logs) is not dict or type(logs.get(state.monitor)) not in FLOATS:
+    if type(logs) is not dict or type(logs.get(state.monitor)) not in _FLOATS:
         return False
     for name, value in logs.items():
-        if type(value) not in FLOATS or type(name) is not str or not name.isascii():
+        if type(value) not in _FLOATS or type(name) is not str or not name.isascii():
             return False
     value, best = float(logs[state.monitor]), float(best)
     return not (value < best if state.mode == "min" else value > best)

@@ -14,7 +14,7 @@ def is_traced(tree: PyTree, *values: PyTree) -> bool:
     if runs_in_trace():
         return True
     kinds = set(map(type, [*leaves_of(tree), *leaves_of(values)]))
-    return any([issubclass(kind, Tracer) for kind in kinds])  # no generator: often
+    return any(issubclass(kind, Tracer) for kind in kinds)
 
 
 def runs_in_trace() -> bool:

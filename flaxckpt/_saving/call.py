@@ -14,7 +14,7 @@ from flaxckpt._copies.on_device import fill_if_better
 from flaxckpt._decision.logs import Logs, find
 from flaxckpt._decision.scalars import monitored, whole
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
-from flaxckpt._decision.step import compared
+from flaxckpt._decision.step import judge
 from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._runtime.gone import is_gone
 
@@ -115,9 +115,7 @@ class Entry:
             self.state = with_leaves(self.state, **fetched)
             if name in self.logs:
                 self.logs[name] = fetched_value(self.logs[name])
-            self.state, save = compared(self.state, self.logs, np.True_)
-        else:
-            save = np.True_
+        self.state, save = judge(self.state, self.logs, np.True_)
         self.kept = self.state
         self.save = bool(save or forced)
 
