@@ -1,5 +1,6 @@
 """Whether a path can be written to, before anything is."""
 
+import functools
 import itertools
 import os
 import stat
@@ -24,13 +25,17 @@ def check_target(path: Path, root: Path) -> None:
             written to.
     """
     device = check_root(root).st_dev
-    if os.path.islink(path):
+    _check_names(os.fspath(path))
+    try:
+        there, found = path, os.lstat(path)
+    except OSError:
+        there, found = _nearest(path)
+    if found is not None and stat.S_ISLNK(found.st_mode):
         raise CheckpointPathError(
             str(path),
             "is a symbolic link, and a checkpoint is a directory of that very name. "
             f"Remove the link, or save to where it leads, {os.path.realpath(path)!r}.",
         )
-    there, found = _nearest(path)
     if found is None or not stat.S_ISDIR(found.st_mode):
         raise _no_directory(there, found, "a checkpoint is a directory")
     if found.st_dev != device:
@@ -77,6 +82,7 @@ def check_root(root: Path) -> os.stat_result:
     Raises:
         CheckpointPathError: If it, or what should be a directory above it, is a file.
     """
+    _check_names(os.fspath(root))
     there, found = _nearest(root)
     if found is None or not stat.S_ISDIR(found.st_mode):
         raise _no_directory(there, found, "checkpoints need a directory there")
@@ -93,26 +99,32 @@ def _no_directory(
     return CheckpointPathError(str(path), f"is {what}, and {need}. {advice}")
 
 
+@functools.lru_cache(maxsize=64)
+def _check_names(path: str) -> None:
+    """Check that a file system takes the names in a path.
+
+    Raises:
+        CheckpointPathError: If none does.
+    """
+    try:
+        names = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError as error:
+        problem = f"is no path in this file system's encoding ({error})"
+        raise CheckpointPathError(path, f"{problem}. {_ELSEWHERE}") from error
+    longest = max(map(len, names))
+    if longest > NAME_BYTES or sum(map(len, names)) + len(names) > _PATH_BYTES:
+        problem = f"is too long for a checkpoint, or has a name of {longest} bytes"
+        limits = f"the limits are {_PATH_BYTES} bytes and {NAME_BYTES}"
+        raise CheckpointPathError(path, f"{problem}: {limits}. {_ELSEWHERE}")
+
+
 def _nearest(path: Path) -> tuple[Path, os.stat_result | None]:
     """Find what exists of a path: the nearest, and what it is.
 
     None for a symbolic link that leads nowhere.
 
     One look at each, for other threads make directories meanwhile.
-
-    Raises:
-        CheckpointPathError: If no file system takes the path.
     """
-    try:
-        names = os.fsencode(path).split(b"/")
-    except UnicodeEncodeError as error:
-        problem = f"is no path in this file system's encoding ({error})"
-        raise CheckpointPathError(str(path), f"{problem}. {_ELSEWHERE}") from error
-    longest = max(map(len, names))
-    if longest > NAME_BYTES or sum(map(len, names)) + len(names) > _PATH_BYTES:
-        problem = f"is too long for a checkpoint, or has a name of {longest} bytes"
-        limits = f"the limits are {_PATH_BYTES} bytes and {NAME_BYTES}"
-        raise CheckpointPathError(str(path), f"{problem}: {limits}. {_ELSEWHERE}")
     for each in itertools.chain([path], path.parents):  # mostly, the first is there
         try:
             return each, os.stat(each)

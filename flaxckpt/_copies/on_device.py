@@ -12,7 +12,7 @@ import jax
 
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import copied
-from flaxckpt._copies.plan import Plan, device_beside, planned
+from flaxckpt._copies.plan import Plan, planned
 from flaxckpt._decision.state import CheckpointState
 
 
@@ -38,7 +38,9 @@ def copy_on_device(
 
 def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
     """Return copies for `fill` or `fill_if_better` to fill."""
-    beside = device_beside(leaves)
+    beside: list[Any] = [None] * len(leaves)
+    for index in plan.beside:
+        beside[index] = leaves[index]
     for index in plan.offloaded:
         beside[index] = copied(leaves[index])
     return Copies(plan, [], beside)

@@ -129,12 +129,14 @@ class Plan:
         groups: The arrays, by their devices.
         offloaded: Positions of the arrays that are in another memory of their devices
             than the default one. No program copies those.
+        beside: Positions of the leaves that are no arrays.
     """
 
     def __init__(self, kinds: list[Kind]) -> None:
         """Group the arrays, and pack small ones."""
         self.kinds = kinds
         self.offloaded: list[int] = []
+        self.beside = [index for index, kind in enumerate(kinds) if kind is None]
         groups: dict[Any, _Group] = {}
         packs: dict[tuple[Any, Any], list[int]] = {}
         for index, kind in enumerate(kinds):
@@ -191,10 +193,6 @@ def _devices(sharding: jax.sharding.Sharding) -> Any:
     """Return the devices of a sharding in their order, which counts for a program."""
     assignment = getattr(sharding, "_device_assignment", None)
     return frozenset(sharding.device_set) if assignment is None else assignment
-
-
-def device_beside(leaves: Sequence[Any]) -> list[Any]:
-    return [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
 
 
 def _is_small(kind: Kind) -> bool:

@@ -1,5 +1,6 @@
 """The filepath template: parsed once at construction, filled in at each save."""
 
+import functools
 import os
 import re
 import string
@@ -88,7 +89,7 @@ class Template:
         text = os.path.join(_escaped(root), name)
         return cls(text, root, name, fields, label or text)
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """How many directories below `root` the checkpoints lie; 1 is in it."""
         return _outline(self.name).count("/") + 1
@@ -114,6 +115,8 @@ class Template:
                 spec, or the result would not be `depth` names below `root`, or have
                 one of flaxckpt's own.
         """
+        if not self.fields:
+            return self._fixed
         values = normalized(logs)
         for field in self.fields:
             if (name := find(values, field)) != field:
@@ -132,8 +135,20 @@ class Template:
                 f"{', '.join(sorted(map(str, values)))}. Put what is missing into "
                 "`logs`, or take it out of the filepath.",
             )
+        return self._filled(values)
+
+    @functools.cached_property
+    def _fixed(self) -> str:
+        """What a template without fields always gives."""
+        return self._filled({})
+
+    @functools.cached_property
+    def _pieces(self) -> list[tuple[str, str | None, str | None, str | None]]:
+        return list(string.Formatter().parse(self.name))
+
+    def _filled(self, values: Mapping[str, Any]) -> str:
         parts: list[str] = []
-        for literal, field, spec, conversion in string.Formatter().parse(self.name):
+        for literal, field, spec, conversion in self._pieces:
             parts.append(literal)
             if field is not None:
                 parts.append(self._show(field, spec or "", conversion, values))
@@ -172,7 +187,7 @@ class Template:
     def _match(self, field: str, parts: Sequence[str]) -> bool:
         pattern = "".join(
             re.escape(text) + ("" if name is None else field)
-            for text, name, *_ in string.Formatter().parse(self.name)
+            for text, name, *_ in self._pieces
         )
         pairs = zip(pattern.split("/"), parts, strict=False)
         return all(re.fullmatch(own, part, re.DOTALL) for own, part in pairs)

@@ -73,8 +73,10 @@ class Save:
         for position, frozen in entry.frozen.items():
             if frozen.digest:
                 leaves[position] = frozen
-        scalars = entry.scalars()
-        return leaves + [scalars[name] for name in self.scalars]
+        if self.scalars:
+            scalars = entry.scalars()
+            leaves += [scalars[name] for name in self.scalars]
+        return leaves
 
 
 @dataclass(frozen=True)

@@ -427,8 +427,11 @@ class Saves:
 
         But for those that are there, and on other devices: these are looked at.
         """
+        scalars = entry.scalars()
+        if not scalars:
+            return
         arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
-        for name, value in entry.scalars().items():
+        for name, value in scalars.items():
             beside = not arrays or value.sharding.device_set == (
                 arrays[0].sharding.device_set
             )

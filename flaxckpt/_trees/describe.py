@@ -49,6 +49,7 @@ def describe(
     leaves: list[Leaf] = []
     stored: list[Any] = []
     refused: list[tuple[str, str]] = []
+    has_texts = False
     for value, path, in_equinox in zip(
         flat.leaves,
         structure.paths,
@@ -73,11 +74,12 @@ def describe(
             continue
         leaves.append(leaf)
         stored.append(value)
+        has_texts |= leaf.is_text
     refused += structure.refused
     if refused:
         raise UnsupportedLeafError(tuple(refused))
     names = structure.spelled
-    if any(leaf.is_text and is_in_pointer(leaf.path) for leaf in leaves):
+    if has_texts and any(leaf.is_text and is_in_pointer(leaf.path) for leaf in leaves):
         names = spelled(structure.paths, slashes=False)
     for index, keys in names.items():
         leaves[index] = _stored_as(leaves[index], keys)
