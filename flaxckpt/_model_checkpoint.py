@@ -442,10 +442,11 @@ class ModelCheckpoint:
             return state
         self._never_due = False
         self._saves.check_parent()
-        if self._is_passed_over(given, state, logs, epoch, anyway=preempted or force):
+        anyway = preempted or force is not False or due is not np.True_
+        if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
             self._stale = None if self._by_epoch else given
-            self._known = state
-            return state
+            self._known = as_arguments(state, lambda: leaves_of(tree))
+            return self._known
         check_state(state, self._fresh)
         check_there("force", [("", force)])
         logs = taken(logs)
@@ -483,19 +484,17 @@ class ModelCheckpoint:
         state: CheckpointState,
         logs: Any,
         epoch: Any,
-        *,
-        anyway: Any,
+        batch: Any,
     ) -> bool:
-        """Tell, at the cost of a comparison, that a call changes and saves nothing.
+        """Tell, at the cost of a comparison, that a due check saves nothing.
 
-        Most due checks find no new best. False where more is to be looked at.
+        Most find no new best. False where more is to be looked at.
         """
+        counted = epoch, 0 if batch is None else batch
         return (
             self._is_plain
             and given is self._known
-            and anyway is False
-            and type(epoch) is int
-            and 0 <= epoch < LARGEST
+            and all(type(at) is int and 0 <= at < LARGEST for at in counted)
             and is_no_better(state, logs)
             and not self._saves.has_failed
             and not runs_in_trace()

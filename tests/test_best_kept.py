@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import warnings
@@ -400,6 +401,96 @@ def test_an_older_state_that_did_not_improve_supersedes_nothing_either(tmp_path,
             warnings.simplefilter("ignore")
             c.wait()
     assert there(tmp_path) == {"best": 0.5, "best.aside": 0.7}
+
+
+def test_a_better_one_by_hand_that_waits_is_not_superseded(tmp_path, held):
+    arrived, go = held
+    with ModelCheckpoint(tmp_path / "best", save_best_only=True, max_in_flight=8) as c:
+        state = c.update(c.init(), tree_of(0.9), {"val_loss": 0.9}, 0)
+        assert arrived.wait(60)
+        c.save(tree_of(0.1), 1, logs={"val_loss": 0.1})
+        c.update(state, tree_of(0.5), {"val_loss": 0.5}, 2)
+        go.set()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            c.wait()
+    assert there(tmp_path) == {"best": 0.1, "best.aside": 0.5}
+
+
+CALLS = st.tuples(
+    st.sampled_from(["update", "force", "by hand", "by hand with a state"]),
+    st.integers(0, 8),  # which of the states so far, from the newest back
+    st.integers(0, 8).map(lambda eighths: eighths / 8),
+    st.booleans(),  # whether the state goes through a jitted function before
+)
+
+
+@pytest.mark.parametrize("save_last", [False, True])
+@given(calls=st.lists(CALLS, min_size=1, max_size=6))
+@example(
+    calls=[
+        ("update", 0, 0.75, False),
+        ("by hand", 0, 0.125, False),
+        ("update", 0, 0.5, False),
+    ],
+)
+def test_whatever_waits_the_best_of_all_is_there(calls, save_last):
+    """Property: calls in any order, of any states, while the first of all is held."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        go, write = threading.Event(), _series.write_checkpoint
+
+        def wait_and_write(*args, **kwargs):
+            assert go.wait(60)
+            return write(*args, **kwargs)
+
+        patch.setattr(_series, "write_checkpoint", wait_and_write)
+        path, saved = Path(directory, "best"), []
+        with ModelCheckpoint(
+            path, save_best_only=True, max_in_flight=20, save_last=save_last
+        ) as ckpt:
+            states = [ckpt.init()]
+            for epoch, (kind, back, loss, through_jit) in enumerate(calls):
+                state = states[-1 - back % len(states)]
+                if through_jit:
+                    state = jax.jit(lambda state: state)(state)
+                logs = {"val_loss": np.float32(loss)}
+                if kind.startswith("by hand"):
+                    known = state if kind.endswith("state") else None
+                    ckpt.save(tree_of(loss), epoch, logs=logs, state=known)
+                    saved.append(loss)
+                    continue
+                best, force = float(state.best), kind == "force"
+                if force or not best <= loss:
+                    saved.append(loss)
+                states.append(
+                    ckpt.update(state, tree_of(loss), logs, epoch, force=force)
+                )
+            go.set()
+            ckpt.wait()
+        assert min(there(directory).values(), default=None) == min(saved, default=None)
+
+
+def test_states_that_went_through_a_jitted_function_supersede_as_others(tmp_path, held):
+    arrived, go = held
+    with ModelCheckpoint(
+        tmp_path / "best", save_best_only=True, save_last=True, max_in_flight=2
+    ) as ckpt:
+        through_jit = jax.jit(lambda state: state)
+        state = ckpt.update(ckpt.init(), tree_of(0.5), {"val_loss": 0.5}, 0)
+        assert arrived.wait(60)
+        for epoch, loss in enumerate([2.0, 3.0, 4.0], 1):  # more would wait for ever
+            state = through_jit(state)
+            state = ckpt.update(state, tree_of(loss), {"val_loss": loss}, epoch)
+        go.set()
+        ckpt.wait()
+        assert ckpt.counts.superseded == 2
+        assert ckpt.counts.delayed == 0
+        assert ckpt.latest.epoch == 3
 
 
 @pytest.mark.parametrize("how", ["a newer format", "a flipped bit"])

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import mutants
+import numpy as np
 import pytest
 from hypothesis import example, given
 
 import flaxckpt
+from flaxckpt import ModelCheckpoint
+from flaxckpt._direct import zarr as _zarr
 from flaxckpt._disk import record_fields as _record_fields
 from flaxckpt._disk import table as _table
 from flaxckpt._disk import zarr_json as _zarr_json
@@ -193,3 +196,15 @@ def test_what_is_written_parses(good):
         for file in path.rglob("zarr.json"):
             _zarr_json.parse_zarr(file.read_bytes())
         flaxckpt.verify(path)
+
+
+def test_what_strangers_add_to_a_description_is_not_kept(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        path = ckpt.save({"w": np.ones(2**18, np.float32)}, 0)
+    (file,) = path.glob("state/w/zarr.json")
+    description = file.read_bytes()
+    known = _zarr.parsed("w", description, "float32")
+    kept = _zarr._known_grid.cache_info().currsize
+    padded = _zarr.parsed("w", description + b" " * 2**20, "float32")
+    assert padded.shape == known.shape
+    assert _zarr._known_grid.cache_info().currsize == kept

@@ -687,6 +687,28 @@ def test_one_looks_once_and_reads_no_values(tmp_path, monkeypatch, way, tree):
     assert len(looked) == number * (len(jax.tree.leaves(tree)) + 1)
 
 
+def test_one_looks_again_at_another_path(tmp_path, monkeypatch):
+    """Whether a directory was renamed, or its inode is that of a deleted one."""
+    holds, looked = _read.Reader.holds, []
+    monkeypatch.setattr(
+        _read.Reader, "holds", lambda *what: looked.append(what) or holds(*what)
+    )
+
+    def save(directory):
+        looked.clear()
+        for epoch in range(2):  # by Orbax, or else as known already
+            with flaxckpt.ModelCheckpoint(directory / "{epoch}") as ckpt:
+                ckpt.save({"at another path": np.ones(3)}, epoch=epoch)
+        return len(looked)
+
+    first, moved = tmp_path / "first", tmp_path / "hidden=[256, 256]"
+    assert save(first)
+    assert not save(first)
+    os.rename(first, moved)
+    assert save(moved)
+    assert not save(moved)
+
+
 def test_a_damaged_file_is_still_found_when_it_is_read(tmp_path):
     tree = {"/": jnp.arange(300_000.0)}
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:

@@ -422,6 +422,27 @@ def test_no_transfers_that_were_not_asked_for(tmp_path):
     assert (flaxckpt.load(path)["w"] == 1).all()
 
 
+def test_a_guard_takes_the_state_of_a_call_that_finds_no_new_best(tmp_path):
+    tree = {"w": jnp.ones(3)}
+    with ModelCheckpoint(
+        tmp_path / "best", "loss", mode="min", save_best_only=True
+    ) as c:
+        state = c.update(c.init(), tree, {"loss": 1.0}, 0)
+        with jax.transfer_guard("disallow"):
+            state = c.update(state, tree, {"loss": 2.0}, 1)
+            jax.jit(lambda state: state)(state)
+
+
+@pytest.mark.parametrize("batch", [True, -2, np.int32(-2)], ids=repr)
+def test_a_call_that_finds_no_new_best_refuses_what_is_no_batch(tmp_path, batch):
+    with ModelCheckpoint(
+        tmp_path / "best", "loss", mode="min", save_best_only=True, save_freq=1
+    ) as ckpt:
+        state = ckpt.update(ckpt.init(), {"w": 1}, {"loss": 1.0}, 0, 0)
+        with pytest.raises(SettingError, match="batch"):
+            ckpt.update(state, {"w": 1}, {"loss": 2.0}, 0, batch)
+
+
 def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         places = set()

@@ -30,8 +30,10 @@ class Looks:
         return what not in tuple(self._seen)  # which another thread may change
 
     def note(self, *what: Any) -> None:
-        """Note what was looked at and all there."""
-        self._seen.appendleft(what)
+        """Note what was looked at and all there; large layouts are kept once."""
+        earlier = [each for other in tuple(self._seen) for each in other]
+        kept = (next((one for one in earlier if one == each), each) for each in what)
+        self._seen.appendleft(tuple(kept))
 
 
 @functools.cache

@@ -282,8 +282,10 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
     Raises:
         CheckpointWriteError: If it is not.
     """
-    there = os.stat(written.parents[1])  # the directory in which it is staged
-    what = (there.st_dev, there.st_ino, *what)
+    above = written.parents[1]  # in which it is staged
+    there = os.stat(above)
+    # An inode alone may be that of a deleted one; a name alone, that of another one.
+    what = (str(above), there.st_dev, there.st_ino, *what)
     if not looks.is_new(*what):
         return
     missing = [name for name in NEEDED if not (written / name).is_file()]

@@ -36,6 +36,7 @@ DTYPES = {  # by which Orbax stores what has no dtype of its own
     "key": "uint32",
 }
 _ALIGNMENT = 64  # of what JAX on CPU takes over as it is
+_USUAL_BYTES = 4096  # of a `zarr.json`; strangers may write any number
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
         _OtherwiseError: If it is in another way than the one known here.
         MalformedError: If it is none.
     """
-    shape, chunk, separator = _grid(description, dtype)
+    is_usual = len(description) <= _USUAL_BYTES  # who adds to it fills no memory
+    grid = _known_grid if is_usual else _grid
+    shape, chunk, separator = grid(description, dtype)
     return Stored(name, description, jnp.dtype(dtype), shape, chunk, separator)
 
 
-@functools.lru_cache(maxsize=1024)
 def _grid(
     description: bytes, dtype: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], str]:
@@ -138,6 +140,9 @@ def _grid(
     ):
         raise OtherwiseError
     return found.shape, found.chunk, found.separator
+
+
+_known_grid = functools.lru_cache(maxsize=1024)(_grid)
 
 
 def below(name: str, file: str) -> str:

@@ -112,7 +112,7 @@ class Entry:
         forced, name = self.save, self.metric
         if self.state.save_best_only:
             fetched = {name: fetched_value(getattr(self.state, name)) for name in BEST}
-            self.state = with_leaves(self.state, **fetched)
+            self.before = self.state = with_leaves(self.state, **fetched)
             if name in self.logs:
                 self.logs[name] = fetched_value(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)

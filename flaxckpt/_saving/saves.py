@@ -169,6 +169,7 @@ class Saves:
         except BaseException:
             self._writer.give_back(job)
             raise
+        self._move_head(entry)
         self._submit(job)
         if self._snapshot == "none":
             self._writer.wait()
@@ -478,6 +479,7 @@ class Saves:
         entry.copies = unfilled(leaves, plan)
         self._prepare(job, save, entry, save.path)
         entry.decide_on_device(state, value, leaves, into, always=always)
+        self._move_head(entry)
         self._submit(job)
         return True
 
@@ -531,8 +533,6 @@ class Saves:
         is_sure = entry.save is True or (
             entry.save is False and content.whole is not None
         )
-        if entry.state is not None:
-            self._head = entry.state
         self._writer.submit(job)
         for each in earlier if is_sure else ():
             each.copies = None  # superseded
@@ -544,10 +544,12 @@ class Saves:
             return None  # the one or the other
         if entry.save is not False and save.path is None:
             return None
-        where = None if entry.save is False else save.path
+        where, line = save.path, entry.line
+        if entry.save is False:
+            where = line = None  # any later state is the last one
         parts = [p for p in (save.part, save.whole) if p is not None]
         layouts = [(part.layout, part.weights) for part in parts]
-        return where, entry.line, save.scalars, layouts
+        return where, line, save.scalars, layouts
 
     def _spares(self, entry: Entry) -> bool:
         """Tell whether an entry may not replace a better checkpoint."""
@@ -559,11 +561,11 @@ class Saves:
         """Note which earlier saves an entry may supersede: those that it improves on.
 
         It does if its state is the one that was returned last, and it has a new best.
-        One by hand supersedes none.
+        One by hand supersedes none, and is superseded by none.
         """
         if entry.by_hand and self._best_only and not self._overwrite:
-            self._line += 1
-            entry.line = self._line
+            entry.line = self._line + 1
+            self._line += 2
         if entry.state is None or entry.before is None or not self._spares(entry):
             return
         goes_on = _are_same(entry.before, self._head)
@@ -571,7 +573,13 @@ class Saves:
             entry.save is False or entry.save is None or entry.improves
         ):
             self._line += 1
-        entry.line, self._head = self._line, entry.state
+        entry.line = self._line
+        self._move_head(entry)
+
+    def _move_head(self, entry: Entry) -> None:
+        """Take the state of a call, as it is by now, for the one returned last."""
+        if self._spares(entry):
+            self._head = entry.state
 
     def _limit(self, save: Save) -> int:
         if self._max_in_flight is not None:
