@@ -135,6 +135,7 @@ class ModelCheckpoint:
         snapshot: str = "auto",
         max_in_flight: int | None = None,
         compress: bool = False,
+        engine: str = "auto",
         frozen: Filter | type | None = None,
         stop_on_error: bool = False,
         timeout_secs: float = TIMEOUT_SECS,
@@ -191,6 +192,9 @@ class ModelCheckpoint:
                 else 1.
             compress: Compress the arrays: a few percent smaller, at several times the
                 work.
+            engine: Orbax saves each tree. `"auto"`: it has flaxckpt write the values
+                straight from memory where Orbax has written a tree of the same form
+                before. `"orbax"`: it writes them itself, always.
             frozen: Tells of a leaf whether it stays the same for the whole run, as base
                 weights do in fine-tuning: a function of its path, a tuple of names,
                 and of the leaf; or a type of leaf. An NNX `Variable` is one leaf, so
@@ -278,6 +282,8 @@ class ModelCheckpoint:
             raise SettingError(
                 "snapshot", snapshot, 'pass "auto", "device", "host" or "none".'
             )
+        if engine not in ("auto", "orbax"):
+            raise SettingError("engine", engine, 'pass "auto" or "orbax".')
         if max_in_flight is not None and (
             type(max_in_flight) is not int or max_in_flight < 1
         ):
@@ -311,6 +317,7 @@ class ModelCheckpoint:
             dtype=np.asarray(self._fresh.best_value).dtype,
             sync=bool(sync),
             compress=bool(compress),
+            may_write=engine == "auto",
             frozen=stored_once,
             in_store=in_store,
         )
@@ -320,6 +327,9 @@ class ModelCheckpoint:
             if compress:
                 advice = "several processes store what is not compressed. Pass False."
                 raise SettingError("compress", compress, advice)
+            if engine != "auto":
+                advice = 'several processes write shards by themselves. Pass "auto".'
+                raise SettingError("engine", engine, advice)
         self._saves = make(
             self._template,
             self._series,

@@ -95,6 +95,7 @@ class Series:
         dtype: Any,
         sync: bool,
         compress: bool,
+        may_write: bool,
         frozen: Frozen | None,
         in_store: bool,
     ) -> None:
@@ -109,6 +110,7 @@ class Series:
             dtype: As what the values are compared.
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
+            may_write: Whether values may be written straight from memory.
             frozen: Which leaves are frozen; None if none are.
             in_store: Whether the paths are those of a mirror of an object store.
         """
@@ -119,6 +121,7 @@ class Series:
         self._policy, self._monitor, self._mode = policy, monitor, mode
         self._dtype = dtype
         self._compress, self._frozen = compress, frozen
+        self.may_write = may_write
         self._looks = shared_looks()
         make = Mirror if in_store else Area
         self.area = make(
@@ -404,7 +407,7 @@ class Series:
         time: datetime.datetime,
         weights_only: bool,
         together: Together | None = None,
-    ) -> None:
+    ) -> bool:
         """Write a checkpoint and put it in its place. The area is open.
 
         Args:
@@ -418,6 +421,9 @@ class Series:
             weights_only: Whether it holds the weights alone.
             together: What has other processes write their shares, and returns all; see
                 `_store.write_together`. None where this one writes all.
+
+        Returns:
+            Whether its values were written straight from memory, and not by Orbax.
         """
         known = self._ledger()
         info = CheckpointInfo(
@@ -438,16 +444,18 @@ class Series:
         with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
             if together is None:
                 earlier = list(known.infos.values())[-1:]
-                write_checkpoint(
+                is_direct = write_checkpoint(
                     *what,
                     compress=self._compress,
                     frozen=self._frozen,
                     earlier=earlier[0].path if earlier else None,
                     looks=self._looks,
                     put=put,
+                    may_write=self.may_write,
                 )
             else:
                 write_together(*what, together, looks=self._looks, put=put)
+                is_direct = True
         self._known = known
         known.newest = info.time
         if page.in_slot:
@@ -455,6 +463,7 @@ class Series:
         else:
             self._add(known, info)
         known.changes = self.area.changes
+        return is_direct
 
     def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
         """Put a page in the slot's place, or the next if that is another series'.

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,15 +22,17 @@ from flaxckpt._direct.forms import (
     FORMS,
     form_of,
     held_values,
+    forget,
     known_form,
     placements_of,
+    thawed,
 )
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
 from flaxckpt._direct.read import Reader
 from flaxckpt._direct.threads import give_way
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.commit import Area
-from flaxckpt._disk.files import Draft, sync_tree
+from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.record import (
     FORMAT,
@@ -39,11 +42,14 @@ from flaxckpt._disk.record import (
     read_leaves,
     read_record,
 )
-from flaxckpt._orbax.engine import SAVING, ocp, orbax_context, with_key, write_by_orbax
+from flaxckpt._orbax.engine import ocp, orbax_context, unpacked, with_key, write_tree
 from flaxckpt._orbax.files import NEEDED, ZARR_MARK
+from flaxckpt._orbax.own_number import own_number
 from flaxckpt._orbax.restore import OURS
+from flaxckpt._orbax.state_handler import Marks
 from flaxckpt._processes.messages import are_several, is_leader
 from flaxckpt._runtime.quiet import quiet
+from flaxckpt._trees.digest import digests
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.match import on_host
@@ -71,7 +77,8 @@ def write_checkpoint(
     earlier: Path | None = None,
     looks: Looks | None = None,
     put: Callable[[Path, Path], Path] | None = None,
-) -> None:
+    may_write: bool = True,
+) -> bool:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
     Blocks until it is there, and on disk. Until then, what was there is; nothing is
@@ -90,6 +97,10 @@ def write_checkpoint(
         looks: What the writer has looked at before; None for no look.
         put: Puts what is written in its place or another one, and returns which; None
             to put it in its place.
+        may_write: Whether values may be written straight from memory, and not by Orbax.
+
+    Returns:
+        Whether they were.
 
     Raises:
         CheckpointWriteError: If not all is there that was to be written.
@@ -98,34 +109,45 @@ def write_checkpoint(
     is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
     if any(isinstance(value, FrozenLeaf) for value in held):
         is_database = False  # what is linked is a file
-    form = None if compress else form_of(layout, held, is_database=is_database)
+    may_write = may_write and not compress
+    form = form_of(layout, held, is_database=is_database) if may_write else None
     if frozen is not None:
         frozen.begin()
-    reuse = None if form is None or is_database else form.names | OURS
+    reuse = None if form is None or is_database else form.names
     with area.staging(reuse=reuse) as directory:
         written = directory / "new"
-        by_orbax = None
-        if form is None:
-            settings = {"is_database": is_database, "compress": compress}
-            by_orbax = write_by_orbax(written, layout, leaves, held, **settings)
-        # What the draft has not written itself is synced with all the rest, behind it.
-        is_ours = form is not None and not form.is_database
-        with Draft(written, sync=area.sync and is_ours) as draft:
-            if by_orbax is not None:
-                found, sums, learned = by_orbax
-                if frozen is not None and learned is not None:
-                    _adopt(learned, frozen, earlier)
-                    learned.link(draft, held, found, sums, frozen)
+        direct = None if form is None else _Direct(form, held, area.sync, frozen)
+        if direct is not None:
+            _adopt(direct.form, frozen, earlier)
+            direct.take_old(written)
+        task = write_tree(
+            written,
+            layout,
+            leaves,
+            None if direct is None else direct.write,
+            is_database=is_database,
+            compress=compress,
+        )
+        if direct is not None:
+            direct.drop_old()
+        is_synced = task.marks is not None and not is_database
+        with Draft(written, sync=area.sync and is_synced) as draft:
+            if task.marks is None:
+                if form is not None:
+                    forget(form)
+                may_learn = may_write or frozen is not None
+                marks = _learn(written, layout, held, may_learn, frozen, earlier, draft)
             else:
-                assert form is not None
-                _adopt(form, frozen, earlier)
-                found, sums = form.write(draft, written, held, frozen)
-            _finish(draft, written, info, _table(layout, weights, found, sums))
-        if area.sync and not is_ours:
-            sync_tree(written)
+                marks = task.marks
+            _finish(draft, written, info, _table(layout, weights, *marks))
+        if area.sync:
+            if is_synced:
+                sync_path(written / NEEDED[0])
+            else:
+                sync_tree(written)
         if looks is not None:
             linked = frozen is not None and frozen.has_links
-            way = by_orbax is None, is_database, compress, linked
+            way = task.marks is not None, is_database, compress, linked
             _look(
                 written,
                 area.shown(info.path),
@@ -135,6 +157,60 @@ def write_checkpoint(
         place = _put(area, written, info.path, put)
     if frozen is not None:
         frozen.settle(place)
+    return task.marks is not None
+
+
+class _Direct:
+    """Writes the tree of one save straight from memory, over old files if need be."""
+
+    def __init__(
+        self, form: Form, held: list[Any], sync: bool, frozen: Frozen | None
+    ) -> None:
+        self.form, self._held, self._frozen = form, held, frozen
+        self._sync = sync and not form.is_database
+        self._old: Path | None = None
+
+    def take_old(self, written: Path) -> None:
+        """Take an old checkpoint that is where the new one is to be."""
+        if written.is_dir():
+            self._old = written.with_name("old")
+            written.rename(self._old)
+
+    def drop_old(self) -> None:
+        if self._old is not None:
+            shutil.rmtree(self._old, ignore_errors=True)
+
+    def write(self, directory: Path) -> Marks:
+        """Write into the directory of the tree."""
+        if self._old is not None:
+            (self._old / STATE).rename(directory)
+        whole = directory.parent
+        with Draft(whole, sync=self._sync) as draft:
+            marks = self.form.write(draft, whole, self._held, self._frozen)
+            draft.finish()
+        return marks
+
+
+def _learn(
+    written: Path,
+    layout: Layout,
+    held: list[Any],
+    may_learn: bool,
+    frozen: Frozen | None,
+    earlier: Path | None,
+    draft: Draft,
+) -> Marks:
+    """Learn from what Orbax has written; return digests and checksums."""
+    values, handed_over = unpacked(held), thawed(held)
+    form = recognized(written, layout, values) if may_learn else None
+    if form is None:
+        return digests(handed_over), []
+    FORMS.appendleft((layout, placements_of(values), form))
+    marks = form.marks(handed_over)
+    if frozen is not None:
+        _adopt(form, frozen, earlier)
+        form.link(draft, held, *marks, frozen)
+    return marks
 
 
 def _put(
@@ -180,7 +256,7 @@ def learn_form(
     if exchanged is not None:
         context.multiprocessing.primary_host = None
         context.array.saving.use_replica_parallel = False  # which needs one directory
-    with SAVING, quiet(), context:
+    with own_number(), quiet(), context:
         ocp.save(directory, layout.fill_for_orbax(keyed))
     if exchanged is not None:
         for name, content in exchanged(_small_files(directory)).items():

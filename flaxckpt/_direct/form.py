@@ -97,7 +97,7 @@ class Form:
             The leaves' digests, and the checksums of each leaf's files; none in a
             database, which is not on disk yet.
         """
-        self._write_around(draft, values)
+        self._write_around(draft, values, f"{STATE}/")
         if self.is_database:
             return self._write_database(directory / STATE, values), []
         return self._write_files(draft, values, frozen)
@@ -256,9 +256,12 @@ class Form:
                 names.update(f"{STATE}/{key}" for key, _ in stored.keys())
         return frozenset(names)
 
-    def _write_around(self, draft: Draft, values: Sequence[Any]) -> None:
+    def _write_around(
+        self, draft: Draft, values: Sequence[Any], below: str = ""
+    ) -> None:
         for path, content in self.files.items():
-            draft.write(path, [self._current(path, content, values)])
+            if path.startswith(below):
+                draft.write(path, [self._current(path, content, values)])
 
     def _current(self, path: str, content: bytes, values: Sequence[Any]) -> bytes:
         if path == STRINGS:

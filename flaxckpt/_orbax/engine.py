@@ -5,7 +5,7 @@ its managers: listing, retention and replacement are flaxckpt's.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,20 @@ import jax.numpy as jnp
 import tensorstore
 
 from flaxckpt._copies.held import HostCopy
-from flaxckpt._direct.form import Form, recognized
-from flaxckpt._direct.forms import FORMS, placements_of, thawed
+from flaxckpt._direct.forms import thawed
+from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import plainly
-from flaxckpt._runtime.locks import new_lock
+from flaxckpt._orbax.own_number import own_number
+from flaxckpt._orbax.state_handler import Marks, StateHandler, Task
 from flaxckpt._runtime.quiet import quiet
-from flaxckpt._trees.digest import digests
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.ties import PyTree
 
 with quiet():  # it logs when it is imported
     from orbax.checkpoint import v1
 # Orbax types its paths as a class of its own, and takes any.
 ocp: Any = v1
-# Several objects save from threads of their own, and Orbax counts its saves globally.
-SAVING = new_lock()
 # The classes that write what Orbax's v1 functions read.
 HANDLERS = frozenset(
     "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
@@ -47,26 +46,42 @@ def storable(dtype: str) -> bool:
     return dtype not in ("object", "string", "ustring", "json", "char", "byte")
 
 
-def write_by_orbax(
-    written: Path,
+def write_tree(
+    directory: Path,
     layout: Layout,
     leaves: list[Any],
-    held: list[Any],
+    write: Callable[[Path], Marks] | None,
     *,
     is_database: bool,
     compress: bool,
-) -> tuple[list[str], Sequence[Sequence[str]], Form | None]:
-    """Have Orbax write a tree, and learn from it how; return digests and checksums."""
-    leaves, values, handed_over = _unpacked(leaves), _unpacked(held), thawed(held)
-    keyed = list(map(with_key, layout.leaves, leaves))
+) -> Task:
+    """Have Orbax save a tree.
+
+    Args:
+        directory: Where to; nothing is there yet.
+        layout: The tree's layout.
+        leaves: Its leaves.
+        write: Writes the tree, where its form is known; see `Task`.
+        is_database: Whether Orbax puts the arrays into a database.
+        compress: Whether it compresses them.
+
+    Returns:
+        The task, which tells who has written.
+    """
+
+    def tree() -> PyTree:
+        return layout.fill_for_orbax(
+            list(map(with_key, layout.leaves, unpacked(leaves)))
+        )
+
+    task = Task(tree, write)
     context = orbax_context(is_database=is_database, compress=compress)
-    with SAVING, quiet(), context, plainly(written) as plain:
-        ocp.save(plain, layout.fill_for_orbax(keyed))
-    form = None if compress else recognized(written, layout, values)
-    if form is None:
-        return digests(handed_over), [], None
-    FORMS.appendleft((layout, placements_of(values), form))
-    return *form.marks(handed_over), form
+    registry = v1.handlers.local_registry(include_global_registry=False)
+    registry.add(StateHandler, checkpointable_name=STATE)
+    context.checkpointables.registry = registry
+    with quiet(), own_number(), context, plainly(directory) as plain:
+        ocp.save_checkpointables(plain, {STATE: task})
+    return task
 
 
 def with_key(leaf: Leaf, value: Any) -> Any:
@@ -80,7 +95,7 @@ def with_key(leaf: Leaf, value: Any) -> Any:
         return jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)
 
 
-def _unpacked(leaves: list[Any]) -> list[Any]:
+def unpacked(leaves: list[Any]) -> list[Any]:
     """Return leaves as Orbax takes them."""
     return [
         leaf.placed() if isinstance(leaf, HostCopy) else leaf for leaf in thawed(leaves)

@@ -333,6 +333,7 @@ class PodSaves(Saves):
         exchange.hear("done")
         if pages:
             self.counts.saved += 1
+            self.counts.direct += 1
 
     def _space_told(
         self, page: Page, directory: Path

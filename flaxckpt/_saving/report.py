@@ -9,6 +9,8 @@ class SaveCounts:
 
     Attributes:
         saved: Those that were written.
+        direct: Those of them whose values were written straight from memory.
+        by_orbax: Those whose values Orbax wrote.
         superseded: Those that were not, because a newer one to the same path came
             while they waited for their turn.
         delayed: Calls that waited for earlier saves, since there were as many under
@@ -20,6 +22,8 @@ class SaveCounts:
     """
 
     saved: int = 0
+    direct: int = 0
+    by_orbax: int = 0
     superseded: int = 0
     delayed: int = 0
     delayed_secs: float = 0.0

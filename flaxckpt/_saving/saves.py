@@ -413,7 +413,11 @@ class Saves:
         entry.frozen, first = {}, 0
         is_alone = self._writer.is_idle()
         for part in save.parts:
-            stays = is_alone and has_form(part.layout, part.leaves)
+            stays = (
+                is_alone
+                and self._series.may_write
+                and has_form(part.layout, part.leaves)
+            )
             for index in part.frozen:
                 leaf = part.layout.leaves[index]
                 if leaf.in_orbax and leaf.kind != "str":
@@ -687,12 +691,13 @@ class Saves:
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
+        are_direct = list[bool]()
         for page in pages:
             rest, kept, path = list[Path](), None, page.path
             if self._best_only and not page.in_slot:
                 rest, kept = self._place(page, entry, logs)
             swaps = kept is not None and page.path == kept
-            self._series.put(
+            is_direct = self._series.put(
                 page,
                 entry.epoch,
                 entry.batch,
@@ -703,6 +708,7 @@ class Saves:
                 weights_only=self._weights_only and not page.in_slot,
                 together=together,
             )
+            are_direct.append(is_direct)
             if swaps and kept is not None:
                 page.path = path
                 kept = kept if self._series.swap(kept, path) else None
@@ -714,6 +720,8 @@ class Saves:
             for problem in self._series.prune(resumable=not self._weights_only):
                 self._writer.warn(problem)
         self.counts.saved += 1
+        self.counts.direct += all(are_direct)
+        self.counts.by_orbax += not all(are_direct)
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
 

@@ -1,0 +1,83 @@
+"""What Orbax calls to write the tree of a save: the direct writer, or its own handler."""
+
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flaxckpt._runtime.quiet import quiet
+from flaxckpt._trees.ties import PyTree
+
+with quiet():  # it logs when it is imported
+    from orbax.checkpoint import v1
+
+# Digests of the leaves, and checksums of each leaf's files.
+Marks: TypeAlias = tuple[list[str], list[Sequence[str]]]
+
+
+@dataclass
+class Task:
+    """The tree of one save, and what became of it.
+
+    Attributes:
+        tree: Returns the tree as Orbax stores it.
+        write: Writes the tree straight into a directory, empty as yet, and returns the
+            marks of what it wrote. None where Orbax has to write.
+        marks: What `write` returned; None if Orbax has written.
+        fault: What `write` raised, if Orbax had to write after all.
+    """
+
+    tree: Callable[[], PyTree]
+    write: Callable[[Path], Marks] | None
+    marks: Marks | None = None
+    fault: Exception | None = None
+
+
+class StateHandler(v1.handlers.CheckpointableHandler[Task, None]):
+    """Writes a tree straight from memory, and has Orbax write where that fails."""
+
+    async def save(self, directory: Any, checkpointable: Task) -> Awaitable[None]:
+        """Begin to write; what is returned ends it, on a thread of Orbax's."""
+        if checkpointable.write is None:
+            return await _begin_by_orbax(directory, checkpointable)
+        return _write(directory, checkpointable, checkpointable.write)
+
+    async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
+        """Load nothing: for that, Orbax's own handler is registered."""
+        raise NotImplementedError
+
+    async def metadata(self, directory: Any) -> Any:
+        """Read nothing, likewise."""
+        raise NotImplementedError
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Tell whether it can save this."""
+        return isinstance(checkpointable, Task)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        """Tell whether it can load into this: never."""
+        del abstract_checkpointable
+        return False
+
+
+# Orbax notes a handler's name in the checkpoint, and looks for it when it loads.
+StateHandler.__module__ = v1.handlers.PyTreeHandler.__module__
+StateHandler.__qualname__ = v1.handlers.PyTreeHandler.__qualname__
+
+
+async def _begin_by_orbax(directory: Any, task: Task) -> Awaitable[None]:
+    return await v1.handlers.PyTreeHandler().save(directory, task.tree())
+
+
+async def _write(directory: Any, task: Task, write: Callable[[Path], Marks]) -> None:
+    path = Path(await directory.await_creation())
+    try:
+        task.marks = write(path)
+    except OSError:  # Orbax would meet with it as well
+        raise
+    except Exception as fault:
+        task.fault = fault
+        for entry in path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        await (await _begin_by_orbax(directory, task))
