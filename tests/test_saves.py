@@ -25,7 +25,6 @@ from flaxckpt._direct import form as _form
 from flaxckpt._direct import forms as _forms
 from flaxckpt._direct import sources as _sources
 from flaxckpt._direct import write as _direct_write
-from flaxckpt._orbax import engine as _engine
 from flaxckpt._saving.queue import Writer
 
 
@@ -706,16 +705,9 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
 
 
 @pytest.fixture
-def by_orbax(monkeypatch):
-    """Count the trees that Orbax writes; it has seen none yet."""
+def nothing_learnt():
+    """Orbax has written no tree yet."""
     _forms.FORMS.clear()
-    calls = []
-    write = _engine.write_by_orbax
-    monkeypatch.setattr(
-        _write, "write_by_orbax",
-        lambda *args, **kwargs: (calls.append(args[0]), write(*args, **kwargs))[1],
-    )  # fmt: skip
-    return calls
 
 
 def large_tree(epoch):
@@ -723,12 +715,12 @@ def large_tree(epoch):
 
 
 @pytest.mark.parametrize("make", [tree_of, large_tree], ids=["database", "files"])
-def test_orbax_writes_the_first_and_reads_them_all(tmp_path, by_orbax, make):
+def test_orbax_writes_the_first_and_reads_them_all(tmp_path, nothing_learnt, make):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(4):
             ckpt.save(make(epoch), epoch)
         ckpt.wait()
-        assert len(by_orbax) == 1
+        assert (ckpt.counts.by_orbax, ckpt.counts.direct) == (1, 3)
         for info in ckpt.checkpoints:
             flaxckpt.verify(info.path)
             found = v1.load(info.path)
@@ -739,10 +731,10 @@ def test_orbax_writes_the_first_and_reads_them_all(tmp_path, by_orbax, make):
             jax.tree.map(np.testing.assert_array_equal, found, wanted)
         ckpt.save({**make(9), "more": 1}, 9)  # another structure
         ckpt.wait()
-        assert len(by_orbax) == 2
+        assert ckpt.counts.by_orbax == 2
 
 
-def test_shards_are_written_as_orbax_does(tmp_path, by_orbax):
+def test_shards_are_written_as_orbax_does(tmp_path, nothing_learnt):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     specs = [("x", "y"), ("y", None), (None, "x"), (None, None)]
     places = [
@@ -755,6 +747,7 @@ def test_shards_are_written_as_orbax_does(tmp_path, by_orbax):
         with ModelCheckpoint(tmp_path / f"{size}-{{epoch}}") as ckpt:
             ckpt.save([leaf - 1 for leaf in tree], 0)
             ckpt.save(tree, 1)
+        assert (ckpt.counts.by_orbax, ckpt.counts.direct) == (1, 1)
         path = tmp_path / f"{size}-2"
         flaxckpt.verify(path)
         for found in (v1.load(path), flaxckpt.load(path, tree)):
@@ -763,22 +756,21 @@ def test_shards_are_written_as_orbax_does(tmp_path, by_orbax):
                 np.testing.assert_array_equal(got, want)
         one = flaxckpt.load(path)[0]
         np.testing.assert_array_equal(one, x)
-    assert len(by_orbax) == 2
 
 
 def test_where_orbax_writes_otherwise_it_goes_on_writing(
-    tmp_path, by_orbax, monkeypatch
+    tmp_path, nothing_learnt, monkeypatch
 ):
     for module in (_form, _sources, _direct_write):
         monkeypatch.setattr(module, "trailer_of", lambda nbytes: b"unknown")
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(3):
             ckpt.save(tree_of(epoch), epoch)
-    assert len(by_orbax) == 3
+    assert (ckpt.counts.by_orbax, ckpt.counts.direct) == (3, 0)
     assert [epoch_of(flaxckpt.load(i.path)) for i in ckpt.checkpoints] == [0, 1, 2]
 
 
-def test_compressed(tmp_path, by_orbax):
+def test_compressed(tmp_path, nothing_learnt):
     tree = {"w": jnp.zeros(100_000)}
     sizes = []
     for compress in (True, False):
@@ -787,10 +779,10 @@ def test_compressed(tmp_path, by_orbax):
             for epoch in range(2):
                 ckpt.save({"w": tree["w"] + epoch}, epoch)
                 ckpt.wait()
+        assert ckpt.counts.by_orbax == (2 if compress else 1)
         assert (flaxckpt.load(path)["w"] == 1).all()
         sizes.append(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
     assert sizes[0] < 20_000 < 400_000 < sizes[1]
-    assert len(by_orbax) == 3
 
 
 # ---- what a writer remembers -------------------------------------------------------------

@@ -43,6 +43,7 @@ from flaxckpt._disk.open import leads_nowhere
 from flaxckpt._disk.record import is_of, read_record, set_aside
 from flaxckpt._disk.record_fields import LAST_TIME
 from flaxckpt._object_store.commit import Mirror
+from flaxckpt._orbax.state_handler import Task
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
@@ -407,7 +408,7 @@ class Series:
         time: datetime.datetime,
         weights_only: bool,
         together: Together | None = None,
-    ) -> bool:
+    ) -> Task | None:
         """Write a checkpoint and put it in its place. The area is open.
 
         Args:
@@ -423,7 +424,7 @@ class Series:
                 `_store.write_together`. None where this one writes all.
 
         Returns:
-            Whether its values were written straight from memory, and not by Orbax.
+            What tells who has written its values; None where several processes have.
         """
         known = self._ledger()
         info = CheckpointInfo(
@@ -442,9 +443,10 @@ class Series:
         what = info, self.area, page.layout, page.leaves, page.weights
         put = functools.partial(self._put_in_slot, page) if page.in_slot else None
         with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
+            task = None
             if together is None:
                 earlier = list(known.infos.values())[-1:]
-                is_direct = write_checkpoint(
+                task = write_checkpoint(
                     *what,
                     compress=self._compress,
                     frozen=self._frozen,
@@ -455,7 +457,6 @@ class Series:
                 )
             else:
                 write_together(*what, together, looks=self._looks, put=put)
-                is_direct = True
         self._known = known
         known.newest = info.time
         if page.in_slot:
@@ -463,7 +464,7 @@ class Series:
         else:
             self._add(known, info)
         known.changes = self.area.changes
-        return is_direct
+        return task
 
     def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
         """Put a page in the slot's place, or the next if that is another series'.

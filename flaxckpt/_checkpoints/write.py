@@ -22,7 +22,6 @@ from flaxckpt._direct.forms import (
     FORMS,
     form_of,
     held_values,
-    forget,
     known_form,
     placements_of,
     thawed,
@@ -46,7 +45,7 @@ from flaxckpt._orbax.engine import ocp, orbax_context, unpacked, with_key, write
 from flaxckpt._orbax.files import NEEDED, ZARR_MARK
 from flaxckpt._orbax.own_number import own_number
 from flaxckpt._orbax.restore import OURS
-from flaxckpt._orbax.state_handler import Marks
+from flaxckpt._orbax.state_handler import Marks, Task
 from flaxckpt._processes.messages import are_several, is_leader
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.digest import digests
@@ -65,6 +64,10 @@ from flaxckpt.errors import (
 _LARGE_LEAF = 2**20
 
 
+class _IncompleteError(CheckpointWriteError):
+    """A look has found that not all is there."""
+
+
 def write_checkpoint(
     info: CheckpointInfo,
     area: Area,
@@ -78,7 +81,7 @@ def write_checkpoint(
     looks: Looks | None = None,
     put: Callable[[Path, Path], Path] | None = None,
     may_write: bool = True,
-) -> bool:
+) -> Task:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
     Blocks until it is there, and on disk. Until then, what was there is; nothing is
@@ -100,7 +103,7 @@ def write_checkpoint(
         may_write: Whether values may be written straight from memory, and not by Orbax.
 
     Returns:
-        Whether they were.
+        What tells who has written them.
 
     Raises:
         CheckpointWriteError: If not all is there that was to be written.
@@ -111,102 +114,111 @@ def write_checkpoint(
         is_database = False  # what is linked is a file
     may_write = may_write and not compress
     form = form_of(layout, held, is_database=is_database) if may_write else None
-    if frozen is not None:
-        frozen.begin()
-    reuse = None if form is None or is_database else form.names
-    with area.staging(reuse=reuse) as directory:
-        written = directory / "new"
-        direct = None if form is None else _Direct(form, held, area.sync, frozen)
-        if direct is not None:
-            _adopt(direct.form, frozen, earlier)
-            direct.take_old(written)
-        task = write_tree(
-            written,
-            layout,
-            leaves,
-            None if direct is None else direct.write,
-            is_database=is_database,
-            compress=compress,
-        )
-        if direct is not None:
-            direct.drop_old()
-        is_synced = task.marks is not None and not is_database
-        with Draft(written, sync=area.sync and is_synced) as draft:
-            if task.marks is None:
-                if form is not None:
-                    forget(form)
-                may_learn = may_write or frozen is not None
-                marks = _learn(written, layout, held, may_learn, frozen, earlier, draft)
-            else:
-                marks = task.marks
-            _finish(draft, written, info, _table(layout, weights, *marks))
-        if area.sync:
-            if is_synced:
-                sync_path(written / NEEDED[0])
-            else:
-                sync_tree(written)
-        if looks is not None:
-            linked = frozen is not None and frozen.has_links
-            way = task.marks is not None, is_database, compress, linked
-            _look(
+
+    def attempt(form: Form | None) -> Task:
+        if frozen is not None:
+            frozen.begin()
+        reuse = None if form is None or is_database else form.names
+        with area.staging(reuse=reuse) as directory:
+            written = directory / "new"
+            direct = _Direct(form, held, area.sync, frozen, earlier, written)
+            task = write_tree(
                 written,
-                area.shown(info.path),
-                looks,
-                (way, layout, placements_of(held)),
+                layout,
+                leaves,
+                None if form is None else direct.write,
+                is_database=is_database,
+                compress=compress,
             )
-        place = _put(area, written, info.path, put)
-    if frozen is not None:
-        frozen.settle(place)
-    return task.marks is not None
+            direct.drop_old()
+            is_synced = task.marks is not None and not is_database
+            with Draft(written, sync=area.sync and is_synced) as draft:
+                marks = task.marks
+                if marks is None:
+                    if frozen is not None:
+                        frozen.begin()
+                    may_learn = may_write or frozen is not None
+                    learnt = _learn(written, layout, held) if may_learn else None
+                    marks = _marks(learnt, held, frozen, earlier, draft)
+                _finish(draft, written, info, _table(layout, weights, *marks))
+            if area.sync and is_synced:
+                sync_path(written / NEEDED[0])
+            elif area.sync:
+                sync_tree(written)
+            if looks is not None:
+                linked = frozen is not None and frozen.has_links
+                way = task.marks is not None, is_database, compress, linked
+                shown = area.shown(info.path)
+                _look(written, shown, looks, (way, layout, placements_of(held)))
+            place = _put(area, written, info.path, put)
+        if frozen is not None:
+            frozen.settle(place)
+        return task
+
+    try:
+        task = attempt(form)
+    except _IncompleteError as fault:
+        if form is None:
+            raise
+        task = attempt(None)
+        task.fault = fault
+    return task
 
 
 class _Direct:
     """Writes the tree of one save straight from memory, over old files if need be."""
 
     def __init__(
-        self, form: Form, held: list[Any], sync: bool, frozen: Frozen | None
+        self,
+        form: Form | None,
+        held: list[Any],
+        sync: bool,
+        frozen: Frozen | None,
+        earlier: Path | None,
+        written: Path,
     ) -> None:
-        self.form, self._held, self._frozen = form, held, frozen
-        self._sync = sync and not form.is_database
-        self._old: Path | None = None
-
-    def take_old(self, written: Path) -> None:
-        """Take an old checkpoint that is where the new one is to be."""
-        if written.is_dir():
-            self._old = written.with_name("old")
+        self._form, self._held, self._sync = form, held, sync
+        self._frozen, self._earlier = frozen, earlier
+        self._old = written.with_name("old")
+        if written.is_dir():  # an old checkpoint, where the new one is to be
             written.rename(self._old)
 
     def drop_old(self) -> None:
-        if self._old is not None:
-            shutil.rmtree(self._old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def write(self, directory: Path) -> Marks:
-        """Write into the directory of the tree."""
-        if self._old is not None:
+        """Write into the directory of the tree, which is empty."""
+        form, whole = self._form, directory.parent
+        assert form is not None
+        if self._old.is_dir():
             (self._old / STATE).rename(directory)
-        whole = directory.parent
-        with Draft(whole, sync=self._sync) as draft:
-            marks = self.form.write(draft, whole, self._held, self._frozen)
+        with Draft(whole, sync=self._sync and not form.is_database) as draft:
+            _adopt(form, self._frozen, self._earlier)
+            marks = form.write(draft, whole, self._held, self._frozen)
             draft.finish()
         return marks
 
 
-def _learn(
-    written: Path,
-    layout: Layout,
+def _learn(written: Path, layout: Layout, held: list[Any]) -> Form | None:
+    values = unpacked(held)
+    form = recognized(written, layout, values)
+    if form is not None:
+        FORMS.appendleft((layout, placements_of(values), form))
+    return form
+
+
+def _marks(
+    form: Form | None,
     held: list[Any],
-    may_learn: bool,
     frozen: Frozen | None,
     earlier: Path | None,
     draft: Draft,
 ) -> Marks:
-    """Learn from what Orbax has written; return digests and checksums."""
-    values, handed_over = unpacked(held), thawed(held)
-    form = recognized(written, layout, values) if may_learn else None
+    """Return digests and checksums of what Orbax has written; link what is frozen."""
+    values = thawed(held)
     if form is None:
-        return digests(handed_over), []
-    FORMS.appendleft((layout, placements_of(values), form))
-    marks = form.marks(handed_over)
+        return digests(values), []
+    marks = form.marks(values)
     if frozen is not None:
         _adopt(form, frozen, earlier)
         form.link(draft, held, *marks, frozen)
@@ -387,7 +399,7 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         problem = f"{', '.join(names[:3])}{more}: {error.problem}".removeprefix(": ")
     if problem:
-        raise CheckpointWriteError(
+        raise _IncompleteError(
             str(shown), f"what was written is not all there ({problem})"
         )
     looks.note(*what)

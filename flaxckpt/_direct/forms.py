@@ -44,10 +44,3 @@ def placements_of(held: list[Any]) -> list[Any]:
 
 
 FORMS: deque[tuple[Layout, list[Any], Form]] = deque(maxlen=8)
-
-
-def forget(form: Form) -> None:
-    """Forget a form that has failed."""
-    for known in tuple(FORMS):
-        if known[2] is form:
-            FORMS.remove(known)

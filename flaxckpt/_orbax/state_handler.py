@@ -1,4 +1,4 @@
-"""What Orbax calls to write the tree of a save: the direct writer, or its own handler."""
+"""What Orbax calls to write a tree: the direct writer, or its own handler."""
 
 import shutil
 from collections.abc import Awaitable, Callable, Sequence

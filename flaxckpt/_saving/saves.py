@@ -691,13 +691,13 @@ class Saves:
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
-        are_direct = list[bool]()
+        is_direct = True
         for page in pages:
             rest, kept, path = list[Path](), None, page.path
             if self._best_only and not page.in_slot:
                 rest, kept = self._place(page, entry, logs)
             swaps = kept is not None and page.path == kept
-            is_direct = self._series.put(
+            task = self._series.put(
                 page,
                 entry.epoch,
                 entry.batch,
@@ -708,7 +708,9 @@ class Saves:
                 weights_only=self._weights_only and not page.in_slot,
                 together=together,
             )
-            are_direct.append(is_direct)
+            if task is not None:
+                is_direct = is_direct and task.marks is not None
+                self._warn_of_fault(page.path, task.fault)
             if swaps and kept is not None:
                 page.path = path
                 kept = kept if self._series.swap(kept, path) else None
@@ -720,8 +722,8 @@ class Saves:
             for problem in self._series.prune(resumable=not self._weights_only):
                 self._writer.warn(problem)
         self.counts.saved += 1
-        self.counts.direct += all(are_direct)
-        self.counts.by_orbax += not all(are_direct)
+        self.counts.direct += is_direct
+        self.counts.by_orbax += not is_direct
         if self._frozen is not None:
             self.counts.linked_bytes = self._frozen.linked_bytes
 
@@ -762,6 +764,15 @@ class Saves:
             self._warn_of_better(state, chosen if chosen != path else None)
         self._has_saved = True
         return rest, None
+
+    def _warn_of_fault(self, path: Path, fault: Exception | None) -> None:
+        if fault is not None:
+            self._series.may_write = False
+            self._writer.warn(
+                f"Orbax wrote {self._shown(path)!r} after flaxckpt's direct way had "
+                f"failed ({in_one_line(fault)}). Nothing is lost but time: Orbax "
+                "writes from now on. Please report it."
+            )
 
     def _warn_of_kept(self, path: Path, kept: Path) -> None:
         """Tell where the better checkpoint is that a save by hand took the place of."""

@@ -1,0 +1,157 @@
+"""Orbax saves every tree; a fault of the direct way costs no checkpoint."""
+
+import errno
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1
+
+import flaxckpt
+from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
+from flaxckpt._direct import form as _form
+from flaxckpt._direct import forms as _forms
+from flaxckpt._direct import write as _direct_write
+from flaxckpt._disk.files import Draft
+
+
+def small_tree(epoch):
+    return {"w": jnp.full((4, 3), epoch, jnp.float32), "s": str(epoch), "n": epoch}
+
+
+def large_tree(epoch):
+    return {"big": jnp.full((1024, 1024), epoch, jnp.float32), "n": epoch}
+
+
+def frozen_tree(epoch):
+    return {"base": jnp.arange(6.0), "n": epoch}
+
+
+TREES = {"database": small_tree, "files": large_tree, "frozen": frozen_tree}
+SETTINGS = {"frozen": {"frozen": lambda path, leaf: path[0] == "base"}}
+# What the direct way calls, and how often at most while it writes one of these trees.
+CALLS = [
+    (_form, "chunks_of"),
+    (_form, "digest_as_stored"),
+    (_form, "database_at"),
+    (_form, "write_array"),
+    (_form, "trailer_of"),
+    (_form.Form, "write"),
+    (_form.Form, "_current"),
+    (_direct_write, "chunks_of"),
+    (_direct_write, "write_file"),
+    (_direct_write, "trailer_of"),
+    (Draft, "writing"),
+    (Draft, "link"),
+    (Draft, "stamp"),
+    (Draft, "finish"),
+]
+
+
+@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize(
+    ("owner", "name"), CALLS, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_a_fault_at_any_call_of_the_direct_way_costs_no_checkpoint(
+    tmp_path, monkeypatch, owner, name, kind
+):
+    _forms.FORMS.clear()
+    tree, original, failed = TREES[kind], getattr(owner, name), []
+
+    def fail(*args, **kwargs):
+        if not failed:
+            failed.append(name)
+            raise RuntimeError("injected")
+        return original(*args, **kwargs)
+
+    with ModelCheckpoint(tmp_path / "{epoch}", **SETTINGS.get(kind, {})) as ckpt:
+        ckpt.save(tree(0), 0)
+        ckpt.save(tree(1), 1)
+        ckpt.wait()
+        assert ckpt.counts.direct == 1
+        monkeypatch.setattr(owner, name, fail)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ckpt.save(tree(2), 2)
+            ckpt.wait()
+        assert len(told) == len(failed)
+        assert all("(RuntimeError: injected)" in str(each.message) for each in told)
+        for epoch in (3, 4):
+            ckpt.save(tree(epoch), epoch)
+            ckpt.wait()
+        assert ckpt.counts.direct == (1 if failed else 4)  # it is not tried again
+    assert [info.epoch for info in ckpt.checkpoints] == [0, 1, 2, 3, 4]
+    for info in ckpt.checkpoints:
+        assert_is(info, tree)
+
+
+def assert_is(info, tree):
+    flaxckpt.verify(info.path)
+    wanted = tree(info.epoch)
+    for found in (v1.load(info.path), flaxckpt.load(info.path)):
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
+    tmp_path, monkeypatch
+):
+    _forms.FORMS.clear()
+    original = Draft.write
+
+    def spoil(draft, name, parts):
+        parts = [bytes(part) for part in parts]
+        if name.endswith("zarr.json"):
+            parts = [parts[0].replace(b"float32", b"float16")]
+        original(draft, name, parts)
+
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(large_tree(0), 0)
+        ckpt.wait()
+        monkeypatch.setattr(Draft, "write", spoil)
+        ckpt.save(large_tree(1), 1)
+        with pytest.warns(UserWarning, match="is not all there"):
+            ckpt.wait()
+        assert (ckpt.counts.direct, ckpt.counts.by_orbax) == (0, 2)
+    for info in ckpt.checkpoints:
+        assert_is(info, large_tree)
+
+
+def test_an_error_of_the_disk_is_an_error_of_the_save(tmp_path, monkeypatch):
+    """Orbax would meet with it as well."""
+    _forms.FORMS.clear()
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(large_tree(0), 0)
+        ckpt.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Draft, "finish", fail)
+            ckpt.save(large_tree(1), 1)
+            with pytest.raises(CheckpointWriteError, match="No space left"):
+                ckpt.wait()
+        ckpt.save(large_tree(2), 2)
+        ckpt.wait()
+        assert (ckpt.counts.direct, ckpt.counts.by_orbax) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_engine_orbax_writes_all_of_it(tmp_path, kind):
+    tree = TREES[kind]
+    with ModelCheckpoint(
+        tmp_path / "{epoch}", engine="orbax", **SETTINGS.get(kind, {})
+    ) as ckpt:
+        for epoch in range(3):
+            ckpt.save(tree(epoch), epoch)
+            ckpt.wait()
+        assert (ckpt.counts.direct, ckpt.counts.by_orbax) == (0, 3)
+    for info in ckpt.checkpoints:
+        assert_is(info, tree)
+
+
+def test_engine_is_one_of_two(tmp_path):
+    with pytest.raises(SettingError, match='pass "auto" or "orbax"'):
+        ModelCheckpoint(tmp_path, engine="direct")
