@@ -98,7 +98,7 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
                 if held is None:
                     held = _held[path] = _Held(opened[0], {holder})
                 else:
-                    held.file = opened[0]
+                    held.file, held.is_cleared = opened[0], False
             except BaseException:
                 for file in opened:
                     file.close()

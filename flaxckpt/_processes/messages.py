@@ -18,6 +18,7 @@ import jax
 from jax._src import distributed
 
 from flaxckpt import errors
+from flaxckpt._runtime.failures import in_one_line
 from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
@@ -119,7 +120,7 @@ class Round:
         except jax.errors.JaxRuntimeError as error:
             raise CheckpointError(
                 f"Process {process} of {process_count()} gave no sign within "
-                f"{self._timeout:g} s ({subject}). It may have died, or not have come "
+                f"{secs:.3g} s ({subject}). It may have died, or not have come "
                 "to this call: every process must make the same calls."
             ) from error
         message = json.loads(text)
@@ -171,9 +172,14 @@ def from_leader(name: str, make: Callable[[], Any]) -> Any:
     exchange = _channel(name).round()
     if is_leader():
         try:
-            exchange.tell("leader", make())
+            made = make()
         except CheckpointError as error:
-            exchange.tell("leader", error)
+            made = error
+        except BaseException as error:  # the other processes wait for this one
+            failed = CheckpointError(f"Process 0 failed: {in_one_line(error)}.")
+            exchange.tell("leader", failed)
+            raise
+        exchange.tell("leader", made)
     return exchange.hear("leader")
 
 

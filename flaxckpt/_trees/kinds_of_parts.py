@@ -84,8 +84,8 @@ def is_optimizer(name: str, node: PyTree) -> bool:
 
     A part that is called an optimizer may be a model. An optimizer counts its steps.
     """
-    if is_beside(node) and not _is_key(node):
-        return True
+    if is_beside(node):
+        return not are_keys(node)
     if not _is_node(node) or role_of(node):
         return False
     name = name.lower()
@@ -212,6 +212,8 @@ def are_keys(node: PyTree) -> bool:
     """Tell whether a node holds PRNG keys, and nothing else."""
     if _is_key(node):
         return True
+    if is_sequence(node):
+        return len(node) > 0 and all(map(are_keys, node))
     if not _is_node(node) or role_of(node) or is_beside(node):
         return False
     leaves = jax.tree_util.tree_leaves(node)

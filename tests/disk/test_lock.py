@@ -120,3 +120,19 @@ def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
         time.sleep(0.01)
     _lock.release_lock(path)
     assert not path.exists()
+
+
+def test_what_another_writer_left_is_cleared_up_once_a_deleted_lock_is_taken_anew(
+    tmp_path,
+):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(0), epoch=0)
+        ckpt.wait()
+        (lock,) = tmp_path.glob(".flaxckpt-*.lock")
+        lock.unlink()
+        leftover = tmp_path / f"{lock.stem}-0123456789ab"
+        leftover.mkdir()
+        ckpt.save(tree_of(1), epoch=1)
+        ckpt.wait()
+        assert not leftover.exists()
+        assert names(ckpt.checkpoints) == ["1", "2"]
