@@ -23,8 +23,8 @@ PLOTTED = [
 HEAD = """# Benchmarks
 
 One run of `python benchmarks/run.py` at commit {commit}: {versions}, Python {python},
-{machine}, {devices}. Medians, with the least and the greatest beside; the candidates of
-a table took turns, in as many rounds as it says.
+{machine}, {devices}. The tables have medians, and beside them the least and the
+greatest value. The candidates of a table took turns, in as many rounds as it says.
 [benchmarks/README.md](../benchmarks/README.md) says what a number means.
 
 The numbers of all rounds are in [benchmarks.json](benchmarks.json).

@@ -1,8 +1,9 @@
 """Model checkpoints for JAX training loops: decide in `jit`, save in the background.
 
-`CheckpointState` and `step` are the decision: pure, and no more than JAX is loaded for
-them. `ModelCheckpoint` saves and restores, with Orbax, which is loaded when it is first
-looked up.
+`CheckpointState` and `step` are the decision: they are pure, and need only JAX.
+`Snapshot` keeps the best trees in a program, and `scan_in_chunks` runs a scan in parts.
+`ModelCheckpoint` saves and restores through Orbax, which is imported when
+`ModelCheckpoint`, `load`, `load_weights` or `verify` is first looked up.
 """
 
 import importlib

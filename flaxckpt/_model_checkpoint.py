@@ -1,4 +1,4 @@
-"""`ModelCheckpoint`: a thin facade over template, state, store and retention."""
+"""`ModelCheckpoint`: the facade over the decision, the saves and the series on disk."""
 
 import difflib
 import functools
@@ -91,16 +91,17 @@ _ELSEWHERE = {
 
 
 class ModelCheckpoint:
-    """Saves a training loop's checkpoints when a metric or the clock of steps says so.
+    """Save a training loop's checkpoints when a metric, a count or a clock says so.
 
-    The JAX counterpart of Keras's callback of that name, with its arguments in its
-    order. The object holds settings and the write in progress; what the decision
-    remembers is in the `CheckpointState` that `update` takes and returns. Not for use
-    by several threads at once.
+    This is the JAX counterpart of Keras's callback of the same name, with the same
+    arguments in the same order. The object holds the settings and the saves under way.
+    The decision's memory is the `CheckpointState` that `update` takes and returns. Only
+    one thread at a time may use the object.
 
     Attributes:
-        counts: What became of the saves so far, a `SaveCounts`.
-        preempted: Whether a signal has told the process to end, and its state is saved.
+        counts: A `SaveCounts` of the saves so far.
+        preempted: Whether a signal has told the process to end, and a save for it is
+            on disk.
 
     Example:
         >>> with ModelCheckpoint("runs/{epoch:02d}-{val_loss:.2f}") as ckpt:
@@ -144,76 +145,79 @@ class ModelCheckpoint:
         """Check the settings; write nothing.
 
         Args:
-            filepath: Where to save: a path with fields `{epoch}` and `{batch}`, shown
-                one-based, and any key of `logs`, in Python's format syntax:
-                `"runs/{epoch:02d}-{val_loss:.2f}"`. Each checkpoint is a directory.
-                Without fields every save replaces the last. May start with `~`, or with
-                `gs://` or `s3://` for one in an object store.
+            filepath: Template of the checkpoints' paths, in Python's format syntax:
+                `"runs/{epoch:02d}-{val_loss:.2f}"`. Its fields are `{epoch}` and
+                `{batch}`, both shown one-based, and the keys of `logs`. Each checkpoint
+                is a directory. Without fields each save replaces the one before. The
+                template may start with `~`, or with `gs://` or `s3://` for an object
+                store.
             monitor: Key in `logs` of the value to compare.
-            verbose: 1 prints what is decided and saved; 0 is silent.
-            save_best_only: Save at a due check only what improves on the best.
-            save_weights_only: Save the weights, not the whole training state.
+            verbose: 1 prints decisions and saves; 0 prints nothing.
+            save_best_only: Whether a due check saves only what improves on the best.
+            save_weights_only: Whether to save the weights, not the whole tree.
             mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
-            save_freq: `"epoch"`: a check is due at the end of each epoch. A number:
-                every so many batches.
-            initial_value_threshold: The best to improve on at first.
-            min_delta: By more than how much an improvement must improve.
-            save_interval_secs: A check is due, too, at the first `update` that comes so
-                many seconds after the last one that was due, or a `save`; of a run that
-                begins or resumes, after its first `update`. Not within jit. In several
-                processes the clock of one counts. None for none.
-            max_to_keep: Keep so many of the newest checkpoints, and the best one
-                beside them if it is not among them. None keeps all.
+            save_freq: When a check is due: `"epoch"` for the end of each epoch, a
+                number for every so many batches.
+            initial_value_threshold: The first best value; None for no best value.
+            min_delta: The difference from the best that an improvement must exceed.
+            save_interval_secs: Make a check due, too, at the first `update` that comes
+                this many seconds after the last due check, forced `update` or `save`.
+                The time begins at the first `update`. Not within jit. In several
+                processes the clock of process 0 counts. None for no such check.
+            max_to_keep: Keep this many of the newest checkpoints, and the best one too
+                if it is not among them. None keeps all.
             preserve: A preservation policy, such as Orbax's, in place of
-                `max_to_keep`. The newest and the best are kept whatever it says.
-            overwrite: With `save_best_only`, whether a run that did not `restore` may
-                replace a better checkpoint of an earlier run at the same path. False:
-                the better one stays, and what is not better is saved beside it, at the
-                path with `.aside` added, until the run has something better.
-            weights: Picks the weights from a tree; None for `default_weights`, which
-                knows Flax's `TrainState`, NNX and Equinox.
-            save_last: At due checks that save nothing else, save the whole tree in a
-                slot beside the checkpoints, named so or `last`: a run that saves only
-                the best, or only weights, can be resumed from where it was. `latest`
-                and `restore` know it; it is gone once something newer can be resumed.
-            save_on_preemption: Handle SIGTERM and SIGINT: the next `update` saves, in
-                that slot if nothing else is due, and raises `Preempted`; or with
-                `"flag"` sets `preempted`. For the main thread. A second signal ends
-                the process as ever.
-            sync: Have the disk take a checkpoint before it counts as saved, and before
-                anything older is deleted. False for scratch: a crash of the process
-                still loses nothing, one of the machine may.
-            snapshot: Where a save keeps its copy of the tree until it is written:
-                `"device"`; `"host"`, which waits for the values; `"auto"`, on the
-                device where there is room; `"none"` for no copy, which waits until it
-                is written.
-            max_in_flight: How many saves there may be at a time, each with a copy of
-                the tree; one more waits. None: as many as fit into 64 MiB, up to 8, or
-                else 1.
-            compress: Compress the arrays: a few percent smaller, at several times the
-                work.
-            engine: Orbax saves each tree. `"auto"`: it has flaxckpt write the values
-                straight from memory where Orbax has written a tree of the same form
-                before. `"orbax"`: it writes them itself, always.
-            frozen: Tells of a leaf whether it stays the same for the whole run, as base
-                weights do in fine-tuning: a function of its path, a tuple of names,
-                and of the leaf; or a type of leaf. An NNX `Variable` is one leaf, so
-                NNX's filters work: `nnx.Not(nnx.LoRAParam)`. Such leaves are stored
-                once, and linked from each checkpoint. One that changes all the same is
-                written again.
-            stop_on_error: Where `update` is called in jit, end the program if a save
-                has failed, at the next one. False: the error is raised by `wait` or
-                `close`, or the next call outside of jit.
-            timeout_secs: In several processes, how long to wait for one that does not
-                come, before an error is raised in the others.
-            **unknown: None; there to name what was meant.
+                `max_to_keep`. The newest and the best checkpoint are always kept.
+            overwrite: With `save_best_only`, whether a save may replace a better
+                checkpoint at its path, such as one of an earlier run that this run did
+                not `restore`. If False, `update` saves to the path with `.aside` added
+                until its save is at least as good; `save` takes the path, and moves the
+                better checkpoint aside.
+            weights: A function from a tree to its weights; None for `default_weights`,
+                which knows Flax's `TrainState`, NNX and Equinox.
+            save_last: Keep a slot beside the checkpoints, named `last` or by this text.
+                A due check saves the whole tree there unless it saves it as a
+                checkpoint. So a run that saves only the best, or only weights, can be
+                resumed. `latest` and `restore` include the slot. It is deleted once a
+                newer checkpoint can be resumed from.
+            save_on_preemption: Handle SIGTERM and SIGINT (in several processes,
+                SIGTERM). After a signal the next `update` or `save` saves the whole
+                tree, in the slot if not as a checkpoint, and raises `Preempted` when it
+                is on disk. `"flag"` only sets `preempted`, and raises nothing. A second
+                signal ends the process as usual. Make the object in the main thread.
+            sync: Whether to sync a checkpoint to the disk before it counts as saved and
+                before an older one is deleted. With False, a crash of the machine may
+                lose checkpoints; a crash of the process still loses none.
+            snapshot: Where a save copies the tree to. `"device"` copies on its devices;
+                `"host"` waits for the values; `"auto"` copies on the devices unless one
+                reports too little room; `"none"` copies nothing, and waits until the
+                checkpoint is written.
+            max_in_flight: How many saves may be under way, each with a copy of the
+                tree, before a call waits. None allows as many as fit into 64 MiB, at
+                least 1 and at most 8; in several processes, 1.
+            compress: Whether to compress the arrays: a few percent smaller, at several
+                times the work.
+            engine: Who writes the values. Orbax saves each tree. With `"auto"` it has
+                flaxckpt write the values straight from memory once it has written a
+                tree of the same form itself; with `"orbax"` it writes all values.
+            frozen: Picks the leaves that stay the same for the whole run, such as base
+                weights in fine-tuning: a function of a leaf's path (a tuple of names)
+                and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
+                filters work: `nnx.Not(nnx.LoRAParam)`. A frozen leaf is stored once,
+                and linked from each checkpoint; if it changes, it is written again.
+            stop_on_error: Whether a program that calls `update` in jit ends at its next
+                save after a save has failed. If False, `wait`, `close` or the next call
+                outside of jit raises the error.
+            timeout_secs: In several processes, after how many seconds the others raise
+                an error if a process does not come. In `restore` it is always 600.
+            **unknown: Refused with an error that suggests the right name.
 
         Raises:
             SettingError: A `ValueError`, if a setting cannot work.
             TemplateError: A `ValueError`, if `filepath` is malformed.
-            CheckpointPathError: A `ValueError`, if there is a file where a directory
-                has to be.
-            TypeError: If there is no such argument.
+            CheckpointPathError: A `ValueError`, if a file or a link that leads nowhere
+                is in the place of a directory, or if a name is too long.
+            TypeError: If an argument is unknown.
         """
         if unknown:
             raise TypeError(_unknown_argument(*unknown))
@@ -349,8 +353,9 @@ class ModelCheckpoint:
         self._has_streamed = False
         self._shardings: dict[Any, list[Any]] = {}
         self._stop_on_error = bool(stop_on_error)
-        self._stale: CheckpointState | None = None  # it has a new best by now
-        self._known: CheckpointState | None = None  # that was returned last
+        # The state that the last call was given and replaced: not to be given again.
+        self._stale: CheckpointState | None = None
+        self._known: CheckpointState | None = None  # the state returned last
         self._is_plain = (  # a call that finds no new best has nothing else to do
             bool(save_best_only and not save_last and save_interval_secs is None)
             and self._mode != "auto"
@@ -360,7 +365,7 @@ class ModelCheckpoint:
         self._is_warned = self._is_warned_of_best = False
         self._left_out: set[str] = set()  # names in logs that were warned of
         self._by_epoch = save_freq == "epoch"
-        self._never_due: bool | None = None  # whether the calls so far never will be
+        self._never_due: bool | None = None  # True while calls are of a kind never due
         self._interval: Interval | None = None
         if save_interval_secs is not None:
             self._never_due = False
@@ -378,10 +383,13 @@ class ModelCheckpoint:
         """Return the decision state of a run that has seen nothing yet.
 
         Args:
-            like: What will be saved, if `update` is called within jit on a tree that
-                is sharded: there its shardings cannot be seen, and without them all is
-                gathered on one device before it is saved. `restore` notes those of its
-                `like`, too.
+            like: A sharded tree that `update` will save within jit, or
+                `jax.ShapeDtypeStruct`s of it. Within jit its shardings cannot be seen;
+                without `like`, each save gathers the whole tree on one device.
+                `restore` notes the shardings of its own `like`, too.
+
+        Returns:
+            The state for the first call of `update`.
         """
         self._note_shardings(like)
         with unchecked():
@@ -398,26 +406,29 @@ class ModelCheckpoint:
         *,
         force: bool = False,
     ) -> CheckpointState:
-        """Decide whether to save, and start saving if so.
+        """Decide whether to save, and start the save.
 
-        Where no check is due, a few microseconds; nothing is looked at but the
-        counters. A save copies `tree` on its devices and goes on in the background, so
-        `tree` may be donated or changed at once. Where a due check depends on a metric
-        that a device still computes, the device decides and copies, and nothing waits;
-        `best` in the state returned is then still to come, too. What makes a call wait
-        is more saves than `max_in_flight`, see `counts`, or another `snapshot`.
+        A call without a due check takes a few microseconds and looks only at the
+        counters. A save copies `tree` on its devices and then writes in the background,
+        so the loop may donate or change `tree` at once. If the decision depends on a
+        metric that a device still computes, the device decides and copies, and `best`
+        in the returned state is still to come, too. A call may wait for an earlier save
+        while `max_in_flight` saves are under way (see `counts`), and for a metric that
+        is on other devices than `tree`, or beside offloaded arrays. With
+        `snapshot="host"` it waits for the values, with `"none"` for the disk.
 
-        Within `jit`, `scan`, `while_loop` and `cond` the program decides, and where it
-        saves hands the tree over to the host, shard by shard, and goes on. Errors are
-        raised by `wait` and `close`; see `stop_on_error`.
+        Within `jit`, `scan`, `while_loop` and `cond` the program decides. If it saves,
+        it hands the tree to the host, shard by shard, and goes on. `wait` and `close`
+        raise the errors of these saves; see `stop_on_error`.
 
         Args:
-            state: From `init`, `restore` or the call before.
+            state: What `init`, `restore` or the last `update` returned.
             tree: What to save: any pytree of arrays and scalars.
-            logs: The metrics of now; None for none.
-            epoch: Zero-based epoch.
-            batch: Zero-based batch within it; None at the end of an epoch.
-            force: Save anyway.
+            logs: The current metrics; None for none.
+            epoch: Zero-based epoch, an integer or i32[].
+            batch: Zero-based batch within the epoch, likewise; None at the end of an
+                epoch.
+            force: Whether to save in any case, bool[].
 
         Returns:
             The state for the next call.
@@ -425,15 +436,17 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If an earlier save failed in the background.
             TemplateError: If `logs` lack a field of the filepath.
-            CheckpointPathError: If the path cannot be written to.
+            CheckpointPathError: If no checkpoint can be written at the path.
             UnsupportedLeafError: If `tree` has a leaf that cannot be saved.
-            MetricError: If the monitored value is no real scalar.
-            SettingError: If `state` is not one of this object's, or epoch or batch are
-                no zero-based integers.
+            MetricError: If the monitored value is not a real scalar, or if a metric was
+                deleted or donated.
+            SettingError: If `state` has other settings, if `tree` has no values, or if
+                epoch or batch is not a zero-based integer.
             CheckpointLockedError: If another process writes these checkpoints.
-            Preempted: If the process was told to end, after saving.
-            CheckpointError: Within `vmap`, where each member decides for itself, and
-                within `shard_map`; and within jit with `save_interval_secs`.
+            Preempted: After the save is on disk, if a signal told the process to end.
+            CheckpointError: Within `vmap`, where each member decides for itself; within
+                `shard_map`; and within jit with `save_interval_secs` or in several
+                processes.
         """
         self._saves.check()
         preempted = self._is_newly_preempted()
@@ -496,9 +509,9 @@ class ModelCheckpoint:
         epoch: Any,
         batch: Any,
     ) -> bool:
-        """Tell, at the cost of a comparison, that a due check saves nothing.
+        """Tell by one comparison that a due check saves nothing.
 
-        Most find no new best. False where more is to be looked at.
+        Most due checks find no new best. False means that `update` has to look further.
         """
         counted = epoch, 0 if batch is None else batch
         return (
@@ -511,7 +524,7 @@ class ModelCheckpoint:
         )
 
     def _with_best_on_disk(self, state: CheckpointState) -> CheckpointState:
-        """Return a state after a save that failed: its best is one that is on disk."""
+        """Return a state whose best is the best on disk, after a save has failed."""
         stored = {**plain_state(state), "best": None}
         return resumed(self.init(), stored, self._series.durable_best(None))
 
@@ -523,20 +536,23 @@ class ModelCheckpoint:
         logs: Logs | None = None,
         state: CheckpointState | None = None,
     ) -> Path:
-        """Save now, whatever the policy says, in the background as `update` does.
+        """Save now, whatever the policy says; the writing goes on in the background.
+
+        With `save_best_only`, a better checkpoint at the path moves aside; see
+        `overwrite`.
 
         Args:
             tree: What to save.
             epoch: Zero-based epoch.
-            batch: Zero-based batch within it; None at the end of an epoch.
-            logs: The metrics of now; None for none.
-            state: The decision state to restore with it; None for none.
+            batch: Zero-based batch within the epoch; None at the end of an epoch.
+            logs: The current metrics; None for none.
+            state: The decision state for `restore` to return; None for none.
 
         Returns:
-            Where the checkpoint will be; it is there when `wait` has returned.
+            The checkpoint's path or URL. The checkpoint is there after `wait`.
 
         Raises:
-            CheckpointError: As `update`.
+            CheckpointError: As `update`; also within any JAX trace.
         """
         self._saves.check()
         self._saves.check_parent()
@@ -564,21 +580,23 @@ class ModelCheckpoint:
     def save_snapshot(
         self, snapshot: Snapshot, member: int | None = None
     ) -> tuple[Path, ...]:
-        """Save what a snapshot holds, the earliest first, as `save` does.
+        """Save the trees of a snapshot, the earliest first, as `save` does.
 
         Args:
-            snapshot: What a program has kept.
-            member: Whose, if it is that of an ensemble under `vmap`. The index is put
-                in the logs, so that `{member}` in the filepath names the checkpoint.
+            snapshot: A snapshot that a program has filled.
+            member: Index of the ensemble's member, for a snapshot made under `vmap`;
+                otherwise None. The logs get the index, so `{member}` in the filepath
+                shows it.
 
         Returns:
-            Where the checkpoints will be; none where nothing was kept.
+            The checkpoints' paths or URLs; none if the snapshot is empty.
 
         Raises:
-            SettingError: A `ValueError`, if `member` is not one of the snapshot's, or
-                checkpoints of an ensemble would be deleted to keep fewer.
-            TemplateError: If two of the checkpoints would be at one path, or there is
-                no `{member}` in the filepath of an ensemble's. Nothing is saved then.
+            SettingError: A `ValueError`, if `snapshot` is no `Snapshot` or has no such
+                member, or if `max_to_keep` or `preserve` would delete checkpoints of
+                other members.
+            TemplateError: If two checkpoints would have the same path, or if the
+                filepath lacks `{member}` for an ensemble. Nothing is saved then.
             CheckpointError: As `save`.
         """
 
@@ -610,10 +628,11 @@ class ModelCheckpoint:
         )
 
     def wait(self) -> None:
-        """Wait until all that was saved is on disk.
+        """Wait until every save is on disk.
 
-        Of jitted programs that save, those that this thread has called are waited for;
-        another thread's must have ended.
+        The call also waits for the jitted programs with saves that this thread has
+        called; those of other threads must have ended. In a process that was forked
+        from the one that made the object, the call does nothing.
 
         Raises:
             CheckpointWriteError: If a save failed.
@@ -624,12 +643,17 @@ class ModelCheckpoint:
         self._saves.wait()
 
     def close(self) -> None:
-        """Wait as `wait` does, and release thread, lock and signal handlers.
+        """Wait as `wait` does, then release copies, lock and signal handlers.
 
-        In a process that was forked from the one that made the object, does nothing.
+        In a process that was forked from the one that made the object, the call does
+        nothing.
 
         Raises:
             CheckpointWriteError: If a save failed.
+
+        Warns:
+            UserWarning: If no check was ever due, or if a signal came after the last
+                `update` or `save`.
         """
         if self._series.area.is_inherited:
             return
@@ -644,7 +668,7 @@ class ModelCheckpoint:
             if late := self._release():
                 _warn_beside(error, late)
             raise
-        # But not where an interrupt left a save under way.
+        # After an interrupt, which is no `Exception`, a save may still need the lock.
         if late := self._release():
             warnings.warn(late, stacklevel=outside())
         if self._never_due:
@@ -656,7 +680,7 @@ class ModelCheckpoint:
             )
 
     def _release(self) -> str:
-        """Release lock and signal handlers; say if a signal has come to nothing."""
+        """Release lock and signal handlers; say if no state was saved for a signal."""
         watch = self._watch
         is_late = self._is_newly_preempted()
         try:
@@ -680,7 +704,7 @@ class ModelCheckpoint:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finish the save in flight, also when the loop raised."""
+        """Finish the saves under way, also when the loop raised."""
         if error is None:
             self.close()
             return
@@ -690,16 +714,16 @@ class ModelCheckpoint:
             try:
                 self.close()
                 is_closed = True
-            except Warning as warning:  # where a filter makes errors of them
+            except Warning as warning:  # raised where a filter makes warnings errors
                 notes = [f"And: {warning}", *getattr(warning, "__notes__", ())]
                 new = [note for note in notes if note not in said]
                 for note in new:
                     error.add_note(note)
                 said.update(new)
-                is_closed = not new  # each close says that
+                is_closed = not new  # some warnings come at every close
             except CheckpointError as failure:
                 is_closed = True
-                if isinstance(error, CheckpointError):  # they are told together
+                if isinstance(error, CheckpointError):  # one traceback shows both
                     error.add_note(f"And: {failure}")
                 else:
                     _warn_beside(
@@ -723,19 +747,19 @@ class ModelCheckpoint:
 
     @property
     def latest(self) -> CheckpointInfo | None:
-        """What was saved last, of what is on disk, the last slot included, or None."""
+        """The newest checkpoint on disk, the slot of `save_last` included, or None."""
         infos, unlisted = self._series.by_age()
         self._warn_of_unlisted(unlisted)
         return self._shown(infos[-1]) if infos else None
 
     @property
     def best(self) -> CheckpointInfo | None:
-        """The checkpoint with the best monitored value, of those on disk.
+        """The checkpoint on disk with the best monitored value.
 
-        None where no checkpoint has one; a NaN is none.
+        None if no checkpoint has a number for `monitor`. A NaN does not count.
 
         Raises:
-            SettingError: A `ValueError`, if it is not known which way is better.
+            SettingError: A `ValueError`, if the direction of `monitor` is not known.
         """
         self._need_mode()
         return self._series.best_of(self.checkpoints)
@@ -748,36 +772,40 @@ class ModelCheckpoint:
         cast: bool = False,
         verify: bool = True,
     ) -> Restored | None:
-        """Load a checkpoint, with all that is needed to go on from it.
+        """Load a checkpoint, with the decision state to go on from it.
 
-        Waits for a save that is under way. Changes nothing on disk.
+        The call first waits for saves under way. It changes nothing on disk. In several
+        processes, every one must call it.
 
         Args:
             like: A tree of the wanted structure, of arrays or
                 `jax.ShapeDtypeStruct`s with shardings; see `flaxckpt.load`.
-            which: `"latest"`, `"best"`, or a checkpoint's path or URL; its
-                `CheckpointInfo` for that very one.
-            cast: Convert where only dtypes differ, rather than raise.
+            which: `"latest"`, `"best"`, or a checkpoint's path or URL. A
+                `CheckpointInfo` stands for that very checkpoint.
+            cast: Convert leaves that differ only in dtype, rather than raise.
             verify: Check each leaf against the digest of what was saved.
 
         Returns:
-            What was found; None if there is no checkpoint. For `"best"` also if none
-            has a number for `monitor`, which warns.
+            The checkpoint; None if there is none, or if `which` is `"best"` and no
+            checkpoint has a number for `monitor`.
 
         Raises:
-            CheckpointNotFoundError: If `which` is a path and there is none.
-            CheckpointCorruptError: If `which` is a path and that one is damaged, or if
-                all there are are damaged.
-            CheckpointPathError: If this process cannot read what may be the one to
-                restore, as for lack of permission: no older one is taken instead.
-            CheckpointError: As `flaxckpt.load`.
+            CheckpointNotFoundError: If no checkpoint is at the path `which`.
+            CheckpointCorruptError: If the checkpoint at the path `which` is damaged, or
+                if all checkpoints are damaged.
+            CheckpointPathError: If this process cannot read a checkpoint that may be
+                the one to restore, for lack of permission, say. The call does not take
+                an older one instead.
+            SettingError: A `ValueError`, if `which` is none of these, or if it is
+                `"best"` and the direction of `monitor` is not known.
+            CheckpointError: As `flaxckpt.load`; also if an earlier save failed.
 
         Warns:
-            UserWarning: Naming each damaged checkpoint that was passed over; or the
-                metrics that there are, if there are checkpoints and none of them has
-                the monitored one.
+            UserWarning: For each damaged checkpoint that was passed over, and for each
+                unreadable one of another filepath. Also if the call returns None, but
+                there are checkpoints without the metric or of other filepaths.
         """
-        if self._series.area.is_inherited:  # and nothing of the parent's is waited for
+        if self._series.area.is_inherited:  # `wait` does nothing then
             use_threads()
         self.wait()
         check_like(like)
@@ -792,7 +820,7 @@ class ModelCheckpoint:
                 isinstance(which, str)
                 and os.sep not in which
                 and not (
-                    os.path.exists(path)  # nor does a name that is too long
+                    os.path.exists(path)  # False for a name that is too long, too
                 )
             ):
                 raise SettingError("which", which, advice)
@@ -803,7 +831,7 @@ class ModelCheckpoint:
         errors: dict[str, CheckpointCorruptError] = {}
         is_deleted = True
         while is_deleted:
-            # All processes of a run go by what one of them sees.
+            # All processes of a run go by what process 0 lists.
             found, damaged = from_leader("restore", lambda: next(candidates))
             is_deleted = False
             for problem in sorted(set(damaged) - told):
@@ -823,10 +851,10 @@ class ModelCheckpoint:
                     )
                     if loaded.epoch is not None:
                         return loaded
-                    is_deleted = True  # its record was, and it was loaded without
+                    is_deleted = True  # its record was; it was loaded as plain Orbax's
                     break
                 except CheckpointNotFoundError:
-                    is_deleted = True  # by a writer that has saved a newer one
+                    is_deleted = True  # by a writer, which has saved a newer one
                     break
                 except CheckpointCorruptError as error:
                     errors[mark] = error
@@ -877,7 +905,7 @@ class ModelCheckpoint:
         return state
 
     def _places(self, tree: PyTree) -> list[Place | None]:
-        """Tell how a tree of traced values is sharded, as far as that is known."""
+        """Return how each leaf of a traced tree is sharded; None where not known."""
         flat = flatten(tree)
         leaves, structure = flat.leaves, flat.key
         if self._shardings and structure not in self._shardings:
@@ -897,22 +925,22 @@ class ModelCheckpoint:
             self._shardings = {flat.key: shardings}
 
     def _finish_programs(self) -> None:
-        """Let what programs save come before what is saved outside of them.
+        """Wait for the saves of running programs, before a save outside of them.
 
-        A copy is made when the program that computes its values has ended, and that may
-        wait for the very memory.
+        The copy for that save is made after the program that computes its values, and
+        the program may wait for the very memory that the save would claim.
         """
         if self._has_streamed:
             finish_programs()
 
     def _finish_streams(self) -> None:
-        """Wait for what running programs have still to hand over."""
+        """Wait for the saves of running programs, and reset their streams."""
         self._finish_programs()
         for stream in self._streams:
             stream.reset()
 
     def _check_for_members(self) -> None:
-        """Check that members of an ensemble do not replace or displace each other."""
+        """Check that an ensemble's members do not replace or delete each other's."""
         if "member" not in self._template.fields:
             raise TemplateError(
                 self._template.label,
@@ -938,7 +966,7 @@ class ModelCheckpoint:
             )
 
     def _slot_path(self, save_last: bool | str) -> Path:
-        """Return where the last state is saved if nothing else is."""
+        """Return the path of the slot for `save_last` and for a preemption."""
         name = save_last if isinstance(save_last, str) else "last"
         if not name or name in (".", "..") or "/" in name or "\0" in name:
             raise SettingError("save_last", save_last, "pass True, or a file's name.")
@@ -967,7 +995,7 @@ class ModelCheckpoint:
             )
 
     def _warn_of_left_out(self, logs: Logs) -> None:
-        """Say once what of metrics no record keeps."""
+        """Warn once of each metric that no record keeps."""
         new = {
             name: problem
             for name, problem in left_out(logs).items()
@@ -983,7 +1011,7 @@ class ModelCheckpoint:
             )
 
     def _check_policy(self, logs: Logs | None) -> None:
-        """Warn if the best, which retention spares, cannot be known."""
+        """Warn once if retention cannot know the best checkpoint, which it spares."""
         if self._is_warned_of_best or not logs:
             return
         name = self._monitor
@@ -1014,9 +1042,9 @@ class ModelCheckpoint:
         return interval.is_over()
 
     def _is_comparable(self, logs: Logs | None) -> bool:
-        """Tell whether a check due by the clock is more than one for the slot.
+        """Tell whether a check due by the clock compares, or only fills the slot.
 
-        Between the ends of epochs there often is no value to compare.
+        Within an epoch, `logs` often lack the monitored value.
         """
         has_value = find(logs or {}, self._monitor) in (logs or {})
         return has_value or not (self._save_last and self._fresh.save_best_only)
@@ -1026,7 +1054,7 @@ class ModelCheckpoint:
             self._interval.restart()
 
     def _finish_preempted(self, path: Path | None) -> None:
-        """Make sure that what was saved is on disk, and tell the loop."""
+        """Wait until the save is on disk, and tell the loop of the preemption."""
         self.wait()
         self.preempted = True
         if self._raise_preempted and self._watch is not None:
@@ -1039,16 +1067,16 @@ class ModelCheckpoint:
     def _candidates(
         self, which: Any
     ) -> Iterator[tuple[list[tuple[str, str]], list[str]]]:
-        """List what to try to restore from, in order, anew each time.
+        """List the checkpoints to try to restore, in order; each step lists anew.
 
         Yields:
-            For each checkpoint what tells it from any other, and its path; and what is
-            wrong with those that cannot be listed.
+            For each checkpoint its time, which identifies it, and its path; and
+            messages about those that cannot be listed.
 
         Raises:
-            CheckpointCorruptError: If there are none, and some are damaged.
-            CheckpointPathError: If what may be the one to restore cannot be read.
-            CheckpointError: If they were deleted as fast as they were listed.
+            CheckpointCorruptError: If none can be listed, and some are damaged.
+            CheckpointPathError: If one that may be of this filepath cannot be read.
+            CheckpointError: If checkpoints were deleted as fast as they were listed.
         """
         for _ in looks():
             if which == "best":
@@ -1090,10 +1118,9 @@ class ModelCheckpoint:
     ) -> Restored:
         """Load a checkpoint, in all processes or in none.
 
-        Those that were found to be damaged, by their times, are nothing to beat.
-
-        Raises:
-            CheckpointNotFoundError: Also if it is not the one that was listed there.
+        `mark` is the time of the checkpoint that was listed at the path; another one
+        there raises `CheckpointNotFoundError`. `damaged` are the times of checkpoints
+        whose values do not count for the best.
         """
         shown = os.fspath(path)
         where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
@@ -1104,16 +1131,16 @@ class ModelCheckpoint:
                 raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
         except CheckpointError as error:
             problem = error
-        gathered("restored", problem)  # raises what any of them met
+        gathered("restored", problem)  # raises the error of any process
         assert found is not None
         tree, info = found.tree, found.info
         if like is not None:
-            self._note_shardings(tree)  # `like` may have placed whole subtrees
+            self._note_shardings(tree)  # a sharding in `like` may place a subtree
         durable = from_leader("best", lambda: self._series.durable_best(info, damaged))
         with unchecked():
             state = resumed(self.init(), info and info.state, durable)
         state = as_arguments(state, lambda: leaves_of(tree))
-        if info is None:  # plain Orbax's
+        if info is None:  # plain Orbax wrote it
             return Restored(
                 tree=tree, state=state, epoch=None, batch=None, logs={}, path=where
             )
@@ -1127,7 +1154,7 @@ class ModelCheckpoint:
         )
 
     def _warn_of_no_value(self) -> None:
-        """Warn if there are checkpoints, but none has a value to be the best by."""
+        """Warn if there are checkpoints, but none has a number for `monitor`."""
         infos = self._series.listed()[0]
         if not infos:
             return
@@ -1145,7 +1172,7 @@ class ModelCheckpoint:
         )
 
     def _warn_of_others(self) -> None:
-        """Warn if nothing was found for the reason that the filepath was changed."""
+        """Warn if there are only checkpoints of other filepaths or of plain Orbax."""
         template, others = self._template, self._series.others()
         foreign = foreign_checkpoints(self._root)
         if (others or foreign) and not self._series.listed()[0]:
@@ -1162,7 +1189,7 @@ class ModelCheckpoint:
 
 
 def _warn_beside(error: BaseException, message: str) -> None:
-    """Warn beside an error; where a filter makes an error of that, note it on this."""
+    """Warn while an error is raised; where a filter forbids it, add a note instead."""
     try:
         warnings.warn(message, stacklevel=outside())
     except Warning:
@@ -1170,7 +1197,7 @@ def _warn_beside(error: BaseException, message: str) -> None:
 
 
 def _print(message: str) -> None:
-    print(f"{message}\n", end="", flush=True)  # in one piece, for others write too
+    print(f"{message}\n", end="", flush=True)  # in one piece: other threads print, too
 
 
 def _unknown_argument(*names: str) -> str:

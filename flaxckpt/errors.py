@@ -1,24 +1,21 @@
-"""What can go wrong, as exceptions that say what to do next.
+"""The exceptions of flaxckpt: each says what failed and what to do next.
 
 ```
 CheckpointError
 ├── SettingError             an argument that cannot work          (ValueError)
 ├── TemplateError            a filepath that cannot be filled in   (ValueError)
-├── MetricError              a monitored value that is no number   (ValueError)
-├── CheckpointPathError      a path where nothing can be written, or read
-│                                                                  (ValueError)
+├── MetricError              a metric that cannot be used          (ValueError)
+├── CheckpointPathError      a path that cannot be written or read (ValueError)
 ├── UnsupportedLeafError     a leaf that cannot be saved           (TypeError)
 ├── CheckpointLockedError    another process writes there          (RuntimeError)
-├── CheckpointNotFoundError  nothing to load there                 (LookupError)
-├── CheckpointMismatchError  what is stored is not what `like` asks for
-│                                                                  (ValueError)
-├── CheckpointCorruptError   what is stored is damaged             (ValueError)
+├── CheckpointNotFoundError  no checkpoint to load there           (LookupError)
+├── CheckpointMismatchError  leaves that differ from `like`        (ValueError)
+├── CheckpointCorruptError   a checkpoint that is damaged          (ValueError)
 ├── CheckpointWriteError     a save that failed                    (RuntimeError)
-└── Preempted                the process was told to end, and has saved
-                                                                   (RuntimeError)
+└── Preempted                a signal to end; the state is saved   (RuntimeError)
 ```
 
-Every one keeps its facts as attributes and pickles, so it can cross processes.
+Each exception keeps its facts as attributes, and pickles, so it can cross processes.
 """
 
 from collections.abc import Iterable
@@ -47,7 +44,7 @@ class SettingError(CheckpointError, ValueError):
         is_type = isinstance(value, str) and value[:1] + value[-1:] == "<>"
         try:
             shown = value if is_type else repr(value)
-        except Exception:  # another's
+        except Exception:  # from a `__repr__` of the user's
             shown = f"<{type(value).__name__}>"
         return f"{self.name}={shown} cannot work: {self.advice}"
 
@@ -69,11 +66,11 @@ class TemplateError(CheckpointError, ValueError):
 
 
 class MetricError(CheckpointError, ValueError):
-    """A monitored value that is not a number.
+    """A metric that cannot be used, such as a monitored value that is not a number.
 
     Attributes:
-        monitor: The key in `logs`.
-        problem: What was found there, and what to do.
+        monitor: The metric's key in `logs`.
+        problem: What is wrong with the metric, and what to do.
     """
 
     def __init__(self, monitor: str, problem: str) -> None:
@@ -87,7 +84,7 @@ class MetricError(CheckpointError, ValueError):
 class CheckpointPathError(CheckpointError, ValueError):
     """A path at which no checkpoint can be written, listed or read.
 
-    It says nothing against what is there: it may be whole, for who may read it.
+    A checkpoint at the path may still be whole: another user may be able to read it.
 
     Attributes:
         path: The path at fault.
@@ -137,11 +134,11 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
     """Another process is writing the same checkpoints; nothing was written.
 
     Attributes:
-        directory: Where both want to write.
-        host: The other process's machine; empty if not known.
-        pid: Its process number there; 0 if not known.
-        is_parent: Whether this process was forked from that one, and uses an object
-            that was made there.
+        directory: The directory that both processes want to write in.
+        host: The other process's machine; empty if it is not known.
+        pid: The other process's number on that machine; 0 if it is not known.
+        is_parent: Whether the other process made the object that this process uses,
+            and this process was forked from it.
     """
 
     def __init__(
@@ -168,13 +165,13 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
 
 
 class CheckpointNotFoundError(CheckpointError, LookupError):
-    """No checkpoint where one was asked for.
+    """A checkpoint that is not at the path that was asked for.
 
     Attributes:
-        path: Where it was looked for.
-        found: Names of the checkpoints that are in the directory around it.
-        replaced: What became of the one that was asked for, where another one has
-            taken its place since it was listed; else empty.
+        path: The path.
+        found: Names of the checkpoints near the path.
+        replaced: How the checkpoint at the path differs from the one that was listed
+            there before; empty if there is no checkpoint at the path.
     """
 
     def __init__(
@@ -212,12 +209,12 @@ class LeafDifference(NamedTuple):
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """The checkpoint's leaves are not the wanted ones; nothing was loaded.
+    """A checkpoint whose leaves differ from the wanted leaves; nothing was loaded.
 
     Attributes:
         path: The checkpoint.
-        differences: Every leaf that differs, as `LeafDifference`.
-        advice: What to do about it.
+        differences: A `LeafDifference` for every leaf that differs.
+        advice: What to do about the differences.
     """
 
     def __init__(
@@ -258,9 +255,10 @@ class CheckpointCorruptError(CheckpointError, ValueError):
 
 
 class CheckpointWriteError(CheckpointError, RuntimeError):
-    """A save that failed, raised at the next call after it.
+    """A save that failed.
 
-    Earlier checkpoints are untouched, and further saves are possible.
+    If it failed in the background, the next call that checks for errors raises this.
+    Earlier checkpoints are untouched, and later saves are possible.
 
     Attributes:
         path: The checkpoint that was to be written.
@@ -280,11 +278,11 @@ class CheckpointWriteError(CheckpointError, RuntimeError):
 
 
 class Preempted(CheckpointError, RuntimeError):  # the name is fixed
-    """The process was told to end; the training state has been saved.
+    """A signal told the process to end; the training state has been saved.
 
     Attributes:
-        signal: Name of the signal that told it, such as `SIGTERM`.
-        path: The checkpoint to go on from.
+        signal: Name of the signal, such as `SIGTERM`.
+        path: The checkpoint to resume from.
     """
 
     def __init__(self, signal: str, path: str) -> None:

@@ -36,7 +36,7 @@ def test_python_runs_as_one_program(tmp_path, monkeypatch):
 def test_two_commands():
     assert [block.strip() for block in blocks("bash")] == [
         'pip install ".[demo]" && flaxckpt demo',
-        'pip install -e ".[test]" && pytest',
+        'pip install -e ".[test]" && pytest -n auto --dist loadfile -m "not slow"',
     ]
 
 

@@ -1,9 +1,9 @@
-"""Where a save goes if what it would replace is better: aside. The better one stays.
+"""Places aside: where a save goes if its path holds a better checkpoint.
 
-A path of a series has places aside, for a save that is not better than the checkpoint
-at the path. The better checkpoint is at one of these places at every moment. It is
-moved only for a save by hand, which gets the path it was given: such a save is written
-aside, and then the two change places. Nothing is deleted before the save is there.
+Each path of a series has places aside. At every moment, the better checkpoint is at the
+path or at one of these places. It moves only for a save by hand, which gets the path
+that the caller gave: that save is written aside, and then the two exchange their names.
+Nothing is deleted before the save is in its place.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ SUFFIX = ".aside"
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a save goes, and what becomes of what is there.
+    """Where a save goes, and what becomes of the checkpoints there.
 
     Attributes:
-        path: Its place.
+        path: The save's place.
         kept: Where the checkpoint at `path` is moved; None if it is not moved.
-        rest: The checkpoints that are superfluous once the save is there.
-        reason: Why the checkpoint at the path that was asked for may have to stay, if
-            that is not for a better value in this series.
+        rest: The checkpoints that are superfluous once the save is in its place.
+        reason: Why the checkpoint at the requested path may have to stay, other than
+            for a better value in this series; empty for no such reason.
     """
 
     path: Path
@@ -40,8 +40,9 @@ def places_aside(path: Path, tag: str) -> tuple[Path, ...]:
 
     Args:
         path: The path.
-        tag: Of the series; the later places have it in their names, for where the first
-            is somebody else's, or still has a checkpoint while another one moves aside.
+        tag: The series' tag. The later places have it in their names. They serve if
+            another series has the first place, or if a checkpoint is still there while
+            another one moves aside.
     """
     ends = suffixes(tag)
     room = NAME_BYTES - max(map(len, ends))  # the names differ by their ends alone
@@ -54,14 +55,14 @@ def without_suffix(name: str, tag: str) -> str:
 
 
 def bare(name: str, tag: str) -> str:
-    """Return a name without what a place aside adds to it."""
+    """Return a name without the suffix of a place aside."""
     for end in reversed(suffixes(tag)):
         name = name.removesuffix(end)
     return name
 
 
 def _shortened(name: str, most: int) -> str:
-    """Return a name of so many bytes at most; a digest stands for what is left out."""
+    """Shorten a name to at most `most` bytes; a digest replaces the cut end."""
     whole = os.fsencode(name)
     if len(whole) <= most:
         return name
@@ -90,12 +91,13 @@ def placed(
     Args:
         path: The path.
         free: A place aside with nothing in it.
-        there: The monitored values of the checkpoints that are at the path and aside.
-        value: That of the save, as it is compared; None if it has none.
+        there: The monitored values of the checkpoints at the path and aside; None for a
+            checkpoint without a value.
+        value: The save's monitored value, as it is compared; None if it has none.
         mode: `"min"` or `"max"`.
-        by_hand: Whether the save gets the path, and a better one makes way.
-        swaps: Whether it is put aside first then, and the two change places; else the
-            better one is moved to where nothing is.
+        by_hand: Whether the save gets the path, and a better checkpoint moves aside.
+        swaps: Whether such a save is put aside first, and then the two exchange their
+            names. Otherwise the better checkpoint is moved to `free` first.
     """
     sign = 1 if mode == "min" else -1
     aside = [place for place in there if place != path]

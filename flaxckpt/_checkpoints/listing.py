@@ -1,4 +1,4 @@
-"""What checkpoints there are, for who has no `ModelCheckpoint`."""
+"""Lists the checkpoints in a directory, without a `ModelCheckpoint`."""
 
 import os
 import warnings
@@ -21,12 +21,12 @@ def list_checkpoints(
     it at any time.
 
     Args:
-        directory: Where to look, or a `gs://` or `s3://` URL. One that does not exist
-            holds no checkpoints.
+        directory: The directory, or a `gs://` or `s3://` URL. A directory that does not
+            exist holds no checkpoints.
 
     Returns:
-        The checkpoints that flaxckpt wrote, oldest first. One whose record is damaged
-        is left out, and so are directories that cannot be read.
+        The checkpoints that flaxckpt wrote, oldest first. Checkpoints whose records are
+        damaged are left out, and so are directories that cannot be read.
 
     Raises:
         SettingError: If `directory` is no path.
@@ -34,7 +34,7 @@ def list_checkpoints(
         CheckpointError: If the object store cannot be reached.
 
     Warns:
-        UserWarning: Naming each checkpoint whose record is damaged, and each directory
+        UserWarning: For each checkpoint whose record is damaged, and each directory
             that cannot be read.
 
     Example:

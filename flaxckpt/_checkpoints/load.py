@@ -30,31 +30,32 @@ def load(
     verify: bool = True,
     with_info: bool = False,
 ) -> Any:
-    """Load the tree of a checkpoint, of flaxckpt's or of plain Orbax's.
+    """Load the tree of a checkpoint that flaxckpt or plain Orbax wrote.
 
-    A checkpoint of plain Orbax with several items, none of which has a default name
-    (`state`, `pytree` or `default`), is a dict of them all by their names. `path/name`
-    is one of them.
+    A checkpoint of plain Orbax may have several items, none of which has a default name
+    (`state`, `pytree` or `default`). Then the tree is a dict of all items by their
+    names, and `path/name` loads one item.
 
-    In several processes, every one must call it.
+    If there are several processes, each must call this.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too. A
-            `CheckpointInfo` stands for the very checkpoint that it is of.
-        like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s:
-            each leaf is restored with its dtype and shape, as its kind of value, onto
-            its sharding, in that memory, whatever mesh wrote it. A struct whose
-            sharding names no devices goes to those of `jax.set_mesh`. A sharding in
-            the place of a leaf, or of a subtree, places what is stored there. Functions
-            are taken from it. Not changed. What is shared in an NNX module is shared in
-            what is returned. None: the tree as plain dicts, lists and tuples, JAX
-            arrays on the default device, None for functions; NNX modules and states as
-            the dicts that `nnx.update` and `nnx.replace_by_pure_dict` take.
-        cast: Convert where only the dtypes of stored and wanted arrays differ, rather
+        path: The checkpoint's directory, or a `gs://` or `s3://` URL. A
+            `CheckpointInfo` loads only the very checkpoint that it describes.
+        like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s; it
+            is not changed. Each leaf is restored with the dtype, shape and kind of
+            value of the leaf in `like`, onto that leaf's sharding and memory, whatever
+            mesh wrote it. A struct whose sharding names no devices goes to the devices
+            of `jax.set_mesh`. A sharding in place of a leaf or subtree places what is
+            stored there. Functions are taken from `like`. What an NNX module in `like`
+            shares is shared in the result. None: plain dicts, lists and tuples, with
+            JAX arrays on the default device, and None for functions. NNX modules and
+            states become the dicts that `nnx.update` and `nnx.replace_by_pure_dict`
+            take.
+        cast: Convert arrays if only their dtype differs from the wanted dtype, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax
-            records none.
-        with_info: Return a `Loaded`, which has the record of what was loaded, too.
+            records no digests.
+        with_info: Return a `Loaded`: the tree, and the checkpoint's record.
 
     Returns:
         The tree, with the structure of `like` if that is given.
@@ -62,10 +63,13 @@ def load(
     Raises:
         CheckpointNotFoundError: If there is no checkpoint at `path`, or `path` is a
             `CheckpointInfo` and another checkpoint has taken its place.
-        CheckpointMismatchError: Listing every leaf in which structure, shape or dtype
-            differ from `like`; nothing was read.
+        CheckpointMismatchError: If the structure, a shape or a dtype differs from
+            `like`; lists every such leaf. It comes before flaxckpt reads values, unless
+            only the values show the difference.
         CheckpointCorruptError: If it cannot be read, or is not what was saved.
+        CheckpointPathError: If this process cannot read it.
         UnsupportedLeafError: If `like` has leaves that are no values.
+        SettingError: If `path` is no path, or `like` is one.
         CheckpointError: If the object store cannot be reached.
 
     Example:
@@ -83,7 +87,7 @@ def load(
 def restore(
     path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
 ) -> Loaded:
-    """Load a tree as `load` does, and its record."""
+    """Load a tree and its record, as `load` does."""
     check_like(like)
 
     def read(where: Path) -> Loaded:
@@ -112,14 +116,15 @@ def load_weights(
     verify: bool = True,
     with_info: bool = False,
 ) -> Any:
-    """Load the weights alone, from a checkpoint of weights or of a whole state.
+    """Load only the weights, from a checkpoint of weights or of a whole state.
 
-    What the weights are was settled by `weights` when it was saved. In a checkpoint
-    that plain Orbax wrote they are `params` and the mappings beside it, if there is
-    an `opt_state`, and otherwise all; of several items, those whose names are not those
-    of an optimizer, metrics and the like.
+    The `weights` of the `ModelCheckpoint` that saved it chose the weights. In a
+    checkpoint of plain Orbax, names tell: the weights are `params` and the mappings
+    beside it if there is an `opt_state` or the like, and otherwise the whole tree. Of
+    several items, they are those without the name of an optimizer, metrics and the
+    like.
 
-    In several processes, every one must call it.
+    If there are several processes, each must call this.
 
     Args:
         path: As for `load`.
@@ -134,8 +139,9 @@ def load_weights(
         `nnx.update` takes.
 
     Raises:
-        CheckpointError: If the weights were computed when saving, not picked, so that
-            a whole checkpoint does not hold them; and as `load`.
+        CheckpointError: If `weights` computed the weights rather than picked them, so
+            that a checkpoint of the whole state does not hold them; if it holds no
+            weights; and as `load`.
     """
     check_like(like)
 
@@ -165,16 +171,17 @@ def load_weights(
 def verify(path: str | os.PathLike[str]) -> None:
     """Check that a checkpoint holds what was saved, bit for bit.
 
-    Needs no accelerator, and no more memory than its largest leaf takes, or 256 MiB.
+    Needs no accelerator, and memory for its largest leaf, or 256 MiB if that is more.
 
     Args:
-        path: The checkpoint's directory; a `gs://` or `s3://` URL, too.
+        path: The checkpoint's directory, or a `gs://` or `s3://` URL.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint at `path`.
-        CheckpointCorruptError: Naming the leaves that cannot be read or differ from
-            what was saved, and the files that they are in.
-        CheckpointError: If plain Orbax wrote it, which records nothing to check by.
+        CheckpointCorruptError: If leaves cannot be read, or differ from what was saved;
+            names the leaves and their files.
+        CheckpointPathError: If this process cannot read it.
+        CheckpointError: If plain Orbax wrote it, which records no digests.
 
     Example:
         >>> import flaxckpt
@@ -200,7 +207,7 @@ def _verify(path: Path) -> None:
 
 
 def batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:
-    """Group the leaves that Orbax holds, so that each group fits into little memory."""
+    """Group the leaves that Orbax stores into batches of 256 MiB, or of one leaf."""
     batch: list[int] = []
     size = 0
     for index, leaf in enumerate(leaves):

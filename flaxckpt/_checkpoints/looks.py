@@ -1,8 +1,8 @@
 """The ways of writing that this process has already checked, by directory.
 
-A checkpoint is looked at before it takes its place where its tree is written into a
-directory for the first time, or for the first time in this way: a bug in what writes it
-shows then, and not when it is to be restored.
+The writer checks a checkpoint before it takes its place, the first time that such a
+tree is written into a directory in such a way. A bug in the writer then shows at the
+save, and not at the restore.
 """
 
 import functools
@@ -13,24 +13,24 @@ _REMEMBERED = 64
 
 
 class Looks:
-    """What was looked at, and all there."""
+    """The kinds of checkpoints that were checked, and were complete."""
 
     def __init__(self) -> None:
-        """Nothing was looked at yet."""
+        """Begin with no kinds."""
         self._seen: deque[tuple[Any, ...]] = deque(maxlen=_REMEMBERED)
 
     def is_new(self, *what: Any) -> bool:
-        """Tell whether a look is due.
+        """Tell whether a checkpoint of this kind has to be checked.
 
         Args:
-            *what: The directory, the way of writing, the tree's layout, and where its
-                leaves were: whatever compares as equal where the same files are to be
-                there.
+            *what: The directory, the way of writing, the tree's layout, and its leaves'
+                placements. They are equal for checkpoints that must have the same
+                files.
         """
-        return what not in tuple(self._seen)  # which another thread may change
+        return what not in tuple(self._seen)  # a copy: another thread may append to it
 
     def note(self, *what: Any) -> None:
-        """Note what was looked at and all there; large layouts are kept once."""
+        """Note that a checkpoint was complete; keep each large layout only once."""
         earlier = [each for other in tuple(self._seen) for each in other]
         kept = (next((one for one in earlier if one == each), each) for each in what)
         self._seen.appendleft(tuple(kept))
@@ -38,5 +38,5 @@ class Looks:
 
 @functools.cache
 def shared_looks() -> Looks:
-    """Return what all objects of this process have looked at."""
+    """Return the one `Looks` of this process, which all objects share."""
     return Looks()

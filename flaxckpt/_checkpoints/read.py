@@ -1,4 +1,4 @@
-"""A checkpoint's leaves, read and compared with their digests."""
+"""A checkpoint's leaves are read, and compared with their digests."""
 
 import functools
 import os
@@ -53,7 +53,11 @@ def load_tree(
     cast: bool,
     check: bool,
 ) -> PyTree:
-    """Load a part of a checkpoint, None for all; without a layout, plain Orbax's."""
+    """Load a checkpoint's tree, or a part of it; see `load` for `like` and `cast`.
+
+    The layout is None if plain Orbax wrote the checkpoint. The part is a skeleton, a
+    function that finds it in the layout, or None for the whole tree.
+    """
     values: list[Any] | None = None
     if layout is None:
         foreign = read_foreign(path, like, weights_only=callable(part))
@@ -71,7 +75,7 @@ def load_tree(
         plan, twins = match(str(path), view, like, cast=cast)
     except CheckpointMismatchError as error:
         if values is None:
-            # It may be the table that is wrong.
+            # The difference may come from a wrong table of leaves.
             _check_table(path, layout, layout.leaves)
         raise naming_items(path, error) from None
     _warn_of_functions(path, view, plan, None if like is None else flatten(like).leaves)
@@ -130,10 +134,7 @@ def _read_each(
     *,
     check: bool,
 ) -> list[Any]:
-    """Read leaves as they are wanted, one that is wanted several times as often.
-
-    So each place gets an array of its own, which may be donated.
-    """
+    """Read each leaf once for each place, so that each place has an array to donate."""
     rounds: list[dict[int, int]] = []
     times: Counter[int] = Counter()
     for position, (index, _) in enumerate(asked):
@@ -152,7 +153,7 @@ def _read_each(
 
 
 def _are_same(one: Any, other: Any) -> bool:
-    """Tell whether two leaves are equal, bit for bit, in what this process has."""
+    """Tell whether two leaves are equal, bit for bit, in this process's shards."""
 
     def parts(value: Any) -> list[bytes]:
         value = without_keys(value)
@@ -175,8 +176,8 @@ def _warn_of_functions(
         path: The checkpoint.
         layout: What is stored.
         plan: What is wanted, in the order of `given`.
-        given: The leaves of `like`, some of which may only say where to put what is
-            stored; None without a `like`.
+        given: The leaves of `like`, some of which may be shardings in place of values;
+            None without a `like`.
     """
     names = [leaf.name for leaf in layout.leaves if leaf.kind == "function"]
     if given is not None:
@@ -197,15 +198,15 @@ def _warn_of_functions(
 
 
 def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
-    """Check that leaves are stored as the table of leaves says.
+    """Check that leaves are stored with the shapes and dtypes of the table of leaves.
 
-    Orbax would take whatever it finds.
+    Orbax would return whatever it finds.
 
     Raises:
-        CheckpointCorruptError: Naming those that are not.
+        CheckpointCorruptError: If some are not; names them.
     """
     if source_of(path) is not None:
-        return  # nothing is fetched from an object store for that
+        return  # a check alone fetches nothing from an object store
     check_plain(path, layout.nbytes, layout.nbytes)
     reader = _reader(path, layout)
     if reader is None:
@@ -222,7 +223,7 @@ def _check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
 
 
 def _reader(path: Path, layout: Layout) -> Reader | None:
-    """Return what reads a checkpoint's arrays; None where Orbax tells why it cannot."""
+    """Return a checkpoint's `Reader`; None if Orbax is to try and to tell the error."""
     if is_database(path):
         check_plain(path, held=layout.nbytes)
     try:
@@ -236,7 +237,15 @@ def _reader(path: Path, layout: Layout) -> Reader | None:
 def read(
     path: Path, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
 ) -> list[Any]:
-    """Read the wanted ones of a checkpoint's leaves, each to where it is wanted."""
+    """Read the wanted leaves of a checkpoint, each onto its wanted sharding.
+
+    Returns:
+        A value for each leaf of the layout; None if it is not wanted.
+
+    Raises:
+        CheckpointCorruptError: If leaves cannot be read, or, with `check`, differ from
+            what was saved; names the leaves and their files.
+    """
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
     values, damaged, unchecked = _read_files(path, layout, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}
@@ -265,17 +274,17 @@ def _read_files(
     *,
     check: bool,
 ) -> tuple[dict[int, Any], list[Leaf], dict[int, Leaf]]:
-    """Read what is stored in a known way; no other process has to come.
+    """Read leaves that are stored in a known way, without Orbax or other processes.
 
     Returns:
-        The values of those that could be read so, which of them differ from what was
-        saved, and which of them are still to be checked.
+        The values that could be read, the leaves that are damaged, and the leaves that
+        are still to be checked.
     """
     reader = _reader(path, layout)
     if reader is None:
         return {}, [], {}
     known = dict(leaves)
-    if are_several():  # what one can't read is damaged, unless none of them knows it
+    if are_several():  # all processes must leave the same leaves to Orbax
         known = {index: leaf for index, leaf in leaves.items() if reader.knows(leaf)}
 
     def read(index: int) -> tuple[Any, bool | None]:
@@ -288,13 +297,13 @@ def _read_files(
             return reader.read(leaf, check=check)
         return reader.read_onto(leaf, place, check=check)
 
-    # More than the cores take each other's cache, and are no faster.
+    # More threads than cores compete for the cache, and are no faster.
     threads = min(_READ_THREADS, os.cpu_count() or 1)
     with unchecked_pool(threads, "flaxckpt-read") as pool:
         found = dict(zip(known, pool.map(read, known), strict=True))
     damaged = [known[index] for index, (_, same) in found.items() if same is False]
     values = {index: value for index, (value, _) in found.items() if value is not None}
-    if are_several():  # Orbax would wait for processes that could read them
+    if are_several():  # Orbax would wait for the processes that could read these
         damaged += [leaf for index, leaf in known.items() if index not in values]
         values = dict.fromkeys(known) | values
     unchecked = {i: known[i] for i, (_, same) in found.items() if same is None}
@@ -305,14 +314,14 @@ def _read_files(
 
 
 def _as_key(leaf: Leaf, data: Any, want: Wanted) -> Any:
-    """Return typed PRNG keys with these data, where they are wanted."""
+    """Wrap data as typed PRNG keys, on the wanted sharding."""
     if not isinstance(data, jax.Array):
         data = jax.device_put(data, want.sharding or jax.local_devices()[0])
     return with_key(leaf, data)
 
 
 def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
-    """Return the leaves whose values are not what was saved; Orbax checks little."""
+    """Return the leaves whose values do not have their recorded digests."""
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
     there = {i: leaf for i, leaf in recorded.items() if not is_shared(values[i])}
     same = agree([values[i] for i in there], [leaf.digest for leaf in there.values()])
@@ -331,7 +340,7 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
 def read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     """Read a checkpoint's table of leaves: the layout, and where in it the weights are.
 
-    Both are None for what plain Orbax wrote.
+    Both are None if plain Orbax wrote the checkpoint.
     """
     if not is_checkpoint(path):
         return None, None
@@ -364,5 +373,5 @@ def _check_known(leaf: Leaf) -> None:
 
 @functools.cache
 def _is_name(dtype: str) -> bool:
-    """Tell whether this is the name by which a dtype is recorded, and no other one."""
+    """Tell whether this is the name by which a dtype is recorded, and no alias."""
     return str(jnp.dtype(dtype)) == dtype

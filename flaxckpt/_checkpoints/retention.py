@@ -1,4 +1,4 @@
-"""Which checkpoints to delete: records in, deletions out, no disk."""
+"""Which checkpoints to delete, chosen by their records, without a look at the disk."""
 
 import math
 import numbers
@@ -12,10 +12,11 @@ from flaxckpt.errors import SettingError
 
 
 class PreservationPolicy(Protocol):
-    """What `preserve` takes: any of Orbax's preservation policies, or one's own.
+    """What `preserve` takes: any of Orbax's preservation policies, or your own.
 
-    Orbax's are in `orbax.checkpoint.v1.training.preservation_policies`: `LatestN`,
-    `BestN`, `EveryNSteps`, `EveryNSeconds`, `CustomSteps`, `AnyPreservationPolicy`...
+    `orbax.checkpoint.v1.training.preservation_policies` has Orbax's policies:
+    `LatestN`, `BestN`, `EveryNSteps`, `EveryNSeconds`, `CustomSteps`,
+    `AnyPreservationPolicy`...
     """
 
     def should_preserve(
@@ -24,9 +25,9 @@ class PreservationPolicy(Protocol):
         """Tell for each checkpoint, oldest first, whether to keep it.
 
         Args:
-            checkpoints: `CheckpointInfo`s, which have a policy's `step`, `time` and
-                `metrics`.
-            context: None; there for Orbax's own policies.
+            checkpoints: `CheckpointInfo`s, which have the attributes `step`, `time` and
+                `metrics` that Orbax's policies read.
+            context: None; Orbax's policies take it.
         """
         ...
 
@@ -54,11 +55,11 @@ def best_of(
         infos: Checkpoints, oldest first.
         monitor: Key in their logs.
         mode: `"min"` or `"max"`.
-        dtype: As what the decision compares the values: of two that are equal as such,
-            neither is better.
+        dtype: The dtype in which the decision compares values. Of two values that are
+            equal in this dtype, neither is better.
 
     Returns:
-        The best; None where none has a number to compare. NaN is none.
+        The best; None if no checkpoint has a number to compare. NaN is no number.
     """
     return next(iter(ranked(infos, monitor, mode, dtype)), None)
 
@@ -76,16 +77,16 @@ def ranked(
 def monitored_value(
     logs: Mapping[str, Any], monitor: str, dtype: Any = "float32"
 ) -> float | None:
-    """Return the number that a record's logs hold for `monitor`, as it is compared.
+    """Return the number that logs hold for `monitor`, rounded to `dtype`.
 
-    None if there is none, or a NaN.
+    None if there is no number, or a NaN.
     """
     value = logs.get(find(logs, monitor))
     if not isinstance(value, numbers.Real):
         return None
     try:
         number = float(rounded(float(value), dtype))
-    except OverflowError:  # an integer that no float is as large as
+    except OverflowError:  # an integer larger than any float
         return None
     return None if math.isnan(number) else number
 
@@ -99,14 +100,14 @@ def expired(
 
     Args:
         infos: All checkpoints of a series, oldest first, all durable.
-        policy: What else to keep; None keeps all.
-        best: The best of them, if one is known.
+        policy: Tells which checkpoints to keep; None keeps all.
+        best: The best checkpoint; None if it is not known.
 
     Returns:
-        Those that the policy does not keep; never the newest, never the best.
+        The checkpoints that the policy does not keep, less the newest and the best.
 
     Raises:
-        SettingError: If the policy raises, or does not answer with one bool for each.
+        SettingError: If the policy raises, or does not give one answer for each.
     """
     if policy is None or not infos:
         return ()

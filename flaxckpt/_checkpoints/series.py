@@ -1,9 +1,9 @@
 """A series of checkpoints: what one template has on disk, and what may go.
 
-A series has its checkpoints and a slot, in which the last state is when none of the
-checkpoints can be resumed from as well. Who lists it reads the disk; who writes it
-holds its lock, so no other process changes it, and remembers what is there: with 10,000
-checkpoints, reading all records anew takes a second.
+A series has its checkpoints and a `last` slot, which holds the newest state whenever no
+checkpoint holds all of it. A reader lists the disk. The writer holds the series' lock,
+so no other process changes it, and remembers what is there: with 10,000 checkpoints,
+reading all records again takes a second.
 """
 
 import datetime
@@ -49,9 +49,9 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
 
-# What has several processes write a checkpoint, and returns what each has written.
+# Has several processes write their shares of a checkpoint, and returns all shares.
 Together: TypeAlias = Callable[[Path, Callable[[], list[Share]]], list[list[Share]]]
-# What the slot's own series is called, behind the name of the checkpoints'.
+# The slot is a series of its own: this follows the name of the checkpoints' series.
 _SLOT_SERIES = " (last)"
 _TICK = datetime.timedelta(microseconds=1)
 
@@ -61,7 +61,7 @@ class Page:
     """One directory to write, and what goes into it.
 
     Attributes:
-        path: Where.
+        path: The directory.
         in_slot: Whether it is the slot.
         layout: The tree's layout.
         leaves: Its leaves.
@@ -79,10 +79,10 @@ class Series:
     """What one template has on disk.
 
     Attributes:
-        root: The directory below which all of it is.
-        name: Its name.
-        area: Where all of it is written.
-        slots: Where the slot may be.
+        root: The directory that has all of it.
+        name: The series' name.
+        area: The area that writes it.
+        slots: The two paths that the slot may have, the preferred one first.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class Series:
         """Describe the series; touch nothing.
 
         Args:
-            template: Of its paths.
-            slot: Where the last state is saved if nothing else is.
-            policy: Which of its checkpoints to keep.
-            monitor: Key in their logs of the value by which one is the best.
-            mode: `"min"`, `"max"`, or `"auto"` where there is no best.
-            dtype: As what the values are compared.
+            template: The template of its paths.
+            slot: The preferred path of the slot.
+            policy: Tells which of its checkpoints to keep; None keeps all.
+            monitor: Key in the logs of the value by which a checkpoint is the best.
+            mode: `"min"`, `"max"`, or `"auto"` if there is no best.
+            dtype: The dtype in which the values are compared.
             sync: Whether to wait for the disk.
             compress: Whether to compress the arrays.
             may_write: Whether values may be written straight from memory.
             frozen: Which leaves are frozen; None if none are.
-            in_store: Whether the paths are those of a mirror of an object store.
+            in_store: Whether the paths are in a mirror of an object store.
         """
         self.root = Path(template.root)
         self._template, self.name = template, template.name
@@ -136,13 +136,13 @@ class Series:
     # ---- reading ---------------------------------------------------------------------
 
     def listed(self) -> tuple[Infos, list[LeftOut]]:
-        """List the checkpoints, oldest first, and what is damaged beside them.
+        """List the checkpoints, oldest first, and an error for each that is left out.
 
-        Or what cannot be read there; see `may_be_ours`.
+        Each of these is damaged or unreadable, and `may_be_ours` tells if it matters.
         """
         template = self._template
         self.area.refresh()
-        with self.area.committing:  # what is listed is on disk
+        with self.area.committing:  # so the names of listed checkpoints are on disk
             infos, damaged = list_below(template.root, template.depth)
         return tuple(filter(self._is_own, infos)), [
             self._shown(error) for error in damaged
@@ -151,7 +151,7 @@ class Series:
     def _is_own(self, info: CheckpointInfo) -> bool:
         """Tell whether a checkpoint is of this series.
 
-        One that was copied or renamed by hand is not, unless to a name of the series.
+        If it was copied or renamed by hand, the template must be able to give its name.
         """
         if info.series != self.name:
             return False
@@ -161,15 +161,15 @@ class Series:
         )
 
     def _saved_as(self, path: Path) -> str:
-        """Return what a record has for a path, and for its places aside."""
+        """Return the `saved_as` of a path's record, and of its places aside."""
         below = path.relative_to(self.root)
         name = without_suffix(below.name, self._tag)
         return below.with_name(name).as_posix() if name else ""
 
     def _shown(self, error: LeftOut) -> LeftOut:
-        """Return an error with the path as its users know it, and of the right kind.
+        """Return an error with the path as its users know it.
 
-        A link in a circle, by the name of a checkpoint, is a damaged one.
+        A link that leads nowhere and has a checkpoint's name is a damaged checkpoint.
         """
         path = str(self.area.shown(Path(error.path)))
         if isinstance(error, CheckpointPathError) and leads_nowhere(error.path):
@@ -178,10 +178,7 @@ class Series:
         return type(error)(path, error.problem)
 
     def may_be_ours(self, unreadable: str) -> bool:
-        """Tell whether a path that cannot be read may be of one of these checkpoints.
-
-        By its name, since nothing else is known of it.
-        """
+        """Tell by its name whether an unreadable path may hide checkpoints of ours."""
         root = str(self.area.shown(self.root))  # may be a URL
         if unreadable == root:
             return True
@@ -192,14 +189,14 @@ class Series:
         return self._template.fits((*above, bare(name, self._tag)))
 
     def slot(self) -> Path:
-        """Return where the slot is, or will be: its name may be another series'."""
+        """Return the slot's path, or one for a new slot that no other series has."""
         self.area.refresh(*self.slots)
         ours, free = list[CheckpointInfo](), list[Path]()
         for place in self.slots:
             try:
                 info = self._of_slot(place)
             except CheckpointPathError:
-                if place == self.slots[-1]:  # nobody else's
+                if place == self.slots[-1]:  # no other series uses this path
                     raise
                 continue
             if info is None:
@@ -211,7 +208,7 @@ class Series:
         return (free or [self.slots[-1]])[0]
 
     def slot_info(self) -> CheckpointInfo | None:
-        """Return what is in the slot, if it is ours and whole."""
+        """Return the record in this series' slot; None if there is no whole one."""
         info = self._of_slot(self.slot())
         return info if info is not None and self._is_slot(info) else None
 
@@ -225,10 +222,10 @@ class Series:
         return info.series == self.name + _SLOT_SERIES
 
     def by_age(self) -> tuple[Infos, list[LeftOut]]:
-        """List what can be resumed from, oldest first: the slot's beside the rest.
+        """List the checkpoints and the slot, oldest first, and errors as `listed` does.
 
-        The slot is read first: it is deleted after something newer is in the series, so
-        a state that moves from the one to the other is in one of the two.
+        The slot is read first. A writer deletes it only after a newer checkpoint is
+        there, so at least one of the two is listed.
         """
         slot = self.slot_info()
         infos, damaged = self.listed()
@@ -236,17 +233,17 @@ class Series:
         return tuple(sorted(infos, key=lambda info: info.time)), damaged
 
     def best_of(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-        """Return the best of some checkpoints, None where it is not known which is."""
+        """Return the best of some checkpoints; None if there is nothing to compare."""
         if self._mode == "auto":
             return None
         return best_of(infos, self._monitor, self._mode, self._dtype)
 
     def ranked(self, infos: Sequence[CheckpointInfo]) -> Infos:
-        """Return those checkpoints that have a number to compare, the best first."""
+        """Return the checkpoints that have a number to compare, the best first."""
         return ranked(infos, self._monitor, self._mode, self._dtype)
 
     def others(self) -> list[str]:
-        """Name the checkpoints of other series in the same place."""
+        """Name the checkpoints of other series below the same root, at this depth."""
         infos, _ = list_below(self._template.root, self._template.depth)
         return [info.path.name for info in infos if not self._is_own(info)]
 
@@ -260,16 +257,19 @@ class Series:
         overwrite: bool,
         by_hand: bool = False,
     ) -> Placed:
-        """Choose where a save goes that may not replace a better one. The area is open.
+        """Choose the place of a save that may not replace a better checkpoint.
+
+        The area must be open.
 
         Args:
-            path: Where it is to go.
-            logs: Its scalar metrics.
-            overwrite: Whether it may all the same, and what is aside goes.
-            by_hand: Whether it gets its path, and a better one makes way.
+            path: The save's path.
+            logs: The save's scalar metrics.
+            overwrite: Whether it may replace a better checkpoint after all; then the
+                checkpoints aside are superfluous.
+            by_hand: Whether it gets its path, and a better checkpoint moves aside.
 
         Raises:
-            CheckpointPathError: If it cannot be written there.
+            CheckpointPathError: If nothing can be written at the place aside.
         """
         infos, names = self._ledger().infos, places_aside(path, self._tag)
         there = {
@@ -302,12 +302,12 @@ class Series:
     ) -> tuple[float | None, str]:
         """Return the value of the checkpoint at a path, and why it may have to stay.
 
-        It has the best value of all if nobody can tell whether another one is better.
+        The value is infinitely good if it cannot be compared with the save's value.
 
         Args:
             path: The path, at which there is something.
-            info: What the ledger has; None if it is not a checkpoint of this series, or
-                if its record cannot be read.
+            info: The record in the ledger; None if it is not a checkpoint of this
+                series, or if its record cannot be read.
         """
         unbeaten = -math.inf if self._mode == "min" else math.inf
         if info is None:
@@ -329,19 +329,19 @@ class Series:
         return value, f"it is better, and of another filepath ({info.series!r})"
 
     def swap(self, new: Path, path: Path) -> bool:
-        """Give a save by hand its path, and the better one there the name it had.
+        """Exchange the names of a save by hand and the better checkpoint at its path.
 
-        So what is at the path, and the better one, are there at every moment.
+        At every moment, there is a checkpoint at the path, and the better one exists.
 
         Args:
-            new: Where `put` has put the save, aside.
+            new: The place aside, where `put` has put the save.
             path: The path.
 
         Returns:
-            Whether a better one was still there.
+            Whether the better checkpoint was still there.
         """
         known, names = self._ledger(), {str(new): path, str(path): new}
-        self._known = None  # until it is known that nothing failed half-way
+        self._known = None  # if this fails half-way, the disk is read again
         is_there = True
         try:
             self.area.swap(new, path)
@@ -358,16 +358,16 @@ class Series:
         return is_there
 
     def make_way(self, path: Path, kept: Path) -> bool:
-        """Move a checkpoint in an object store aside, for a save by hand.
+        """Copy a checkpoint in an object store aside, for a save by hand.
 
-        It stays at its path, too, until the save is there.
+        It also stays at its path until the save is there.
 
         Args:
             path: The path.
-            kept: Where `place` has it moved.
+            kept: The place aside that `place` chose.
 
         Returns:
-            Whether it was there to be moved, and not deleted meanwhile.
+            Whether it was still there.
         """
         known = self._ledger()
         try:
@@ -384,7 +384,7 @@ class Series:
         return is_moved
 
     def drop(self, paths: Sequence[Path]) -> None:
-        """Delete checkpoints, once what is new is in its place.
+        """Delete checkpoints, after the new one is in its place.
 
         Raises:
             CheckpointError: If one could not be deleted.
@@ -409,7 +409,7 @@ class Series:
         weights_only: bool,
         together: Together | None = None,
     ) -> Task | None:
-        """Write a checkpoint and put it in its place. The area is open.
+        """Write a checkpoint and put it in its place. The area must be open.
 
         Args:
             page: What to write.
@@ -418,13 +418,13 @@ class Series:
             logs: Its scalar metrics.
             state: Its decision state, as plain values.
             step: The count that retention goes by.
-            time: When it was asked for.
-            weights_only: Whether it holds the weights alone.
-            together: What has other processes write their shares, and returns all; see
-                `_store.write_together`. None where this one writes all.
+            time: When the caller asked for it.
+            weights_only: Whether it holds only the weights.
+            together: Has the other processes write their shares, and returns all
+                shares; see `write_together`. None if this process writes all.
 
         Returns:
-            What tells who has written its values; None where several processes have.
+            What tells who wrote the values; None if several processes did.
         """
         known = self._ledger()
         info = CheckpointInfo(
@@ -439,7 +439,7 @@ class Series:
             state=state,
             saved_as=self._saved_as(page.path),
         )
-        self._known = None  # until it is known that nothing failed half-way
+        self._known = None  # if this fails half-way, the disk is read again
         what = info, self.area, page.layout, page.leaves, page.weights
         put = functools.partial(self._put_in_slot, page) if page.in_slot else None
         with space_told(self.area.shown(page.path), page.layout.nbytes, self.root):
@@ -467,10 +467,10 @@ class Series:
         return task
 
     def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
-        """Put a page in the slot's place, or the next if that is another series'.
+        """Put a page at the slot's path, or at the second if another series has that.
 
-        It may have become that since `slot` has looked: each series has a lock of its
-        own. Only the first place has a name that others may want.
+        Another series may have taken the first path since `slot` looked: each series
+        has its own lock. No other series uses the second path.
         """
         first, second = self.slots
         series = self.name + _SLOT_SERIES
@@ -484,22 +484,20 @@ class Series:
         self.area.put(written, second)
         page.path = second
         if place == first and not self.area.is_mirror:
-            for older in (
-                set_aside(first),
-                first,
-            ):  # the other one came between renames
+            # This series' old slot, if the other one came between two renames.
+            for older in (set_aside(first), first):
                 if is_of(older, series):
                     self._remove(older)
         return second
 
     def prune(self, *, resumable: bool) -> list[str]:
-        """Delete what is no longer to be kept, once what is new is in its place.
+        """Delete what is no longer to be kept, after the new save is in its place.
 
         Args:
-            resumable: Whether what is new makes the slot superfluous.
+            resumable: Whether the new save makes the slot superfluous.
 
         Returns:
-            What is wrong with those that stay because of what is in them.
+            A message for each checkpoint that stays because of what is in it.
 
         Raises:
             CheckpointError: If something could not be deleted.
@@ -545,7 +543,7 @@ class Series:
             ) from error
 
     def _ledger(self) -> "_Known":
-        """Return what is on disk, reading it only if another object has changed it."""
+        """Return what is on disk; read it again only if another object changed it."""
         known = self._known
         if known is None or known.changes != self.area.changes:
             infos, slot = self.listed()[0], self.slot_info()
@@ -568,7 +566,7 @@ class Series:
                 known.best = self.best_of((known.best, info))
 
     def best_value(self) -> float | None:
-        """Return the best monitored value on disk. The area is open."""
+        """Return the best monitored value on disk, if any. The area must be open."""
         best = self._best(self._ledger())
         return None if best is None else self._value(best.logs)
 
@@ -576,7 +574,7 @@ class Series:
         return monitored_value(logs, self._monitor, self._dtype)
 
     def _best(self, known: "_Known") -> CheckpointInfo | None:
-        """Return the best that is on disk, whatever somebody has deleted by hand."""
+        """Return the best checkpoint, less those that somebody has deleted by hand."""
         if self._mode == "auto":
             return None
         best = known.best
@@ -594,8 +592,9 @@ class Series:
         """Return the best monitored value on disk.
 
         Args:
-            info: What was loaded, and counts as well, wherever it is; but not a last
-                state, which is not there to stay. None for plain Orbax's checkpoint.
+            info: The loaded checkpoint, which counts too, wherever it is. But one in a
+                slot does not, since it will be deleted. None for a checkpoint of plain
+                Orbax.
             damaged: Times of checkpoints whose values are known to be damaged.
         """
         infos = tuple(i for i in self.listed()[0] if str(i.time) not in damaged)
@@ -606,7 +605,7 @@ class Series:
 
 
 def _after(newest: datetime.datetime | None, now: datetime.datetime) -> Any:
-    """Return when a save was asked for: in the order of saves, whatever the clock."""
+    """Return the save's time, later than `newest` even if the clock was set back."""
     return now if newest is None else max(now, min(newest + _TICK, LAST_TIME))
 
 
@@ -617,9 +616,9 @@ class _Known:
     Attributes:
         infos: The checkpoints by their paths, oldest first.
         has_slot: Whether there is something in the slot.
-        newest: The latest time of all.
+        newest: The latest time of all checkpoints and the slot.
         changes: The area's count of changes at that state.
-        best: The best of `infos`; None if it has to be looked for.
+        best: The best of `infos`; None if it must be looked for.
     """
 
     infos: dict[str, CheckpointInfo]

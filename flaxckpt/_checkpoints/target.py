@@ -1,4 +1,4 @@
-"""Whether a path can be written to, before anything is."""
+"""Checks that a checkpoint can be written at a path, before anything is written."""
 
 import functools
 import itertools
@@ -12,8 +12,9 @@ from flaxckpt._disk.open import is_damage, unreadable
 from flaxckpt._disk.record import holds_checkpoint
 from flaxckpt.errors import CheckpointPathError
 
-NAME_BYTES = 255  # of each name in a path; Linux and macOS take no more
-_PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300  # less what is below
+NAME_BYTES = 255  # most bytes of each name in a path, on Linux and macOS
+# Most bytes of a path, less room for the names below it.
+_PATH_BYTES = (4096 if sys.platform == "linux" else 1024) - 300
 _ELSEWHERE = "Choose another filepath."
 
 
@@ -21,8 +22,9 @@ def check_target(path: Path, root: Path) -> None:
     """Check that a checkpoint can be written at `path`, and write nothing.
 
     Raises:
-        CheckpointPathError: If something else is there, or the directory cannot be
-            written to.
+        CheckpointPathError: If something else is there, the path is within a
+            checkpoint, is too long or on another file system than `root`, or its
+            directory cannot be written to.
     """
     device = check_root(root).st_dev
     _check_names(os.fspath(path))
@@ -66,21 +68,21 @@ def _holds_other_things(path: Path) -> bool:
         return False
     try:
         has_any = any(path.iterdir())
-    except FileNotFoundError:  # the thread that writes has deleted it by now
+    except FileNotFoundError:  # the writing thread has deleted it meanwhile
         return False
-    return has_any and not holds_checkpoint(
-        path
-    )  # which that thread has put there by now
+    # The writing thread may have put a checkpoint there meanwhile.
+    return has_any and not holds_checkpoint(path)
 
 
 def check_root(root: Path) -> os.stat_result:
     """Check that `root` is a directory, or can be made.
 
     Returns:
-        What the nearest directory is that exists: it, or one above.
+        The status of `root`, or of the nearest directory above it that exists.
 
     Raises:
-        CheckpointPathError: If it, or what should be a directory above it, is a file.
+        CheckpointPathError: If `root`, or the nearest path above it that exists, is a
+            file; or if `root` is too long.
     """
     _check_names(os.fspath(root))
     there, found = _nearest(root)
@@ -104,7 +106,7 @@ def _check_names(path: str) -> None:
     """Check that a file system takes the names in a path.
 
     Raises:
-        CheckpointPathError: If none does.
+        CheckpointPathError: If it cannot be encoded, or it or a name in it is too long.
     """
     try:
         names = os.fsencode(path).split(b"/")
@@ -119,11 +121,9 @@ def _check_names(path: str) -> None:
 
 
 def _nearest(path: Path) -> tuple[Path, os.stat_result | None]:
-    """Find what exists of a path: the nearest, and what it is.
+    """Find the nearest path that exists, and its status; None for a broken link.
 
-    None for a symbolic link that leads nowhere.
-
-    One look at each, for other threads make directories meanwhile.
+    It looks at each path only once, since other threads make directories meanwhile.
     """
     for each in itertools.chain([path], path.parents):  # mostly, the first is there
         try:

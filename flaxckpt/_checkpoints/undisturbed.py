@@ -1,4 +1,4 @@
-"""Reads that a writer beside them may disturb, and that then begin again."""
+"""Reads that begin again if a writer replaces or deletes the checkpoint meanwhile."""
 
 import functools
 import os
@@ -34,16 +34,19 @@ from flaxckpt.errors import (
 )
 
 T = TypeVar("T")
-_DEPTH = 3  # how far below a directory without a checkpoint others are looked for
-_DIRECTORIES = 100  # and in how many of each depth
+_DEPTH = 3  # levels below a path without a checkpoint at which an error looks for some
+_DIRECTORIES = 100  # that it looks into at each level
 
 
 @runs_unchecked
 def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
-    """Read a checkpoint, once more if it is replaced or deleted meanwhile.
+    """Read a checkpoint; read again if a writer replaces or deletes it meanwhile.
 
-    A program that evaluates what another one trains reads paths that are written to. A
-    `CheckpointInfo` is read only while the checkpoint that it is of is there.
+    For example, one program evaluates the checkpoints that another program writes. A
+    `CheckpointInfo` is read only while the checkpoint that it describes is there.
+
+    Raises:
+        CheckpointError: If the checkpoint was replaced during each read.
     """
     use_threads()
     check_readable("path", path, "pass the path of a checkpoint first.")
@@ -66,7 +69,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
 
 
 def _shallow(path: Path, read: Callable[[Path], T]) -> T:
-    """Read a checkpoint whose tree is not nested more deeply than Python takes."""
+    """Read a checkpoint; a tree that is nested too deeply for Python is an error."""
     try:
         return read(path)
     except RecursionError as error:
@@ -76,10 +79,10 @@ def _shallow(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) -> T:
-    """Read a checkpoint if it still is the one of a record.
+    """Read a checkpoint if its record is still `info`.
 
     Raises:
-        CheckpointNotFoundError: If it is another one.
+        CheckpointNotFoundError: If another checkpoint, or none, is at `path`.
     """
     there = read_record(path)
     if there is None or not is_same(info, there):
@@ -97,7 +100,7 @@ def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
 
 
 def _stays(path: Path) -> bool:
-    """Tell whether a checkpoint stays as it is: none of its files is on its way out."""
+    """Tell whether a checkpoint keeps its files for a moment: nobody deletes it."""
     before = _files_of(path)
     pause()
     return located(path).is_dir() and _files_of(path) == before
@@ -109,7 +112,7 @@ def _files_of(path: Path) -> list[str]:
 
 
 def _from_store(url: str, read: Callable[[Path], T]) -> T:
-    """Read a checkpoint in an object store, as `_undisturbed` does."""
+    """Read a checkpoint in an object store, as `undisturbed` does."""
     for _ in looks():
         with fetched(url) as source:
             try:
@@ -126,9 +129,9 @@ def _from_store(url: str, read: Callable[[Path], T]) -> T:
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
-    """Return what differs between any two checkpoints, and if one was moved meanwhile.
+    """Return a value that changes if another checkpoint takes the path, or this moves.
 
-    Empty where there is none.
+    Empty if there is no record that can be read.
     """
     there = located(path)
     try:
@@ -142,13 +145,13 @@ def _found(path: str | os.PathLike[str]) -> Path:
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or is_readable(found):
         return found
-    is_there = os.path.isdir(found)  # nor is a name that is too long
+    is_there = os.path.isdir(found)  # False, too, for a name that is too long
     names = _names_below(*((found, _DEPTH) if is_there else (found.parent, 1)))
     raise CheckpointNotFoundError(str(found), names)
 
 
 def _names_below(directory: Path, depth: int) -> tuple[str, ...]:
-    """Name the nearest checkpoints below a directory; looks into some directories."""
+    """Name the checkpoints below a directory, at the first level that has some."""
     level = [directory]
     for _ in range(depth):
         names = [

@@ -13,5 +13,5 @@ def versions() -> dict[str, str]:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # it runs from its source tree
+    except importlib.metadata.PackageNotFoundError:  # as in a bare source tree
         return "unknown"

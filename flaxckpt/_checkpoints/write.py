@@ -1,4 +1,4 @@
-"""One checkpoint is written: tree, table of leaves and record; then a first look."""
+"""Writes one checkpoint: tree, table of leaves and record. Checks it the first time."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ from flaxckpt.errors import (
     CheckpointWriteError,
 )
 
-# From this mean size of leaves on, a file for each is better than a database of all.
+# If the leaves have this mean size in bytes, files are better than one database.
 _LARGE_LEAF = 2**20
 
 
@@ -84,29 +84,30 @@ def write_checkpoint(
 ) -> Task:
     """Write a checkpoint and put it in its place, replacing one that is there.
 
-    Blocks until it is there, and on disk. Until then, what was there is; nothing is
-    deleted before.
+    Blocks until the new checkpoint is there and, if `area` syncs, on disk. Until then
+    the old checkpoint stays in its place.
 
     Args:
-        info: Its record.
+        info: The checkpoint's record.
         area: Where its series is written; open.
         layout: The tree's layout.
-        leaves: Its leaves, in forms that Orbax stores; those that are frozen as
+        leaves: Its leaves, in forms that Orbax stores. Frozen leaves come as
             `FrozenLeaf`.
         weights: Where in `layout` the weights are.
         compress: Whether to compress the arrays.
-        frozen: Where frozen leaves are stored.
-        earlier: A checkpoint of the series that may hold them, if it is not known.
-        looks: What the writer has looked at before; None for no look.
-        put: Puts what is written in its place or another one, and returns which; None
-            to put it in its place.
-        may_write: Whether values may be written straight from memory, and not by Orbax.
+        frozen: Where frozen leaves are stored; None if no leaf is frozen.
+        earlier: A checkpoint that may hold frozen leaves, looked into if `frozen` knows
+            no stored leaf.
+        looks: The ways of writing that were checked before; None for no check.
+        put: Puts the written directory into its own or another place, and returns the
+            place; None for its own place.
+        may_write: Whether values may be written straight from memory, not by Orbax.
 
     Returns:
-        What tells who has written them.
+        What tells who wrote the values.
 
     Raises:
-        CheckpointWriteError: If not all is there that was to be written.
+        CheckpointWriteError: If something is missing from what was written.
     """
     held = held_values(layout, leaves)
     is_database = sum(leaf.nbytes for leaf in layout.leaves) < _LARGE_LEAF * len(held)
@@ -240,22 +241,23 @@ def learn_form(
     leaves: list[Any],
     exchanged: Callable[[dict[str, str]], dict[str, str]] | None,
 ) -> None:
-    """Have Orbax write a tree of several processes, only to see how it does.
+    """Have Orbax write a tree of several processes, only to learn the form.
 
-    Every process must call this, on its main thread: Orbax has them wait for each
-    other.
+    Every process must call this, on its main thread: Orbax makes the processes wait for
+    each other.
 
     Args:
-        directory: Where to, a directory in which nothing is; of the same name in all.
+        directory: The directory to write to; empty, with one name in all processes.
         layout: The tree's layout.
-        leaves: Its leaves; of keys, their data.
-        exchanged: Where each process has a directory of its own, takes the small files
-            in it, by their names, and returns those of all; None if all have the same.
+        leaves: Its leaves; PRNG keys as their data.
+        exchanged: Takes the texts of this process's small files by their names, and
+            returns the small files of all processes. None if all processes share
+            `directory`.
 
     Raises:
-        CheckpointError: If it writes in a way that is not known here.
+        CheckpointError: If Orbax writes in a way that is not known here.
     """
-    # What is in each process by itself Orbax takes from the host only.
+    # Orbax takes an array that is whole in every process only from the host.
     values = [
         np.asarray(leaf)
         if isinstance(leaf, jax.Array) and not is_shared(leaf)
@@ -267,7 +269,7 @@ def learn_form(
     context = orbax_context(is_database=False)
     if exchanged is not None:
         context.multiprocessing.primary_host = None
-        context.array.saving.use_replica_parallel = False  # which needs one directory
+        context.array.saving.use_replica_parallel = False  # it needs one directory
     with own_number(), quiet(), context:
         ocp.save(directory, layout.fill_for_orbax(keyed))
     if exchanged is not None:
@@ -286,7 +288,7 @@ def learn_form(
 
 
 def _small_files(directory: Path) -> dict[str, str]:
-    """Read what Orbax has written beside arrays' values."""
+    """Read as text all that Orbax has written, less the arrays' values."""
 
     def holds_values(path: Path) -> bool:
         above = path.relative_to(directory).parents
@@ -304,16 +306,16 @@ def _small_files(directory: Path) -> dict[str, str]:
 def write_share(
     directory: Path, layout: Layout, leaves: list[Any], *, sync: bool
 ) -> list[Share]:
-    """Write what is this process's of a checkpoint that another one begins and ends.
+    """Write this process's share of a checkpoint that process 0 begins and finishes.
 
     Args:
-        directory: Where that one has begun it.
-        layout: The tree's layout, the form of which is learnt.
+        directory: Where to write the share.
+        layout: The tree's layout, whose form is known.
         leaves: Its leaves.
         sync: Whether to wait for the disk.
 
     Returns:
-        For the other one, what was written.
+        What was written, for `write_together` in process 0.
     """
     form, held = known_form(layout, leaves)
     with Draft(directory, sync=sync) as draft:
@@ -332,21 +334,23 @@ def write_together(
     looks: Looks | None = None,
     put: Callable[[Path, Path], Path] | None = None,
 ) -> None:
-    """Write a checkpoint as `write` does, but that other processes write parts of it.
+    """Write a checkpoint as `write_checkpoint` does, with the other processes' shares.
+
+    Only process 0 calls this.
 
     Args:
-        info: Its record.
+        info: The checkpoint's record.
         area: Where its series is written; open.
-        layout: The tree's layout, the form of which is learnt.
+        layout: The tree's layout, whose form is known.
         leaves: Its leaves.
         weights: Where in `layout` the weights are.
-        meet: Tells the others where, calls what writes this one's share, and returns
-            all shares.
-        looks: As for `write`.
-        put: As for `write`.
+        meet: Tells the other processes the directory, calls the function that writes
+            this process's share, and returns all shares.
+        looks: As for `write_checkpoint`.
+        put: As for `write_checkpoint`.
 
     Raises:
-        CheckpointWriteError: As `write` does.
+        CheckpointWriteError: As `write_checkpoint` does.
     """
     form, held = known_form(layout, leaves)
     with area.staging(reuse=form.names | OURS) as directory:
@@ -356,23 +360,23 @@ def write_together(
             share = functools.partial(form.write_share, draft, held, leads=True)
             found, sums = form.joined(meet(written, share))
             _finish(draft, written, info, _table(layout, weights, found, sums))
-        if looks is not None and not area.is_mirror:  # where all shares are here
+        if looks is not None and not area.is_mirror:  # a store has the others' shares
             shown = area.shown(info.path)
             _look(written, shown, looks, ("together", layout, placements_of(held)))
         _put(area, written, info.path, put)
 
 
 def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> None:
-    """Look whether all of a checkpoint is there, unless its like was looked at before.
+    """Check that a checkpoint is complete, unless one written alike was checked before.
 
-    Reads no values, but where the files do not tell: then what a restore would read.
+    Reads values only of leaves whose files do not tell, as a restore would.
 
     Raises:
         CheckpointWriteError: If it is not.
     """
-    above = written.parents[1]  # in which it is staged
+    above = written.parents[1]  # the directory that has the staging directory
     there = os.stat(above)
-    # An inode alone may be that of a deleted one; a name alone, that of another one.
+    # Another directory may have the inode of a deleted one, or its name.
     what = (str(above), there.st_dev, there.st_ino, *what)
     if not looks.is_new(*what):
         return
@@ -388,7 +392,7 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
             turn = give_way(turn)
             if leaf.in_orbax and not reader.holds(leaf):
                 doubtful[index] = leaf
-        if doubtful and are_several():  # the others would have to read, too
+        if doubtful and are_several():  # all processes would have to read
             raise CheckpointCorruptError(str(written), "files are missing")
         for batch in batches(layout.leaves) if doubtful else ():
             wanted = {i: on_host(doubtful[i]) for i in batch if i in doubtful}
@@ -406,7 +410,7 @@ def _look(written: Path, shown: Path, looks: Looks, what: tuple[Any, ...]) -> No
 
 
 def _finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
-    """Add the table of leaves and the record, and have all of it on disk."""
+    """Write the table of leaves and the record, and finish the draft."""
     if not (written / STATE / "manifest.ocdbt").exists():
         draft.write(ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
@@ -420,7 +424,7 @@ def _table(
     found: list[str],
     sums: Sequence[Sequence[str]],
 ) -> bytes:
-    """Return the table of leaves as JSON; only digests and checksums are ever new."""
+    """Return the table of leaves as JSON; cache all but digests and checksums."""
     texts = [text for k, w, text in tuple(_TABLES) if k == layout and w == weights]
     if not texts:
         fields = {"format": FORMAT, **layout.to_json()}
@@ -435,10 +439,10 @@ _TABLES: deque[tuple[Layout, Skeleton, str]] = deque(maxlen=8)
 
 
 def _adopt(form: Form, frozen: Frozen | None, earlier: Path | None) -> None:
-    """Find what of an earlier run's last checkpoint can be linked, the first time."""
+    """Find leaves of an earlier checkpoint to link, if no stored leaf is known yet."""
     if frozen is None or earlier is None or not frozen.is_new:
         return
     try:
         form.adopt(earlier, Layout.from_json(read_leaves(earlier)).leaves, frozen)
     except (CheckpointError, OSError, ValueError, KeyError, TypeError):
-        pass  # of no use
+        pass  # nothing is linked, and the leaves are written again

@@ -1,1 +1,1 @@
-"""The command `flaxckpt`."""
+"""The command `flaxckpt`: `main` parses it, and `demo` is the training that it runs."""

@@ -1,7 +1,7 @@
 """The training behind `flaxckpt demo`: killed in mid-epoch, resumed, and compared.
 
-Run as a module it is the process that is killed: `python -m flaxckpt._cli.demo
-DIRECTORY EPOCHS KILL_EPOCH KILL_BATCH`.
+Run as a module, it is the process that is killed:
+`python -m flaxckpt._cli.demo DIRECTORY EPOCHS KILL_EPOCH KILL_BATCH`.
 """
 
 import functools
@@ -82,7 +82,7 @@ class Digits:
 
     @property
     def batches(self) -> int:
-        """Batches in an epoch; what does not fill one is left out."""
+        """Full batches in an epoch; the remainder is left out."""
         return len(self.train[0]) // BATCH_SIZE
 
 
@@ -98,7 +98,7 @@ def shuffled(key: jax.Array, epoch: int, labels: jax.Array) -> jax.Array:
 def train_step(
     state: TrainState, data: tuple[jax.Array, jax.Array], chosen: jax.Array
 ) -> TrainState:
-    """Take one step on the chosen examples; the old state's memory is used again."""
+    """Take one step on the chosen examples; the step donates the old state."""
     images, labels = data
     dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
 
@@ -119,7 +119,7 @@ def train_step(
 
 @jax.jit
 def accuracy(state: TrainState, data: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return the fraction of images that the model tells right, f32[]."""
+    """Return the fraction of images that the model classifies correctly, f32[]."""
     images, labels = data
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = state.apply_fn(variables, images, train=False)
@@ -129,7 +129,7 @@ def accuracy(state: TrainState, data: tuple[jax.Array, jax.Array]) -> jax.Array:
 def checkpoints(
     directory: Path,
 ) -> tuple[flaxckpt.ModelCheckpoint, flaxckpt.ModelCheckpoint]:
-    """Return what keeps the best models, and what keeps the last state, to resume."""
+    """Return the object for the best models, and the one for the state to resume."""
     best = flaxckpt.ModelCheckpoint(
         directory / "{epoch:02d}-{val_accuracy:.4f}",
         monitor="val_accuracy",
@@ -150,14 +150,14 @@ def train(
         kill_at: Zero-based epoch and batch after which this process is killed.
 
     Returns:
-        The training state and what the best has been, as a tree.
+        The training state and the decision state of the best models, as a tree.
     """
     digits = Digits.load()
     best, last = checkpoints(directory)
     state, best_state, last_state = new_state(), best.init(), last.init()
     first_epoch, first_batch = 0, 0
 
-    # Each knows from its own checkpoints what to go on from.
+    # Each object restores from its own checkpoints.
     kept = best.restore(like=state, which="best")
     if kept is not None:
         best_state = kept.state
@@ -269,7 +269,7 @@ def differences(one: Any, other: Any) -> list[str]:
 
 
 def tell(message: str, indent: str = "   ") -> None:
-    """Print at once, for two processes share the output."""
+    """Print and flush, because two processes share the output."""
     print(indent + message, flush=True)
 
 
@@ -296,7 +296,7 @@ def _train_until_killed(directory: Path, epochs: int, kill_at: tuple[int, int]) 
 
 
 def _prepare() -> None:
-    """Keep to the CPU, which two processes can share, and Orbax's log to errors."""
+    """Use only the CPU, which two processes can share, and log only errors."""
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""The command `flaxckpt`: at present a demo, to see that resuming works here."""
+"""The command `flaxckpt`: a demo, to see that resuming works on this machine."""
 
 import argparse
 import sys
@@ -15,10 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments; None for those of the process.
+        argv: The arguments; None for the arguments of the process.
 
     Returns:
-        The exit status: 0 if all went well, 1 if not, 2 if it could not be begun.
+        The exit status: 0 for success, 1 for a failure, 2 if it could not begin.
     """
     parser = argparse.ArgumentParser(
         prog="flaxckpt", description="Model checkpoints for JAX training loops."
@@ -91,7 +91,7 @@ def _problem(directory: Path) -> str:
 
 
 def _epochs(text: str) -> int:
-    """Parse a number of epochs: with one alone there is no half way."""
+    """Parse a number of epochs: at least 2, so that one is whole before the kill."""
     epochs = int(text)
     if epochs < 2:
         raise argparse.ArgumentTypeError(f"{epochs} is not at least 2")

@@ -1,6 +1,7 @@
-"""Copies of a tree's arrays, made so that training goes on at once.
+"""Copies of a tree's arrays, so that training goes on while they are written.
 
-`plan` groups the arrays of a structure, `on_device` copies them in one jitted call into
-the memory of an earlier copy, `on_host` brings them here, and `held` are the copies
-that a writer has. `packing` puts many small values into a few arrays.
+`plan` groups a tree's arrays by their devices. `on_device` copies each group by one
+jitted call, into the memory of an earlier save's copies; `on_host` copies to host
+memory instead. `held` holds the copies until they are written. `memory_kinds` copies
+offloaded arrays. `packing` joins many small values into a few operands of a callback.
 """

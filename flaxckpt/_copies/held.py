@@ -1,4 +1,4 @@
-"""Copies that a save holds until they are written, on devices or on the host."""
+"""Copies, on devices or on the host, that a save holds until it is written."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from flaxckpt._trees.owned_shards import Shards
 
 
 class HostCopy(np.ndarray[Any, Any]):
-    """The values of an array, on the host; knows where it was.
+    """An array's values on the host, with the sharding that the array had.
 
     Attributes:
-        sharding: The array's.
+        sharding: The array's sharding.
     """
 
     sharding: jax.sharding.Sharding
 
     def placed(self) -> jax.Array:
-        """Return it as the array it was."""
-        with jax.enable_x64(True):  # whatever this thread is set to
+        """Put the values back onto devices, in `sharding`."""
+        with jax.enable_x64(True):  # without it, JAX narrows 64-bit values
             return jax.device_put(np.asarray(self), self.sharding)
 
 
@@ -31,11 +31,12 @@ class Copies:
     """Copies of a tree's leaves.
 
     Attributes:
-        plan: How they are held; None if nothing was copied on a device.
-        arrays: The copies on devices, group by group.
-        beside: The other leaves, and copies of offloaded arrays, each in its position.
-        verdict: What the device was asked to decide; see `fill_if_better`. None for
-            nothing.
+        plan: How `arrays` is grouped and packed; None if no program made copies.
+        arrays: The copies that programs made on devices, group by group.
+        beside: One entry for each leaf: its value if it is not in `arrays`, else None.
+            Copies of offloaded arrays are here.
+        verdict: What the device decided; see `fill_if_better`. None if the device has
+            nothing to decide.
     """
 
     plan: Plan | None
@@ -44,39 +45,39 @@ class Copies:
     verdict: Any = None
 
     def settle(self) -> None:
-        """Take up what a device has decided: if that is interrupted, do it again."""
+        """Take the copies from `verdict`, if any. Safe to repeat after an interrupt."""
         if self.verdict is not None:
             self.arrays[:] = self.verdict[2]
 
     @property
     def is_filled(self) -> bool:
-        """Whether all of them are there."""
+        """Whether every group of the plan was copied."""
         self.settle()
         groups = () if self.plan is None else self.plan.groups
         return len(self.arrays) == sum(len(group.shardings) for group in groups)
 
     def memory(self) -> "Copies":
-        """Return what of these copies the next ones can use the memory of."""
+        """Return the copies whose memory the next save can use."""
         if self.plan is not None:
-            return Copies(self.plan, self.arrays, [])  # the same list, to be filled
+            return Copies(self.plan, self.arrays, [])  # this list may be filled later
         kinds = np.ndarray, Shards
         held = [leaf if isinstance(leaf, kinds) else None for leaf in self.beside]
         return Copies(None, [], held)
 
     def refilled(self, newer: "Copies") -> "Copies":
-        """Return these copies, in whose memory newer ones may have been made."""
+        """Return these copies, with the arrays of `newer` if it took their memory."""
         if self.plan is None or newer.plan is not self.plan:
             return self
         return Copies(self.plan, newer.arrays, self.beside)
 
     def leaves(self) -> list[Any]:
-        """Return the leaves; small arrays as `HostCopy`."""
+        """Return the leaves in order; arrays that were packed come as `HostCopy`."""
         found, arrays = list(self.beside), iter(self.arrays)
         for group in () if self.plan is None else self.plan.groups:
             for index in group.alone:
                 found[index] = next(arrays)
             for pack in group.packs:
-                # Of a shard, since an array holds on to its own values.
+                # `np.asarray` of the whole array would keep the values with the array.
                 shard = next(arrays).addressable_shards[0]
                 self._unpack(np.asarray(shard.data), pack, found)
         return found

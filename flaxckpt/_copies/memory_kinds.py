@@ -1,7 +1,7 @@
-"""Arrays that are not in the default memory of their devices, as offloaded state is.
+"""Arrays outside the default memory of their devices, such as offloaded state.
 
-Programs compute on the default memory alone, and XLA refuses the others in most
-operations, even in a copy. JAX's own transfers take every memory.
+Programs compute in the default memory only. XLA refuses arrays in other memories in
+most operations, even in a copy. `jax.device_put` takes arrays in every memory.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 
 @functools.lru_cache(maxsize=1024)
 def is_offloaded(sharding: jax.sharding.Sharding) -> bool:
-    """Tell whether a sharding puts arrays into another memory than the default one."""
+    """Tell whether a sharding puts arrays outside the devices' default memory."""
     kind = sharding.memory_kind
     if kind is None:
         return False
@@ -21,9 +21,9 @@ def is_offloaded(sharding: jax.sharding.Sharding) -> bool:
 
 
 def copied(array: jax.Array) -> jax.Array:
-    """Copy an array within its memory; returns at once.
+    """Copy an array within its memory, without waiting for the copy.
 
-    Of an array of several processes, each copies its own shards.
+    If the array spans several processes, each process copies its own shards.
     """
     if array.is_fully_addressable:
         return jax.device_put(array, array.sharding, may_alias=False)
@@ -37,7 +37,7 @@ def copied(array: jax.Array) -> jax.Array:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """Make zeros in the memory that a sharding names; None for the default device."""
+    """Make zeros in the memory that `sharding` names; None is the default device."""
     if sharding is None or not is_offloaded(sharding):
         return jax.numpy.zeros(shape, dtype, device=sharding)
     device = next(iter(sharding.addressable_devices))
@@ -46,12 +46,12 @@ def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
 
 
 def on_device(value: jax.Array) -> jax.Array:
-    """Return a value of a trace in the memory on which programs compute."""
+    """Move a traced value to the memory in which programs compute."""
     return _moved(value, jax.memory.Space.Device)
 
 
 def beside(value: jax.Array, other: jax.Array) -> jax.Array:
-    """Return a value of a trace in the memory of another value."""
+    """Move a traced value to the memory of another value."""
     return _moved(value, _space(other))
 
 
@@ -64,5 +64,5 @@ def _space(value: jax.Array) -> Any:
 
 
 def part_of(sharding: Any, device: Any) -> jax.sharding.Sharding:
-    """Return where a device's shard of an array with this sharding lies."""
+    """Return the sharding of one device's shard of an array with `sharding`."""
     return jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)

@@ -1,8 +1,7 @@
-"""Copies of a tree's arrays, so that training may donate or change its own.
+"""Copies of a tree's arrays on their devices, so that training may donate its arrays.
 
-Fresh memory costs 30 times more than the copying, in page faults, so the copies of one
-save are donated to the next. Each array costs a call of a jitted function some
-microseconds, so small ones are copied into one.
+New memory costs 30 times more than the copying, in page faults. So the copies of one
+save are donated to the next save's copies.
 """
 
 from collections.abc import Sequence
@@ -21,15 +20,14 @@ def copy_on_device(
 ) -> Copies:
     """Copy the JAX arrays among `leaves` on their devices, each in its sharding.
 
-    Returns at once; the copies are made in the devices' order of work. Arrays in
-    another memory of the devices are copied within that memory. Other leaves are passed
-    on.
+    Returns at once; the devices copy after the work that they were given before.
+    Offloaded arrays are copied within their memory. Other leaves are passed on.
 
     Args:
         leaves: Leaves of a tree.
-        into: Copies that nobody needs any more, whose memory is used if they are of
-            the same plan.
-        plan: What `planned` returns for the leaves, if it is there already.
+        into: Copies that are no longer needed. Their memory is used if they have the
+            same plan.
+        plan: What `planned` returned for the leaves; None to call it.
     """
     copies = unfilled(leaves, plan or planned(leaves))
     fill(copies, leaves, into)
@@ -37,7 +35,7 @@ def copy_on_device(
 
 
 def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
-    """Return copies for `fill` or `fill_if_better` to fill."""
+    """Return copies for `fill` or `fill_if_better`; copy only the offloaded arrays."""
     beside: list[Any] = [None] * len(leaves)
     for index in plan.beside:
         beside[index] = leaves[index]
@@ -47,14 +45,15 @@ def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
 
 
 def fill(copies: Copies, leaves: Sequence[Any], into: Copies | None = None) -> None:
-    """Copy leaves; see `snapshot`."""
+    """Copy leaves into `copies`, as `copy_on_device` does."""
     assert copies.plan is not None
     reuse = into is not None and into.plan is copies.plan
     slots = iter(list(into.arrays)) if into is not None and reuse else None
     for group in copies.plan.groups:
         slot = slots and [next(slots) for _ in group.shardings]
         alone, packs = group.pick(leaves)
-        # Whatever interrupts this: what is copied is there. The slot is no more.
+        # One statement, since an interrupt may come between any two, and the call
+        # deletes the slot that it is given.
         copies.arrays += group.copy(alone, packs, slot, group.work)[0]
 
 
@@ -69,19 +68,20 @@ def fill_if_better(
 ) -> None:
     """Judge a due check on the device, and copy only if there is something to save.
 
-    Returns at once, without waiting for `value`. Of `copies`, `verdict` then has the
-    two leaves of the best after `judge`, twice, since their owner may donate them, and
-    before; and whether to save, bool[].
+    Returns at once, without waiting for `value`. `copies.verdict` then begins with
+    three pairs of `best_value` and `has_best`, and whether to save, bool[]. The first
+    two pairs are from after `judge`, since the training loop may donate one of them;
+    the third is from before.
 
     Args:
-        copies: What `unfilled` returns for the leaves.
+        copies: What `unfilled` returned for the leaves.
         state: The decision state after `tick`.
-        value: The monitored value.
-        leaves: Leaves of a tree, on one mesh with `value`.
-        into: Earlier copies of the same plan; taken as they were if there is nothing
-            to save, or else refilled. None for none.
-        always: Whether to copy whatever is decided, for a slot that takes what does
-            not improve.
+        value: The monitored value, a real scalar.
+        leaves: Leaves of a tree, on the same devices as `value`.
+        into: Earlier copies of the same plan, whose memory is used. They keep their
+            values if there is nothing to save. None for new memory.
+        always: Whether to copy even without a new best, for a slot, which takes any
+            state.
     """
     assert copies.plan is not None
     (group,) = copies.plan.groups
@@ -89,6 +89,6 @@ def fill_if_better(
     decide = group.decide_and_copy if always else group.decide
     alone, packs = group.pick(leaves)
     work = group.work
-    # As in `fill`: one line, and what is decided is there.
+    # One statement, as in `fill`; after an interrupt, `settle` can still be called.
     copies.verdict = decide(state, value, alone, packs, slot, work)
     copies.settle()

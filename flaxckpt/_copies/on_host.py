@@ -1,4 +1,4 @@
-"""Copies in host memory, and whether a device has room for another copy."""
+"""Copies in host memory, and a check that devices have room for another copy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +14,11 @@ from flaxckpt._trees.owned_shards import Shards, is_shared, pieces
 
 
 def copied_to_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
-    """Copy the JAX arrays among `leaves` to the host's memory, waiting for them.
+    """Copy the JAX arrays among `leaves` to host memory, and wait for them.
 
-    Of arrays of several processes, the pieces that are here, as `Shards`.
+    An array that spans several processes becomes a `Shards` of this process's pieces.
+    PRNG keys are copied on their devices. Other leaves are passed on. The memory of
+    `into`, copies that are no longer needed, is used where shape and dtype match.
     """
     reuse = into.beside if into is not None else []
     if len(reuse) != len(leaves):
@@ -39,7 +41,7 @@ def _shards(array: jax.Array, old: Any) -> Shards:
 
 
 def _copy_of(values: Any, into: Any) -> Any:
-    """Copy values, into earlier ones that nobody needs any more, if they fit."""
+    """Copy values, into the array `into` if its shape and dtype match."""
     fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == (
         values.shape,
         values.dtype,
@@ -52,11 +54,12 @@ def _copy_of(values: Any, into: Any) -> Any:
 def memory_of_host(
     kinds: Sequence[tuple[tuple[int, ...], Any]], reuse: Copies | None
 ) -> list[np.ndarray[Any, Any]]:
-    """Return memory for values of these shapes and dtypes, of earlier copies' if so.
+    """Return one host array for each shape and dtype; their contents are undefined.
 
     Args:
         kinds: Shapes and dtypes.
-        reuse: Copies that nobody needs any more; None for none.
+        reuse: Copies that are no longer needed, whose memory is returned if all shapes
+            and dtypes match; None for new memory.
     """
     old = [] if reuse is None else [a for a in reuse.beside if a is not None]
     fits = [(array.shape, array.dtype) for array in old] == list(kinds)
@@ -64,7 +67,10 @@ def memory_of_host(
 
 
 def fits_on_device(leaves: Sequence[Any]) -> bool:
-    """Tell whether each device has room for a copy, where it says how much it has."""
+    """Tell whether each device has room for a copy of `leaves`.
+
+    A device that reports no memory limit counts as having room.
+    """
     needed: dict[Any, int] = {}
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not is_offloaded(leaf.sharding):
@@ -77,7 +83,7 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
         stats: Mapping[str, int] = device.memory_stats() or {}
         if "bytes_limit" in stats:
             free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-            # What a step takes for its activations is not in use between steps.
+            # A step's activations are not in use now, but will need room again.
             peak = stats.get("peak_bytes_in_use", 0) - stats.get("bytes_in_use", 0)
             if size > free - max(peak, 0):
                 return False

@@ -1,4 +1,7 @@
-"""Many small values as a few arrays, bit for bit: a callback pays for each array."""
+"""Many small values packed into a few arrays, bit for bit.
+
+Each operand costs a callback some 40 microseconds.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ import numpy as np
 
 _SMALL_BYTES = 64 * 2**10
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# Of others, the compiler may change the bits.
+# The compiler may change the bits of other dtypes.
 _PACKED = frozenset(
     [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
     + ["bool", "bfloat16", "float16", "float32", "float64"]
@@ -18,16 +21,16 @@ _PACKED = frozenset(
 
 
 class Packing:
-    """How values of these shapes and dtypes are packed.
+    """Packs values in a program, and unpacks them on the host.
 
-    Small ones of one size of element are joined into one array of words.
+    Small values whose elements have the same size are joined into one array of words.
     """
 
     def __init__(self, values: Sequence[jax.Array]) -> None:
         """Group the values.
 
         Args:
-            values: Arrays, or values of a trace, or their descriptions.
+            values: Arrays, traced values, or `jax.ShapeDtypeStruct`s.
         """
         self._kinds = [(value.shape, np.dtype(value.dtype)) for value in values]
         self._alone: list[int] = []
@@ -43,7 +46,7 @@ class Packing:
                 self._alone.append(index)
 
     def pack(self, values: Sequence[jax.Array]) -> list[jax.Array]:
-        """Join the values, within a program."""
+        """Join the small values, in a program; the others follow, one by one."""
         packs = [
             jnp.concatenate([_words(values[index]) for index in indices])
             for indices in self._groups.values()
@@ -51,7 +54,7 @@ class Packing:
         return packs + [_in_bytes(values[index]) for index in self._alone]
 
     def unpack(self, arrays: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
-        """Return the values, as views of the arrays on the host."""
+        """Return the values in order, most of them as views of the packed arrays."""
         found: dict[int, np.ndarray[Any, Any]] = {}
         taken = iter(arrays)
         for indices in self._groups.values():
@@ -70,14 +73,14 @@ class Packing:
 
 
 def _is_part_of_byte(dtype: Any) -> bool:
-    """Tell whether elements have less than a byte: programs pack several into one."""
+    """Tell whether elements are narrower than a byte: XLA packs several into one."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits < 8
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8
 
 
 def _in_bytes(value: jax.Array) -> jax.Array:
-    """Return values as the host can read them; exactly the same ones."""
+    """Widen elements narrower than a byte, exactly, so that the host can read them."""
     dtype = value.dtype
     if not _is_part_of_byte(dtype):
         return value

@@ -1,7 +1,7 @@
 """Which arrays of a tree are copied together: a plan for each structure.
 
-Small arrays on one device are copied into one, for each argument and each result of a
-jitted call costs some microseconds.
+Each argument and each result of a jitted call costs some microseconds. So small arrays
+on one device are joined into one.
 """
 
 import functools
@@ -21,23 +21,24 @@ from flaxckpt._decision.step import judge
 
 Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding] | None
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
-# Of others, XLA may change the bits where it joins arrays, or give up.
+# XLA may change the bits of other dtypes where it joins arrays, or fail.
 _PACKED = frozenset(
     [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
     + ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 )
-_MANY = 4  # so many of them at least
+_MANY = 4  # fewer small arrays than this are copied one by one
 
 
 @dataclass
 class _Group:
-    """Arrays on the same devices: one call may not mix arrays of different ones.
+    """Arrays on the same devices: a jitted call takes no arrays on different ones.
 
     Attributes:
         devices: The devices, in order.
         alone: Positions of the leaves that are copied one by one.
-        packs: Those of leaves that are copied into one array, of one dtype each.
-        shardings: Of the copies: those alone first, then the packs.
+        packs: For each pack, the positions of the leaves that are copied into one
+            array; they have the same dtype and sharding.
+        shardings: The copies' shardings: the leaves in `alone` first, then the packs.
     """
 
     devices: Any
@@ -46,16 +47,16 @@ class _Group:
     shardings: list[jax.sharding.Sharding] = field(default_factory=list)
 
     def pick(self, leaves: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
-        """Return the leaves of the group."""
+        """Return the leaves in `alone`, and the leaves of each pack."""
         packs = [[leaves[index] for index in pack] for pack in self.packs]
         return [leaves[index] for index in self.alone], packs
 
     @functools.cached_property
     def work(self) -> Any:
-        """Something to reckon with, beside the copying.
+        """Dummy arithmetic, so that JAX on CPU runs the copy asynchronously.
 
-        JAX on CPU runs what takes fewer than 1000 floating-point operations on the
-        thread that calls it, and copying takes none.
+        JAX on CPU runs a program of fewer than 1000 floating-point operations on the
+        calling thread, and a copy has no such operations.
         """
         work, sharding = np.ones(1024, np.float32), self.shardings[0]
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -64,13 +65,14 @@ class _Group:
             )
         elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
             return work
-        # Not put there as a whole, for which all processes have to come and compare it.
+        # `device_put` onto the whole sharding would compare the value in all processes,
+        # and wait for them.
         parts = [jax.device_put(work, each) for each in sharding.addressable_devices]
         return jax.make_array_from_single_device_arrays(work.shape, sharding, parts)
 
     @functools.cached_property
     def copy(self) -> Any:
-        """The jitted function that copies, into fresh memory if the slot is None."""
+        """The jitted function that copies, into new memory if `slot` is None."""
 
         def copy(
             alone: list[jax.Array],
@@ -78,7 +80,7 @@ class _Group:
             slot: list[jax.Array] | None,
             work: jax.Array,
         ) -> tuple[list[jax.Array], jax.Array]:
-            del slot  # its memory is used
+            del slot  # it is donated: XLA puts the copies into its memory
             return _copied(alone, packs), jnp.sum(work * work)
 
         return jax.jit(
@@ -90,12 +92,12 @@ class _Group:
 
     @functools.cached_property
     def decide(self) -> Any:
-        """The jitted function that judges, and copies what is better."""
+        """The jitted function that judges, and copies only if there is a new best."""
         return self._decider(jax.lax.cond)
 
     @functools.cached_property
     def decide_and_copy(self) -> Any:
-        """The jitted function that judges, and copies."""
+        """The jitted function that judges, and copies in any case."""
         return self._decider(lambda save, copy, slot: copy())
 
     def _decider(self, choose: Callable[..., list[jax.Array]]) -> Any:
@@ -125,11 +127,11 @@ class Plan:
     """How the arrays among the leaves of a tree are copied.
 
     Attributes:
-        kinds: Shape, dtype and sharding of each leaf; None for what is no array of JAX.
-        groups: The arrays, by their devices.
-        offloaded: Positions of the arrays that are in another memory of their devices
-            than the default one. No program copies those.
-        beside: Positions of the leaves that are no arrays.
+        kinds: Shape, dtype and sharding of each leaf; None if it is no JAX array.
+        groups: The arrays that programs copy, by their devices.
+        offloaded: Positions of the arrays outside their devices' default memory.
+            Programs cannot copy them.
+        beside: Positions of the leaves that are no JAX arrays.
     """
 
     def __init__(self, kinds: list[Kind]) -> None:
@@ -163,7 +165,7 @@ class Plan:
         self.groups = list(groups.values())
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
-        """Tell whether all arrays are on the same devices: one program takes them."""
+        """Tell whether arrays and scalars are on the same devices, none offloaded."""
         placed = [x.sharding for x in scalars if isinstance(x, jax.Array)]
         if self.offloaded or any(map(is_offloaded, placed)):
             return False
@@ -173,7 +175,7 @@ class Plan:
 
 
 def planned(leaves: Sequence[Any]) -> Plan:
-    """Plan how to copy leaves; the same plan for leaves of the same form."""
+    """Plan how to copy leaves; leaves of the same kinds get the same `Plan` object."""
     kinds = [
         (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else None
         for leaf in leaves
@@ -190,7 +192,7 @@ _PLANS: deque[Plan] = deque(maxlen=16)
 
 
 def _devices(sharding: jax.sharding.Sharding) -> Any:
-    """Return the devices of a sharding in their order, which counts for a program."""
+    """Return a sharding's devices in order, since programs depend on the order."""
     assignment = getattr(sharding, "_device_assignment", None)
     return frozenset(sharding.device_set) if assignment is None else assignment
 

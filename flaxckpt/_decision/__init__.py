@@ -1,7 +1,7 @@
 """Whether to save: pure functions of the metrics and the counters.
 
-`state` is the `CheckpointState` that a program carries, `step` counts and judges,
-`scalars` has the arithmetic that agrees between Python and XLA, `logs` brings metrics
-into one form, `direction` knows which way a metric is better, `template` fills in
-the filepath, and `reserved` has the names that no filepath may lead to.
+`step` counts and judges, on the `CheckpointState` (in `state`) that a program carries.
+It uses `logs`, which brings metrics into one form, and `scalars`, whose arithmetic is
+the same in Python and XLA. `direction` tells whether a metric is better low or high.
+`template` fills in the filepath, and `reserved` has the names that it may not have.
 """

@@ -1,4 +1,4 @@
-"""Which way is better: the direction of a metric, from its name."""
+"""The direction of a metric, from its name: whether low or high is better."""
 
 import re
 
@@ -44,9 +44,9 @@ _NEGATIONS = frozenset("neg negative negated minus inverse inv non not".split())
 def direction(metric: str) -> str | None:
     """Tell whether a metric is better low or high.
 
-    The name may stand behind the name of a data split (`val_loss`, `eval/loss`), end
-    in the counter that Keras appends (`auc_1`), and qualify a known name
-    (`policy_loss`, `mean_reward`).
+    A known name may follow the name of a data split (`val_loss`), a path (`eval/loss`)
+    or other words (`policy_loss`, `mean_reward`). The counter that Keras appends may
+    follow it (`auc_1`).
 
     Args:
         metric: A key of `logs`.
@@ -65,13 +65,13 @@ def direction(metric: str) -> str | None:
 
 
 def _of_ending(parts: list[str]) -> str | None:
-    # The longest known ending decides: brier_score is lower, another score higher.
+    # The longest known ending decides: brier_score is better low, other scores high.
     for start in range(len(parts)):
         ending = "_".join(parts[start:])
         if ending not in _LOWER and ending not in _HIGHER:
             continue
         if _NEGATIONS & set(parts[:start]):
-            return None  # turned round, or of the negative samples: who knows
+            return None  # it negates the metric, or names negative samples
         if ending == "score" and start:
             return _of_ending(parts[:start]) or "max"
         return "min" if ending in _LOWER else "max"

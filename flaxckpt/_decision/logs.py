@@ -1,7 +1,7 @@
 """The metrics of a call, in one form: flat, each a number, a text or an array.
 
-Everything that looks at `logs` goes by `normalized`, and finds a metric by `find`: the
-decision, the filepath, the record, and the copies that a program carries.
+The decision, the filepath, the record, and the copies that a program carries all use
+`normalized` metrics, and look a metric up with `find`.
 """
 
 import decimal
@@ -21,7 +21,7 @@ from flaxckpt.errors import MetricError, SettingError
 
 Logs: TypeAlias = Mapping[str, Any]
 _PLAIN = frozenset((float, int, bool, str, np.float32, np.float64, np.int32, np.int64))
-_MOST_BITS = 1024  # of an integer that is a float as well
+_MOST_BITS = 1024  # an integer of more bits is beyond all floats
 SURROGATES = (
     "surrogates, which are no characters, and no record keeps them as they are. Take "
     'them out, as text.encode(errors="replace").decode() does.'
@@ -31,7 +31,7 @@ _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 @dataclass(frozen=True)
 class Unusable:
-    """A value of `logs` that is neither a number nor a text, nor an array of numbers.
+    """A value of `logs` that is no number, no text and no array of numbers.
 
     Attributes:
         problem: What it is, as in `is a list`.
@@ -44,8 +44,8 @@ def normalized(logs: Any) -> dict[str, Any]:
     """Return metrics in one form.
 
     Nested mappings are flattened: `{"val": {"loss": x}}` is `val/loss`. Values of None
-    are left out. Arrays with one element are scalars; `Decimal` and `Fraction` are
-    floats; what has a `compute()` method, as metric objects have, is computed.
+    are left out. Arrays with one element become scalars, and `Decimal` and `Fraction`
+    become floats. A metric object with a `compute()` method becomes its result.
 
     Args:
         logs: A mapping of names to metrics, or None for none.
@@ -54,8 +54,8 @@ def normalized(logs: Any) -> dict[str, Any]:
         Numbers, texts and arrays by their names; `Unusable` for anything else.
 
     Raises:
-        SettingError: If `logs` is no mapping, or is in itself, or has a key that is
-            none.
+        SettingError: If `logs` is no mapping, contains itself, or has a key whose
+            `str` fails.
 
     Example:
         >>> normalized({"val": {"loss": np.ones(1), "acc": None}, "lr": 0.5})
@@ -70,11 +70,11 @@ def normalized(logs: Any) -> dict[str, Any]:
 
 
 def taken(logs: Any) -> dict[str, Any]:
-    """Return the metrics of a call as `normalized` does, all with values.
+    """Return metrics as `normalized` does, and check that all of them have values.
 
     Raises:
-        SettingError: If `logs` is no mapping.
-        MetricError: If one of them has no value, or is a text that no record keeps.
+        SettingError: As `normalized`.
+        MetricError: If a metric has no value, or surrogates in its name or text.
     """
     flat = normalized(logs)
     for name, value in flat.items():
@@ -87,7 +87,7 @@ def taken(logs: Any) -> dict[str, Any]:
 
 
 def without_value(value: Any) -> str:
-    """Say why a metric has a shape and a dtype, and no value; nothing if it has one."""
+    """Say why a metric has a shape and a dtype but no value; "" if it has one."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return "is a jax.ShapeDtypeStruct, which has no value. Pass the metric itself."
     return GONE if is_gone(value) else ""
@@ -116,12 +116,12 @@ def find(names: Iterable[str], name: str) -> str:
     """Return the name by which a metric is in flat logs.
 
     Args:
-        names: Those in the logs.
-        name: The one that is looked for.
+        names: The names in the logs.
+        name: The name of the metric that the caller looks for.
 
     Returns:
-        `name`, if it is there; else one that is the same with `/` for `_`, as
-        `val/loss` is for `val_loss`; else `name`.
+        `name` if the logs have it. Otherwise the name that differs only in `/` for
+        `_`, such as `val/loss` for `val_loss`, or `name` if there is none.
     """
     if name not in names:
         for each in names:
@@ -159,10 +159,10 @@ def settled(value: Any) -> Any:
 
 
 def rounded(value: Any, dtype: Any) -> Any:
-    """Return a number of the host as it is compared, a numpy scalar of `dtype`.
+    """Round a number of the host to the numpy scalar of `dtype` that is compared.
 
-    XLA takes numbers below the smallest normal one for zero on some devices, so they
-    are zero here.
+    XLA takes numbers below the smallest normal one for zero on some devices, so this
+    function returns zero for them.
     """
     dtype = np.dtype(dtype)
     try:
@@ -180,14 +180,14 @@ def tiny_of(dtype: Any) -> Any:
 
 
 def left_out(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Name what a record cannot keep of normalized logs, and say what it is."""
+    """Return the names of normalized logs that a record cannot keep, and why."""
     return {name: what for name, value in logs.items() if (what := _excess(value))}
 
 
 def plain_scalars(logs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what of normalized logs a record can keep: numbers, booleans and text.
+    """Return the normalized logs that a record can keep: numbers, booleans and text.
 
-    Waits for values that a device is still computing.
+    It waits for values that a device is still computing.
     """
     kept: dict[str, Any] = {}
     for key, value in (logs or {}).items():
@@ -219,7 +219,7 @@ def _text_of(key: Any) -> str:
 
 
 def _computed(value: Any) -> Any:
-    """Return the result of a metric object, and other values as they are."""
+    """Return the result of a metric object; return other values as they are."""
     if type(value) in _PLAIN or isinstance(value, jax.Array | type):
         return value
     try:
@@ -234,26 +234,26 @@ def _computed(value: Any) -> Any:
 
 
 def _array(value: Any) -> Any:
-    """Return an array, as a scalar if it has one element, and without a mask."""
+    """Return an array without its mask, or a scalar if it has one element."""
     if not _is_real(value.dtype):
         if isinstance(value, str):  # numpy's
             return str(value)
         return Unusable(f"is of dtype {value.dtype}")
     if isinstance(value, np.ma.MaskedArray):
-        if np.ma.is_masked(value):  # what is behind the mask is no value
+        if np.ma.is_masked(value):  # a masked element has no value
             return Unusable("is masked")
         value = value.data
     if math.prod(value.shape) != 1:
         return value
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((), value.dtype)
-    if isinstance(value, jax.Array):  # one that is gone is refused where it counts
+    if isinstance(value, jax.Array):  # a deleted one is refused on use
         return value if not value.shape or is_gone(value) else value.reshape(())
     return value.reshape(())[()]
 
 
 def _is_real(dtype: Any) -> bool:
-    if getattr(dtype, "kind", "") == "m":  # a time is an integer to numpy
+    if getattr(dtype, "kind", "") == "m":  # numpy takes a timedelta for an integer
         return False
     return any(jnp.issubdtype(dtype, kind) for kind in _REAL)
 
@@ -268,7 +268,7 @@ def _as_float(value: Any) -> Any:
 
 
 def _converted(value: Any) -> Any:
-    """Return an object as the array that it says it is, or a list of numbers."""
+    """Convert an array-like object, or a list of numbers, to an array."""
     kind = f"is of type {type(value).__name__}"
     is_list = isinstance(value, list | tuple)
     if is_list and any(map(np.ma.is_masked, value)):
@@ -286,7 +286,7 @@ def _converted(value: Any) -> Any:
 
 
 def _excess(value: Any) -> str:
-    """Say what a value is that no record keeps; nothing for one that it keeps."""
+    """Say why a record cannot keep a value; "" if it can."""
     if isinstance(value, Unusable):
         return value.problem
     shape = getattr(value, "shape", ())

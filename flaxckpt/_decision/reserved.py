@@ -1,9 +1,10 @@
-"""Names of flaxckpt's own files, which no checkpoint may have: none would be listed."""
+"""Names of flaxckpt's own files: a checkpoint of such a name would not be listed."""
 
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
-# What is ours beside the checkpoints; no listing looks into it, but for what was set
-# aside where two directories cannot be exchanged, and not replaced (see _disk/commit).
+# The names of our own entries beside the checkpoints begin so. No listing looks into
+# them, except into a checkpoint that was set aside because two directories cannot be
+# exchanged, and that no other checkpoint has replaced yet (see _disk/commit).
 HIDDEN_PREFIX = ".flaxckpt-"
 ADVICE = (
     "a name of flaxckpt's own files. Choose one that does not begin with "
@@ -12,6 +13,6 @@ ADVICE = (
 
 
 def is_reserved(name: str) -> bool:
-    """Tell whether a name in a path is one of ours, also where case does not count."""
+    """Tell whether a name in a path is one of ours, in upper or lower case."""
     name = name.casefold()
     return name.startswith(HIDDEN_PREFIX) or name in (RECORD_FILE, LEAVES_FILE)

@@ -1,4 +1,4 @@
-"""Scalars that Python, NumPy and XLA treat alike, to the bit."""
+"""Arithmetic on scalars that gives the same bits in Python, NumPy and XLA."""
 
 import numbers
 import operator
@@ -17,7 +17,7 @@ from flaxckpt.errors import MetricError, SettingError
 Scalar: TypeAlias = jax.typing.ArrayLike
 """A Python number, or a numpy or JAX array of shape ()."""
 Where: TypeAlias = Callable[[Any, Any, Any], Any]
-LARGEST = 2**30  # of what is counted: the sum of two is an int32 still
+LARGEST = 2**30  # of all counts: the sum of two still fits an int32
 
 
 def improves(
@@ -40,13 +40,13 @@ def monitored(monitor: str, value: Any) -> Any:
 
     Args:
         monitor: Its name.
-        value: As `_logs.settled` returns it.
+        value: The metric, as `logs.settled` returns it.
 
     Returns:
         A Python number, a numpy scalar or a JAX array of shape ().
 
     Raises:
-        MetricError: If it is anything else.
+        MetricError: If it is anything else, or was deleted.
     """
     if isinstance(value, numbers.Real):
         return value
@@ -82,12 +82,12 @@ def _is_of_pmap(value: Any) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Tell whether a value is a real number, and no bool."""
+    """Tell whether a value is a real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def index(name: str, value: Any) -> Any:
-    """Check that epoch or batch is a zero-based integer, as far as is known now."""
+    """Return epoch or batch, checked; of a JAX array, shape and dtype are checked."""
     if type(value) is int and 0 <= value < LARGEST:
         return value
     if isinstance(value, jax.Array):
@@ -112,10 +112,10 @@ def _not_an_index(name: str, value: Any) -> SettingError:
 
 
 def whole(name: str, value: Any) -> int:
-    """Return epoch or batch as a number, waiting for a device that computes it.
+    """Return epoch or batch as an int; wait for a device that still computes it.
 
     Raises:
-        SettingError: If it is no zero-based integer.
+        SettingError: If it is no zero-based integer below 2**30.
     """
     check_there(name, [("", value)])
     value = np.asarray(value)[()] if hasattr(value, "shape") else value
@@ -125,7 +125,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def array(leaf: Scalar) -> Any:
-    """Return a leaf of the state, typed as what it is: an array or numpy scalar."""
+    """Return a leaf of the state, typed as an array or numpy scalar."""
     return leaf
 
 
@@ -134,11 +134,11 @@ def to_int32(value: Any) -> jax.Array:
 
 
 def pick(condition: Any, true: Any, false: Any) -> Any:
-    """Choose as `numpy.where` does, one value, a hundred times faster."""
+    """Choose one value as `numpy.where` does, a hundred times faster."""
     return true if condition else false
 
 
 def flushed(value: Any, where: Where) -> Any:
-    """Return zero for a number below the smallest normal one, as XLA may see it."""
+    """Return zero for a number below the smallest normal one, as XLA may."""
     tiny = tiny_of(value.dtype)
     return where(abs(value) < tiny, value.dtype.type(0), value)

@@ -1,12 +1,12 @@
-"""The decision whether to save: a pure function over a small pytree.
+"""`CheckpointState`, the small pytree over which the decision is a pure function.
 
 Nothing here knows of disks or of Orbax. `step` runs eagerly, where Python and numpy
-values in give numpy values out and dispatch nothing to JAX, and under `jit`, `scan`,
+values give numpy values and dispatch nothing to JAX. It also runs under `jit`, `scan`,
 `vmap` and `shard_map`, where it is a handful of scalar operations.
 
-The comparison is float32 (float64 under x64) everywhere, and numbers below the smallest
-normal one count as zero, because XLA treats them so on some devices: all ways to call
-`step` agree to the bit.
+The comparison is in float32 (float64 under x64) everywhere. Numbers below the smallest
+normal one count as zero, because XLA treats them so on some devices. So all ways to
+call `step` agree to the bit.
 """
 
 import math
@@ -35,7 +35,7 @@ _SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
 
 
 class _Once:
-    """Remembers that a run was warned. All are equal, so they never cause a retrace."""
+    """Remembers that a run was warned. All are equal, so none causes a retrace."""
 
     def __init__(self) -> None:
         self.done = False
@@ -54,31 +54,31 @@ _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass  # pyright: ignore[reportUntypedClassDecorator]
-@typing.no_type_check  # unflattening passes specs, shardings and batched leaves too
+@typing.no_type_check  # unflattening passes specs, shardings and batched leaves, too
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
     """What the decision remembers from call to call, as a pytree.
 
-    Make one with `create`. It can be carried through `scan`, batched by `vmap`, given
-    to and returned from `jit`; the settings are static, so that a call with the same
-    settings never compiles anew.
+    Make one with `create`. A program can carry it through `scan`, batch it by `vmap`,
+    and pass it to and return it from `jit`. The settings are static, so a call with the
+    same settings never compiles anew.
 
     Attributes:
         best: Best monitored value so far, f32[] (f64[] under x64); NaN while there is
-            none. Moves only under `save_best_only`. Made of the two leaves below.
-        best_value: The same as a leaf, but zero while there is none: no leaf is a NaN,
-            at which `jax_debug_nans` would end a program.
+            none. Changes only under `save_best_only`. Made of the two leaves below.
+        best_value: The leaf behind `best`, but zero while there is no best: no leaf is
+            a NaN, because `jax_debug_nans` would end a program there.
         has_best: Whether there is a best, bool[].
-        seen: Batches since the last due check, i32[]. Moves, as the next three do,
-            only where `save_freq` is a number.
-        batches: Batches seen in all, i32[]; stays at its largest value once there.
+        seen: Batches counted toward the next due check, i32[]. Like the next three
+            leaves, it changes only if `save_freq` is a number.
+        batches: Batches seen in all, i32[]; stays at the largest i32 once it is there.
         last_epoch: Epoch of the last batch seen, i32[]; -1 before the first.
         last_batch: Index of that batch in its epoch, i32[]; -1 before the first.
-        monitor: Key in `logs` of the value to compare. Static, as are all below.
-        mode: `"min"` or `"max"`; `"auto"` where no direction is known or needed.
+        monitor: Key in `logs` of the value to compare. Static, as all fields below are.
+        mode: `"min"` or `"max"`; `"auto"` if the direction is neither known nor needed.
         save_best_only: Whether a due check saves only what improves on `best`.
         save_freq: `"epoch"`, or the number of batches between due checks.
-        min_delta: By more than how much an improvement must improve.
+        min_delta: An improvement must be larger than this.
     """
 
     best_value: Scalar
@@ -115,25 +115,25 @@ class CheckpointState:
     ) -> "CheckpointState":
         """Make the state of a run that has seen nothing yet.
 
-        The arguments are those of Keras's `ModelCheckpoint`. The leaves are numpy
-        scalars, in the precision that JAX is set to now.
+        Keras's `ModelCheckpoint` has the same arguments, except `min_delta`. The leaves
+        are numpy scalars, in the precision that JAX is set to now.
 
         Args:
             monitor: Key in `logs` of the value to compare.
             mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
             save_best_only: Save at a due check only what improves on the best.
-            save_freq: `"epoch"`: a check is due at the end of each epoch. A number:
-                a check is due every so many batches.
+            save_freq: With `"epoch"`, a check is due at the end of each epoch. With a
+                number, a check is due every so many batches.
             initial_value_threshold: The best to improve on at first; None for no best.
-                Has no effect without `save_best_only`.
-            min_delta: By more than how much an improvement must improve.
+                It has no effect without `save_best_only`.
+            min_delta: An improvement must be larger than this.
 
         Returns:
             The state.
 
         Raises:
             SettingError: A `ValueError`, if a setting cannot work, or if the direction
-                of `monitor` is needed and not known.
+                of `monitor` is needed but not known.
 
         Example:
             >>> state = CheckpointState.create("val_accuracy", save_best_only=True)
@@ -177,10 +177,10 @@ class CheckpointState:
 
 
 def check_state(state: Any, own: CheckpointState) -> None:
-    """Check that a state is one of those that begin with `own`.
+    """Check that a state has the settings of `own`, and values.
 
     Raises:
-        SettingError: If it is something else, of other settings, or without values.
+        SettingError: If it is no state, has other settings, or has a deleted leaf.
     """
     advice = "pass what init, restore or the last update has returned."
     if not isinstance(state, CheckpointState):
@@ -204,16 +204,16 @@ def check_values(state: CheckpointState, names: Iterable[str] = LEAVES) -> None:
 
 
 def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
-    """Return the state with new leaves: `dataclasses.replace`, five times as fast."""
+    """Return the state with new leaves, five times as fast as `dataclasses.replace`."""
     moved = object.__new__(CheckpointState)
     object.__setattr__(moved, "__dict__", state.__dict__ | leaves)
     return moved
 
 
 def plain_state(state: CheckpointState) -> dict[str, Any]:
-    """Return a state's fields as plain values; a best of None is none.
+    """Return a state's fields as plain values; `best` is None if there is no best.
 
-    Waits for leaves on devices.
+    It waits for leaves on devices.
     """
     plain = {name: getattr(state, name) for name in _SETTINGS}
     for name in _COUNTERS:
@@ -228,19 +228,19 @@ def resumed(
     stored: Mapping[str, Any] | None,
     durable: float | None,
 ) -> CheckpointState:
-    """Return the state to go on with from a checkpoint.
+    """Return the state with which a run goes on from a checkpoint.
 
     Args:
-        fresh: A state with the settings of now.
+        fresh: A new state with the present settings.
         stored: `plain_state` of the state in the checkpoint; None if it has none.
         durable: The best monitored value among the checkpoints on disk; None for none.
 
     Returns:
-        The stored state, under the settings of now. Its best is the best on disk: that
-        is what has to be beaten, whether the checkpoint knew of it or not, and a better
-        one that the checkpoint knew of was not saved, as after a failed write. Where no
-        checkpoint on disk has a value to compare, the stored best counts, if it is that
-        of the same metric.
+        The stored counters under the present settings. The best is the best on disk, or
+        the initial threshold if that is better. A stored best that is better still was
+        never saved, as after a failed write. If no checkpoint on disk has a value to
+        compare, the best is the stored best, or the initial threshold if that is worse.
+        A stored best of another metric does not count.
     """
     state = fresh
     if stored is not None:
@@ -296,10 +296,11 @@ def _check_settings(
 
 
 def _known_best(value: Any, has_best: Any) -> Any:
-    """Return the best of a state, from its two leaves: NaN where there is none.
+    """Return the best of a state from its two leaves, or NaN if there is none.
 
-    Waits for no device, where that is possible: then JAX chooses. It must not where it
-    looks for NaNs, nor on arrays of several processes, of which one alone may ask.
+    JAX chooses while a device still computes `has_best`, so that the caller need not
+    wait. JAX must not choose where it checks for NaNs, nor on arrays of several
+    processes, since one process alone may ask.
     """
     if not hasattr(has_best, "dtype"):  # a spec, say, in the place of a leaf
         return value

@@ -39,13 +39,13 @@ def step(
 ) -> tuple[CheckpointState, Scalar]:
     """Decide whether to save now.
 
-    Pure, and the same under any transformation. Where all that is looked at are Python
-    and numpy values, the results are numpy values and JAX is not called.
+    It is pure, and the same under any transformation. If all values that it looks at
+    are Python or numpy values, it returns numpy values and does not call JAX.
 
     Args:
-        state: The state after the call before, or from `CheckpointState.create`.
-        logs: The metrics of now, scalars of any numeric dtype. Only the monitored one
-            is looked at, and only at a due check with `save_best_only`.
+        state: The state that the last call returned, or `CheckpointState.create`.
+        logs: The present metrics, scalars of any numeric dtype. `step` looks only at
+            the monitored one, and only at a due check with `save_best_only`.
         epoch: Zero-based epoch, i32[].
         batch: Zero-based batch within the epoch, i32[]; None at the end of an epoch.
 
@@ -54,12 +54,14 @@ def step(
 
     Raises:
         MetricError: A `ValueError`, if the monitored value is not a real scalar.
-        SettingError: A `ValueError`, if epoch or batch are no zero-based integers.
+        SettingError: A `ValueError`, if `state` is no state or was deleted, if `logs`
+            is no mapping, or if epoch or batch is no zero-based integer. `step` checks
+            `logs`, epoch and batch only where it needs them.
 
     Warns:
-        UserWarning: Once for a run, if the monitored key is not in `logs` where it is
-            needed. Nothing is saved then: Keras would save, and overwrite the best
-            model with one that nobody has validated.
+        UserWarning: Once in a run, if the monitored key is needed and not in `logs`.
+            Nothing is saved then. Keras would save, and overwrite the best model with
+            one that nobody has validated.
 
     Example:
         >>> state = CheckpointState.create("loss", save_best_only=True)
@@ -84,8 +86,8 @@ def tick(
 ) -> tuple[CheckpointState, Any]:
     """Count, and tell whether a check is due: the half of `step` that needs no metric.
 
-    The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, but that a due
-    check takes `save_freq` from the counter and keeps the remainder.
+    The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, except that a
+    due check takes `save_freq` from the counter and keeps the remainder.
     """
     if state.save_freq == "epoch":
         return state, np.bool_(batch is None)
@@ -125,7 +127,7 @@ def judge(
     logs: Mapping[str, Any] | None,
     due: Any,
 ) -> tuple[CheckpointState, Any]:
-    """Compare, where a check is due: the half of `step` that needs the metric."""
+    """Compare the metric if a check is due: the half of `step` that needs it."""
     if not state.save_best_only or not (isinstance(due, jax.Array) or due):
         return state, due
     check_values(state)
@@ -160,11 +162,11 @@ def _judged(
 
 
 def is_no_better(state: CheckpointState, logs: Any) -> bool:
-    """Tell, by one comparison of two numbers, that a due check finds no new best.
+    """Tell from one comparison of two numbers that a due check finds no new best.
 
-    What is not less than the best is no improvement on it, however it is rounded and
-    whatever `min_delta` is. False where more is to be looked at: at arrays, or at what
-    may deserve a warning.
+    A value that is not better than the best is no improvement, however it is rounded
+    and whatever `min_delta` is. The result is False if `judge` must look at arrays, or
+    at values that may deserve a warning.
     """
     best = array(state.best_value)
     if type(best) not in _FLOATS or state.has_best is not np.True_:

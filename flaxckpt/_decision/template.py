@@ -24,12 +24,12 @@ class Template:
 
     Attributes:
         text: The template, absolute, with `~` expanded.
-        root: The directory below which all its checkpoints lie: what stands before
-            the last separator that precedes the first field.
-        name: What follows `root`; names a series of checkpoints wherever `root` is
-            moved to.
+        root: The directory below which all its checkpoints lie: the text up to the last
+            separator in front of the first field.
+        name: The text after `root`. It names a series of checkpoints, even if `root` is
+            moved.
         fields: Names of the fields, in order, each once.
-        label: What errors call it.
+        label: The name of the template in errors.
     """
 
     text: str
@@ -45,18 +45,20 @@ class Template:
         """Check a template's syntax and split it.
 
         Args:
-            filepath: A path with fields in Python's format syntax; relative paths
-                are taken from the directory that is current now.
-            label: What errors are to call it, if not by its text.
+            filepath: A path with fields in Python's format syntax. A relative path
+                begins at the present working directory.
+            label: The name of the template in errors; None for its text.
 
         Returns:
             The template.
 
         Raises:
             SettingError: If it is no path.
-            TemplateError: If the text is not a path, its braces are malformed, or a
-                field is empty, a number, looks up an attribute or an index, or has a
-                width that no file name has; or a name is one of flaxckpt's own.
+            TemplateError: If the text is empty, a URL or the root directory, or has
+                malformed braces; if a field is empty or a number, looks up an attribute
+                or an index, or has a format spec that cannot work or a width that no
+                file name has; or if a name is one of flaxckpt's own, or is '.' or '..'
+                after a field.
         """
         if not isinstance(filepath, str | bytes | os.PathLike):
             shown = f"<{type(filepath).__name__}>"
@@ -91,7 +93,7 @@ class Template:
 
     @functools.cached_property
     def depth(self) -> int:
-        """How many directories below `root` the checkpoints lie; 1 is in it."""
+        """How many levels below `root` the checkpoints lie: 1 is directly in it."""
         return _outline(self.name).count("/") + 1
 
     def render(
@@ -103,17 +105,18 @@ class Template:
             epoch: Zero-based; shown one-based.
             batch: Zero-based, shown one-based; None at the end of an epoch, where
                 `{batch}` has nothing to show.
-            logs: The other fields' values: numbers, scalar arrays or text; see `_logs`.
-                Only those that are shown are waited for. Keys `epoch` and `batch` are
-                passed over.
+            logs: The other fields' values: numbers, scalar arrays or text; see `logs`.
+                `render` waits only for the values that it shows, and ignores the keys
+                `epoch` and `batch`.
 
         Returns:
             The checkpoint's absolute path.
 
         Raises:
+            SettingError: If `logs` is no mapping of names to metrics.
             TemplateError: If a field has no value, a value does not fit its format
-                spec, or the result would not be `depth` names below `root`, or have
-                one of flaxckpt's own.
+                spec or has a separator, or the result is not `depth` proper names below
+                `root` or has one of flaxckpt's own.
         """
         if not self.fields:
             return self._fixed
@@ -139,7 +142,7 @@ class Template:
 
     @functools.cached_property
     def _fixed(self) -> str:
-        """What a template without fields always gives."""
+        """The path that a template without fields always gives."""
         return self._filled({})
 
     @functools.cached_property
@@ -169,7 +172,7 @@ class Template:
     def fits(self, parts: Sequence[str]) -> bool:
         """Tell whether a path below `root` looks like a checkpoint's, or is above one.
 
-        A field shows a number here: what shows only text is not recognized.
+        Each field must show a number: a path with a field of mere text does not fit.
 
         Args:
             parts: The path's names, from `root` on.
@@ -177,7 +180,7 @@ class Template:
         return self._match(_NUMBER, parts)
 
     def may_give(self, parts: Sequence[str]) -> bool:
-        """Tell whether it gives this path below `root` for some numbers in its fields.
+        """Tell whether the template gives a path below `root` for some numbers.
 
         Args:
             parts: The path's names, from `root` on.
@@ -233,7 +236,7 @@ class Template:
 
 
 class _Formatter(string.Formatter):
-    """Python's, but for widths that would fill the memory."""
+    """Python's formatter, which here refuses widths that would fill the memory."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if _TOO_WIDE.search(format_spec):
@@ -245,7 +248,7 @@ _FORMATTER = _Formatter()
 
 
 def _number(value: Any) -> Any:
-    """Return a scalar array's Python number, and other values as they are."""
+    """Return a scalar array's Python number; return other values as they are."""
     if not hasattr(value, "shape"):
         return value
     if value.shape != ():
@@ -254,7 +257,7 @@ def _number(value: Any) -> Any:
 
 
 def _fields(whole: str, text: str) -> Iterator[str]:
-    """Yield the names of the fields in `text`, those nested in format specs too."""
+    """Yield the names of the fields in `text`, and of the fields in format specs."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -291,9 +294,9 @@ def _fields(whole: str, text: str) -> Iterator[str]:
 
 
 def _shows_something(spec: str) -> bool:
-    """Tell whether a format spec fits any of the kinds of value there can be."""
+    """Tell whether a format spec fits an int, a float or a text."""
     if "{" in spec:
-        return True  # It is known only when its own fields are.
+        return True  # it is complete only with the values of its own fields
     for value in (1, 1.0, ""):
         try:
             format(value, spec)
@@ -312,7 +315,7 @@ def _outline(name: str) -> str:
 
 
 def _without_empty_names(name: str) -> str:
-    """Return a template with one slash for several in its literal text."""
+    """Return a template with each run of slashes in its literal text made one slash."""
     if "//" not in _outline(name):
         return name
     parts: list[str] = []
@@ -325,7 +328,7 @@ def _without_empty_names(name: str) -> str:
 
 
 def _first_field(text: str) -> int:
-    """Index of the first field's opening brace in `text`, or its length."""
+    """Return the index of the first field's opening brace, or the length of `text`."""
     position = 0
     while position < len(text):
         if text.startswith(("{{", "}}"), position):

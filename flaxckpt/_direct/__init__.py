@@ -1,7 +1,8 @@
 """Orbax's format, written and read straight from memory.
 
-`form` is the layout of files that Orbax has shown for one structure, and `forms`
-remembers them. `zarr` and `chunks` know the format, `write` and `read` move values,
-`sources` are where they are read from, `frozen_files` links files that do not change,
-and `threads` leaves the machine to training.
+A `form` is how Orbax has stored one tree structure, and writes new values in that way.
+`forms` remembers the forms of this process. `zarr` parses Zarr 3's descriptions, and
+`chunks` cuts leaves into chunks. `write` writes arrays, and `read` reads them from one
+of the `sources`. `frozen_files` links files of leaves that do not change. `threads`
+leaves the cores and the interpreter's lock to training.
 """

@@ -12,7 +12,7 @@ from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
 
 
 def digest_as_stored(stored: Stored | str, value: Any) -> str:
-    """Digest a leaf as it is digested where it is written in this way."""
+    """Compute the digest that a leaf gets when it is written in this way."""
     if isinstance(stored, Stored) and stored.is_one_chunk:
         return digest_of(checksum(value))
     return digest(value)
@@ -21,7 +21,7 @@ def digest_as_stored(stored: Stored | str, value: Any) -> str:
 def chunks_of(
     stored: Stored, value: Any
 ) -> Iterator[tuple[str, tuple[int, ...], Array]]:
-    """Yield of each chunk its file, where it begins, and its values, contiguous."""
+    """Yield each chunk's key, first index by axis, and values in C order."""
     if stored.shape == stored.chunk:
         ((key, start),) = stored.keys()
         yield key, start, np.asarray(_on_host(value), order="C")
@@ -34,7 +34,7 @@ def chunks_of(
 def own_chunks(
     stored: Stored, value: Any, *, leads: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
-    """Yield of each chunk what `_chunks` does; no values of what others have."""
+    """Yield as `chunks_of`, with None for chunks that another process writes."""
     if not is_shared(value):
         for key, start, chunk in chunks_of(stored, value):
             yield key, start, chunk if leads else None
@@ -54,14 +54,14 @@ def _cut(
     found = _within(parts, start, chunk)
     if found is not None:
         return found
-    parts[:] = [((0,) * len(chunk), _on_host(value))]  # it spans several shards
+    parts[:] = [((0,) * len(chunk), _on_host(value))]  # the chunk spans several shards
     return _cut(parts, value, start, chunk)
 
 
 def _within(
     parts: list[Piece], start: tuple[int, ...], chunk: tuple[int, ...]
 ) -> Array | None:
-    """Return a chunk, if one of the pieces has it all."""
+    """Return a chunk from the piece that holds it whole; None if no piece does."""
     for begin, piece in parts:
         low = [at - base for at, base in zip(start, begin, strict=True)]
         high = [at + size for at, size in zip(low, chunk, strict=True)]

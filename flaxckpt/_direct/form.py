@@ -1,17 +1,17 @@
 """Checkpoints in a form that Orbax has shown: its files as it wrote them, new values.
 
-Orbax takes a millisecond a leaf to write a tree, most of it in the interpreter, and
-copies large arrays on the way. Where it has written a tree of the same structure,
-shapes and shardings before, only the values differ: its own small files are written
-again as they were, and the values go where it put them, in the format it chose (Zarr 3,
-each chunk a shard of one part;
-https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed), straight from
-the memory they are in. Two arrangements are known: a directory for each array, and one
-OCDBT database for all of them, which is better for many small ones.
+Orbax takes a millisecond to write each leaf, mostly in the interpreter, and copies
+large arrays. If Orbax has written a tree of the same structure, shapes and shardings
+before, only the values differ. `Form.write` then writes Orbax's small files again as
+they were, and the values straight from memory, in the format that Orbax chose: Zarr 3,
+each chunk a shard of one part
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed). It knows two
+arrangements: a directory for each array, and one OCDBT database, which is better for
+many small arrays.
 
-What Orbax wrote is compared with what would have been written here before a form is
-used: if they differ, because of another version of it or an option not known here,
-there is no form, and Orbax goes on writing.
+`recognized` first compares what Orbax wrote with what `Form` would have written: of
+each chunk the size and both ends. If they differ, because of another version of Orbax
+or an unknown option, there is no form, and Orbax goes on writing.
 """
 
 import functools
@@ -58,7 +58,7 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import pieces
 
-# Of a leaf, its digest as a number, and its files' positions and checksums.
+# A leaf's digest as a number, and the position and checksum of each file of the leaf.
 Share: TypeAlias = tuple[int, list[tuple[int, str]]]
 
 
@@ -68,9 +68,9 @@ class Form:
 
     Attributes:
         is_database: Whether the arrays are in an OCDBT database.
-        files: Orbax's own files, by path.
-        arrays: How each leaf's values are stored, or for text, which has a file, its
-            name.
+        files: Contents of Orbax's own files, by their paths in the checkpoint.
+        arrays: How each leaf's values are stored. A text leaf has its name instead,
+            since one file holds all texts.
     """
 
     is_database: bool
@@ -87,15 +87,15 @@ class Form:
         """Write a checkpoint of this form.
 
         Args:
-            draft: Where to.
-            directory: Its directory.
-            values: The leaves that Orbax holds; those that are frozen as `FrozenLeaf`,
-                which a database takes none of.
-            frozen: Where frozen leaves are stored.
+            draft: The draft to write to.
+            directory: The draft's directory.
+            values: The leaves that Orbax stores. Frozen leaves come as `FrozenLeaf`; a
+                database takes no frozen leaves.
+            frozen: Where frozen leaves are stored; None if no leaf is frozen.
 
         Returns:
-            The leaves' digests, and the checksums of each leaf's files; none in a
-            database, which is not on disk yet.
+            The leaves' digests, and the checksums of each leaf's files. A database has
+            no such checksums, and the caller must sync its files.
         """
         self._write_around(draft, values, f"{STATE}/")
         if self.is_database:
@@ -106,8 +106,8 @@ class Form:
         """Write all but the arrays' values, which several processes write.
 
         Args:
-            draft: Where to.
-            values: The leaves that Orbax holds.
+            draft: The draft to write to.
+            values: The leaves that Orbax stores.
         """
         self._write_around(draft, values)
         for stored in self.arrays:
@@ -117,19 +117,19 @@ class Form:
     def write_share(
         self, draft: Draft, values: Sequence[Any], *, leads: bool
     ) -> list[Share]:
-        """Write what is this process's of a checkpoint that several write.
+        """Write this process's share of a checkpoint that several processes write.
 
-        That is, of each shard the first replica, and, in one of the processes, what is
-        in each of them.
+        Each process writes the first replicas of shards on its devices. The leading
+        process also writes the leaves that are whole in every process.
 
         Args:
-            draft: Where to.
-            values: The leaves that Orbax holds.
-            leads: Whether this is that process.
+            draft: The draft to write to.
+            values: The leaves that Orbax stores.
+            leads: Whether this is the leading process.
 
         Returns:
-            For each leaf the digest of what was written, as a number, and the checksum
-            of each file, with the file's position among the leaf's.
+            For each leaf, the digest of what was written, as a number, and for each
+            file its position among the leaf's files and its checksum.
         """
 
         def write(stored: Stored | str, value: Any) -> Share:
@@ -151,16 +151,16 @@ class Form:
     def joined(
         self, shares: Sequence[Sequence[Share]]
     ) -> tuple[list[str], list[Sequence[str]]]:
-        """Join what the processes have written.
+        """Join the shares that the processes have written.
 
         Args:
-            shares: Of each process, what `write_share` returned.
+            shares: For each process, what `write_share` returned.
 
         Returns:
             The leaves' digests, and the checksums of each leaf's files.
 
         Raises:
-            ValueError: If there is a part that none of them has written, or several.
+            ValueError: If no process, or more than one, has written a file.
         """
         digests, sums = list[str](), list[Sequence[str]]()
         for stored, parts in zip(self.arrays, zip(*shares, strict=True), strict=True):
@@ -187,13 +187,13 @@ class Form:
         sums: Sequence[Sequence[str]],
         frozen: Frozen,
     ) -> None:
-        """Replace what Orbax has written of frozen leaves by links, where it is stored.
+        """Replace frozen leaves' files by links, if the same values are stored already.
 
         Args:
-            draft: What Orbax has written.
-            values: The leaves, those that are frozen as `FrozenLeaf`.
-            digests: Of the leaves.
-            sums: Of their files.
+            draft: The draft that Orbax has written.
+            values: The leaves that Orbax stores, frozen leaves as `FrozenLeaf`.
+            digests: The leaves' digests.
+            sums: The checksums of each leaf's files.
             frozen: Where frozen leaves are stored.
         """
         found = zip(digests, sums, strict=True)
@@ -206,12 +206,14 @@ class Form:
                 frozen.note(draft, stored, value, names, is_linked=is_linked)
 
     def adopt(self, path: Path, leaves: Sequence[Leaf], frozen: Frozen) -> None:
-        """Look up what of an earlier checkpoint can be linked, by what is there now.
+        """Tell `frozen` which files of an earlier checkpoint can be linked.
+
+        Reads the values, since the files may have changed.
 
         Args:
-            path: The checkpoint.
+            path: The earlier checkpoint.
             leaves: Its leaves.
-            frozen: What to tell.
+            frozen: Gets the digest, files and stamps of each leaf.
         """
         store = Files(path / STATE)
         known = {leaf.stored_name: leaf for leaf in leaves}
@@ -227,13 +229,12 @@ class Form:
                 stamps = [stamp_of(file) for file in files]
             except OSError:
                 continue
-            digest = digest_as_stored(
-                stored, found[1]
-            )  # an earlier version's may be another
+            # An earlier version may have recorded another kind of digest.
+            digest = digest_as_stored(stored, found[1])
             frozen.adopt(stored, Home(digest, files, stamps, found[2]))
 
     def marks(self, values: Sequence[Any]) -> tuple[list[str], list[Sequence[str]]]:
-        """Compute what `write` returns."""
+        """Compute what `write` would return, and write nothing."""
         pairs = list(zip(self.arrays, values, strict=True))
         digests = [digest_as_stored(stored, value) for stored, value in pairs]
         if self.is_database:
@@ -248,7 +249,7 @@ class Form:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The files that this form has, as paths in the checkpoint."""
+        """The files that `write` makes without a database: paths in the checkpoint."""
         names = set(self.files)
         for stored in self.arrays:
             if not isinstance(stored, str):
@@ -335,11 +336,11 @@ def recognized(
     Args:
         directory: The checkpoint.
         layout: Its layout.
-        values: The leaves that Orbax holds.
-        leads: Whether what is in each of several processes is in these files, too.
+        values: The leaves that Orbax stores.
+        leads: Whether to expect here the leaves that are whole in every process.
 
     Returns:
-        The form; None if it is not one that can be written here.
+        The form; None if Orbax wrote in a way that `Form` does not know.
     """
     leaves = [leaf for leaf in layout.leaves if leaf.in_orbax]
     is_database = (directory / STATE / "manifest.ocdbt").exists()
@@ -374,10 +375,10 @@ def recognized(
 
 
 def stored_array(name: str, leaf: Leaf, value: Any, store: "Values") -> Stored:
-    """Read how Orbax has stored an array; raise if not in the way known here."""
-    # A leaf's own dtype, where it has one: Orbax may have been given another.
+    """Read how Orbax has stored an array; raise if `Form` does not know the way."""
+    # Orbax may have been given another dtype than the leaf's own.
     dtype = leaf.dtype if leaf.kind in READ else dtype_of(value)
-    if not name:  # its files are among Orbax's own
+    if not name:  # the leaf is the whole tree; its files are among Orbax's own
         raise OtherwiseError
     stored = parsed(name, store.read(below(name, DESCRIPTION)), dtype)
     if stored.separator != "/":

@@ -1,4 +1,4 @@
-"""Forms that were learned, by a tree's layout and its leaves' placements."""
+"""The forms that Orbax has shown, by a tree's layout and its leaves' placements."""
 
 from collections import deque
 from typing import Any
@@ -9,7 +9,7 @@ from flaxckpt._trees.layout import Layout
 
 
 def held_values(layout: Layout, leaves: list[Any]) -> list[Any]:
-    """Return those of a tree's leaves that Orbax holds."""
+    """Return the leaves of a tree that Orbax stores."""
     pairs = zip(layout.leaves, leaves, strict=True)
     return [value for leaf, value in pairs if leaf.in_orbax]
 
@@ -26,12 +26,15 @@ def thawed(leaves: list[Any]) -> list[Any]:
 
 
 def has_form(layout: Layout, leaves: list[Any]) -> bool:
-    """Tell whether a tree with frozen leaves is written without a look at them."""
+    """Tell whether a tree with frozen leaves has a form.
+
+    If it has, frozen leaves that are stored already need not be copied.
+    """
     return form_of(layout, held_values(layout, leaves), is_database=False) is not None
 
 
 def form_of(layout: Layout, held: list[Any], *, is_database: bool) -> Form | None:
-    """Look up how Orbax has written such a tree before."""
+    """Look up the form in which Orbax wrote such a tree; None if it has not yet."""
     placements = placements_of(held)
     for known, placed, form in tuple(FORMS):
         if (known, placed, form.is_database) == (layout, placements, is_database):

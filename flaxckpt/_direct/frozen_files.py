@@ -1,8 +1,8 @@
 """Leaves that do not change: stored once, and linked from each checkpoint.
 
-The files of such a leaf have a name in each checkpoint (a hard link), so that each is
-whole by itself, for Orbax too, and any may be deleted. Nothing is taken on trust: a
-leaf is linked where its digest is that of what is stored, and else written again.
+The files of such a leaf have a name in each checkpoint (a hard link). So each
+checkpoint is whole by itself, also for Orbax, and any may be deleted. A leaf is linked
+only if its digest is that of the stored leaf; otherwise it is written again.
 """
 
 import sys
@@ -20,7 +20,7 @@ from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
 from flaxckpt.errors import SettingError
 
 Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
-_STRUCTURES = 64  # of trees for which the choice is remembered
+_STRUCTURES = 64  # tree structures for which the choice is remembered
 
 
 @dataclass(eq=False)
@@ -28,9 +28,9 @@ class FrozenLeaf:
     """A frozen leaf on its way to the disk.
 
     Attributes:
-        value: Its value; None until there is a copy of it.
-        origin: The array of which that is a copy, if it is an array of JAX.
-        digest: Its digest, if it is known without a look at the value.
+        value: Its value; None until it is copied.
+        origin: The JAX array of which the value is a copy; None for other leaves.
+        digest: Its digest; empty until it is known.
         sums: Checksums of its files, once they are written or linked.
     """
 
@@ -47,8 +47,8 @@ class Home:
     Attributes:
         digest: Its digest.
         files: The files of its values, in order.
-        stamps: What these are known by.
-        sums: Their checksums, if they are known.
+        stamps: Device, inode, mtime and size of each file, to know it again.
+        sums: The files' checksums, if they are known.
     """
 
     digest: str
@@ -61,16 +61,16 @@ class Frozen:
     """The frozen leaves of one series of checkpoints, and where they are stored.
 
     Attributes:
-        linked_bytes: How much was linked so far, instead of being written.
+        linked_bytes: How many bytes were linked so far, instead of being written.
     """
 
     def __init__(self, chosen: Filter | type) -> None:
-        """Nothing is stored yet.
+        """Take the filter that chooses the frozen leaves; nothing is stored yet.
 
         Args:
-            chosen: Tells of a leaf, by its path and itself, whether it is frozen; or a
-                type that all frozen leaves are of. A Flax NNX `Variable` counts as one
-                leaf, so that NNX's filters work.
+            chosen: Takes a leaf's path and the leaf, and tells whether it is frozen; or
+                the type of all frozen leaves. A Flax NNX `Variable` counts as one leaf,
+                so that NNX's filters work.
         """
         if isinstance(chosen, type):
             of_type = chosen
@@ -86,7 +86,7 @@ class Frozen:
     # ---- on the loop's thread --------------------------------------------------------
 
     def indices(self, tree: PyTree) -> list[int]:
-        """Tell which leaves of a tree are frozen: once for each structure."""
+        """Return the indices of a tree's frozen leaves; filter each structure once."""
         structure = flatten(tree).key
         try:
             found = self._indices.get(structure)
@@ -120,7 +120,7 @@ class Frozen:
         return found
 
     def refuse_all(self, tree: PyTree) -> SettingError:
-        """Make the error for a filter that no leaf passes."""
+        """Make the error for a filter that chooses no leaf."""
         paths = [path for path, _ in nodes_with_paths(tree, ())][:4]
         names = ["/".join(str(key_of(entry)) for entry in path) for path in paths]
         return SettingError(
@@ -131,13 +131,13 @@ class Frozen:
         )
 
     def leaf(self, value: Any, *, is_known: bool) -> FrozenLeaf:
-        """Take a leaf up.
+        """Make a `FrozenLeaf`, with the digest if this very array was stored before.
 
         Args:
             value: The leaf.
-            is_known: Whether its digest is known if this very array was stored before.
+            is_known: Whether such a digest may be used.
         """
-        if not isinstance(value, jax.Array):  # which may be changed
+        if not isinstance(value, jax.Array):  # its owner may change it in place
             return FrozenLeaf(None, None)
         known = self._known.get(id(value)) if is_known else None
         if known is not None and known[0]() is value:
@@ -148,28 +148,28 @@ class Frozen:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing is known to be stored."""
+        """Whether no stored leaf is known yet."""
         return not self._homes
 
     @property
     def has_links(self) -> bool:
-        """Whether a leaf in the draft is linked."""
+        """Whether the draft has a linked leaf."""
         return any(is_linked for *_, is_linked in self._drafted)
 
     def begin(self) -> None:
-        """Begin a draft: what became of the one before is known."""
+        """Begin a draft, and forget an earlier draft that was not put in its place."""
         self._drafted.clear()
 
     def adopt(self, key: Any, home: Home) -> None:
-        """Take over what an earlier process has stored."""
+        """Note where an earlier process has stored a leaf."""
         self._homes[key] = home
 
     def link(self, draft: Draft, key: Any, leaf: FrozenLeaf, names: list[str]) -> bool:
-        """Link a leaf's files into a draft, if they are stored with that digest.
+        """Link a leaf's files into a draft if it is stored; tell whether it was linked.
 
         Args:
-            draft: Where to.
-            key: What identifies the leaf, and how it is stored.
+            draft: The draft to link into.
+            key: Identifies the leaf and the way in which it is stored.
             leaf: The leaf; its digest is known.
             names: The files' paths in the draft.
         """
@@ -188,12 +188,12 @@ class Frozen:
         *,
         is_linked: bool,
     ) -> None:
-        """Note that a leaf is in the draft now, under these names."""
+        """Note that the leaf's files are in the draft now, under these names."""
         stamps = [draft.stamp(name) for name in names]
         self._drafted.append((key, leaf, names, stamps, is_linked))
 
     def settle(self, path: Path) -> None:
-        """Take in where the draft has been put."""
+        """Note that the draft, and so each of its leaves, is stored at `path` now."""
         drafted, self._drafted = self._drafted, []
         for key, leaf, names, stamps, is_linked in drafted:
             files = [path / name for name in names]

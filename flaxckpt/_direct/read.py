@@ -1,4 +1,4 @@
-"""A checkpoint's arrays, read straight into memory, each chunk with its checksum."""
+"""A checkpoint's arrays are read straight into memory, and their chunks checked."""
 
 import math
 from collections.abc import Iterable
@@ -38,26 +38,24 @@ from flaxckpt._trees.digest import agrees, checksum_in
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointPathError
 
-Bounds: TypeAlias = tuple[tuple[int, int], ...]  # first and behind the last, by axis
+Bounds: TypeAlias = tuple[tuple[int, int], ...]  # start and stop on each axis
 TIMES = "_CHECKPOINT_METADATA"
 
 
 class Reader:
-    """Reads leaves of a checkpoint, as fast as their bytes can be read.
-
-    For use by several threads.
-    """
+    """Reads leaves of a checkpoint without Orbax. Several threads may use it."""
 
     def __init__(self, directory: Path, source: Source | None = None) -> None:
-        """Look how the checkpoint is arranged.
+        """Find out whether the arrays are in files or in a database.
 
         Args:
             directory: The checkpoint.
-            source: What has the files that are not in the directory; None if all are.
+            source: The store that has the files missing from the directory; None if
+                no file is missing.
 
         Raises:
-            ValueError: If that cannot be known.
-            CheckpointPathError: If this process cannot read it.
+            ValueError: If the database cannot be opened.
+            CheckpointPathError: If this process cannot read the checkpoint.
         """
         state = directory / STATE
         self._texts: dict[str, str] | None = None
@@ -72,7 +70,7 @@ class Reader:
             raise ValueError("its database cannot be opened") from error
 
     def knows(self, leaf: Leaf) -> bool:
-        """Tell whether a leaf is stored in a way that is known here."""
+        """Tell whether `read` knows the way in which a leaf is stored."""
         try:
             return leaf.is_text or stored_of(self._store, leaf) is not None
         except CheckpointPathError:
@@ -81,7 +79,7 @@ class Reader:
             return False
 
     def contradicts(self, leaf: Leaf) -> bool:
-        """Tell whether a leaf is not stored, or as an array of another kind."""
+        """Tell whether a leaf is missing, or stored with another shape or dtype."""
         if not leaf.in_orbax:
             return False
         try:
@@ -96,19 +94,18 @@ class Reader:
         return (found.shape, found.dtype) != array_of(leaf)
 
     def expect(self, leaves: Iterable[Leaf]) -> None:
-        """Begin to read what `holds` asks for.
+        """Begin to read the descriptions that `holds` will read.
 
-        A database answers many requests in hardly more time than one.
+        A database answers many requests in hardly more time than one request.
         """
         for leaf in leaves:
             if isinstance(self._store, Database) and not leaf.is_text:
                 self._store.expect(below(leaf.stored_name, DESCRIPTION))
 
     def holds(self, leaf: Leaf) -> bool:
-        """Tell whether all files of a leaf are there, with the sizes that they have.
+        """Tell whether all files of a leaf are there, with the sizes they should have.
 
-        Reads no values. False also where the leaf is stored in a way of which that
-        cannot be told.
+        Reads no values. Also False if the way in which the leaf is stored is not known.
         """
         try:
             if leaf.is_text:
@@ -126,12 +123,13 @@ class Reader:
 
         Args:
             leaf: The leaf.
-            check: Whether to compare it with what is recorded of what was saved.
+            check: Whether to compare the values with the recorded checksums or digest.
 
         Returns:
-            Its values, in memory that JAX on CPU need not copy; of keys, their data.
-            None if they are stored in a way that is not known here, or not whole: Orbax
-            can tell. And whether they are what was saved, as far as that was checked.
+            The values, in memory that JAX on CPU need not copy, and whether they are
+            what was saved, as far as that was checked. PRNG keys come as their data.
+            The values are None if they are incomplete, or stored in a way that is not
+            known here; the caller can have Orbax read them.
         """
         if leaf.is_text:
             return self._read_text(leaf, check=check)
@@ -150,15 +148,16 @@ class Reader:
     def read_onto(
         self, leaf: Leaf, sharding: jax.sharding.Sharding, *, check: bool
     ) -> tuple[jax.Array | None, bool | None]:
-        """Read an array onto the devices of this process; no other one has to come.
+        """Read an array onto this process's devices, without any other process.
 
         Args:
             leaf: The array.
-            sharding: How it is to lie on all devices.
-            check: Whether to compare it with what is recorded of what was saved.
+            sharding: The array's sharding over all devices.
+            check: Whether to compare the chunks with the recorded checksums.
 
         Returns:
-            As `read`; None for a check that needs more than the files that were read.
+            As `read`, but None for the check if no checksums of chunks are recorded:
+            the whole array would be needed.
         """
         try:
             stored = stored_of(self._store, leaf)
@@ -216,7 +215,7 @@ class Reader:
 
 
 def _sums(leaf: Leaf) -> tuple[str, ...]:
-    """Return what is recorded as the checksums of a leaf's chunks; none if nothing."""
+    """Return the recorded checksums of a leaf's chunks; empty if there are none."""
     whole = checksum_in(leaf.digest)
     return leaf.sums if whole is None else (whole,)
 
@@ -228,12 +227,12 @@ def _read_parts(
     *,
     check: bool,
 ) -> tuple[dict[Bounds, Array], dict[int, str]]:
-    """Read parts of an array, each of its files once.
+    """Read parts of an array, and each file at most once.
 
     Args:
-        store: Where it is.
-        stored: How it is stored.
-        bounds: Of the parts.
+        store: Where the array is.
+        stored: How the array is stored.
+        bounds: The parts' bounds.
         check: Whether to compute checksums.
 
     Returns:
@@ -268,7 +267,7 @@ def _read_parts(
             if where != own:
                 parts[where][_within_part(both, where)] = chunk[_within_part(both, own)]
             sizes[where] -= math.prod(high - low for low, high in both)
-    if any(sizes.values()):  # of memory that nothing was read into
+    if any(sizes.values()):  # no chunk was read into some of the memory
         raise OtherwiseError
     return parts, sums
 
@@ -286,7 +285,10 @@ def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
 def read(
     store: "Values", leaf: Leaf, *, check: bool = True
 ) -> tuple[Stored, Array, tuple[str, ...]] | None:
-    """Read an array, how it is stored, and its chunks' checksums, if asked to."""
+    """Return how an array is stored, its values, and, if `check`, chunks' checksums.
+
+    None if the array is incomplete, or stored in a way that is not known here.
+    """
     try:
         stored = stored_of(store, leaf)
         if stored is None:

@@ -42,18 +42,19 @@ from flaxckpt._object_store.source import Source
 from flaxckpt._trees.digest import checksum
 from flaxckpt._trees.leaf import Leaf, key_numbers
 
-_INDEX_BYTES = 64 * 2**20  # of a database's index that are kept while it is read
+_INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
 _MANIFEST_BYTES = 64 * 2**20
-HEAD = 64
-_ROOM_BYTES = 64 * 2**20  # of an array that gets memory without a look at its files
-BLOCK_BYTES = 512 * 2**10  # that are read, and checked while they are in the cache
+HEAD = 64  # bytes at the beginning of a file that `ends` returns
+_ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
+BLOCK_BYTES = 512 * 2**10  # read or written at a time, and summed in the CPU cache
 
 
 def stored_of(store: "Values", leaf: Leaf) -> Stored | None:
-    """Look up how a leaf is stored; None if otherwise than its table says.
+    """Look up how a leaf is stored; None if the shape differs from the leaf's.
 
     Raises:
-        _OtherwiseError, KeyError, ValueError, TypeError, AttributeError: As `_parsed`.
+        OtherwiseError: If it is missing, or `parsed` does not know how it is stored.
+        MalformedError: If its `zarr.json` is none.
     """
     name = leaf.stored_name
     shape, dtype = array_of(leaf)
@@ -62,19 +63,19 @@ def stored_of(store: "Values", leaf: Leaf) -> Stored | None:
 
 
 def array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
-    """Return the shape and the dtype of the array by which a leaf is stored."""
+    """Return the shape and the dtype of the array in which a leaf is stored."""
     numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
     return leaf.shape + numbers, DTYPES.get(leaf.kind, leaf.dtype)
 
 
 def outlined(store: "Values", leaf: Leaf) -> tuple[Stored, int | None]:
-    """Look up how a leaf is stored, in whatever encoding, and how large a chunk is.
+    """Look up how a leaf is stored, in any encoding, and the bytes of a chunk's file.
 
-    The size is None where it depends on the values.
+    The size is None if it depends on the values.
 
     Raises:
-        _OtherwiseError: If it is not as its table says, or is not known here.
-        MalformedError: If what describes it is nothing of the kind.
+        OtherwiseError: If shape or dtype differ from the leaf's, or it is missing.
+        MalformedError: If its `zarr.json` is none.
     """
     with contextlib.suppress(OtherwiseError):
         stored = stored_of(store, leaf)
@@ -92,30 +93,30 @@ def outlined(store: "Values", leaf: Leaf) -> tuple[Stored, int | None]:
 
 
 class Values(Protocol):
-    """Where a checkpoint's arrays are."""
+    """Where a checkpoint's arrays are read from."""
 
     def read(self, key: str) -> bytes:
-        """Read a file, or what a database has in its place."""
+        """Read a file, or a database's value of that key."""
         ...
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        """Read a chunk; return its checksum, if asked to."""
+        """Read a chunk into `values`; return its checksum if `check`, else nothing."""
         ...
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
-        """Return a file's size, and its first and last bytes."""
+        """Return a file's size, its first `HEAD` bytes, and its last bytes."""
         ...
 
     def check_room(self, name: str, nbytes: int) -> None:
-        """Check that an array can have so many bytes, before there is memory for it.
+        """Check that an array can have `nbytes`, before it gets memory.
 
         Raises:
-            _OtherwiseError: If its files have less.
+            OtherwiseError: If its files are smaller.
         """
         ...
 
     def has(self, key: str, nbytes: int | None) -> bool:
-        """Tell whether a file is there, with a size if that is given and known."""
+        """Tell whether a file is there, with `nbytes` bytes if its size is known."""
         ...
 
 
@@ -177,18 +178,18 @@ class Files:
             os.close(file)
 
     def _path(self, key: str) -> Path:
-        """Return where a file is, which is in this directory, whatever its name."""
+        """Return a file's path; raise `OtherwiseError` if it leads out of here."""
         if not is_inside(key):
             raise OtherwiseError
         return self._directory / key
 
 
 class Sourced:
-    """Files that are not on the disk."""
+    """Files in an object store."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._descriptions: dict[str, bytes] = {}  # which are read more than once
+        self._descriptions: dict[str, bytes] = {}  # kept, since callers read them twice
 
     def read(self, key: str) -> bytes:
         if key in self._descriptions:
@@ -207,7 +208,7 @@ class Sourced:
         return _ends(self.read(key))
 
     def check_room(self, name: str, nbytes: int) -> None:
-        pass  # a request tells when it is made
+        pass  # `read_into` compares the size of what the store sends
 
     def has(self, key: str, nbytes: int | None) -> bool:
         return len(self.read(key)) == nbytes or nbytes is None
@@ -215,7 +216,7 @@ class Sourced:
 
 class Database:
     def __init__(self, directory: Path) -> None:
-        self._size = size_of(directory)  # and nothing there but plain files
+        self._size = size_of(directory)  # which raises unless all files are plain
         try:
             read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
         except NoFileError as error:
@@ -224,7 +225,7 @@ class Database:
             plain = stack.enter_context(plainly(directory))
             weakref.finalize(self, stack.pop_all().close)
         base = {"driver": "file", "path": f"{plain}/"}
-        # Without a cache, its index is read anew for every key.
+        # Without a cache, TensorStore reads the index anew for every key.
         context = {"cache_pool": {"total_bytes_limit": _INDEX_BYTES}}
         spec = {"driver": "ocdbt", "base": base, "context": context}
         self._directory = directory
@@ -232,7 +233,7 @@ class Database:
         self._coming: dict[str, Any] = {}
 
     def expect(self, key: str) -> None:
-        """Begin to read what `read` will be asked for, once."""
+        """Begin to read a key, for the next call of `read` with it."""
         self._coming[key] = self._store.read(key)
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
@@ -243,7 +244,7 @@ class Database:
         return frozenset([key.decode() for key in self._result(self._store.list())])
 
     def has(self, key: str, nbytes: int | None) -> bool:
-        del nbytes  # which only a read of the value tells
+        del nbytes  # the index does not tell a value's size
         return key in self._keys
 
     def read(self, key: str) -> bytes:
@@ -260,7 +261,7 @@ class Database:
             raise OtherwiseError
 
     def _result(self, future: Any) -> Any:
-        """Wait for what TensorStore does with files that may hold anything."""
+        """Wait for TensorStore; raise `OtherwiseError` if it fails on the files."""
         try:
             return future.result()
         except MemoryError:
@@ -271,7 +272,7 @@ class Database:
 
 
 def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:
-    """Take a chunk's values from all of what was stored; see `_Values.read_into`."""
+    """Copy a chunk's values from its file's content; see `Values.read_into`."""
     trailer = trailer_of(values.nbytes)
     if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
         raise OtherwiseError

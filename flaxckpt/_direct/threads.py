@@ -1,7 +1,7 @@
-"""How work in the background leaves the machine to the training loop.
+"""How background work leaves the cores and the interpreter's lock to training.
 
-Training keeps the cores busy, and what writes checkpoints runs in the same process: it
-gets what is left of the cores, and of the interpreter's lock, and not much more.
+Training keeps the cores busy, and checkpoints are written in the same process. So the
+writing threads are few, have a low priority, and often give up the interpreter's lock.
 """
 
 import itertools
@@ -18,28 +18,28 @@ _TURN_SECS, _PAUSE_SECS = 5e-4, 5e-5
 
 
 def stand_back(nicer: int = _NICER) -> None:
-    """Have this thread, and those that it starts, leave most of a busy core to others.
+    """Lower the priority of this thread, and of the threads that it starts later.
 
-    Linux gives a thread that is 5 steps nicer a third of the weight of another. With
-    less, a save would not be done when the next one comes.
+    Linux gives a thread that is 5 steps nicer a third of the weight of another thread.
+    With less, a save would not be done before the next save.
 
     Args:
-        nicer: Steps.
+        nicer: How many steps of niceness to add.
     """
-    if sys.platform == "linux":  # elsewhere it is for the whole process
+    if sys.platform == "linux":  # elsewhere, niceness is set for the whole process
         os.nice(nicer)
 
 
 def writing_threads() -> int:
-    """Return how many threads write to files: half the cores, and two at least."""
+    """Return how many threads write files: half the cores, but 2 to 4 (1 on 1 core)."""
     cores = os.cpu_count() or 1
     return min(cores, _MOST_THREADS, max(2, cores // 2))
 
 
 def writing_pool() -> ThreadPoolExecutor:
-    """Make that many threads.
+    """Make a pool of `writing_threads` threads.
 
-    If they are more than half the cores, the others take only what is idle.
+    Threads beyond half the cores are much nicer, and so take only idle time.
     """
     threads, cores = itertools.count(), os.cpu_count() or 1
 
@@ -51,15 +51,16 @@ def writing_pool() -> ThreadPoolExecutor:
 
 
 def give_way(turn: float) -> float:
-    """Let the training loop have the interpreter's lock, after a while of work.
+    """Give up the interpreter's lock for a moment, after half a millisecond of work.
 
-    Python itself would take it away after 5 ms only, and a step asks several times.
+    Python itself would take the lock away only after 5 ms, and a training step asks for
+    it several times.
 
     Args:
-        turn: When the work began, in the seconds of `time.perf_counter`.
+        turn: When the work began, in seconds of `time.perf_counter`.
 
     Returns:
-        When it goes on.
+        When the work goes on, in the same seconds: the next call's `turn`.
     """
     if time.perf_counter() - turn < _TURN_SECS:
         return turn

@@ -1,4 +1,4 @@
-"""Values written where Orbax would have put them: in files, or in an OCDBT database."""
+"""Values are written as Orbax would store them: in files, or in an OCDBT database."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,13 @@ from flaxckpt._disk.files import Draft
 from flaxckpt._trees.digest import Digest, digest_of
 
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
-BATCH_BYTES = 32 * 2**20  # values of a database that are in memory at a time
+BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
 
 
 def write_array(draft: Draft, stored: Stored, value: Any) -> tuple[str, list[str]]:
     """Write an array's files; return its digest and their checksums.
 
-    Block by block, so that all three find a block in the cache.
+    Each block is digested, summed and written while it is in the CPU cache.
     """
     digested = None if stored.is_one_chunk else Digest()
     sums = [
@@ -37,7 +37,7 @@ def write_file(
     chunk: Array,
     digested: Digest | None,
 ) -> str:
-    """Write a chunk's file, take it into a digest, and return its checksum."""
+    """Write a chunk's file, add the chunk to `digested`, and return its checksum."""
     summed = xxhash.xxh3_64()
     blocks = digested.blocks(chunk, start) if digested else _blocks(chunk)
     with draft.writing(f"{STATE}/{key}") as write:
@@ -50,7 +50,7 @@ def write_file(
 
 
 def _blocks(chunk: Array) -> Iterator[Array]:
-    """Yield a chunk in blocks that stay in the cache."""
+    """Yield a chunk's bytes in blocks that fit into the CPU cache."""
     values = raw_bytes(chunk)
     for start in range(0, values.nbytes, BLOCK_BYTES):
         yield values[start : start + BLOCK_BYTES]

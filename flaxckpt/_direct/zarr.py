@@ -1,4 +1,4 @@
-"""Zarr 3 as Orbax writes it: one shard a file, each with an index and its checksum.
+"""Zarr 3 as Orbax writes it: each file has one shard, its index, and a checksum.
 
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
 """
@@ -28,15 +28,15 @@ STRINGS = f"{STATE}/_strings.json"
 READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
 _ARRAYS = (*READ, "bytes")
 NUMBERS = ("bool", "int", "float")
-DTYPES = {  # by which Orbax stores what has no dtype of its own
+DTYPES = {  # the dtypes in which Orbax stores leaves that have none of their own
     "bool": "bool",
     "int": "int64",
     "float": "float64",
     "complex": "complex128",
     "key": "uint32",
 }
-_ALIGNMENT = 64  # of what JAX on CPU takes over as it is
-_USUAL_BYTES = 4096  # of a `zarr.json`; strangers may write any number
+_ALIGNMENT = 64  # bytes; JAX on CPU takes over such memory without a copy
+_USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hostile
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Stored:
 
     @property
     def description_key(self) -> str:
-        """The name of the file that describes it."""
+        """The key of the array's `zarr.json`."""
         return below(self.name, DESCRIPTION)
 
     def with_keys(self, separator: str) -> "Stored":
-        """Return it with its chunks' files in directories (`/`) or in one (`.`)."""
+        """Return it with chunk files in nested directories (`/`), or in one (`.`)."""
         fields = json.loads(self.description)
         fields["chunk_key_encoding"] = {"name": "default"}
         if separator == ".":
@@ -70,7 +70,7 @@ class Stored:
         return replace(self, description=description, separator=separator)
 
     def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name of each chunk's file, and where in the array it begins."""
+        """Yield the key of each chunk's file, and the chunk's first index by axis."""
         grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
         for start in itertools.product(*grid):
             number = [str(at // part) for at, part in zip(start, self.chunk)]  # noqa: B905
@@ -78,7 +78,7 @@ class Stored:
 
 
 class OtherwiseError(Exception):
-    """Orbax wrote it otherwise than it would be written here."""
+    """An array is missing, or is stored in another way than `Form` writes it."""
 
 
 UNREADABLE = (
@@ -87,12 +87,12 @@ UNREADABLE = (
     KeyError,
     ValueError,
     TypeError,
-    AttributeError,  # where a mapping is expected
+    AttributeError,  # from JSON that has another value in place of a mapping
 )
 
 
 def dtype_of(value: Any) -> str:
-    """Return the dtype by which a leaf is stored, of which not all needs to be here."""
+    """Return the dtype in which a leaf is stored; other processes may hold parts."""
     if is_shared(value):
         return str(value.dtype)
     return str(pieces(value)[0][1].dtype)
@@ -102,10 +102,10 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
     """Parse a `zarr.json`, for values of a dtype.
 
     Raises:
-        _OtherwiseError: If it is in another way than the one known here.
-        MalformedError: If it is none.
+        OtherwiseError: If it says another dtype, or a way that is not known here.
+        MalformedError: If it is no `zarr.json`.
     """
-    is_usual = len(description) <= _USUAL_BYTES  # who adds to it fills no memory
+    is_usual = len(description) <= _USUAL_BYTES
     grid = _known_grid if is_usual else _grid
     shape, chunk, separator = grid(description, dtype)
     return Stored(name, description, jnp.dtype(dtype), shape, chunk, separator)
@@ -114,7 +114,7 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
 def _grid(
     description: bytes, dtype: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Return shape, chunks and separator; arrays of one shape share a description."""
+    """Return shape, chunk shape and separator."""
     found = parse_zarr(description)
     codec = {
         "name": "sharding_indexed",
@@ -130,7 +130,7 @@ def _grid(
     for each in found.codecs:
         setting = each.get("configuration", {})
         setting.pop("index_location", None)
-        for inner in setting.get("codecs", ()):  # one byte has no order
+        for inner in setting.get("codecs", ()):  # elements of one byte have no order
             inner.setdefault("configuration", {"endian": "little"})
     pairs = zip(found.shape, found.chunk, strict=True)
     if (
@@ -142,11 +142,12 @@ def _grid(
     return found.shape, found.chunk, found.separator
 
 
+# Arrays of one shape share a description.
 _known_grid = functools.lru_cache(maxsize=1024)(_grid)
 
 
 def below(name: str, file: str) -> str:
-    """Return the key of a leaf's file; a leaf that is the whole tree has no name."""
+    """Return the key of a leaf's file; `name` is empty if the leaf is the tree."""
     return f"{name}/{file}" if name else file
 
 
@@ -163,13 +164,13 @@ def raw_bytes(array: Array) -> Bytes:
 
 @functools.lru_cache(maxsize=256)
 def trailer_of(nbytes: int) -> bytes:
-    """Return the index behind a chunk: where its one part is, and a checksum."""
+    """Return the index behind a chunk: its part's offset and size, and a checksum."""
     index = struct.pack("<QQ", 0, nbytes)
     return index + struct.pack("<I", _crc32c(index))
 
 
 def _crc32c(data: bytes) -> int:
-    """Castagnoli's cyclic redundancy check (RFC 3720, appendix B.4), of a few bytes."""
+    """Compute Castagnoli's CRC (RFC 3720, appendix B.4); slow, for a few bytes."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte

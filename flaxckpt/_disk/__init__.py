@@ -1,8 +1,10 @@
-"""Directories and small files on a disk.
+"""Directories and small files on a disk: parsed, listed, locked, put in place.
 
-`open` opens only plain files of bounded size. `fields`, `record_fields`, `table`,
-`zarr_json` and `owner` parse them. `record` reads and writes a checkpoint's record, and
-`listing` finds checkpoints by theirs. `nested` keeps them out of one another. `files`
-writes a directory's files and syncs them, `commit` puts the directory in its place by
-an `exchange` of names, under a `lock`.
+`open` opens plain files only, and `vetting` checks the files that Orbax and TensorStore
+open. `fields`, `record_fields`, `table`, `zarr_json` and `owner` parse JSON. `record`
+reads and writes a checkpoint's record, `info` is its dataclass, and `listing` finds
+checkpoints by their records. `nested` refuses checkpoints inside checkpoints. `files`
+writes and syncs a directory's files. `commit` holds a `lock`, whose file `lock_file`
+opens, and puts the directory in its place by an `exchange` of names. `alias` gives
+Orbax and TensorStore paths that they read correctly.
 """

@@ -1,9 +1,9 @@
-"""Other paths of a directory, for what reads a path otherwise than the file system.
+"""Paths of a directory that Orbax and TensorStore read as the file system does.
 
-Orbax looks for its files with a glob, which reads `[`, `*` and `?`, and takes `gs:/`
-for the scheme of a URL. TensorStore takes a backslash for a separator, and so writes
-into other directories; some names it refuses. Both get a path of the same directory
-without such characters.
+Orbax looks for its files with a glob, in which `[`, `*` and `?` are patterns, and takes
+`gs:/` for the scheme of a URL. TensorStore takes a backslash for a separator, so it
+writes into other directories, and it refuses some names. For a path with such
+characters both libraries get another path of the same directory.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ def is_plain(path: Path) -> bool:
 
 @contextlib.contextmanager
 def plainly(path: Path) -> Generator[Path]:
-    """Have a plain path for a directory, or for what is to be made in one.
+    """Yield a plain path of a directory that exists or is to be made.
 
     Args:
         path: The directory; absolute.
 
     Yields:
-        The path as it is, if it is plain. Otherwise another path of the directory, or,
-        where there is none yet and its name is plain, one by the directory above. It
-        holds until the end of the context, in this process.
+        `path` itself if it is plain. Otherwise an alias of the directory or, if it does
+        not exist yet, its name below an alias of its parent, which is plain only if the
+        name is. An alias is valid in this process until the end of the context.
 
     Raises:
         OSError: If the directory cannot be opened.

@@ -1,13 +1,13 @@
-"""Directories that appear whole or not at all, and stay: staging and exchanging.
+"""Write directories that appear whole or not at all: stage them, then exchange them.
 
-What a series of checkpoints has on disk beside them, all of it hidden from listings:
+A series keeps these beside its checkpoints; listings do not show them:
 
 - `.flaxckpt-TAG.lock`: held by the one process that writes the series;
-- `.flaxckpt-TAG-…/`: work in progress, or things on their way out; garbage if nobody
-  holds the lock;
-- `.flaxckpt-replaced-NAME/`: only where the file system cannot exchange two
-  directories: what was at NAME, while something new is put there. Where no checkpoint
-  is at NAME, this is it.
+- `.flaxckpt-TAG-*/`: directories being written or deleted; garbage if no process holds
+  the lock;
+- `.flaxckpt-replaced-NAME/`: the old checkpoint of NAME while a new one is put there,
+  only where the file system cannot exchange two directories. If no checkpoint is at
+  NAME, readers of NAME take this one.
 """
 
 import contextlib
@@ -55,16 +55,16 @@ from flaxckpt.errors import (
 
 
 class OccupiedError(Exception):
-    """Something is in a place that may not be replaced there."""
+    """The place holds something that may not be replaced."""
 
 
 class _Shared:
-    """What the areas of one series in this process have in common.
+    """State that the areas of one series in this process share.
 
     Attributes:
-        turn: Held by the one that changes the series.
+        turn: Held while one of the areas changes the series.
         committing: Held while a checkpoint is put in its place and not yet synced.
-        changes: How often it was changed.
+        changes: How often the series was changed.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class _Shared:
 
 
 _OPENING, _SHARING = new_lock(), new_lock()
-# By names, not by paths: Python compares those even when its modules are gone.
+# Keyed by str, not by Path: Python compares str even after its modules are gone.
 _SHARED: "weakref.WeakValueDictionary[str, _Shared]" = weakref.WeakValueDictionary()
-# A forked process does not wait for threads, which are its parent's.
+# In a forked process the locks may be held by threads that only its parent has.
 os.register_at_fork(after_in_child=_SHARED.clear)
 
 
@@ -83,8 +83,8 @@ class Area:
     """Where one series of checkpoints is written.
 
     Attributes:
-        process: The process that has made it.
-        is_mirror: Whether it only mirrors where the checkpoints are.
+        process: Id of the process that made the area.
+        is_mirror: Whether the checkpoints are in an object store, which it mirrors.
     """
 
     is_mirror = False
@@ -96,15 +96,15 @@ class Area:
 
         Args:
             root: The directory below which the series' checkpoints are.
-            series: Its name, and those of what belongs to it.
-            depth: How many directories below `root` its checkpoints lie, at most.
-            sync: Whether to wait for the disk.
+            series: The series' name, and then the name of its slot's series.
+            depth: How many directories below `root` the checkpoints lie, at most.
+            sync: Whether to sync directories.
         """
         tag = hashlib.sha256(os.fsencode(series[0])).hexdigest()[:8]
         self._root, self._series, self._depth, self.sync = root, series, depth, sync
         self._staging = f"{HIDDEN_PREFIX}{tag}-"
         self._lock = Path(f"{HIDDEN_PREFIX}{tag}.lock")
-        self._owner = 0  # the process that has opened it
+        self._owner = 0  # id of the process that has opened the area
         self._trash: list[Path] = []
         self._kept_aside: list[Path] = []
         self._reuses = False
@@ -114,7 +114,7 @@ class Area:
         weakref.finalize(self, _discard, self._trash, self.process)
 
     def _find_lock(self) -> None:
-        """Find the lock in its directory, whatever path and links lead there."""
+        """Point to the lock by its real path; give back the lock at an earlier one."""
         lock = Path(real(self._root), self._lock.name)
         if lock == self._lock:
             return
@@ -132,7 +132,7 @@ class Area:
 
     @property
     def turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Held while the series is changed; other objects of it here wait."""
+        """Held while the series is changed; its other areas in this process wait."""
         return self._shared.turn
 
     @property
@@ -145,7 +145,8 @@ class Area:
 
         Raises:
             CheckpointLockedError: If another process writes this series.
-            CheckpointPathError: If the directory is in a checkpoint.
+            CheckpointPathError: If the directory is in a checkpoint, or the lock's file
+                cannot be the lock.
         """
         if self._owner == os.getpid() and self._is_held():
             return
@@ -153,22 +154,22 @@ class Area:
         refuse_inside(root, (root, *root.parents))
         self._make(self._root)
         self._find_lock()
-        # A save under way here whose lock was deleted goes by what was there before:
-        # it ends, by an error, before the lock is taken anew.
+        # If the lock was deleted during a save of this process, that save relies on
+        # what was there before. Wait until it has failed, and then take the lock anew.
         with contextlib.nullcontext() if self._is_held() else self.turn, _OPENING:
             self._owner = 0
-            try:  # nobody writes what is cleared up here
+            try:  # other areas wait at `_OPENING` until this is cleared up
                 if self._acquire():
                     self._clear_up()
                     self._note_cleared()
-                self._shared.changes += 1  # others may have changed it
+                self._shared.changes += 1  # another process may have changed it
             except BaseException:
                 self._release()
                 raise
             self._owner = os.getpid()
 
     def _is_held(self) -> bool:
-        """Tell whether this process has the lock, and nobody has deleted it."""
+        """Tell whether this process has the lock, and nobody has deleted its file."""
         return holds_lock(self._lock, os.path.join(self._root, self._lock.name))
 
     def _check_lock(self, path: Path) -> None:
@@ -180,30 +181,30 @@ class Area:
             )
 
     def _spare_others(self, path: Path) -> None:
-        """Check that no checkpoint is moved or deleted with what is at a path."""
+        """Check that what is at a path has no other checkpoint in it."""
         refuse_around(path)
 
     def _clear_up(self) -> None:
         self._finish_replacements()
         for entry in list(os.scandir(self._root)):
             if entry.name.startswith(self._staging):
-                shutil.rmtree(entry.path, ignore_errors=True)  # no link, no file
+                shutil.rmtree(entry.path, ignore_errors=True)  # fails on links, files
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
         self._trash.clear()
 
     @property
     def is_inherited(self) -> bool:
-        """Whether it was made by the process that this one was forked from."""
+        """Whether a process that this one was forked from made the area."""
         return self.process != os.getpid()
 
     def inherited(self) -> CheckpointLockedError:
-        """Make the error for what only the process that has made it can do."""
+        """Make the error for a call that only the area's own process can make."""
         root, host = str(self.shown(self._root)), socket.gethostname()
         return CheckpointLockedError(root, host, self.process, True)
 
     def close(self) -> None:
-        """Give the lock back. Where that is interrupted, the next call goes on."""
+        """Sweep, and give the lock back; after an interrupt, call it again."""
         try:
             if self._owner == os.getpid():
                 self.sweep(spare=False)
@@ -224,47 +225,47 @@ class Area:
         release_lock(self._lock, self._holder)
 
     def _drop(self) -> Callable[[], None]:
-        """Return what gives the lock back when the area is collected as garbage."""
+        """Return the function that gives the lock back after the area is collected."""
         return functools.partial(drop_lock, self._lock, self._holder)
 
     def refresh(self, *paths: Path) -> None:
-        """Have on the disk what others have changed elsewhere: nothing, here."""
+        """Do nothing; a mirror fetches what other processes changed in the store."""
 
     def meeting_place(self, written: Path, target: Path) -> str:
-        """Say where other processes put their shares of a directory.
+        """Return where other processes write their shares of a checkpoint.
 
         Args:
-            written: The directory.
-            target: Its place, once all of it is there.
+            written: The directory that process 0 is writing.
+            target: Its place once it is whole.
         """
         del target
         return str(written)
 
     @contextmanager
     def share(self, place: str) -> Generator[Path]:
-        """Have a directory for a share of one that another process has begun.
+        """Yield a directory for this process's share of a checkpoint.
 
         Args:
-            place: What `meeting_place` has returned there.
+            place: What `meeting_place` returned in process 0.
         """
         yield Path(place)
 
     def shown(self, path: Path) -> Path:
-        """Return a path as its users know it."""
+        """Return a path as users see it in messages."""
         return path
 
     @contextmanager
     def staging(self, *, reuse: Container[str] | None = None) -> Generator[Path]:
-        """Make a directory to write in; what is left in it is for `sweep`.
+        """Make a directory to write in; `sweep` deletes what is left in it.
 
         Args:
-            reuse: The files to be written at `new`, if the directory may be one with an
-                old checkpoint there, to be written over. Then one is kept for the next
-                time.
+            reuse: The files that will be written below `new`, if the directory may be
+                one with an old checkpoint at `new`, to be written over. `sweep` then
+                keeps one for the next save. None for an empty directory.
         """
         self._reuses = reuse is not None
         if reuse is None:
-            self._sweep_disk(spare=True)  # it may be the room that is needed
+            self._sweep_disk(spare=True)  # the save may need this space
         path = self._made() if reuse is None else self._cleared(reuse)
         try:
             yield path
@@ -287,17 +288,18 @@ class Area:
             path = self._trash.pop()
             try:
                 keep_only(path / "new", names)
-            except OSError:  # somebody has made it, or something in it, immutable
+            except OSError:  # somebody has made a part of it immutable
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 return path
         return self._made()
 
     def sweep(self, *, spare: bool = True) -> None:
-        """Delete what was replaced or removed, which may take a while.
+        """Delete replaced and removed checkpoints, which may take a while.
 
         Args:
-            spare: Whether to keep one to write over, if the last save could have.
+            spare: Whether to keep one directory to write over, if `staging` was called
+                with `reuse` last.
         """
         self._sweep_disk(spare=spare)
 
@@ -311,18 +313,19 @@ class Area:
     def put(self, written: Path, target: Path, *, only_over: str | None = None) -> None:
         """Move a finished directory to its place, or exchange it with the one there.
 
-        `target` is at every moment the old directory, whole, or the new one, whole. Its
-        name is on disk when this returns: whoever deletes the old one, which is at
-        `written` then, may do so now.
+        At every moment a reader of `target` finds the whole old directory or the whole
+        new one. When this returns, the name is synced. The old directory is at
+        `written` then, and may be deleted.
 
         Args:
-            written: The new directory, which is on disk already; see `_draft`.
+            written: The new directory, whose files are synced already; see `files`.
             target: Its place.
-            only_over: The series of which a checkpoint may be replaced there; None if
-                all may.
+            only_over: The only series whose checkpoint may be replaced; None for any.
 
         Raises:
-            OccupiedError: If something else is there, which was not touched.
+            OccupiedError: If something else is at `target`; it is unchanged.
+            CheckpointWriteError: If the lock's file was deleted.
+            CheckpointPathError: If the checkpoint at `target` has another one in it.
         """
         self._check_lock(target)
         self._spare_others(target)
@@ -341,7 +344,7 @@ class Area:
                 raise
 
     def _put_over(self, written: Path, target: Path) -> bool:
-        """Give a directory its name; tell whether another one had it."""
+        """Give a directory its name; tell whether another directory had the name."""
         try:
             os.rename(written, target)
         except OSError as error:
@@ -352,11 +355,12 @@ class Area:
         return False
 
     def _put_over_own(self, written: Path, target: Path, own: str) -> bool:
-        """Give a directory its name, if that is free or a series' own.
+        """Give a directory its name, if the name is free or has a checkpoint of `own`.
 
-        Other processes may want the name, too. What the own series has there, only this
-        one changes, and a rename replaces nothing. Where directories cannot be
-        exchanged, a name is missing for a moment that is another series' all the same.
+        Other processes may want the name, too. A rename never replaces their
+        checkpoint, and only this process changes a checkpoint of `own`. Where
+        directories cannot be exchanged, another series may set its checkpoint aside for
+        a moment: the name looks free, but is still taken.
         """
         aside = set_aside(target)
         try:
@@ -374,30 +378,30 @@ class Area:
         try:
             replace(written, target, self._sync_directory)
         except OSError as error:
-            if error.errno in IN_THE_WAY:  # taken while the name was missing
+            if error.errno in IN_THE_WAY:  # another series has taken the name
                 raise OccupiedError(target) from error
             raise
         return True
 
     def _take_back(self, written: Path, target: Path, *, replaces: bool) -> None:
-        """Undo what the disk may not have taken: who fails leaves what was there."""
+        """Undo `put` after a failed sync; if that fails, spare the old directory."""
         try:
             if replaces:
                 replace(written, target, lambda _: None)
             else:
                 os.rename(target, written)
         except OSError:
-            self._kept_aside.append(written.parent)  # it holds what was there
+            self._kept_aside.append(written.parent)  # it holds the old directory
 
     def remove(self, path: Path) -> None:
-        """Delete a checkpoint: it is gone at once, however long its files take."""
+        """Remove a checkpoint's name at once; `sweep` deletes its files."""
         self._check_lock(path)
         self._shared.changes += 1
-        if path.is_symlink():  # to where somebody else keeps it
+        if path.is_symlink():  # somebody keeps the checkpoint elsewhere
             path.unlink()
             self._sync_directory(path.parent)
             return
-        path = located(path)  # what is at `path`, and no checkpoint, stays
+        path = located(path)  # if that is aside, what is at `path` stays
         self._spare_others(path)
         aside = self._made()
         try:
@@ -406,11 +410,11 @@ class Area:
             aside.rmdir()
             raise
         try:
-            # Before its files are written over, it must be gone for good.
+            # The rename must be on disk before `staging` writes over the files.
             self._sync_directory(aside)
             self._sync_directory(path.parent)
         except BaseException:
-            # Else it may come back after a crash, written over or half deleted.
+            # Otherwise a crash may bring it back, written over or half deleted.
             with contextlib.suppress(OSError):
                 os.rename(aside / "new", path)
                 aside.rmdir()
@@ -421,8 +425,8 @@ class Area:
         """Exchange the names of two checkpoints in one directory.
 
         Args:
-            new: The one that is to be at `path`.
-            path: The other one.
+            new: Path of the checkpoint that is to be at `path`.
+            path: Path of the other checkpoint.
 
         Raises:
             FileNotFoundError: If there is nothing at `path`.
@@ -441,7 +445,7 @@ class Area:
                 raise
 
     def move(self, path: Path, target: Path) -> None:
-        """Give a checkpoint another name, at which there is nothing."""
+        """Rename a checkpoint to `target`, where there must be nothing."""
         self._check_lock(path)
         self._spare_others(path)
         self._shared.changes += 1
@@ -450,10 +454,10 @@ class Area:
             self._sync_directory(path.parent)
 
     def _finish_replacements(self) -> None:
-        """Put back what was set aside and not replaced; delete what was.
+        """Put back each set-aside checkpoint, or delete it if its successor is there.
 
-        What cannot be read, or moved, is left as it is, with a warning: it may be
-        another series', or another user's.
+        If a checkpoint cannot be read or moved, warn and leave it as it is: it may
+        belong to another series or another user.
         """
         for directory in _directories(self._root, self._depth - 1):
             for aside in _all_set_aside(directory):
@@ -475,7 +479,7 @@ class Area:
             self.remove(aside)
             return
         with contextlib.suppress(OSError):
-            target.rmdir()  # only if nothing is in it, as where a script has made it
+            target.rmdir()  # only if it is empty: a script may have made it
         if os.path.lexists(target):
             raise CheckpointPathError(
                 str(target),
@@ -486,7 +490,7 @@ class Area:
         self._sync_directory(directory)
 
     def _make(self, directory: Path) -> None:
-        """Make a directory and those above it, each on disk before the next."""
+        """Make a directory and its missing parents; sync each before the next."""
         missing = [directory]
         while not missing[-1].parent.is_dir():
             missing.append(missing[-1].parent)
@@ -501,16 +505,16 @@ class Area:
 
 
 def _discard(trash: list[Path], owner: int) -> None:
-    """Delete what an area that nobody closed has left."""
+    """Delete the directories that an area left because nobody closed it."""
     if owner == os.getpid():
         for path in trash:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _directories(root: Path, depth: int) -> Generator[Path]:
-    """Yield `root` and the directories up to `depth` below it that are not hidden.
+    """Yield `root` and the directories up to `depth` below it that are not ours.
 
-    Those that cannot be read are left out.
+    A directory that cannot be read is yielded, but not searched.
     """
     left = [(root, depth)]
     while left:

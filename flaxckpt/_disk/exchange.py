@@ -1,4 +1,4 @@
-"""Two directories exchange their names, by one call of the kernel where it has one."""
+"""Exchange the names of two directories, by one call where the kernel has one."""
 
 import ctypes
 import errno
@@ -10,18 +10,18 @@ from flaxckpt._disk.record import set_aside
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What a rename fails with where a directory is that is not empty.
+# The errors of a rename onto a directory that is not empty.
 IN_THE_WAY = errno.ENOTEMPTY, errno.EEXIST
 
 
 def replace(
     written: Path, target: Path, sync_directory: Callable[[Path], None]
 ) -> None:
-    """Exchange two directories, by one call or, where there is none, by three."""
+    """Exchange two directories, by one call if there is one, or by three renames."""
     if _exchange(written, target):
         return
     aside = set_aside(target)
-    if aside.exists():  # an error came between the last two calls
+    if aside.exists():  # an earlier call failed before its last rename
         os.rename(aside, written.with_name("replaced"))
     _rename_by_way_of(aside, target, written, sync_directory)
 
@@ -29,9 +29,9 @@ def replace(
 def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
     """Exchange the names of two checkpoints in one directory.
 
-    Where there is no such call, three renames do it. Between them the one at `path` is
-    there or at `new`, and who reads `path` finds one of the two: nothing is at a place
-    at which it counts as replaced, but the new one.
+    Where the kernel has no such call, three renames do it, and the new checkpoint waits
+    aside. Meanwhile the old one is at `path` or at `new`, but never aside, where it
+    would count as replaced. A reader of `path` always finds one of the two.
     """
     if _exchange(new, path):
         return
@@ -41,7 +41,7 @@ def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
 def _rename_by_way_of(
     aside: Path, first: Path, second: Path, sync_directory: Callable[[Path], None]
 ) -> None:
-    """Exchange two directories by three renames; the first waits aside meanwhile."""
+    """Exchange two directories by three renames; `first` waits at `aside`."""
     os.rename(first, aside)
     try:
         sync_directory(first.parent)
@@ -54,7 +54,7 @@ def _rename_by_way_of(
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories atomically, by Linux's renameat2(2), if it is there."""
+    """Exchange two directories atomically by renameat2(2), or return False."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -1,7 +1,7 @@
-"""JSON that anybody may have written: one check for each type, range and size.
+"""Check JSON that anybody may have written: its types, ranges and sizes.
 
-A checksum that is right only says that its author computed it. So each value is checked
-once, where it is parsed. Anything unexpected is a `MalformedError`.
+A right checksum shows only that the author computed it. So the parsers check each value
+once, and raise `MalformedError` for anything unexpected.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def parse_json(data: bytes) -> Any:
     """Parse strict JSON in UTF-8.
 
     Raises:
-        MalformedError: If it is none, or nested too deeply.
+        MalformedError: If `data` is not such JSON, or is nested too deeply.
     """
     try:
         return json.loads(data.decode(), parse_constant=_no_constant)
@@ -42,7 +42,7 @@ def checksum(fields: Mapping[str, Any]) -> str:
 
 
 def signed(fields: Mapping[str, Any]) -> bytes:
-    """Return a record's fields as bytes, with their checksum as the last one."""
+    """Return a record as JSON whose last field is the checksum of the others."""
     text = _dumped(fields)
     last = f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}'
     return text.removesuffix(b"\n}") + last.encode()

@@ -1,7 +1,7 @@
-"""Files of a directory being filled, in the blocks of those of before where it has any.
+"""Write and sync the files of a directory, over earlier files where it has any.
 
-Fresh blocks and page cache cost three times the writing, so a directory of which nobody
-has any use is written over.
+Fresh blocks and page cache cost three times as much as the writing, so a directory that
+nobody uses any more is written over.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import Any, Self, TypeAlias
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 _SYNCS = 4  # at a time
-_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has one only
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 
 
 def sync_tree(directory: Path) -> None:
-    """Have the disk take all files and directories in a directory, and itself."""
+    """Sync a directory and all files and directories in it."""
     for path, _, files in os.walk(directory, topdown=False):
         for name in files:
             sync_path(os.path.join(path, name))
@@ -30,17 +30,17 @@ def sync_tree(directory: Path) -> None:
 
 
 def keep_only(directory: Path, names: Container[str]) -> None:
-    """Make a directory of which nobody has any use ready to be written over.
+    """Prepare a directory that nobody uses any more to be written over.
 
-    Of its files, those stay that have one of the names and that this process can write;
-    of its directories, those with files.
+    Keep the plain files in `names` that this process can write, and the directories
+    that hold files. Delete everything else.
 
     Args:
         directory: The directory; nothing happens if there is none.
-        names: Paths in it.
+        names: Paths of files, relative to `directory`.
 
     Raises:
-        OSError: If it cannot be written over.
+        OSError: If the directory is a link, or cannot be written over.
     """
     if not os.path.lexists(directory):
         return
@@ -68,19 +68,18 @@ def _refuse(error: OSError) -> None:
 
 
 class Draft:
-    """A directory being filled, in the blocks of the files of before where it has any.
+    """A directory being filled; earlier files in it are written over.
 
-    A file that is there is of no use to anybody who asks for it by its path, but may
-    have other names, or be open: then it is left as it is, and replaced. For use by
-    several threads, each with files of its own.
+    An earlier file that has other names, or may be open elsewhere, is not written over:
+    a new file takes its name. Several threads may write, each its own files.
     """
 
     def __init__(self, directory: Path, *, sync: bool) -> None:
-        """Make the directory, if need be.
+        """Make the directory, unless it exists.
 
         Args:
-            directory: Where.
-            sync: Whether to have the disk take each file as it is written.
+            directory: The directory to fill.
+            sync: Whether to sync each file after it is written.
         """
         self._root, self._sync = directory, sync
         self._changed: set[Path] = set()
@@ -94,7 +93,7 @@ class Draft:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Wait until nothing is done to the files any more."""
+        """Wait until all syncs have ended."""
         self._disk.shutdown()
 
     def write(self, name: str, parts: Iterable[Any]) -> None:
@@ -112,13 +111,13 @@ class Draft:
     def writing(self, name: str) -> Generator[Callable[[Any], None]]:
         """Write a file, part by part.
 
-        The disk takes it while others are written: `finish` waits for that.
+        A thread syncs it while others are written; `finish` waits for the sync.
 
         Args:
             name: Its path in the directory.
 
         Yields:
-            What writes the next of its bytes.
+            A function that writes the next bytes of the file.
         """
         path = self._root / name
         self._make(path.parent)
@@ -151,23 +150,23 @@ class Draft:
                 os.close(descriptor)
                 self._open.release()
 
-        self._open.acquire()  # so that not all files there are get opened
+        self._open.acquire()  # limits how many files are open
         self._syncs.append(self._disk.submit(sync))
 
     def stamp(self, name: str) -> Stamp:
-        """Return what a file here can be known by again, under any of its names."""
+        """Return the stamp of a file here; see `stamp_of`."""
         return stamp_of(self._root / name)
 
     def link(self, name: str, source: Path, stamp: Stamp) -> bool:
-        """Give a file that is on disk already a name here too, instead of writing it.
+        """Link a file that is on disk already, instead of writing it.
 
         Args:
-            name: Its path in the directory.
+            name: The link's path in the directory.
             source: The file.
-            stamp: What it was known by when it was written.
+            stamp: The file's stamp when it was written.
 
         Returns:
-            Whether that was possible. If not, nothing has changed here.
+            Whether `name` is that file. If not, what is at `name` is unchanged.
         """
         path = self._root / name
         new = path.with_name(f"{path.name}.link")
@@ -179,20 +178,20 @@ class Draft:
             with contextlib.suppress(FileNotFoundError):
                 new.unlink()
             os.link(source, new)
-            if stamp_of(new) != stamp:  # somebody has put another one there
+            if stamp_of(new) != stamp:  # another file is at `source` by now
                 new.unlink()
                 return False
             os.replace(new, path)
-        except OSError:  # deleted by hand, too many links, or none on this file system
+        except OSError:  # deleted by hand, too many links, or links not supported
             return False
         self._changed.add(path.parent)
         return True
 
     def finish(self) -> None:
-        """Have the disk take all files, and then their names.
+        """Wait until all files are synced, and then sync their names.
 
         Raises:
-            OSError: If it does not take one.
+            OSError: If a sync fails.
         """
         for each in self._syncs:
             each.result()
@@ -212,13 +211,13 @@ class Draft:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return what a file can be known by again, under any of its names."""
+    """Identify a file under any name: device, inode, modification time in ns, size."""
     found = path.lstat()
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _open_over(path: Path) -> tuple[int, bool]:
-    """Open a file to write it; tell whether it is a new one."""
+    """Open a file for writing; tell whether it is new."""
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
         descriptor = os.open(path, flags)
@@ -237,12 +236,12 @@ def _open_over(path: Path) -> tuple[int, bool]:
 
 
 def _is_only_opener(descriptor: int) -> bool:
-    """Tell whether a file is open nowhere else, as Linux knows: it grants a lease then.
+    """Tell whether a file is open nowhere else; False if that cannot be known.
 
-    False where that cannot be known.
+    Linux grants a write lease only for such a file.
     """
     try:
-        # Who opens it in between makes the kernel send a signal: one that does nothing.
+        # If a process opens the file meanwhile, the kernel sends SIGURG: a no-op.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -252,7 +251,7 @@ def _is_only_opener(descriptor: int) -> bool:
 
 
 def sync_path(path: str | Path) -> None:
-    """Have the disk take a file, or the names in a directory."""
+    """Sync a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a listing says of a checkpoint, and a load of what it has loaded."""
+"""What a listing returns for each checkpoint, and what a load returns."""
 
 import dataclasses
 import datetime
@@ -18,15 +18,16 @@ class CheckpointInfo:
         step: One-based count that retention policies go by: batches seen in the run
             where `save_freq` is a number, epochs otherwise.
         logs: The scalar metrics at that time, as Python numbers.
-        time: When it was saved, UTC. Never earlier than that of the one before it.
+        time: When it was saved, UTC. Never earlier than the time of the checkpoint
+            before it.
         weights_only: Whether it holds the weights alone.
         series: The part of the filepath template behind its fixed directory:
-            checkpoints of one series are retained and deleted together.
+            retention treats the checkpoints of each series separately.
         state: The decision state at that time, as plain values; None if none was given.
-        saved_as: Its path below the fixed directory of the template at that time. A
-            checkpoint that was copied or renamed by hand, to a name that the template
-            would not give, is no longer of the series, which neither restores nor
-            deletes it. None for a checkpoint of a flaxckpt that did not record it.
+        saved_as: Its path at that time, below the template's fixed directory. If a
+            checkpoint is copied or renamed by hand to a name that the template would
+            not give, it leaves the series, which then neither restores nor deletes it.
+            None if the flaxckpt that wrote it did not record the path.
     """
 
     path: Path
@@ -41,22 +42,22 @@ class CheckpointInfo:
     saved_as: str | None = dataclasses.field(default=None, repr=False)
 
     def __fspath__(self) -> str:
-        """Return the path, so that a record can be passed for one."""
+        """Return the path, so that a record can be passed as a path."""
         return str(self.path)
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """The logs, under the name by which Orbax's preservation policies ask."""
+        """The logs, under the name that Orbax's preservation policies read."""
         return self.logs
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A tree that was loaded, and what is known of the checkpoint that it is from.
+    """A loaded tree, and the record of the checkpoint that it was loaded from.
 
     Attributes:
         tree: The tree.
-        info: The record of that very checkpoint; None for one of plain Orbax's.
+        info: The record of that very checkpoint; None if plain Orbax wrote it.
     """
 
     tree: Any

@@ -1,4 +1,4 @@
-"""The checkpoints below a directory, found by their records."""
+"""Find the checkpoints below a directory by their records."""
 
 import dataclasses
 import errno
@@ -21,22 +21,24 @@ from flaxckpt._runtime.patience import looks, pause
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
 
 Infos: TypeAlias = tuple[CheckpointInfo, ...]
-# What a listing leaves out: what is damaged, and what this process cannot read.
+# Why a listing leaves something out: it is damaged, or this process cannot read it.
 LeftOut: TypeAlias = CheckpointCorruptError | CheckpointPathError
 
 
 def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints exactly `depth` directories below `root`; None for any.
 
-    A writer may delete and replace checkpoints meanwhile. What goes between two looks
-    is left out, and nothing is called damaged, and no directory empty, by one look.
+    A writer may delete and replace checkpoints meanwhile. If a directory is gone before
+    its record is read, this looks again. It calls a checkpoint damaged, or `root`
+    empty, only if two looks in a row find it so.
 
     Returns:
-        Those whose records are whole, oldest first, and what is wrong with the others,
-        and with what cannot be read beside them.
+        The checkpoints whose records are whole, oldest first, and an error for each
+        directory that is damaged or that this process cannot read.
 
     Raises:
         CheckpointError: If each checkpoint that was seen was gone before it was read.
+        CheckpointPathError: If this process cannot look at `root`.
     """
     known: dict[tuple[Path, Any], CheckpointInfo] = {}
     problems, doubles, was_empty = set[str](), set[Path](), False
@@ -49,7 +51,7 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
             [error for error in damaged if str(error) in problems],
             damaged,
         )
-        # One may have been seen at two places, while two checkpoints changed theirs.
+        # While two checkpoints exchange names, a look may see one of them twice.
         twice, had = _doubles(infos), doubles
         doubles = twice
         is_settled = (
@@ -74,16 +76,16 @@ class _Look:
     """One look at a directory that a writer may be changing.
 
     Attributes:
-        known: The records that this look has read, or one before it, by path and
-            directory: what is at a path may have been replaced since.
-        has_missed: Whether a directory was gone before its record was read.
+        known: The records that this look or an earlier one has read, by path and
+            `_directory_at`: another directory may be at the path by now.
+        has_missed: Whether a directory was gone or replaced before its record was read.
     """
 
     known: dict[tuple[Path, Any], CheckpointInfo]
     has_missed: bool = False
 
     def read(self, path: Path) -> CheckpointInfo | None:
-        """Read the record of a directory that was seen, as `read_record` does."""
+        """Read the record of a directory that this look has seen; see `read_record`."""
         key = path, _directory_at(path)
         if key[1] is None or key not in self.known:
             info = read_record(path)
@@ -95,13 +97,13 @@ class _Look:
 
 
 def _doubles(infos: Infos) -> set[Path]:
-    """Return where one checkpoint seems to be at several places."""
+    """Return the paths of each checkpoint that was seen at more than one path."""
     times = Counter((info.series, info.time) for info in infos)
     return {info.path for info in infos if times[info.series, info.time] > 1}
 
 
 def _directory_at(path: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from others, and from itself at another place."""
+    """Return a directory's inode and ctime, which a rename changes; None if unknown."""
     try:
         found = os.stat(path)
     except OSError:
@@ -110,7 +112,7 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 
 def _was_seen(path: Path) -> bool:
-    """Tell whether what a listing has seen of a path is there, whatever it is."""
+    """Tell whether anything is at a path, or set aside from it."""
     aside = path.parent / f"{REPLACED_PREFIX}{path.name}"
     return os.path.lexists(path) or os.path.lexists(aside)
 
@@ -118,7 +120,7 @@ def _was_seen(path: Path) -> bool:
 def _find(
     root: Path, depth: int | None, look: _Look
 ) -> Iterator[CheckpointInfo | LeftOut]:
-    """Yield the checkpoints, and what is left out, in the order of their paths."""
+    """Yield checkpoints, and errors for what is left out, in the order of paths."""
     left: list[tuple[Path, int | None]] = [(root, depth)] if is_there(root) else []
     while left:
         directory, below = left.pop()
@@ -140,7 +142,7 @@ def _find(
                 yield unreadable(directory, error)
             continue
         deeper: dict[Path, int | None] = {}
-        # Under its own name first: there may be more in it than what is set aside.
+        # Own names come first: they may be searched below, set-aside ones are not.
         for entry in sorted(entries, key=_is_set_aside):
             try:
                 for path, left_below in _candidates(directory, entry, below):
@@ -159,12 +161,12 @@ def _is_set_aside(entry: os.DirEntry[str]) -> bool:
 def _candidates(
     directory: Path, entry: os.DirEntry[str], depth: int | None
 ) -> list[tuple[Path, int | None]]:
-    """Return where to look for checkpoints, because of an entry of a directory."""
+    """Return the paths to look at because of an entry, each with the depth left."""
     name = entry.name
     if _is_set_aside(entry):
         name = name.removeprefix(REPLACED_PREFIX)
-        # What has that name, if it was not seen, may be there by now; or it is no
-        # checkpoint.
+        # Look at that name: the new checkpoint may be there by now. If it is not,
+        # `located` finds the one that is set aside.
         if name and depth in (None, 1):
             return [(directory / name, 0)]
     elif not name.startswith(HIDDEN_PREFIX):

@@ -1,11 +1,10 @@
-"""One writing process for a series of checkpoints at a time.
+"""Lock a series of checkpoints, so that one process writes it at a time.
 
-The lock is a file, locked with flock(2): the kernel drops it when its owner ends,
-however it ends, so on one machine there are no stale locks, nor after a reboot. Where
-the kernels of several machines do not share such locks, or the file system has none, a
-heartbeat tells: the owner touches the file every few seconds, and who finds it owned by
-another machine watches it for longer than that. Only changes are watched, no clocks
-compared.
+The lock is a file, locked with flock(2). The kernel drops the lock when its owner ends,
+however it ends, so one machine has no stale locks, even after a reboot. Where several
+machines do not share such locks, or the file system has none, a heartbeat decides: the
+owner touches the file every `HEARTBEAT_SECS`, and a process that finds another owner in
+the file watches it for `WATCH_SECS`. It compares no clocks, only looks for a change.
 
 A lock that nobody holds is free, whoever owns the file: another user of the same
 directory takes it over by putting a new file in its place.
@@ -38,7 +37,7 @@ from flaxckpt.errors import CheckpointLockedError
 
 HEARTBEAT_SECS = 2.0
 WATCH_SECS = 3 * HEARTBEAT_SECS
-_LAST_SECS = 1.0  # that the end of the interpreter waits
+_LAST_SECS = 1.0  # the most that `release_lock` delays the interpreter's end
 
 
 @dataclass
@@ -47,9 +46,9 @@ class _Held:
 
     Attributes:
         file: The open file, locked.
-        holders: Those in this process that share it; nobody's if there are none.
-        is_cleared: Whether what a writer before has left is cleared up.
-        wakes: Set when a holder is gone.
+        holders: The objects in this process that share it; if empty, the lock is free.
+        is_cleared: Whether the leftovers of an earlier writer are cleared up.
+        wakes: Set after a holder is gone, to wake `heart`.
         heart: The thread that touches the file.
     """
 
@@ -67,28 +66,27 @@ _guard = new_lock()
 def acquire_lock(path: Path, holder: Hashable = None) -> bool:
     """Take the lock, or share it if this process has it already.
 
-    Who has it by a file that was deleted, or replaced, takes it anew, for all its
+    If the lock's file was deleted or replaced, this takes the lock anew, for all
     holders: another process may have had it meanwhile.
 
-    Waits, for a few seconds at most, only where another machine seems to hold it. An
-    interrupt may leave it taken, or not; the same call again goes on from there.
+    Waits, for some `WATCH_SECS`, only if the file names an owner whose lock flock may
+    not show. After an interrupt the lock may be taken or not; repeat the call.
 
     Args:
         path: The lock's file; its directory exists.
-        holder: Who takes it, the same for `release`.
+        holder: The object that takes the lock; the same for `release_lock`.
 
     Returns:
-        Whether what a writer before has left is to be cleared up, until `settle` says
-        that it is.
+        Whether to clear up what an earlier writer has left; True until `settle_lock`.
 
     Raises:
-        CheckpointLockedError: If another process has it.
-        CheckpointPathError: If there is something at `path` that cannot be the lock.
+        CheckpointLockedError: If another process has the lock.
+        CheckpointPathError: If what is at `path` cannot be the lock, or not be opened.
     """
     with _guard:
         held = _held.get(path)
         if held is not None and not held.holders:
-            _let_go(path, held)  # an interrupt has come before it was
+            _let_go(path, held)  # an interrupt came before this
             held = None
         if held is None or not _is_at(path, held):
             opened: list[io.FileIO] = []
@@ -98,7 +96,7 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
                 if held is None:
                     held = _held[path] = _Held(opened[0], {holder})
                 else:
-                    held.file = opened[0]
+                    held.file, held.is_cleared = opened[0], False
             except BaseException:
                 for file in opened:
                     file.close()
@@ -118,36 +116,36 @@ def acquire_lock(path: Path, holder: Hashable = None) -> bool:
 def holds_lock(path: Path, at: str | Path) -> bool:
     """Tell whether this process has the lock, and its file is the one at a path.
 
-    Waits for nobody: a handler of a signal may come here and wait for a save, which
-    asks this too.
+    Takes no lock: a signal handler may call this and wait for a save, which calls this
+    too.
 
     Args:
-        path: By which the lock was acquired.
-        at: Where its file should be: at that path, or at another one that leads there.
+        path: The path by which the lock was acquired.
+        at: Where its file should be: `path`, or another path that leads there.
     """
     held = _held.get(path)
     try:
         return held is not None and _is_at(at, held)
-    except ValueError:  # it is given back at this moment
+    except ValueError:  # another thread gives it back at this moment
         return False
 
 
 def _is_at(path: str | Path, held: _Held) -> bool:
-    """Tell whether the lock's file is the one at a path; not if it was let go."""
+    """Tell whether the lock is not let go, and its file is the one at a path."""
     return not held.file.closed and is_still(path, held.file.fileno())
 
 
 def settle_lock(path: Path) -> None:
-    """Note that what a writer before has left is cleared up. The lock is held."""
+    """Note that an earlier writer's leftovers are cleared up; the lock must be held."""
     _held[path].is_cleared = True
 
 
 def release_lock(path: Path, holder: Hashable = None) -> None:
-    """Give the lock back; the file goes when the last holder in this process did.
+    """Give the lock back; the last holder in this process also deletes the file.
 
-    Nothing happens if the holder does not have it. At the end of the interpreter a
-    thread may have been stopped for ever while it had the guard: then the file stays,
-    which is nobody's once the process has ended.
+    Nothing happens if the holder does not have the lock. At the end of the interpreter,
+    `_guard` may belong to a thread that was stopped for ever. Then the file stays, and
+    the lock is free once the process has ended.
     """
     if not _guard.acquire(timeout=_LAST_SECS if sys.is_finalizing() else -1):
         return
@@ -164,8 +162,8 @@ def release_lock(path: Path, holder: Hashable = None) -> None:
 def drop_lock(path: Path, holder: Hashable) -> None:
     """Give back the lock of a holder that is collected as garbage.
 
-    That may be at any moment, in any thread, so it waits for nothing: if the lock is
-    just taken or given back, the heart does this.
+    The collection may run at any moment, in any thread, so this waits for nothing. If
+    `_guard` is taken, the lock's heart gives the lock back.
     """
     held = _held.get(path)
     if held is None:
@@ -182,9 +180,9 @@ def drop_lock(path: Path, holder: Hashable) -> None:
 
 
 def _let_go(path: Path, held: _Held) -> None:
-    """Give a lock back that nobody holds. If that is interrupted, do it again."""
+    """Give back a lock that has no holders; repeat the call after an interrupt."""
     if not held.file.closed:
-        with contextlib.suppress(OSError):  # it is nobody's when it is closed
+        with contextlib.suppress(OSError):  # closing the file frees the lock anyway
             if is_still(path, held.file.fileno()):
                 path.unlink()
         held.file.close()
@@ -194,7 +192,7 @@ def _let_go(path: Path, held: _Held) -> None:
 
 
 def _forget() -> None:
-    """Let a forked process not hold on to what its parent has locked."""
+    """Let go, in a forked process, of the locks of its parent."""
     for held in _held.values():
         held.file.close()
     _held.clear()
@@ -208,8 +206,8 @@ def _take(path: Path, opened: list[io.FileIO]) -> None:
 
     Args:
         path: The lock's file.
-        opened: For all files that are opened. Whatever interrupts this, they are in it;
-            in the end, the locked one alone.
+        opened: Receives each file that is opened, so that the caller can close it after
+            an interrupt. On return it holds the locked file alone.
     """
     while True:
         descriptor, is_ours = open_lock_file(path, opened)
@@ -221,18 +219,18 @@ def _take(path: Path, opened: list[io.FileIO]) -> None:
             else:
                 _succeed(path, opened)
             return
-        opened.pop().close()  # its owner took the file away meanwhile
+        opened.pop().close()  # its owner deleted the file meanwhile
 
 
 def _succeed(path: Path, opened: list[io.FileIO]) -> None:
-    """Replace the lock of another user, which nobody holds any more, by a new one.
+    """Replace the file of another user, which this process has locked, by a new one.
 
-    Where the directory lets only its owner replace the old file, that one stays: it is
-    locked, but names the owner of before.
+    If the directory lets only the file's owner replace it, the old file stays: it is
+    locked, but still names the previous owner.
 
     Args:
         path: The lock's file.
-        opened: That file, which this process has locked; then the one that stays.
+        opened: Holds that file; on return, the file that is the lock now.
     """
     new = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
@@ -261,7 +259,7 @@ def _sign(descriptor: int) -> None:
 
 
 def _watch(path: Path, descriptor: int) -> None:
-    """Where another machine holds it, wait for a sign of life."""
+    """Watch for the owner's heartbeat, unless flock or the pid shows that it ended."""
     host, pid = owner(descriptor)
     if not host or (host == socket.gethostname() and not is_alive(pid)):
         return

@@ -1,4 +1,4 @@
-"""The file of a lock: opened or made, never another file in its place."""
+"""Open or make a lock's file, and never another file in its place."""
 
 import contextlib
 import errno
@@ -15,12 +15,19 @@ from flaxckpt.errors import CheckpointLockedError, CheckpointPathError
 def open_lock_file(path: Path, opened: list[io.FileIO]) -> tuple[int, bool]:
     """Open the lock's file, or make it; tell whether this process may write into it.
 
-    Anybody who can write in the directory can put something else there. So a link is
-    not followed, and a file that was found is written only if it is this user's, under
-    this one name.
+    Anybody who can write in the directory can put something else there. So this follows
+    no link and refuses a file with several names, and this process may write only into
+    a file of its own user.
+
+    Args:
+        path: The lock's file.
+        opened: Receives the file.
+
+    Returns:
+        The file's descriptor, and whether this process may write into it.
 
     Raises:
-        CheckpointPathError: If there is something that cannot be the lock.
+        CheckpointPathError: If what is there cannot be the lock, or cannot be opened.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     while True:
@@ -34,7 +41,7 @@ def open_lock_file(path: Path, opened: list[io.FileIO]) -> tuple[int, bool]:
             except PermissionError:  # reading it suffices to lock it
                 opened.append(io.FileIO(os.open(path, os.O_RDONLY | flags), "r"))
             break
-        except FileNotFoundError:  # its owner has just taken it away
+        except FileNotFoundError:  # its owner has just deleted it
             continue
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -56,7 +63,7 @@ def made(path: Path, opened: list[io.FileIO]) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     opened.append(io.FileIO(os.open(path, flags, 0o666), "r+"))
     descriptor = opened[-1].fileno()
-    # Whoever shares the directory has to be able to see whether the lock is held.
+    # Other users of the directory must be able to open it, to see whether it is held.
     with contextlib.suppress(OSError):
         os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o444)
     return descriptor
@@ -76,7 +83,7 @@ def flock(path: Path, descriptor: int) -> None:
     except BlockingIOError as error:
         raise CheckpointLockedError(str(path.parent), *owner(descriptor)) from error
     except OSError:
-        pass  # this file system has no such locks: the heartbeat tells
+        pass  # this file system has no such locks: the heartbeat decides
 
 
 def has_flock(descriptor: int) -> bool:
@@ -92,7 +99,7 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         pass
     return True
 

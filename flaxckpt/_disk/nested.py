@@ -1,4 +1,4 @@
-"""Checkpoints in checkpoints: the inner one would be deleted with the outer one."""
+"""Refuse checkpoints in checkpoints: deleting the outer deletes the inner one."""
 
 import os
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ def refuse_inside(path: Path, above: Iterable[Path]) -> None:
     """Check that no checkpoint is written in another one.
 
     Args:
-        path: Where one is to be written.
-        above: Directories above it.
+        path: Where a checkpoint is to be written.
+        above: Directories above `path`.
 
     Raises:
-        CheckpointPathError: If one of those is a checkpoint.
+        CheckpointPathError: If one of `above` is a checkpoint.
     """
     for directory in above:
         if _holds_checkpoint(directory):
@@ -35,13 +35,13 @@ def refuse_inside(path: Path, above: Iterable[Path]) -> None:
 
 
 def refuse_around(path: Path) -> None:
-    """Check that no checkpoint goes that has others in it.
+    """Check that a checkpoint has no others in it; its own tree is not searched.
 
     Args:
-        path: The checkpoint that is to be replaced or deleted.
+        path: The checkpoint that is to be replaced, moved or deleted.
 
     Raises:
-        CheckpointPathError: If there is one in it.
+        CheckpointPathError: If there is another checkpoint in it.
     """
     left = [entry for entry in _directories(path) if entry.name != _TREE]
     while left:
@@ -61,7 +61,7 @@ def _holds_checkpoint(directory: Path) -> bool:
 
 
 def _directories(path: os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Return the directories in one, but for those of work in progress."""
+    """Return the directories in a directory, without staging directories."""
     try:
         with os.scandir(path) as found:
             return [

@@ -1,13 +1,13 @@
-"""Files that others may have put there: opened only if they are plain files.
+"""Open files that others may have put there, if they are plain files.
 
 A checkpoint may come from somebody else, or lie where others can write. A FIFO or a
-device in place of a file must not keep the program waiting, nor a file of a terabyte
-fill its memory. Links are followed for reading, since caches of downloads are made of
-them; what they lead to has to be a plain file, too.
+device in place of a file must not keep the program waiting, and a file of a terabyte
+must not fill its memory. Readers follow links, since caches of downloads are made of
+links; a link has to lead to a plain file.
 
-An error of the system says whether it speaks of what is there (`is_damage`), or of this
-process and machine: no permission, too many open files, a server that does not answer.
-Nobody should delete a checkpoint because of the latter.
+An error of the system is about the files (`is_damage`), or about this process and
+machine: no permission, too many open files, a server that does not answer. Nobody
+should delete a checkpoint because of an error of the second kind.
 """
 
 import errno
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flaxckpt.errors import CheckpointPathError
 
-SMALL_BYTES = 2**30  # what a file may have that is read whole
+SMALL_BYTES = 2**30  # the largest file that is read whole
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DAMAGE = frozenset(
     {
@@ -35,7 +35,7 @@ _DAMAGE = frozenset(
 
 
 class NoFileError(Exception):
-    """There is no file that can be read; the message says what there is, or not."""
+    """There is no plain file that can be read; the message says why."""
 
 
 def is_damage(error: OSError) -> bool:
@@ -44,7 +44,7 @@ def is_damage(error: OSError) -> bool:
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointPathError:
-    """Make the error for what this process cannot read, though it may be whole."""
+    """Make the error for a file that this process cannot read; it may be whole."""
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "Make it readable for this user, or have its owner do so."
     elif is_damage(error):
@@ -57,7 +57,7 @@ def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointPathEr
 
 
 def leads_nowhere(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path leads to nothing, as a link in a circle does, for anybody."""
+    """Tell whether a path leads to nothing for any user, as a link in a circle does."""
     try:
         os.stat(path)
     except OSError as error:
@@ -66,13 +66,13 @@ def leads_nowhere(path: str | os.PathLike[str]) -> bool:
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
-    """Open a plain file for reading, and never wait for anybody.
+    """Open a plain file for reading, without waiting.
 
     Returns:
         Its descriptor.
 
     Raises:
-        NoFileError: If there is none.
+        NoFileError: If there is no plain file.
         CheckpointPathError: If this process cannot read it.
     """
     try:
@@ -94,10 +94,10 @@ def read_small(path: str | os.PathLike[str], limit_bytes: int = SMALL_BYTES) -> 
 
     Args:
         path: The file.
-        limit_bytes: How much it may have.
+        limit_bytes: The most bytes that it may have.
 
     Raises:
-        NoFileError: If there is none, or if it is larger than that.
+        NoFileError: If there is no plain file, or the file is larger.
         CheckpointPathError: If this process cannot read it.
     """
     descriptor = open_file(path)
@@ -121,7 +121,7 @@ def read_small(path: str | os.PathLike[str], limit_bytes: int = SMALL_BYTES) -> 
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a name leads to something in the directory in which it is looked up.
+    """Tell whether a relative path stays inside the directory that it starts from.
 
     Args:
         name: Names, joined by `/`.
@@ -133,7 +133,7 @@ def is_there(path: str | os.PathLike[str]) -> bool:
     """Tell whether there is anything at a path.
 
     Raises:
-        CheckpointPathError: If this process cannot know.
+        CheckpointPathError: If this process cannot tell.
     """
     try:
         os.stat(path)
@@ -147,9 +147,9 @@ def is_there(path: str | os.PathLike[str]) -> bool:
 
 
 def plain_files(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the files of a directory and of those in it, each checked.
+    """Yield all files below a directory, and check that each is a plain file.
 
-    For what another library opens.
+    For files that another library opens.
 
     Raises:
         NoFileError: If one is no plain file, or a directory in it is a link.

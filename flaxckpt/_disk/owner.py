@@ -1,4 +1,4 @@
-"""Who holds a lock, as its file says."""
+"""Parse the owner that a lock names."""
 
 from flaxckpt._disk.fields import (
     INT32,
@@ -13,11 +13,10 @@ _HOST = 256
 
 
 def parse_owner(data: bytes) -> tuple[str, int]:
-    """Parse what a lock says of its owner.
+    """Parse the content of a lock.
 
     Returns:
-        The owner's machine and the number of its process there; ("", 0) where it does
-        not say.
+        The owner's host name and process id; ("", 0) if the content is not valid.
     """
     try:
         fields = mapping_in(parse_json(data), "the lock")

@@ -1,7 +1,7 @@
-"""The record inside each checkpoint, and the listing of a directory by its records.
+"""Write and read the record inside each checkpoint, and read its table of leaves.
 
-A checkpoint is a directory that plain Orbax can load, with two small JSON files of ours
-in it: the record, read by every listing, and the table of leaves, read by a restore.
+A checkpoint is a directory that plain Orbax can load. It also holds two small JSON
+files of ours: every listing reads the record, and a restore reads the table of leaves.
 """
 
 import hashlib
@@ -23,24 +23,24 @@ from flaxckpt.errors import (
     CheckpointPathError,
 )
 
-FORMAT = 3  # in 1 and 2, the digests were others (see _digest.py)
+FORMAT = 3  # formats 1 and 2 have other digests (see _trees/digest)
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
-_ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each of Orbax's
-_RECORD_BYTES = 64 * 2**20  # that a record may have
+_ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each checkpoint of Orbax
+_RECORD_BYTES = 64 * 2**20  # the most that a record may have
 
 
 def encode_record(
     info: CheckpointInfo, versions: Mapping[str, str], leaves: bytes
 ) -> bytes:
-    """Return the record as JSON; all but the path, so that it can be moved.
+    """Return the record as JSON, without the path, so that a checkpoint can be moved.
 
     Args:
-        info: What it records.
-        versions: Versions of the packages that write it.
-        leaves: The table of leaves that lies beside it.
+        info: What to record.
+        versions: Versions of the packages that write the checkpoint.
+        leaves: The table of leaves, whose checksum is recorded.
 
     Raises:
-        CheckpointError: If it would be larger than a record may be.
+        CheckpointError: If the record would be too large.
     """
     fields = {
         "format": FORMAT,
@@ -66,7 +66,7 @@ def encode_record(
 
 
 def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
-    """Tell whether two records are of one checkpoint, wherever it is now."""
+    """Tell whether two records are of the same checkpoint, wherever it is."""
     return encode_record(one, {}, b"") == encode_record(other, {}, b"")
 
 
@@ -78,27 +78,27 @@ def set_aside(path: Path) -> Path:
 def located(path: Path) -> Path:
     """Return where a checkpoint's files are: at `path`, or set aside beside it.
 
-    What is at `path` and no checkpoint, as a directory that a script has made, does not
-    stand for the one that is set aside.
+    If what is at `path` is no checkpoint, such as a directory that a script made, the
+    checkpoint that is set aside counts.
     """
     aside = set_aside(path)
     return aside if not _is_taken(path) and holds_checkpoint(aside) else path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether there is a checkpoint of flaxckpt's at `path`, damaged or not.
+    """Tell whether there is a checkpoint of flaxckpt at `path`, damaged or not.
 
     Where directories cannot be exchanged, a writer sets the old checkpoint aside for a
-    moment: one look at `path` and one aside may both miss it, so there are two of each.
+    moment. One look at `path` and one aside may both miss it, so this looks twice.
 
     Raises:
-        CheckpointPathError: If this process cannot know.
+        CheckpointPathError: If this process cannot tell.
     """
     aside = set_aside(path)
     for _ in range(2):
         if holds_checkpoint(path):
             return True
-        if _is_taken(path):  # by plain Orbax's, unless it has come in between
+        if _is_taken(path):  # by one of plain Orbax, or by a new one of ours
             return holds_checkpoint(path)
         if holds_checkpoint(aside):
             return True
@@ -115,7 +115,7 @@ def is_of(path: Path, series: str) -> bool:
 
 
 def series_in(record: str) -> str | None:
-    """Return the series that a record names; None where it cannot be read."""
+    """Return the series that a record names; None if the record is damaged."""
     try:
         fields, is_whole = parse_record(record.encode())
         return check_record(fields)["series"] if is_whole else None
@@ -124,13 +124,13 @@ def series_in(record: str) -> str | None:
 
 
 def holds_checkpoint(directory: Path) -> bool:
-    """Tell whether a checkpoint of flaxckpt's is in this very directory."""
-    here = os.fspath(directory)  # this is asked often, and pathlib is slow
+    """Tell whether a checkpoint of flaxckpt is in this very directory."""
+    here = os.fspath(directory)  # this is called often, and pathlib is slow
     return any(is_there(f"{here}/{name}") for name in (RECORD_FILE, LEAVES_FILE))
 
 
 def _is_taken(path: Path) -> bool:
-    """Tell whether a checkpoint is in this very directory, of plain Orbax's, too."""
+    """Tell whether a checkpoint, also one of plain Orbax, is in this very directory."""
     return holds_checkpoint(path) or is_there(path / _ORBAX_FILE)
 
 
@@ -141,8 +141,8 @@ def read_leaves(path: Path) -> dict[str, Any]:
         Its fields, as `parse_table` has checked them.
 
     Raises:
-        CheckpointCorruptError: If it cannot be read, or is not what was written.
-        CheckpointPathError: If this process cannot read it.
+        CheckpointCorruptError: If the table or the record is missing or damaged.
+        CheckpointPathError: If this process cannot read them.
     """
     recorded = _read_fields(path)["leaves_sha256"]
     try:
@@ -167,10 +167,10 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     """Read the record of the checkpoint at `path`.
 
     Returns:
-        The record, or None where there is none: no checkpoint, or plain Orbax's.
+        The record; None if there is no checkpoint, or one of plain Orbax.
 
     Raises:
-        CheckpointCorruptError: If there is one and it cannot be read.
+        CheckpointCorruptError: If the checkpoint's record is missing or damaged.
         CheckpointPathError: If this process cannot read it.
     """
     path = Path(path)
@@ -192,9 +192,9 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
 
 
 def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
-    """Read the fields of the record of one checkpoint, the old or the new one.
+    """Read a record's fields; while a writer replaces the record, the old or new ones.
 
-    None where there is none by now: one that a writer deletes is not damaged.
+    None if the checkpoint is gone by now: one that a writer deletes is not damaged.
     """
     for _ in range(2):
         if not is_checkpoint(path):
@@ -207,7 +207,7 @@ def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
-    """Read the record's fields, and check that they are those that were written."""
+    """Read the record's fields, and check them and their checksum."""
     try:
         record = read_small(located(path) / RECORD_FILE, _RECORD_BYTES)
     except NoFileError as error:
@@ -234,7 +234,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Strict JSON has no NaN and no infinity: write them as {"float": "nan"}."""
+    """Write NaN and infinity as {"float": "nan"}: strict JSON has neither."""
     return {
         key: {"float": repr(value)}
         if isinstance(value, float) and not math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The fields of a record: parsed and checked; see `fields`."""
+"""Parse and check the fields of a record; see `fields`."""
 
 import datetime
 import math
@@ -21,16 +21,16 @@ from flaxckpt._trees.skeleton import INT64
 
 Skeleton: TypeAlias = Any
 _YEAR = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
-LAST_TIME = _YEAR - datetime.datetime.resolution  # so that a later one can be told
+LAST_TIME = _YEAR - datetime.datetime.resolution  # leaves room for later times
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def parse_record(data: bytes) -> tuple[dict[str, Any], bool]:
-    """Parse a record as far as its checksum.
+    """Parse a record and compare its checksum.
 
     Returns:
-        Its fields, less the checksum, and whether they are those that were written.
-        `format` is a number; the others are for `check_record`.
+        Its fields without the checksum, and whether the checksum is right. `format` is
+        checked; `check_record` checks the others.
 
     Raises:
         MalformedError: If it is no record.
@@ -46,7 +46,11 @@ def parse_record(data: bytes) -> tuple[dict[str, Any], bool]:
 
 
 def check_record(fields: dict[str, Any]) -> dict[str, Any]:
-    """Check a record's fields, and return them with numbers and times for texts."""
+    """Check a record's fields, and return them with NaN, infinity and time parsed.
+
+    Raises:
+        MalformedError: If a field is missing, or not of its type and range.
+    """
     int_in(fields, "epoch", 0, INT64)
     if fields.get("batch", 0) is not None:
         int_in(fields, "batch", 0, INT64)
@@ -66,7 +70,7 @@ def check_record(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scalars(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Check names and their scalars; NaN and infinity are written as mappings."""
+    """Check names and their scalars; parse {"float": "nan"} as `_encoded` wrote it."""
     found: dict[str, Any] = {}
     for key, value in mapping_in(fields.get(name), name).items():
         if type(value) is dict:

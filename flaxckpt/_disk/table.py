@@ -1,4 +1,4 @@
-"""The table of leaves in a checkpoint: parsed and checked."""
+"""Parse and check the table of leaves of a checkpoint."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -37,11 +37,11 @@ def parse_table(data: bytes, newest: int) -> dict[str, Any]:
 
     Returns:
         Its fields: `tree`, a skeleton in which each leaf has its place; `leaves`, each
-        with a path, a kind, and what goes with the kind; `weights`, a skeleton, "all"
-        or None; and where the format has them, lists of `digests` and `sums`.
+        with a path, a kind and the kind's own fields; `weights`, a skeleton, "all" or
+        None; and if the format has them, lists of `digests` and `sums`.
 
     Raises:
-        MalformedError: If it is none.
+        MalformedError: If it is no table of leaves, or its format is too new.
     """
     try:
         return _table(parse_json(data), newest)
@@ -80,14 +80,14 @@ def _table(fields: Any, newest: int) -> dict[str, Any]:
 
 
 class _Skeleton:
-    """A walk through a skeleton, see `_tree.Skeleton`, that checks it."""
+    """A walk that checks a skeleton; see `_trees.skeleton.Skeleton`."""
 
     def __init__(self, count: int, place: Callable[[int, list[str]], None]) -> None:
         """Begin at the root.
 
         Args:
             count: How many leaves there are.
-            place: Is told of each leaf's index where it is.
+            place: Called for each leaf with its index and path.
         """
         self._count, self._place = count, place
         self._shared: set[tuple[int, ...]] = set()
@@ -111,7 +111,7 @@ class _Skeleton:
             fail(f"there is no structure at {shown(path)}")
         ((kind, children),) = node.items()
         if kind == "same":
-            # Of what comes earlier in the walk: then no walk is endless.
+            # It may name only what comes earlier in the walk, so no walk is endless.
             target = items_in(children, kind)
             if any(type(each) is not int for each in target) or (
                 tuple(target) not in self._shared

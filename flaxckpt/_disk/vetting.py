@@ -1,7 +1,7 @@
-"""What is looked at before another library opens a checkpoint's files.
+"""Check a checkpoint's files before Orbax or TensorStore opens them.
 
-Orbax and TensorStore open files by themselves: they would wait for a FIFO, read a small
-file whole, whatever its size, and do not always say that a permission is missing.
+Both libraries open files by themselves. They would wait for a FIFO, they read metadata
+files whole, whatever their size, and they do not always report a missing permission.
 """
 
 import os
@@ -19,23 +19,23 @@ from flaxckpt._disk.record import located
 from flaxckpt.errors import CheckpointCorruptError
 
 _SMALL = (".json", ".ocdbt", ".checkpoint", "_METADATA", "_sharding")
-_EVERY = 256 * 2**20  # a file may have, whatever there is in it
-_PACKING = 2**16  # no compression makes so many bytes of one
+_EVERY = 256 * 2**20  # bytes that any file may have
+_PACKING = 2**16  # no compression packs so many bytes into one
 
 
 def check_plain(path: Path, needed: int = 0, held: int | None = None) -> None:
-    """Check that a checkpoint has nothing but plain files, of sizes that can be.
+    """Check that a checkpoint has only plain files of plausible sizes.
 
-    TensorStore ends the process where it gets no memory for a file that it reads.
+    TensorStore ends the process if it gets no memory for a file that it reads.
 
     Args:
         path: The checkpoint.
-        needed: How many bytes the arrays take in memory that are to be read.
-        held: How many all of its arrays take; None if that is not known.
+        needed: Bytes in memory of the arrays that are to be read.
+        held: Bytes of all arrays of the checkpoint; None if unknown.
 
     Raises:
-        CheckpointCorruptError: If there is something else, a file that is too large for
-            what it holds, or an array that cannot be in files of this size.
+        CheckpointCorruptError: If something is no plain file, a file is too large for
+            what it holds, or the files together are too small for the arrays.
         CheckpointPathError: If this process cannot read one of the directories.
     """
     largest = _EVERY + 2 * held if held is not None else None
@@ -70,4 +70,4 @@ def check_readable(path: Path) -> None:
         for entry in plain_files(located(path)):
             os.close(open_file(entry.path))
     except NoFileError:
-        pass  # which is damage
+        pass  # damage, and no missing permission

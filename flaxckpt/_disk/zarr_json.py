@@ -1,4 +1,4 @@
-"""The `zarr.json` of an array, and the file of all texts: parsed and checked."""
+"""Parse and check the `zarr.json` of an array, and the file of all text leaves."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from flaxckpt._disk.fields import (
     text_in,
 )
 
-_CHUNKS = 2**24  # of one array
+_CHUNKS = 2**24  # the most chunks of one array
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Zarr:
 
     Attributes:
         shape: The array's shape.
-        chunk: The shape of its chunks, which is positive and no larger.
+        chunk: The shape of its chunks, positive and no larger than `shape`.
         dtype: Name of its dtype.
-        separator: Between the numbers in the name of a chunk.
+        separator: The character between the numbers in the name of a chunk.
         codecs: How a chunk is encoded, as JSON.
     """
 
@@ -41,7 +41,7 @@ def parse_zarr(data: bytes) -> Zarr:
     """Parse a `zarr.json`.
 
     Raises:
-        MalformedError: If it is none, or describes an array that cannot be.
+        MalformedError: If it is none, or describes an array that cannot exist.
     """
     fields = mapping_in(parse_json(data), "zarr.json")
     if fields.get("zarr_format") != 3 or fields.get("node_type") != "array":
@@ -64,7 +64,7 @@ def parse_zarr(data: bytes) -> Zarr:
 
 
 def parse_texts(data: bytes) -> dict[str, str]:
-    """Parse the file of all leaves that are text, by their names."""
+    """Parse the file of all text leaves; return the texts by the leaves' names."""
     texts = mapping_in(parse_json(data), "the texts")
     for value in texts.values():
         if type(value) is not str:

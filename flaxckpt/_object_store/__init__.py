@@ -1,6 +1,8 @@
 """Checkpoints in an object store, which has neither directories nor renames.
 
-`objects` speaks to the store. A `pointer` says where the files of a checkpoint are,
-`commit` changes it, under a `lease`. `scratch` has what mirrors the store on this
-machine, and a `source` fetches of a checkpoint what a reader needs.
+`objects` reads and writes a store, and `url` parses its URLs. A `pointer` names the
+directory of a checkpoint's files. `commit` uploads the files and changes the pointer
+while it holds the `lease`, which is the series' lock. `scratch` makes the local
+directory that mirrors the store. `listing` lists checkpoints, and a `source` downloads
+the files of one that a reader needs.
 """

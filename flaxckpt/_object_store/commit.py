@@ -1,18 +1,19 @@
-"""Series of checkpoints in an object store, and the directory that mirrors one.
+"""Write series of checkpoints in an object store, by way of a local mirror.
 
-Each process that writes or lists checkpoints in a store has a directory of its own on
-the disk, in which the record of each is where the checkpoint would be, and what is
-being written. So all else goes by directories.
+Each process that writes or lists checkpoints in a store has its own directory on the
+disk, the mirror. It holds each checkpoint's record where the checkpoint would be, and
+the files that are being written. So the rest of the package works on directories.
 
-In the store, below the series' root (see `_template`):
+In the store, below the series' root (see `_decision.template`):
 
-- `NAME/TAG-UNIQUE/…`: the files of one checkpoint, never written over;
-- `.flaxckpt-current/NAME`: which of those is the checkpoint of that name, and its
-  record. It is written last, and replaced whole, so a checkpoint is there with all its
-  files or not at all, and the one before it is until then;
-- `.flaxckpt-TAG-doubtful/UNIQUE`: names files that are being written, or about to be
-  deleted: those of no checkpoint, garbage if nobody writes the series;
-- `.flaxckpt-TAG.lock`: who writes it; see `_lease`.
+- `NAME/TAG-UNIQUE/*`: the files of one checkpoint, never written over;
+- `.flaxckpt-current/NAME`: the pointer: the directory of NAME's files, and NAME's
+  record. It is written last and replaced whole, so readers find the old checkpoint
+  until then and the new one from then on, each with all its files;
+- `.flaxckpt-TAG-doubtful/UNIQUE`: a note that names a directory whose files are being
+  written or about to be deleted. If no pointer names the directory, its files are
+  garbage once no process writes the series;
+- `.flaxckpt-TAG.lock`: the lock; see `lease`.
 """
 
 import functools
@@ -39,16 +40,15 @@ from flaxckpt.errors import (
     CheckpointLockedError,
 )
 
-# Held while a pointer is written and the directory follows, and while it is read anew.
+# Held while a pointer and the mirror change, and while the mirror is refreshed.
 _MOVING = new_lock()
 _KNOWN: defaultdict[Path, set[str]] = defaultdict(set)  # names with a record here
 
 
 class Mirror(Area):
-    """Where one series is written that is in an object store.
+    """Where one series in an object store is written.
 
-    What is put in its place here is a checkpoint's record alone, once all of it is in
-    the store.
+    `put` uploads a checkpoint, and then puts its record alone in the mirror.
     """
 
     is_mirror = True
@@ -59,24 +59,24 @@ class Mirror(Area):
         """Describe the area; see `Area`."""
         self._objects = Objects(url_of(root))
         super().__init__(root, series, depth, sync=False)
-        del sync  # what counts is what the store has
+        del sync  # only what the store has must survive
         self._doubtful = f"{self._staging}doubtful"
         self._lease: Lease | None = None
         self._is_current = False
         self._place: tuple[Path, str] | None = None
         self._unused: list[str] = []  # directories to delete
-        self._certain: list[str] = []  # directories that are doubtful no more
+        self._certain: list[str] = []  # directories whose notes to delete
         self._deleting = new_lock()
 
     def refresh(self, *paths: Path) -> None:
-        """Bring what is here to what is in the store, if others may have changed it.
+        """Update the mirror from the store, if other processes may have changed that.
 
         Args:
-            *paths: Of what; if not given, of all.
+            *paths: The checkpoints to update; all if none are given.
 
         Raises:
-            CheckpointLockedError: If this process was forked from the one that has made
-                this: what reaches the store has threads.
+            CheckpointLockedError: If this process was forked from the one that made the
+                area: TensorStore's threads exist only there.
         """
         if self.is_inherited:
             raise self.inherited()
@@ -89,7 +89,7 @@ class Mirror(Area):
                 found = read_pointers(self._objects, None)
                 gone = _KNOWN[self._root] - found.keys()
                 self._is_current = True
-            # First what is new: another thread may be listing what is here.
+            # New records come first: another thread may be listing the mirror.
             for name, pointer in found.items():
                 write_record(self._root / name, pointer)
             for name in gone & _KNOWN[self._root]:
@@ -98,14 +98,14 @@ class Mirror(Area):
             _KNOWN[self._root] |= found.keys()
 
     def shown(self, path: Path) -> Path:
-        """Return a path as its users know it."""
+        """Return a path as users see it in messages: as a URL."""
         below = path.relative_to(self._root).parts
         return epath.Path("/".join([self._objects.url, *below]))  # pyright: ignore
 
     def put(self, written: Path, target: Path, *, only_over: str | None = None) -> None:
-        """Move a finished directory to the store; see `Area.put`."""
+        """Upload a finished directory, and point to it; see `Area.put`."""
         name, first = self._name(target), self._place_for(written, target)
-        # Its first place was another series', but shares of it may be there.
+        # If another series had the first name, the files are at `first` already.
         is_second = first.rpartition("/")[0] != name
         at = self._fresh_place(target) if is_second else first
         self._check_lease()
@@ -123,10 +123,10 @@ class Mirror(Area):
                 super().put(stub, target)
                 _KNOWN[self._root].add(name)
         except OccupiedError:
-            raise  # the caller puts it elsewhere, or ends with it
+            raise  # the caller puts it elsewhere, or fails
         except BaseException:
             self._place = None
-            self._is_current = False  # what the store has is not known
+            self._is_current = False  # the state of the store is unknown
             raise
         self._place = None
         shutil.rmtree(stub, ignore_errors=True)
@@ -134,10 +134,14 @@ class Mirror(Area):
         self._unused += [*before, first] if is_second else before
 
     def move(self, path: Path, target: Path) -> None:
-        """Keep a checkpoint under another name; see `Area.move`.
+        """Copy a checkpoint to another name; see `Area.move`.
 
-        There are no renames in a store. The files are copied, and what is at `path`
-        stays until something is put there.
+        A store has no renames, so the checkpoint stays at `path`, too, until another
+        one is put there.
+
+        Raises:
+            FileNotFoundError: If no checkpoint is at `path`.
+            FileExistsError: If one is at `target`.
         """
         self._shared.changes += 1
         name, at = self._name(target), self._fresh_place(target)
@@ -178,11 +182,12 @@ class Mirror(Area):
         self._unused += before
 
     def sweep(self, *, spare: bool = True) -> None:
-        """Delete what was replaced or removed; see `Area.sweep`."""
+        """Delete replaced and removed checkpoints; see `Area.sweep`."""
         super().sweep(spare=spare)
         with self._deleting:
             while self._certain:
-                if self._certain[0] not in self._unused:  # whose notes go with them
+                # The note of an unused directory goes after the files.
+                if self._certain[0] not in self._unused:
                     self._objects.delete(self._note_of(self._certain[0]))
                 del self._certain[0]
             while self._unused:
@@ -190,7 +195,7 @@ class Mirror(Area):
                 del self._unused[0]
 
     def meeting_place(self, written: Path, target: Path) -> str:
-        """Say where other processes put their shares; see `Area.meeting_place`."""
+        """Return where the processes upload their shares; see `Area.meeting_place`."""
         place = self._place_for(written, target)
         self._check_lease()
         self._doubt(place)
@@ -198,7 +203,7 @@ class Mirror(Area):
 
     @contextmanager
     def share(self, place: str) -> Generator[Path]:
-        """Make a directory for this process's share; see `Area.share`."""
+        """Yield a directory for this process's share, and upload that; see `Area`."""
         with scratch() as directory:
             yield directory
             self._objects.upload(directory, place)
@@ -211,11 +216,11 @@ class Mirror(Area):
         return is_new
 
     def _is_held(self) -> bool:
-        """Tell nothing: the lease is looked at whenever the store is changed."""
+        """Return True: `_check_lease` checks the lease at each change of the store."""
         return True
 
     def _spare_others(self, path: Path) -> None:
-        """Check nothing: a store has no directories that would go with others."""
+        """Check nothing: a store deletes no checkpoint together with another one."""
 
     def _note_cleared(self) -> None:
         assert self._lease is not None
@@ -230,12 +235,12 @@ class Mirror(Area):
         return functools.partial(drop_lease, url, self._holder)
 
     def _check_lease(self) -> None:
-        if self._lease is None:  # by a save before
+        if self._lease is None:  # an earlier save has lost it
             raise CheckpointLockedError(self._objects.url, "", 0)
         try:
             self._lease.check()
         except CheckpointLockedError:
-            self._owner = 0  # so the next save takes it anew, or is told whose it is
+            self._owner = 0  # so the next save takes it anew, or names its owner
             self._is_current = False
             self._release()
             raise
@@ -249,7 +254,7 @@ class Mirror(Area):
             self._settle(key, content.decode())
 
     def _settle(self, key: str, at: str) -> None:
-        """Find out whether files are a checkpoint's, and delete what is none's."""
+        """Delete a doubtful directory, or its note if a pointer names the directory."""
         pointer = key_of(at.rpartition("/")[0])
         found = self._objects.read(pointer)
         if found.content is None:
@@ -258,8 +263,8 @@ class Mirror(Area):
         current = Pointer.parse(found.content)
         if current.at == at:
             self._objects.delete(key)
-        elif current.at:  # of a damaged one, nobody knows
-            # Written anew, it can't be changed by one who was taken for dead, any more.
+        elif current.at:  # a damaged pointer does not tell
+            # After this write, a late write by the lock's previous owner fails.
             content = current.encoded()
             if self._objects.write_over(pointer, content, found.generation):
                 self._delete_files(at)
@@ -269,13 +274,14 @@ class Mirror(Area):
     def _point(
         self, name: str, pointer: Pointer | None, only_over: str | None = None
     ) -> list[str]:
-        """Change a pointer, or delete it; return the directory of before, if any.
+        """Change or delete a pointer; return the directory that it named, if any.
 
-        That is doubtful from then on.
+        That directory gets a note as doubtful first.
 
         Raises:
             CheckpointLockedError: If another process has taken the lock.
-            OccupiedError: If what is there is of none of the series `only_over`.
+            OccupiedError: If the checkpoint there is not of the series `only_over`.
+            CheckpointError: If another process has changed the pointer meanwhile.
         """
         key = key_of(name)
         found = self._objects.read(key)
@@ -297,9 +303,9 @@ class Mirror(Area):
                     f"{self._objects.url}/{name} was changed by another process "
                     "meanwhile, and is as that one left it."
                 )
-            written = now.generation  # it is there, and the answer has got lost
+            written = now.generation  # the write succeeded, and its answer was lost
         try:
-            self._check_lease()  # or another process has deleted what was doubtful
+            self._check_lease()  # a new owner may have deleted the files
         except CheckpointLockedError:
             self._objects.write_over(key, found.content, written)
             raise
@@ -309,7 +315,7 @@ class Mirror(Area):
         return path.relative_to(self._root).as_posix()
 
     def _place_for(self, written: Path, target: Path) -> str:
-        """Return where in the store a directory that is being written will be."""
+        """Return the place in the store for a directory that is being written."""
         if self._place is None or self._place[0] != written:
             self._place = written, self._fresh_place(target)
         return self._place[1]

@@ -1,9 +1,9 @@
-"""One writing process for a series of checkpoints at a time, in an object store.
+"""Lock a series in an object store, so that one process writes it at a time.
 
-The lock is an object that its owner writes again every few seconds. Each time it is
-written only over what was found there, so of several that want it one gets it. Who
-finds it taken watches it for longer than that: if it does not change, its owner has
-died. Only changes are watched, no clocks compared.
+The lock is an object that its owner writes again every `HEARTBEAT_SECS`. Each write
+replaces only the version that the writer has read, so only one of several processes
+gets the lock. A process that finds it taken watches it for `WATCH_SECS`: if the object
+does not change, its owner has died. The watch compares no clocks.
 """
 
 import atexit
@@ -29,18 +29,18 @@ _TRIES = 5
 
 
 class Lease:
-    """A lock that this process has taken, shared by all that write the series here.
+    """A lock that this process has taken; all objects that write the series share it.
 
     Attributes:
-        holders: Those that share it.
-        is_cleared: Whether what a writer before has left is cleared up.
+        holders: The objects that share it.
+        is_cleared: Whether the leftovers of an earlier writer are cleared up.
     """
 
     def __init__(self, objects: Objects, key: str) -> None:
         """Describe the lock; `take` takes it.
 
         Args:
-            objects: Where.
+            objects: The objects below the series' root.
             key: The lock's key.
         """
         self._objects, self._key, self._url = objects, key, _url(objects, key)
@@ -53,9 +53,9 @@ class Lease:
         self.is_cleared = False
 
     def take(self) -> None:
-        """Take the lock, unless it is taken; an interrupted call can be made again.
+        """Take the lock, unless this lease has it; after an interrupt, call it again.
 
-        Where another process seems to have it, waits until that is known.
+        If another process seems to have the lock, watch it for `WATCH_SECS` at most.
 
         Raises:
             CheckpointLockedError: If another process has it.
@@ -71,11 +71,11 @@ class Lease:
             self._heart = heart
 
     def check(self) -> None:
-        """Check that the lock is this process's now, and has been since it was taken.
+        """Check that this process has had the lock ever since it took it.
 
         Raises:
-            CheckpointLockedError: If this process gave no sign for so long that another
-                one has taken it.
+            CheckpointLockedError: If this process gave no heartbeat for so long that
+                another one has taken the lock.
             CheckpointError: If the store cannot be reached.
         """
         with self._changing:
@@ -86,7 +86,7 @@ class Lease:
 
     @property
     def is_good(self) -> bool:
-        """Whether it is this process's, as far as is known."""
+        """Whether this process has the lock, as far as it knows."""
         gone = self._is_lost or self._is_over
         return self._process == os.getpid() and not gone
 
@@ -95,7 +95,7 @@ class Lease:
         self._stop.set()
         with self._changing:
             if self.is_good:
-                if self._generation is None:  # an interrupt came while it was taken
+                if self._generation is None:  # an interrupt came in `take`
                     found = self._objects.read(self._key)
                     if _fields(found).get("id") == self._id:
                         self._generation = found.generation
@@ -107,7 +107,7 @@ class Lease:
                 del _held[self._url]
 
     def end_soon(self) -> None:
-        """Have the heart give the lock back."""
+        """Make the heartbeat's thread give the lock back."""
         self._stop.set()
 
     def _take(self) -> bytes:
@@ -123,7 +123,7 @@ class Lease:
         )
 
     def _watch(self, found: Object) -> None:
-        """Wait for a sign of life of the lock's owner."""
+        """Wait for a heartbeat of the lock's owner, and raise an error if it comes."""
         until = time.monotonic() + WATCH_SECS
         while time.monotonic() < until:
             time.sleep(HEARTBEAT_SECS / 5)
@@ -140,7 +140,7 @@ class Lease:
                     return
                 if self._stop.is_set():
                     break
-                with contextlib.suppress(CheckpointError):  # what is saved will tell
+                with contextlib.suppress(CheckpointError):  # `check` will report it
                     self._give_sign()
         with contextlib.suppress(CheckpointError):
             self.end()
@@ -151,7 +151,7 @@ class Lease:
         self._generation = now or b""
 
     def _sign(self, generation: bytes) -> bytes | None:
-        """Write whose the lock is; return its generation, None if it is another's."""
+        """Write a heartbeat; return its generation, None if the lock is another's."""
         self._beats += 1
         who = {"host": socket.gethostname(), "pid": os.getpid(), "id": self._id}
         content = json.dumps({**who, "beats": self._beats}).encode()
@@ -162,7 +162,7 @@ class Lease:
             found = self._objects.read(self._key)
             if _fields(found).get("id") != self._id:
                 return None
-            generation = found.generation  # of a sign whose answer has got lost
+            generation = found.generation  # of a heartbeat whose answer was lost
         return None
 
     def _raise_locked(self, found: Object) -> None:
@@ -177,19 +177,19 @@ _guard = new_lock()
 def acquire_lease(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, bool]:
     """Take a lock, or share it if this process has it already.
 
-    An interrupt may leave it taken, or not; the same call again goes on from there.
+    After an interrupt the lock may be taken or not; repeat the call.
 
     Args:
-        objects: Where.
+        objects: The objects below the series' root.
         key: The lock's key.
-        holder: Who takes it, the same for `release`.
+        holder: The object that takes the lock; the same for `release_lease`.
 
     Returns:
-        The lock, and whether what a writer before has left is to be cleared up, until
-        `is_cleared` says that it is.
+        The lock, and whether to clear up what an earlier writer has left; True until
+        `is_cleared` is set.
 
     Raises:
-        CheckpointError: As `Lease.take`.
+        CheckpointError: As `Lease.take` does.
     """
     url = _url(objects, key)
     with _guard:
@@ -202,9 +202,9 @@ def acquire_lease(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, 
 
 
 def release_lease(objects: Objects, key: str, holder: Hashable) -> None:
-    """Give a lock back; it goes when the last holder in this process did.
+    """Give a lock back; the last holder in this process also deletes the object.
 
-    Nothing happens if the holder does not have it.
+    Nothing happens if the holder does not have the lock.
     """
     lease = _held.get(_url(objects, key))
     if lease is not None:
@@ -214,7 +214,7 @@ def release_lease(objects: Objects, key: str, holder: Hashable) -> None:
 
 
 def drop_lease(url: str, holder: Hashable) -> None:
-    """Give back the lock of a holder that is collected as garbage; wait for nothing."""
+    """Give back the lock of a holder that is garbage-collected; wait for nothing."""
     lease = _held.get(url)
     if lease is not None:
         lease.holders.discard(holder)
@@ -227,7 +227,7 @@ def _url(objects: Objects, key: str) -> str:
 
 
 def _release_all() -> None:
-    """Keep nobody waiting for what a program that ends has not closed."""
+    """Give all locks back at exit, so that no other process has to wait for them."""
     for lease in list(_held.values()):
         with contextlib.suppress(CheckpointError):
             lease.end()
@@ -237,7 +237,7 @@ atexit.register(_release_all)
 
 
 def _forget() -> None:
-    """Let a forked process not hold on to what its parent has locked."""
+    """Let go, in a forked process, of the locks of its parent."""
     _held.clear()
 
 

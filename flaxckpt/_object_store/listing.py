@@ -1,4 +1,4 @@
-"""The checkpoints below a URL."""
+"""List the checkpoints below a URL."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,10 @@ from flaxckpt._object_store.scratch import scratch
 def listed(url: str) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints below a URL, as `list_below` does at any depth.
 
-    Lists all objects there.
+    This lists all objects below the URL, and reads the pointers.
+
+    Raises:
+        CheckpointError: If the store cannot be reached, or as `list_below` does.
     """
     objects = Objects(url)
 

@@ -1,8 +1,8 @@
-"""An object store: Google Cloud Storage, Amazon S3, and what speaks its protocol.
+"""Access an object store: Google Cloud Storage, Amazon S3, or a store like S3.
 
-There are no directories and no renames in one, but each object is replaced whole, and
-who reads after that gets the new one. TensorStore, which Orbax brings along, is what
-speaks to it (https://google.github.io/tensorstore/kvstore).
+A store has no directories and no renames. Each object is replaced whole, and every
+later read gets the new one. TensorStore, which Orbax depends on, makes the requests
+(https://google.github.io/tensorstore/kvstore).
 """
 
 import os
@@ -20,15 +20,15 @@ from flaxckpt.errors import CheckpointError
 
 _AT_A_TIME_BYTES = 256 * 2**20
 _RETRIES = {"max_retries": 8, "initial_delay": "1s", "max_delay": "32s"}
-_S3_BYTES = 5 * 2**30  # that one request takes
+_S3_BYTES = 5 * 2**30  # the most that one request takes
 
 
 class Object(NamedTuple):
-    """What is in an object store under one name.
+    """What an object store has under one key.
 
     Attributes:
-        content: Its bytes; None where there is none.
-        generation: What tells it from what was and will be there.
+        content: Its bytes; None if there is no object.
+        generation: Identifies this version of the object, or that there is none.
     """
 
     content: bytes | None
@@ -36,18 +36,21 @@ class Object(NamedTuple):
 
 
 class Objects:
-    """The objects below one URL, by their keys: what follows it and a slash.
+    """The objects below one URL; a key is what follows the URL and a slash.
 
     Attributes:
         url: The URL.
     """
 
     def __init__(self, url: str) -> None:
-        """Speak to nobody yet.
+        """Open the store, without a request.
 
         Args:
-            url: `gs://bucket/path` or `s3://bucket/path`. For S3, where another server
-                than Amazon's is meant, the environment has `AWS_ENDPOINT_URL`.
+            url: `gs://bucket/path` or `s3://bucket/path`. For another S3 server than
+                Amazon's, set `AWS_ENDPOINT_URL` in the environment.
+
+        Raises:
+            CheckpointError: If this process was forked; see `use_threads`.
         """
         use_threads()
         self.url = url.rstrip("/")
@@ -73,7 +76,7 @@ class Objects:
         return Object(content, found.stamp.generation)
 
     def read_all(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Read objects, all at a time; without those that are not there."""
+        """Read objects, all at a time; leave out missing ones."""
         with self._translated():
             reads = [self._store.read(key) for key in keys]
             found = [read.result() for read in reads]
@@ -81,22 +84,22 @@ class Objects:
         return {key: bytes(each.value) for key, each in pairs if each.state == "value"}
 
     def write(self, key: str, content: bytes) -> None:
-        """Write an object, in the place of the one that is there."""
+        """Write an object, over the one that is there."""
         with self._translated():
             self._store.write(key, content).result()
 
     def write_over(
         self, key: str, content: bytes | None, generation: bytes
     ) -> bytes | None:
-        """Write an object, if nobody else has written it meanwhile.
+        """Write an object, unless another process has written it meanwhile.
 
         Args:
             key: Its key.
             content: Its bytes; None to delete it.
-            generation: What was read of the object to replace, if there was none, too.
+            generation: What `read` returned for the key, also if there was no object.
 
         Returns:
-            Its generation; None if another one is there now.
+            The new generation; None if the object has another generation by now.
         """
         with self._translated():
             done = self._store.write(key, content, if_equal=generation).result()
@@ -120,19 +123,19 @@ class Objects:
             keys = [
                 key.decode() for key in self._store.list(_range(directory)).result()
             ]
-        # Not every server that speaks the protocol knows of ranges.
+        # Not every server like S3 supports ranges.
         prefix = f"{directory}/" if directory else ""
         return sorted(key for key in keys if key.startswith(prefix))
 
     def upload(self, source: Path, directory: str) -> None:
-        """Write all files of a directory on the disk, and return when they are there.
+        """Upload all files of a directory on the disk, and wait until they are stored.
 
         Args:
             source: The directory on the disk.
-            directory: Where to.
+            directory: The directory in the store.
 
         Raises:
-            CheckpointError: If one of them is too large, before anything is written.
+            CheckpointError: If a file is too large; nothing is uploaded then.
         """
         files = [path for path in sorted(source.rglob("*")) if path.is_file()]
         for path in files:
@@ -161,7 +164,7 @@ class Objects:
         """Copy all objects of a directory into another one.
 
         Raises:
-            FileNotFoundError: If there are none, or one is deleted meanwhile.
+            FileNotFoundError: If there are none, or if one is deleted meanwhile.
         """
         keys = self.keys_below(source)
         if not keys:
@@ -173,10 +176,10 @@ class Objects:
             self.write(f"{directory}/{key.removeprefix(f'{source}/')}", content)
 
     def download(self, directory: str, target: Path) -> None:
-        """Read all objects of a directory into one on the disk."""
+        """Download all objects of a directory into a directory on the disk."""
         for key in self.keys_below(directory):
             content = self.read(key).content
-            if content is not None:  # deleted meanwhile
+            if content is not None:  # None: deleted meanwhile
                 path = target / key.removeprefix(f"{directory}/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
@@ -190,7 +193,7 @@ class Objects:
 
 
 def _of_environment(**names: Sequence[str]) -> Mapping[str, str]:
-    """Return what is set, of each the first."""
+    """Return for each name the first of its variables that is set, if any."""
     found = {
         key: filter(None, map(os.environ.get, each)) for key, each in names.items()
     }
@@ -201,5 +204,5 @@ def _of_environment(**names: Sequence[str]) -> Mapping[str, str]:
 def _range(directory: str) -> tensorstore.KvStore.KeyRange:
     if not directory:
         return tensorstore.KvStore.KeyRange()
-    # Of what begins with it and a slash; 0 is what comes behind that.
+    # All keys that begin with `directory/`: "0" is the character after "/".
     return tensorstore.KvStore.KeyRange(f"{directory}/", f"{directory}0")

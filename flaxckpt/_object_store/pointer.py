@@ -1,4 +1,4 @@
-"""The objects that say where the files of a checkpoint are."""
+"""Read and write pointers, the objects that name the place of a checkpoint's files."""
 
 import dataclasses
 import json
@@ -17,28 +17,28 @@ CURRENT = f"{HIDDEN_PREFIX}current"
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-    """Which files a checkpoint's are.
+    """Where a checkpoint's files are.
 
     Attributes:
-        at: The directory that they are in, below the series' root; "" where that is not
-            known, because the pointer is damaged.
-        record: The checkpoint's record; what there is in its place, if so.
+        at: The directory of the files, below the series' root; "" if the pointer is
+            damaged.
+        record: The checkpoint's record; the pointer's content if it is damaged.
     """
 
     at: str
     record: str
 
     def encoded(self) -> bytes:
-        """Return it as JSON, other than any before."""
+        """Return it as JSON with a new id, so that no two results are equal."""
         return json.dumps({**vars(self), "id": uuid.uuid4().hex}).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> "Pointer":
-        """Return what `encoded` has returned as bytes."""
+        """Parse what `encoded` has returned; `at` is "" if it is damaged."""
         try:
             fields = json.loads(content)
             at, record = str(fields["at"]), str(fields["record"])
-            if is_inside(at):  # or what is not its own would be deleted with it
+            if is_inside(at):  # else files of others would be deleted with it
                 return cls(at, record)
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
@@ -50,7 +50,7 @@ def key_of(name: str) -> str:
 
 
 def read_pointers(objects: Objects, keys: Sequence[str] | None) -> dict[str, Pointer]:
-    """Read pointers, by the names of what they point to; all if `keys` is None."""
+    """Read pointers, by the checkpoints' names; all pointers if `keys` is None."""
     if keys is None:
         found = read_listed(objects, lambda: objects.keys_below(CURRENT))
     else:
@@ -64,13 +64,12 @@ def read_pointers(objects: Objects, keys: Sequence[str] | None) -> dict[str, Poi
 def read_listed(
     objects: Objects, listed: Callable[[], Sequence[str]]
 ) -> dict[str, bytes]:
-    """Read the objects that a listing names, in which nothing is missing.
+    """Read all objects that a listing names; if one is missing, list again.
 
-    If a writer has deleted one before it is read, it may have written another one since
-    the listing.
+    A writer that has deleted an object may have written another one since the listing.
 
     Raises:
-        CheckpointError: If that goes on.
+        CheckpointError: If an object is missing again and again.
     """
     for _ in looks():
         keys = listed()
@@ -84,7 +83,7 @@ def read_listed(
 
 
 def write_record(directory: Path, pointer: Pointer) -> None:
-    """Write a checkpoint's record, unless it is there."""
+    """Write a checkpoint's record to its directory in a mirror, unless it is there."""
     path, content = directory / RECORD_FILE, pointer.record.encode()
     if path.exists() and path.read_bytes() == content:
         return

@@ -1,4 +1,4 @@
-"""The directory of this process that mirrors what it knows of an object store."""
+"""Make the local directory of this process that mirrors object stores."""
 
 import atexit
 import fcntl
@@ -14,17 +14,18 @@ from pathlib import Path
 from flaxckpt._object_store.url import split_url
 from flaxckpt.errors import TemplateError
 
-_BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # others' locks are not seen here
+_BASE = f"flaxckpt-mirror-{socket.gethostname()}-"  # other hosts' locks are not seen
 
 
 def mirrored(filepath: str) -> str:
-    """Return the path on this machine that mirrors one in an object store.
+    """Return the local path that mirrors a filepath in an object store.
 
     Args:
-        filepath: A template of one.
+        filepath: A filepath template that is a URL.
 
     Raises:
-        TemplateError: If it names no bucket, or nothing in it.
+        TemplateError: If it names no bucket or nothing in the bucket, if the bucket has
+            a field, or if a part of the path is empty, `.` or `..`.
     """
     scheme, bucket, path = split_url(filepath)
     if "{" in bucket or {"", ".", ".."} & {bucket, *path.split("/")}:
@@ -38,9 +39,9 @@ def mirrored(filepath: str) -> str:
 
 @functools.cache
 def _base(process: int) -> Path:
-    """Make this process's directory of mirrors, which goes when the process ends.
+    """Make this process's directory of mirrors, which is deleted at exit.
 
-    If it was killed, the next one deletes it: what is not locked is nobody's.
+    First delete the directories of killed processes: nobody has them locked.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{_BASE}*"):
         descriptor = _locked(left)
@@ -48,7 +49,7 @@ def _base(process: int) -> Path:
             shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)
     base = Path(tempfile.mkdtemp(prefix=_BASE))
-    while _locked(base) is None or not base.is_dir():  # another one was faster
+    while _locked(base) is None or not base.is_dir():  # another process has deleted it
         base = Path(tempfile.mkdtemp(prefix=_BASE))
     atexit.register(_delete, base, process)
     return base
@@ -57,7 +58,7 @@ def _base(process: int) -> Path:
 def _locked(directory: Path) -> int | None:
     """Lock a directory for as long as this process lives; None if it is locked."""
     try:
-        flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # whoever made it
+        flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # anybody may make one
         descriptor = os.open(directory, os.O_RDONLY | flags)
     except OSError:
         return None
@@ -82,6 +83,6 @@ def url_of(path: Path) -> str:
 
 @contextmanager
 def scratch() -> Generator[Path]:
-    """Have a directory for a while, which goes with this process at the latest."""
+    """Yield a temporary directory, which goes with this process at the latest."""
     with tempfile.TemporaryDirectory(dir=_base(os.getpid())) as directory:
         yield Path(directory)

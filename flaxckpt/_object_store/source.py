@@ -1,4 +1,4 @@
-"""A checkpoint in a store, of which a reader fetches what it needs."""
+"""Download the files of a checkpoint in a store that a reader needs."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,22 +15,23 @@ _ORBAX_FILE = "_CHECKPOINT_METADATA"
 
 
 class Source:
-    """A checkpoint in a store, of which as much is on the disk as was needed.
+    """A checkpoint in a store; the files that a reader needed are on the disk.
 
     Attributes:
         url: Its URL.
-        directory: Where that is on the disk.
+        directory: The directory of those files.
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
         """Look the checkpoint up.
 
         Args:
-            url: Of a checkpoint: of flaxckpt's, or of plain Orbax's.
-            scratch: A directory in which nothing is.
+            url: URL of a checkpoint of flaxckpt or of plain Orbax.
+            scratch: An empty directory.
 
         Raises:
-            CheckpointNotFoundError: If there is none.
+            CheckpointNotFoundError: If there is no checkpoint.
+            CheckpointCorruptError: If its pointer is damaged.
             CheckpointError: If the store cannot be reached.
         """
         self.url = url.rstrip("/")
@@ -42,10 +43,10 @@ class Source:
         self._is_complete = False
 
     def begin(self) -> None:
-        """Get what tells what is in it.
+        """Download the record and the table of leaves, or all of plain Orbax's files.
 
         Raises:
-            CheckpointCorruptError: If that is missing.
+            CheckpointCorruptError: If the record or the table is missing.
         """
         is_plain = self._at == self._path
         for name in (RECORD_FILE, LEAVES_FILE):
@@ -62,7 +63,7 @@ class Source:
         return self._bucket.read(f"{self._at}/{key}").content
 
     def complete(self) -> None:
-        """Have all of it on the disk."""
+        """Download all files, unless that is done."""
         if not self._is_complete:
             self._bucket.download(self._at, self.directory)
         self._is_complete = True
@@ -77,7 +78,7 @@ class Source:
 
 @contextmanager
 def fetched(url: str) -> Generator[Source]:
-    """Have a checkpoint at hand for as long as it is read; see `Source`."""
+    """Yield a checkpoint to read; its files on the disk go at the end of the block."""
     with scratch() as directory:
         source = Source(url, directory)
         try:
@@ -88,7 +89,7 @@ def fetched(url: str) -> Generator[Source]:
 
 
 def source_of(path: Path) -> Source | None:
-    """Return what is being read of at a path; None for what is on the disk anyway."""
+    """Return the source whose directory is `path`; None for a checkpoint on a disk."""
     return _SOURCES.get(path)
 
 
@@ -96,9 +97,9 @@ _SOURCES: dict[Path, Source] = {}
 
 
 def _found(bucket: Objects, path: str) -> str:
-    """Return the directory that the files of the checkpoint at a path are in.
+    """Return the directory of the files of the checkpoint at `path`.
 
-    That of plain Orbax's is the path itself.
+    For a checkpoint of plain Orbax, that is `path` itself.
     """
     parts = path.split("/")
     pointers = [

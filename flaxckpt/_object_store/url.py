@@ -1,4 +1,4 @@
-"""URLs of object stores."""
+"""Parse URLs of object stores."""
 
 import os
 import re
@@ -10,10 +10,10 @@ _OTHER = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(path: object) -> bool:
-    """Tell whether a path is one in an object store that can be used.
+    """Tell whether a path is a `gs://` or `s3://` URL.
 
     Raises:
-        CheckpointPathError: If it was one.
+        CheckpointPathError: If it was such a URL, and `pathlib` has removed a slash.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
@@ -30,12 +30,12 @@ def check_readable(name: str, path: object, advice: str) -> None:
 
     Args:
         name: The argument's name.
-        path: What was given.
-        advice: What to pass.
+        path: Its value.
+        advice: What the caller should pass instead.
 
     Raises:
-        SettingError: If it is neither.
-        CheckpointPathError: If it is a URL of another kind, or without a bucket.
+        SettingError: If `path` is neither.
+        CheckpointPathError: If `path` is a URL of another kind, or without a bucket.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
@@ -48,7 +48,7 @@ def check_readable(name: str, path: object, advice: str) -> None:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Return a URL's scheme, bucket, and path in it, without a slash at its end."""
+    """Return a URL's scheme, bucket, and path in the bucket without a final slash."""
     scheme, _, rest = url.partition("://")
     bucket, _, path = rest.rstrip("/").partition("/")
     return scheme, bucket, path

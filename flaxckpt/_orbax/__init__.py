@@ -1,5 +1,6 @@
 """The one folder that imports Orbax.
 
-`engine` has Orbax write a tree, `restore` has it read one, its own or ours, and `files`
-checks what is there before Orbax opens it.
+`engine` has Orbax write a tree. `restore` has Orbax read a tree, from a checkpoint of
+flaxckpt's or of plain Orbax's. `files` names the files of leaves, and checks the names
+before Orbax opens the files.
 """

@@ -1,7 +1,7 @@
 """Orbax writes a tree into a directory.
 
-Sits on the free functions of Orbax's v1 API, on one directory each, and on neither of
-its managers: listing, retention and replacement are flaxckpt's.
+This uses the free functions of Orbax's v1 API, each on one directory, and none of
+Orbax's managers. flaxckpt itself does listing, retention and replacement.
 """
 
 import functools
@@ -26,9 +26,9 @@ from flaxckpt._trees.ties import PyTree
 
 with quiet():  # it logs when it is imported
     from orbax.checkpoint import v1
-# Orbax types its paths as a class of its own, and takes any.
+# Orbax annotates its paths with a class of its own, but takes any path.
 ocp: Any = v1
-# The classes that write what Orbax's v1 functions read.
+# Orbax's v1 functions read what these classes write.
 HANDLERS = frozenset(
     "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
     "JsonCheckpointHandler ProtoHandler ProtoCheckpointHandler MetricsHandler "
@@ -38,7 +38,7 @@ HANDLERS = frozenset(
 
 @functools.cache
 def storable(dtype: str) -> bool:
-    """Tell whether arrays of a dtype of this name can be stored."""
+    """Tell whether arrays of the dtype with this name can be stored."""
     try:
         tensorstore.dtype(dtype)
     except (TypeError, ValueError):
@@ -85,7 +85,7 @@ def write_tree(
 
 
 def with_key(leaf: Leaf, value: Any) -> Any:
-    """Return typed PRNG keys of which only the data is here."""
+    """Return a leaf's value; wrap the data of PRNG keys as typed keys."""
     if leaf.kind != "key":
         return value
     if isinstance(value, jax.Array):
@@ -96,19 +96,19 @@ def with_key(leaf: Leaf, value: Any) -> Any:
 
 
 def unpacked(leaves: list[Any]) -> list[Any]:
-    """Return leaves as Orbax takes them."""
+    """Return leaves as Orbax takes them, without `FrozenLeaf` and `HostCopy`."""
     return [
         leaf.placed() if isinstance(leaf, HostCopy) else leaf for leaf in thawed(leaves)
     ]
 
 
 def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Context:
-    """Return Orbax's settings for all that is written and read here.
+    """Return Orbax's settings for all of flaxckpt's reads and writes.
 
-    Its sharding file stays on: without it, plain `ocp.load(path)` finds no place for
-    the arrays. Directories are made synchronously: otherwise Orbax waits for signals
-    that it finds by a global number of the save, which another thread's save changes,
-    and writes before there are directories, or hangs.
+    Orbax writes its sharding file: without it, plain `ocp.load(path)` cannot place the
+    arrays. Orbax makes directories synchronously. Otherwise it would find the signals
+    that it waits for by a global number, which another thread's save changes. Then it
+    writes before the directories exist, or hangs.
     """
     context = v1.Context()
     context.asynchronous.create_directories_asynchronously = False

@@ -1,4 +1,4 @@
-"""The files of a checkpoint as Orbax has laid them out, and whether all are there."""
+"""The files of a checkpoint, as Orbax lays them out."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from flaxckpt._object_store.source import source_of
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointCorruptError
 
-NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # for plain Orbax to read it
-# Plain Orbax warns that there are no arrays where no directory has a file of this name,
-# as Zarr 2 has; it writes Zarr 3 itself.
+NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # plain Orbax needs them to read
+# Orbax writes Zarr 3. But plain Orbax warns that there are no arrays unless it finds a
+# file of this name, which belongs to Zarr 2, in some directory.
 ZARR_MARK = f"{STATE}/array_metadatas/.zarray"
 
 
@@ -23,9 +23,13 @@ def is_database(path: Path) -> bool:
 
 
 def check_names(path: Path, leaves: Sequence[Leaf]) -> None:
-    """Check that no leaf's name leads Orbax to files outside of the checkpoint."""
+    """Check that no leaf's name leads Orbax to files outside of the checkpoint.
+
+    Raises:
+        CheckpointCorruptError: If a name does.
+    """
     if is_database(path):
-        return  # a database has keys, and no files
+        return  # the names are keys of the database, and no paths
     for leaf in leaves:
         name = leaf.stored_name
         if not leaf.is_text and (name[:1] == "/" or ".." in name.split("/")):
@@ -35,7 +39,7 @@ def check_names(path: Path, leaves: Sequence[Leaf]) -> None:
 
 
 def data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
-    """Name the files that hold the values of leaves, and not what describes them."""
+    """Name the leaves' files, less the files that only describe the values."""
     found = leaf_files(path, leaves)
     values = [
         name for name in found if not name.endswith(("/zarr.json", "/manifest.ocdbt"))
@@ -44,11 +48,11 @@ def data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
 
 
 def leaf_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
-    """Name the files of leaves; those of the database, where one holds them all."""
+    """Name the leaves' files; the database's files if the leaves have none."""
     names = [leaf.stored_name for leaf in leaves]
     own = [path / "state" / name for name in names if is_inside(name)]
     found: list[Path] = []
-    with contextlib.suppress(FileNotFoundError):  # they may be on their way out
+    with contextlib.suppress(FileNotFoundError):  # a writer may be deleting them
         found += [file for each in own for file in each.rglob("*") if file.is_file()]
         if any(leaf.is_text for leaf in leaves):
             found += path.glob("state/_strings.json")
@@ -57,7 +61,7 @@ def leaf_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
 
 
 def complete(path: Path) -> None:
-    """Have all of a checkpoint on the disk, for what reads there only."""
+    """Download all of a checkpoint in an object store, if `path` is its directory."""
     source = source_of(path)
     if source is not None:
         source.complete()

@@ -1,4 +1,4 @@
-"""Orbax reads a tree: of a checkpoint of flaxckpt's, or of one that Orbax wrote alone.
+"""Orbax reads a tree, from a checkpoint of flaxckpt's or of plain Orbax's.
 
 Orbax's exceptions do not leave this folder.
 """
@@ -35,7 +35,7 @@ from flaxckpt.errors import (
     CheckpointPathError,
 )
 
-# What Orbax puts into a checkpoint, and into a tree, be it one or an item of one.
+# Files that Orbax puts into a checkpoint, into each tree in it, and into each array.
 _WHOLE = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
 _TREE = ("_METADATA", "manifest.ocdbt")
 _ARRAY = (".zarray", "zarr.json")
@@ -44,6 +44,7 @@ _DEFAULT_ITEMS = ("state", "pytree", "default")
 
 
 def read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
+    """Have Orbax read the leaves in `wanted`; return a list of all leaves, in order."""
     asked = [
         _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
         for index, leaf in enumerate(layout.leaves)
@@ -75,8 +76,9 @@ def read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> A
 def _abstract(leaf: Leaf, want: Wanted) -> Any:
     """Describe to Orbax how to restore a leaf.
 
-    In the stored dtype, for Orbax would cast without a word, and on the host where it
-    is to stay there, to be converted, or to be placed without being committed.
+    Orbax restores it in the stored dtype, since Orbax would cast silently. It goes to
+    the host if it stays there, or if the caller will convert it, or will place it
+    without committing it.
     """
     match leaf.kind:
         case "bool" | "int" | "float" | "str" if not leaf.dtype:
@@ -99,8 +101,8 @@ def _abstract(leaf: Leaf, want: Wanted) -> Any:
 def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
     """Read what plain Orbax wrote: a tree, or a dict of its items by their names.
 
-    Of several items, those that `like` names. Without one, all that Orbax can read;
-    a warning names the others.
+    Of several items, it reads those that `like` has as keys. If `like` has none, it
+    reads all that Orbax's v1 functions can read, and a warning names the others.
     """
     check_plain(path)
     if _is_item(path):
@@ -153,7 +155,7 @@ def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
 
 
 class _NoHandlerError(CheckpointError):
-    """Items that Orbax's v1 functions cannot read; they are not damaged."""
+    """Orbax's v1 functions cannot read some items, which are not damaged."""
 
     def __init__(self, path: Path, items: Mapping[str, str]) -> None:
         shown = ", ".join(f"{name} ({handler})" for name, handler in items.items())
@@ -165,12 +167,12 @@ class _NoHandlerError(CheckpointError):
 
 
 def _has_handler(path: Path, name: str | None, handler: str, error: Exception) -> bool:
-    """Tell whether Orbax failed to read an item that its v1 functions can read.
+    """Tell whether Orbax's v1 functions should have read an item that they did not.
 
     Args:
         path: The checkpoint.
         name: The item; None for the only one.
-        handler: The name of the class that has written it.
+        handler: The name of the class that wrote it; empty if it is not known.
         error: What Orbax raised.
     """
     if not handler or handler.rpartition(".")[2] in HANDLERS:
@@ -181,7 +183,7 @@ def _has_handler(path: Path, name: str | None, handler: str, error: Exception) -
 
 
 def naming_items(path: Path, error: CheckpointMismatchError) -> CheckpointMismatchError:
-    """Add what the items are called, where a checkpoint of plain Orbax has several."""
+    """Add the items' names to an error, if plain Orbax's checkpoint has several."""
     items = {} if is_checkpoint(path) else items_of(path)
     if len(items) < 2 or items.keys() & set(_DEFAULT_ITEMS):
         return error
@@ -193,10 +195,11 @@ def naming_items(path: Path, error: CheckpointMismatchError) -> CheckpointMismat
 
 
 def items_of(path: Path) -> dict[str, str]:
-    """Name the items of a checkpoint of plain Orbax; none where it is one tree.
+    """Name the items of a checkpoint of plain Orbax; none if it is one tree.
 
     Returns:
-        For each name, that of the class in Orbax that has written it.
+        For each item's name, the name of the Orbax class that wrote the item; empty if
+        that is not known.
     """
     try:
         described = json.loads(read_small(path / "_CHECKPOINT_METADATA"))
@@ -215,15 +218,15 @@ def items_of(path: Path) -> dict[str, str]:
 
 
 def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
-    """Read an item, or the only tree: as it was placed, or, on other devices, to host.
+    """Read an item, or the only tree: as it was placed, or to host if that fails.
 
     Args:
         path: The checkpoint.
         name: The item; None for the only tree.
-        handler: The name of the class that has written it; empty if it is not known.
+        handler: The name of the class that wrote it; empty if it is not known.
 
     Raises:
-        CheckpointCorruptError: Naming it, if Orbax cannot read it.
+        CheckpointCorruptError: If Orbax cannot read it; names the item.
         CheckpointError: If there is no tree, and no item was named.
         _NoHandlerError: If Orbax's v1 functions cannot read what that class writes.
     """
@@ -272,7 +275,7 @@ def _no_tree(path: Path) -> CheckpointError:
 
 
 def _placed_form(described: Any) -> Any:
-    """Describe to Orbax where an array was; left to find that out, it warns."""
+    """Describe to Orbax the sharding that an array had; without it, Orbax warns."""
     placed = getattr(described, "sharding_metadata", None)
     if placed is None:
         return described
@@ -298,7 +301,7 @@ def foreign_checkpoints(directory: Path) -> list[str]:
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether flaxckpt wrote a checkpoint; not, if this process cannot know."""
+    """Tell whether flaxckpt wrote a checkpoint; False if this process cannot know."""
     try:
         return is_checkpoint(path)
     except CheckpointPathError:
@@ -306,18 +309,19 @@ def is_ours(path: Path) -> bool:
 
 
 def is_orbax(path: Path) -> bool:
-    """Tell whether a directory is a checkpoint of Orbax's, by the files it puts there.
+    """Tell by Orbax's files whether a directory is a checkpoint of Orbax's.
 
-    Orbax itself takes any directory with something in it for one.
+    Orbax itself takes any directory that is not empty for a checkpoint.
     """
     if _has_any(path, (*_WHOLE, *_TREE)):
         return True
     try:
         with os.scandir(path) as found:
             below = [entry.path for entry in found if entry.is_dir()]
-    except OSError:  # as where this process may not look
+    except OSError:  # this process may not look into it
         return False
-    # Items, or arrays of the first versions; a directory of checkpoints is none.
+    # Items, or arrays of Orbax's first versions. A checkpoint in a directory does not
+    # make the directory one.
     return any(
         _has_any(each, (*_TREE, *_ARRAY)) and not _has_any(each, _WHOLE)
         for each in below
@@ -325,13 +329,13 @@ def is_orbax(path: Path) -> bool:
 
 
 def is_readable(path: Path) -> bool:
-    """Tell whether there is a checkpoint that plain Orbax wrote, or an item of one."""
+    """Tell whether there is a checkpoint with Orbax's files, or an item of one."""
     return is_orbax(path) or _is_item(path)
 
 
 def _is_item(path: Path) -> bool:
     return (
-        os.path.isdir(path)  # nor is a name that is too long
+        os.path.isdir(path)  # False, too, for a name that is too long
         and not _has_any(path, _WHOLE)
         and not is_ours(path.parent)
         and is_orbax(path.parent)
@@ -346,5 +350,5 @@ def _has_any(directory: str | os.PathLike[str], names: Iterable[str]) -> bool:
 def entries(directory: Path) -> list[Path]:
     try:
         return sorted(directory.iterdir())
-    except OSError:  # not there, or not for this process
+    except OSError:  # it does not exist, or this process may not read it
         return []

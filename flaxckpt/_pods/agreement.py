@@ -1,4 +1,4 @@
-"""What all processes compare before they save: trees, places and settings."""
+"""What processes compare before they write: epoch, batch, metric and paths."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def nothing() -> None:
 
 
 def placed(copy: Any, leaf: Any) -> Any:
-    """Return a copy on the host that knows where the array was, as its form does."""
+    """Return a host copy that keeps the array's sharding, which its form depends on."""
     if not isinstance(leaf, jax.Array) or isinstance(copy, Shards):
         return copy
     copy = copy.view(HostCopy)
@@ -49,18 +49,18 @@ def summary(entry: Entry, paths: list[str]) -> dict[str, Any]:
 
 
 def _comparable(value: Any) -> Any:
-    """Return a metric as the processes compare it, if it is a number."""
+    """Return a metric in the form in which the processes compare it."""
     if not isinstance(value, jax.Array | np.ndarray):
         return value if isinstance(value, str | Unusable) else float(value)
     return float(np.asarray(value)) if not value.shape else str(value.shape)
 
 
 def agree(summaries: Sequence[dict[str, Any]]) -> None:
-    """Check that all processes have come to the same.
+    """Check that the summaries of all processes are equal.
 
     Raises:
-        MetricError: If a metric differs.
-        CheckpointError: If something else does.
+        MetricError: If the monitored value differs.
+        CheckpointError: If the epoch, the batch or the paths differ.
     """
     first = summaries[0]
     for name in first["values"]:
@@ -91,5 +91,5 @@ def translated_for_all(error: BaseException, where: str) -> CheckpointError:
 
 
 def in_process() -> str:
-    """Return what an error says behind what went wrong, in this process."""
+    """Return the text that names this process at the end of an error's cause."""
     return f" (in process {process_index()})"

@@ -1,4 +1,4 @@
-"""How several processes learn the form in which Orbax stores their tree."""
+"""What several processes need to learn the form in which Orbax stores their tree."""
 
 import contextlib
 import errno
@@ -18,13 +18,13 @@ _GAP = 16  # other threads may open files meanwhile, and get the lowest numbers
 
 @contextlib.contextmanager
 def one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
-    """Yield a plain path of a directory, the same in all processes, for Orbax.
+    """Yield a plain path of a directory for Orbax, the same in all processes.
 
-    It is that of a descriptor, which has the same number in all.
+    The path is `/proc/self/fd/N` of an open descriptor; the processes agree on N.
 
     Args:
-        exchange: With the other processes.
-        shared: The directory; None for a new one of each process's own.
+        exchange: The messages of all processes.
+        shared: The directory; None for a new one in each process.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -38,7 +38,7 @@ def one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
             raise
         number = max(exchange.hear_all("last")) + _GAP
         try:
-            # Never onto a number that another thread's file has got meanwhile.
+            # `dup2` would close a file of another thread that has this number by now.
             found = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, number)
             stack.callback(os.close, found)
             if found != number:
@@ -52,7 +52,7 @@ def one_path(exchange: Round, shared: Path | None) -> Generator[Path]:
 
 
 def exchanged_with_all(exchange: Round, files: dict[str, str]) -> dict[str, str]:
-    """Tell all of files, and return those of all; of two, that of the first process."""
+    """Send files to all processes; return all files, process 0's where names clash."""
     exchange.tell("files", files)
     found: dict[str, str] = {}
     for each in reversed(exchange.hear_all("files")):

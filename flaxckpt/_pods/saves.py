@@ -1,14 +1,15 @@
-"""Saves of several processes: each writes its shards, one of them the rest.
+"""Saves of several processes: each writes its shards, and process 0 writes the rest.
 
-All processes make the same calls. At a due check each takes its copy, on its devices or
-its host, and goes on; threads in the background tell each other what they have decided,
-and if that is the same, write: process 0 makes the directory, each process the files of
-its shards, and process 0, when all are on disk, the record, and gives the checkpoint
-its name. No step and no thread in the background enters a collective, so none can wait
-for one that another process does not enter, and each message has a time-out.
+All processes make the same calls. At a due check each process copies its shards, on its
+devices or to its host, and goes on. Threads in the background then compare what they
+have decided. If all agree, process 0 makes the directory, and each process writes the
+files of its shards. When all files are on disk, process 0 writes the record and gives
+the checkpoint its name. A save enters no collective, on the loop's thread or in the
+background, so it cannot wait for one that another process does not enter. Each message
+has a time-out.
 
-What goes wrong in any of them is raised in all of them, at the same call: the next due
-check, `save`, `wait` or `close`.
+An error in any process is raised in all processes at the same call: the next due check,
+`save`, `wait` or `close`.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class PodSaves(Saves):
             **settings: As for `Saves`.
 
         Raises:
-            SettingError: If one of them works in one process only.
+            SettingError: If a setting works in one process only.
         """
         for name, allowed in ALLOWED.items():
             if settings[name] not in allowed:
@@ -77,16 +78,16 @@ class PodSaves(Saves):
         super().__init__(*args, **settings)
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
-        self.check = nothing  # an error is raised by all processes at the same call
+        self.check = nothing  # `start` checks, at the same call in all processes
 
     def decide(self, entry: Entry, *, now: bool) -> None:
-        """Decide a due check; have the device decide, if its metric is on one."""
+        """Decide a due check, or leave it to the device that has the metric."""
         state = entry.state
         assert state is not None
         value = None
         if state.save_best_only:
             value = monitored(entry.metric, entry.logs.get(entry.metric, 0))
-        # Not by whether it is there yet, which is not the same in all processes.
+        # Whether the metric is computed yet does not count: processes would differ.
         can_wait = self._snapshot != "none" and not (now or entry.save)
         if isinstance(value, jax.Array) and can_wait:
             entry.save = None
@@ -95,30 +96,30 @@ class PodSaves(Saves):
             self.tell_decided(entry)
 
     def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
-        """Copy what may be saved, and have it agreed on and written in the background.
+        """Copy the tree, and have a job agree with the other processes and write.
 
-        Waits until the save before is on disk, in all processes.
+        The call first waits until the save before is on disk, in all processes.
 
         Args:
             tree: What to save.
             entry: The call.
-            lasts: Whether to save the whole tree in the slot, if nothing else holds it.
+            lasts: Whether to save the whole tree in the slot unless the series gets it.
 
         Returns:
-            Where it will be, if that is known.
+            The path in the series; None if it is not known or the series gets nothing.
 
         Raises:
-            CheckpointError: As `ModelCheckpoint.update` does; also what another process
-                met at the save before.
+            CheckpointError: As `ModelCheckpoint.update` does; also the error of another
+                process in the save before.
         """
         path = None if entry.save is False else self._path(entry)
         save = self._described(tree, entry, lasts=lasts, path=None)
         for part in save.parts:
-            # In the background no program may run to look at keys.
+            # Unwrapping PRNG keys runs a program, which the background must not.
             part.leaves = list(map(without_keys, part.leaves))
-        job, _ = self._claim(save, entry)  # the save before is over in all processes
+        job, _ = self._claim(save, entry)  # waits for the save before
         try:
-            self._writer.check()  # what any of them met there
+            self._writer.check()  # raises the error of any process in that save
             for part in save.parts:
                 if not has_form(part.layout, part.leaves):
                     self._learn(part.layout, part.leaves)
@@ -144,7 +145,7 @@ class PodSaves(Saves):
     # ---- on the loop's thread --------------------------------------------------------
 
     def _key(self, save: Save, entry: Entry) -> Any:
-        """Return None: what would supersede what differs from process to process."""
+        """Return None: processes would differ in which save supersedes which."""
 
     def _limit(self, save: Save) -> int:
         return 1
@@ -154,14 +155,14 @@ class PodSaves(Saves):
         for name, value in entry.scalars().items():
             if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
                 save.scalars.append(name)
-            else:  # it is waited for, in whichever process it is not there yet
+            else:  # a process in which it is not computed yet waits for it
                 entry.keep(name, np.asarray(value)[()])
 
     def _check(self, path: Path) -> None:
-        """Leave that to process 0."""
+        """Check nothing here: process 0 checks the paths when it writes."""
 
     def _learn(self, layout: Any, leaves: list[Any]) -> None:
-        """Have Orbax write a tree once, to see how it does."""
+        """Have Orbax write a tree once, to learn the form of its files."""
         exchange, area = self._channel.round(), self._series.area
         with contextlib.ExitStack() as stack:
             exchanged = None
@@ -180,15 +181,15 @@ class PodSaves(Saves):
                 for subject in ("files", "learnt"):
                     exchange.tell(subject, failure, again=True)
                 raise failure from error
-            exchange.hear_all("learnt")  # before it is deleted
+            exchange.hear_all("learnt")  # before the directory is deleted
         if is_leader() and not area.is_mirror:
             area.sweep()
 
     def _shared_directory(self, exchange: Round, stack: contextlib.ExitStack) -> Path:
-        """Make a directory that all processes have in common.
+        """Return a directory that process 0 makes and all processes see.
 
         Raises:
-            CheckpointError: If it can't be made, or is not seen by all.
+            CheckpointError: If process 0 cannot make it, or another does not see it.
         """
         if is_leader():
             try:
@@ -218,9 +219,9 @@ class PodSaves(Saves):
         return translated_for_all(error, self._shown(path or self._series.root))
 
     def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
-        """Copy, where this process has room: it need not be the same in all of them."""
+        """Copy to where this process has room; processes may differ in that."""
         state, memory = entry.state, job.memory
-        if entry.save is None and state is not None:  # others may donate it
+        if entry.save is None and state is not None:  # the loop may donate the metric
             entry.logs[entry.metric] = jnp.copy(entry.logs[entry.metric])
         if entry.save is False and not lasts:
             entry.copies = memory or Copies(None, [], [])
@@ -233,7 +234,7 @@ class PodSaves(Saves):
         has_memory = memory is not None and memory.plan is plan
         is_on_device = has_memory or self._is_on_device(leaves)
         if is_on_device and not has_memory:
-            job.memory = memory = None  # before more is taken
+            job.memory = memory = None  # freed before new memory is allocated
         if entry.save is None and state is not None:
             value = entry.logs[entry.metric]
             best = state.best_value, state.has_best
@@ -242,7 +243,7 @@ class PodSaves(Saves):
                 entry.copies = unfilled(leaves, plan)
                 entry.decide_on_device(state, value, leaves, memory, always=always)
                 return
-            entry.judge()  # each process has a value of its own, and waits for it
+            entry.judge()  # each process waits for its own value
             self.tell_decided(entry)
         if not (entry.save or lasts):
             entry.copies = memory or Copies(None, [], [])
@@ -265,7 +266,7 @@ class PodSaves(Saves):
     # ---- in the background -----------------------------------------------------------
 
     def _write(self, save: Save) -> None:
-        """Agree with the other processes, and write this one's part."""
+        """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
         settled: tuple[Entry, list[Page]] | None = None

@@ -1,5 +1,5 @@
-"""What several processes tell each other, and what the system tells this one.
+"""Messages between the processes of a run, and signals from the system.
 
-`messages` exchanges values with time-outs, `clock` has all processes check the time at
-the same call, and `preemption` remembers SIGTERM and SIGINT until the loop asks.
+`messages` exchanges values with time-outs. `clock` tells all processes at the same call
+when an interval is over. `preemption` remembers SIGTERM and SIGINT until the loop asks.
 """

@@ -1,14 +1,15 @@
-"""When so much time has passed since the last check that another one is due.
+"""The clock of `save_interval_secs`: it tells when an interval is over.
 
-The clocks of several processes differ, so process 0's counts, and all have to learn at
-the same call what it shows. They may be any number of calls apart, since JAX runs what
-they dispatch in its own time: a message that says "now" would come too late for those
-ahead. So they meet at calls that all know beforehand. There, process 0 says whether the
-time is over, and if not, at which call they meet next: when a quarter of what is left
-will have passed, by the pace so far, but after at most as many calls as there were. So
-there are some tens of meetings in an interval of any length, no message at any other
-call, and an interval that steps grow slower in does not become many times as long.
-Process 0 waits for nobody; the others wait until it has come to the call.
+The clocks of several processes differ, so the clock of process 0 counts, and all
+processes must learn at the same call that the interval is over. They may be any number
+of calls apart, because JAX dispatches steps asynchronously: a message "now" would come
+too late for processes that are ahead. So they meet at calls that all know beforehand.
+At a meeting, process 0 says whether the interval is over, and if not, after how many
+calls they meet next: when a quarter of the remaining time will have passed at the pace
+so far, but after at most as many calls as there were so far. So an interval of any
+length has some tens of meetings, other calls send no message, and steps that grow
+slower do not make the interval many times as long. Process 0 waits for nobody; the
+others wait until process 0 has come to the call.
 """
 
 import time
@@ -18,22 +19,22 @@ from flaxckpt._processes.messages import Channel, is_leader
 
 
 class Interval:
-    """Tells when the time is over, in one process."""
+    """Tell in one process when an interval is over."""
 
     def __init__(
         self, secs: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin at the first call.
+        """Set the length; the interval begins at the first call of `is_over`.
 
         Args:
-            secs: How long it is.
+            secs: How long the interval is, in seconds.
             clock: Returns the time, in seconds.
         """
         self._secs, self._clock = secs, clock
         self._start: float | None = None
 
     def is_over(self) -> bool:
-        """Tell whether the time is over; the first call begins it."""
+        """Tell whether the interval is over; the first call begins it."""
         return self._passed() >= self._secs
 
     def restart(self) -> None:
@@ -48,9 +49,9 @@ class Interval:
 
 
 class AgreedInterval(Interval):
-    """Tells all processes at the same call, by the clock of process 0.
+    """Tell all processes at the same call, by the clock of process 0.
 
-    All of them make the same calls.
+    Every process must make the same calls.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class AgreedInterval(Interval):
         *,
         channel: Channel,
     ) -> None:
-        """Begin at the first call.
+        """Set the length; the interval begins at the first call of `is_over`.
 
         Args:
-            secs: How long it is.
+            secs: How long the interval is, in seconds.
             clock: Returns the time, in seconds.
-            channel: For what they tell each other.
+            channel: Carries the messages.
         """
         super().__init__(secs, clock)
         self._channel = channel
@@ -73,10 +74,10 @@ class AgreedInterval(Interval):
         self._calls = self._next = 0
 
     def is_over(self) -> bool:
-        """Tell whether the time is over; every process must call this equally often.
+        """Tell whether the interval is over; every process must call this.
 
         Raises:
-            CheckpointError: If process 0 does not come to this call.
+            CheckpointError: If process 0 does not come to this call in time.
         """
         self._calls += 1
         if self._calls < self._next:
@@ -91,7 +92,7 @@ class AgreedInterval(Interval):
         return wait == 0
 
     def restart(self) -> None:
-        """Begin anew, now; the time before, every process must have come to this."""
+        """Begin anew, now; every process must have come to the `restart` before."""
         super().restart()
         self._calls = self._next = 0
         if is_leader():
@@ -100,12 +101,12 @@ class AgreedInterval(Interval):
 
 
 def calls_to_wait(calls: int, passed: float, secs: float) -> int:
-    """Tell after how many calls to look at the clock again; 0 if the time is over.
+    """Return after how many calls to look at the clock; 0 if the interval is over.
 
     Args:
-        calls: How many there were so far, at least 1.
-        passed: In which time, in seconds.
-        secs: How long the interval is.
+        calls: How many calls there were so far, at least 1.
+        passed: The time since the interval began, in seconds.
+        secs: How long the interval is, in seconds.
     """
     left = secs - passed
     if left <= 0:

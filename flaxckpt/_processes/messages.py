@@ -1,6 +1,6 @@
-"""What the processes of one run tell each other, over JAX's coordination service.
+"""Messages between the processes of one run, over JAX's coordination service.
 
-Messages go through the service's table of keys and values, which every process reaches
+Messages go through the service's table of keys and values. Every process reaches it
 without a collective: from any thread, whatever the devices are doing, and with
 time-outs that hold (https://docs.jax.dev/en/latest/multi_process.html). Process 0
 leads.
@@ -18,6 +18,7 @@ import jax
 from jax._src import distributed
 
 from flaxckpt import errors
+from flaxckpt._runtime.failures import in_one_line
 from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
@@ -35,7 +36,7 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-    """Return which of them this is."""
+    """Return the index of this process."""
     return int(distributed.global_state.process_id or 0)
 
 
@@ -45,13 +46,13 @@ def is_leader() -> bool:
 
 
 class Channel:
-    """Messages of all processes under one name, each of which is sent once.
+    """Messages of all processes under one name, in rounds.
 
-    Every process makes its channels of a name in the same order.
+    Every process must make the channels of a name in the same order.
     """
 
     def __init__(self, name: str, timeout: float = TIMEOUT_SECS) -> None:
-        """Say nothing yet.
+        """Send nothing yet.
 
         Args:
             name: Its name.
@@ -73,14 +74,14 @@ _MADE: Counter[str] = Counter()
 class Round:
     """One exchange of messages.
 
-    A message is a value that JSON has, or an error, which is raised where it is heard.
+    A message is a value that JSON has, or an error, which `hear` raises.
     """
 
     def __init__(self, key: str, timeout: float) -> None:
-        """Say nothing yet.
+        """Send nothing yet.
 
         Args:
-            key: What its messages' keys begin with.
+            key: Prefix of its messages' keys.
             timeout: How long to wait for a message, in seconds.
         """
         self._key, self._timeout = key, timeout
@@ -89,9 +90,9 @@ class Round:
         """Send a message to all processes.
 
         Args:
-            subject: What it is about.
-            content: The message; a `CheckpointError` to have it raised.
-            again: Whether there may be one already, which it replaces.
+            subject: What the message is about.
+            content: The message; `hear` raises a `CheckpointError`.
+            again: Whether the message may replace an earlier one on the subject.
         """
         if isinstance(content, CheckpointError):
             message = {"error": [type(content).__name__, content.args]}
@@ -106,12 +107,12 @@ class Round:
         """Wait for a message of a process.
 
         Args:
-            subject: What it is about.
-            process: Whose.
-            timeout: For how long, in seconds, if not for as long as always.
+            subject: What the message is about.
+            process: Index of the process.
+            timeout: How long to wait, in seconds; None for as long as usual.
 
         Raises:
-            CheckpointError: If that was an error, or none came in time.
+            CheckpointError: If the message is an error, or does not come in time.
         """
         key, secs = f"{self._key}/{subject}/{process}", timeout or self._timeout
         try:
@@ -119,7 +120,7 @@ class Round:
         except jax.errors.JaxRuntimeError as error:
             raise CheckpointError(
                 f"Process {process} of {process_count()} gave no sign within "
-                f"{self._timeout:g} s ({subject}). It may have died, or not have come "
+                f"{secs:.3g} s ({subject}). It may have died, or not have come "
                 "to this call: every process must make the same calls."
             ) from error
         message = json.loads(text)
@@ -132,12 +133,12 @@ class Round:
         """Wait for the messages of all processes, and return them in order."""
         until, found = time.monotonic() + self._timeout, list[Any]()
         for process in range(process_count()):
-            left = max(until - time.monotonic(), 0.1)  # all of them, in that time
+            left = max(until - time.monotonic(), 0.1)  # one time-out for all messages
             found.append(self.hear(subject, process, left))
         return found
 
     def forget(self) -> None:
-        """Drop all of its messages, which everybody has heard."""
+        """Delete all messages of the round, once every process has heard them."""
         _client().key_value_delete(self._key)
 
 
@@ -145,11 +146,12 @@ def gathered(name: str, content: Any) -> list[Any]:
     """Return what each process passes, in order; every process must call this.
 
     Args:
-        name: What it is about.
-        content: This process's; a `CheckpointError` is raised in all of them.
+        name: What the exchange is about.
+        content: This process's value; a `CheckpointError` is raised in all processes.
 
     Raises:
-        CheckpointError: The first that was passed, or if a process does not come.
+        CheckpointError: The error of the first process that passes one; or if a process
+            does not come.
     """
     if not are_several():
         if isinstance(content, CheckpointError):
@@ -161,19 +163,25 @@ def gathered(name: str, content: Any) -> list[Any]:
 
 
 def from_leader(name: str, make: Callable[[], Any]) -> Any:
-    """Return what process 0 makes, in all of them; every process must call this.
+    """Return in all processes what process 0 makes; every process must call this.
 
     Raises:
-        CheckpointError: If making it raises one.
+        CheckpointError: If `make` raises in process 0, or process 0 does not come.
+            Process 0 itself raises what `make` raised.
     """
     if not are_several():
         return make()
     exchange = _channel(name).round()
     if is_leader():
         try:
-            exchange.tell("leader", make())
+            made = make()
         except CheckpointError as error:
-            exchange.tell("leader", error)
+            made = error
+        except BaseException as error:  # the other processes wait for this one
+            failed = CheckpointError(f"Process 0 failed: {in_one_line(error)}.")
+            exchange.tell("leader", failed)
+            raise
+        exchange.tell("leader", made)
     return exchange.hear("leader")
 
 

@@ -15,20 +15,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watch:
-    """Remembers the first of SIGTERM and SIGINT, instead of ending at once.
+    """Remember the first SIGTERM or SIGINT, instead of ending the process at once.
 
-    A second one ends the process as it would have without. Several watches share the
-    signals; with the last of them closed, the earlier handlers are back.
+    A second signal ends the process as it would without a watch. Several watches share
+    the handlers. When the last watch is closed, the earlier handlers are back.
 
     Attributes:
-        signal: Name of the signal that came, such as `SIGTERM`; None for none yet.
+        signal: Name of the signal that came, such as `SIGTERM`; None if none came.
     """
 
     def __init__(self) -> None:
-        """Take the signals over.
+        """Install the handlers.
 
         Raises:
-            SettingError: Outside of the main thread, where Python takes no signals.
+            SettingError: Outside of the main thread, where Python handles no signals.
         """
         if threading.current_thread() is not threading.main_thread():
             raise SettingError(
@@ -49,23 +49,23 @@ class Watch:
         return self.signal
 
     def close(self) -> None:
-        """Give the signals back, unless somebody else has taken them since."""
+        """End the watch; the last one restores handlers that nobody has replaced."""
         _watches.discard(self)
         _give_back()
 
 
 class AgreedWatch:
-    """Tells all processes of a run at the same call that one of them is to end.
+    """Tell all processes of a run at the same call that one of them is to end.
 
-    JAX's coordination service has them agree: it takes SIGTERM of each
-    (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
+    JAX's coordination service handles SIGTERM in each process, and has all agree on the
+    call (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
 
     Attributes:
-        signal: `SIGTERM`, once it has come to one of them; None for none yet.
+        signal: `SIGTERM`, once it has come to one process; None before.
     """
 
     def __init__(self) -> None:
-        """Take nothing over."""
+        """Install nothing: JAX has the handler."""
         self.signal: str | None = None
         self._calls = 0
 
@@ -84,10 +84,9 @@ _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 
 
 class _Handler:
-    """Remembers a signal for those who watch, or else does what the one before did.
+    """Remember a signal for the watches, or else do what the earlier handler did.
 
-    Others may call it long after: a handler that was set since, and calls the one that
-    it found.
+    A handler that was set later may call this one long after the last watch is closed.
     """
 
     def __init__(self, earlier: Any) -> None:
@@ -104,27 +103,28 @@ class _Handler:
             _give_back()
         if callable(self.earlier):
             self.earlier(number, frame)
-        elif self.earlier != signal.SIG_IGN:  # nor can Python call what C set
+        elif self.earlier != signal.SIG_IGN:  # the default, or a handler that C set
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 def _give_back() -> None:
-    """Give the signals back if nobody watches. If that is interrupted, do it again.
+    """Restore the earlier handlers if no watch is left; an interrupted call may repeat.
 
-    Another thread, which may be collecting garbage, cannot: then the next signal does.
+    Only the main thread can. If another thread collects the last watch as garbage, the
+    next signal restores them.
     """
     if _watches or threading.current_thread() is not threading.main_thread():
         return
     for number in _SIGNALS:
         there = signal.getsignal(number)
-        # Python cannot set what C set: then ours stays, and does the default.
+        # Python cannot restore a handler that C set: ours stays, and does the default.
         if isinstance(there, _Handler) and there.earlier is not None:
             signal.signal(number, there.earlier)
 
 
 def _forget() -> None:
-    """Let a forked process, which has a loop of its own or none, end as ever."""
+    """Have signals end a forked process as usual: the parent's loop is not its own."""
     _watches.clear()
     _give_back()
 

@@ -1,4 +1,4 @@
-"""Shards that come from a running program, put together to whole saves."""
+"""`Stream`: shards that come from a running program, put together to whole saves."""
 
 import functools
 import threading
@@ -28,14 +28,14 @@ from flaxckpt.errors import CheckpointError
 
 @dataclass
 class _Event:
-    """A save that some of the devices have handed their shards over for.
+    """A save for which some of the devices have handed their shards over.
 
     Attributes:
-        mark: What all devices say of it.
-        is_ready: Set when there is memory to copy to, or an error.
-        incoming: The memory.
-        error: What went wrong.
-        arrived: How many devices have come.
+        mark: The scalars of the save, as bytes; the same on all devices.
+        is_ready: Set once the save has memory to copy to, or has failed.
+        incoming: The save with its memory; None if it cannot be saved.
+        error: What went wrong; None if nothing did.
+        arrived: How many devices have handed their shards over.
     """
 
     mark: bytes
@@ -46,7 +46,7 @@ class _Event:
 
 
 class Stream:
-    """One traced call of `update`: what it hands over, and who takes it."""
+    """One traced call of `update`: the handover in the program, and on the host."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Stream:
         *,
         stops: bool,
     ) -> None:
-        """Note what all saves of the call have in common."""
+        """Take what all saves of the call have in common."""
         self._saves, self._parts, self._logs = saves, parts, logs
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
         self._mesh = common([place.mesh for place in places if place is not None])
@@ -71,7 +71,7 @@ class Stream:
     # ---- in the program --------------------------------------------------------------
 
     def hand_over(self, scalars: PyTree, leaves: list[jax.Array]) -> jax.Array:
-        """Hand leaves over to the host.
+        """Hand leaves to the host.
 
         Returns:
             Zero, i32[], once the host has taken them.
@@ -116,14 +116,14 @@ class Stream:
         return call_host(unpacked, packing.pack([*flat, *leaves]), is_placed=is_placed)
 
     def tell(self, scalars: PyTree) -> jax.Array:
-        """Have the host say that a due check has saved nothing."""
-        # Not by each device of a mesh, which would say it as often.
+        """Have the host print that a due check has saved nothing."""
+        # Not by a call from each device of a mesh, each of which would print.
         is_placed = jax.device_count() == 1
         take: Any = lambda scalars, _: self._tell(scalars)  # noqa: E731
         return self._call(take, scalars, [], is_placed=is_placed)
 
     def _cuts(self, shapes: Sequence[tuple[int, ...]]) -> list[list[Cut]]:
-        """Return, for each device, what part of each leaf is its to hand over."""
+        """Return for each device which part of each leaf it hands over."""
         assert self._mesh is not None
         sizes = dict(zip(self._mesh.axis_names, self._mesh.axis_sizes, strict=True))
         return [
@@ -137,7 +137,7 @@ class Stream:
     # ---- on the host -----------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget what a program that has ended did not hand over to its end."""
+        """Forget the saves that a program began to hand over and did not finish."""
         with self._guard:
             self._forget()
             self._broken = None
@@ -174,7 +174,7 @@ class Stream:
             error.__traceback__ = None
             if self._stops:
                 raise ending(error) from None
-            return np.int32(0)  # and somebody hears of it
+            return np.int32(0)  # `wait` raises the error
         if is_first:
             try:
                 event.incoming = self._begin(scalars)
@@ -185,7 +185,7 @@ class Stream:
             event.is_ready.set()
         event.is_ready.wait()
         if event.incoming is None and event.error is not None:
-            # On all devices: one that went on would wait for the others for ever.
+            # Raise on all devices: one that went on would wait for the others for ever.
             with self._guard:
                 event.arrived += 1
                 if event.arrived == len(cuts):
@@ -210,14 +210,14 @@ class Stream:
             except BaseException as error:
                 event.error = error
         if event.error is not None:
-            # The others have gone on. If it is to end the program, the next call does.
+            # The other devices have gone on, so only the next save may end the program.
             if event.incoming is not None:
                 self._saves.give_up(event.incoming)
             self._saves.fail(event.error.with_traceback(None))
         return np.int32(0)
 
     def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
-        """Find the save that a device comes for: its first, its second..."""
+        """Find the save that a device's call belongs to: the n-th call to the n-th."""
         mark = b"".join(each.tobytes() for each in jax.tree.leaves(scalars))
         with self._guard:
             if self._broken is not None:
@@ -250,13 +250,13 @@ class Stream:
         self._calls.clear()
 
     def _begin(self, scalars: PyTree) -> Incoming | None:
-        """Take down the call, and get memory to copy its leaves to.
+        """Take down the call, and claim memory for its leaves.
 
         Returns:
-            None if it cannot be saved, of which `wait` tells.
+            The save; None if it cannot be saved, and then `wait` raises the error.
 
         Raises:
-            CheckpointError: If that, or an earlier failure, is to end the program.
+            CheckpointError: If this error, or an earlier one, is to end the program.
         """
         if self._stops:
             self._saves.end_program()
@@ -288,7 +288,7 @@ class Stream:
         return np.int32(0)
 
     def _fail(self, error: BaseException) -> None:
-        # Its frames, which still run, hold views of the program's memory.
+        # Without the frames, which still run and hold views of the program's memory.
         self._saves.fail(error.with_traceback(None), ends=self._stops)
         if self._stops:
             raise ending(error) from None

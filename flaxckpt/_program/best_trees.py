@@ -1,9 +1,9 @@
-"""The best trees seen so far, carried by the program itself.
+"""`Snapshot`: the best trees seen so far, carried by the program itself.
 
-A `Snapshot` needs neither a callback nor a disk: each of its slots holds a tree and
-what is known of it, and `take` puts a better one in the place of the worst. Each slot
-is a tree of its own, so that leaves keep their shardings, and a step that does not save
-passes all of them on as they are.
+A `Snapshot` needs neither a callback nor a disk. Each slot holds a tree with its epoch,
+batch and metrics, and `take` puts a better tree in the place of the worst. Each slot is
+a separate tree, so leaves keep their shardings, and a step that takes nothing passes
+all slots on as they are.
 """
 
 import numbers
@@ -49,7 +49,7 @@ class Kept:
     Attributes:
         tree: The tree.
         epoch: Zero-based epoch at which it was taken.
-        batch: Zero-based batch within it; None at the end of an epoch.
+        batch: Zero-based batch within the epoch; None at the end of an epoch.
         logs: The metrics at that time.
     """
 
@@ -63,18 +63,19 @@ class Kept:
 @typing.no_type_check  # unflattening passes specs, shardings and batched leaves too
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The best trees that a program has seen, as a pytree for it to carry.
+    """The best trees that a program has seen, as a pytree for the program to carry.
 
-    Make one with `like`, and give it what `take` returns through `scan`, `jit` or
-    `vmap`; `ModelCheckpoint.save_snapshot` saves what it holds afterwards.
+    Make one with `like`, and carry what `take` returns through `scan`, `jit` or `vmap`.
+    Afterwards `ModelCheckpoint.save_snapshot` saves the trees.
 
     Attributes:
-        trees: A tree for each slot; zeros where nothing was taken yet.
-        values: The monitored value in each slot, f32[keep] (f64[keep] under x64); 0
-            where nothing was taken yet.
-        epochs: Zero-based epochs, i32[keep]; -1 where nothing was taken.
-        batches: Zero-based batches, i32[keep]; -1 at the end of an epoch.
-        order: Which was taken before which, i32[keep]; -1 where nothing was taken.
+        trees: A tree for each slot; zeros in an empty slot.
+        values: The monitored value in each slot, f32[keep] (f64[keep] under x64); 0 in
+            an empty slot.
+        epochs: Zero-based epochs, i32[keep]; -1 in an empty slot.
+        batches: Zero-based batches, i32[keep]; -1 at the end of an epoch, and in an
+            empty slot.
+        order: The order in which the trees were taken, i32[keep]; -1 in an empty slot.
         logs: The metrics, each of shape [keep].
         monitor: Key in `logs` of the value to compare. Static, as is `mode`.
         mode: `"min"` or `"max"`.
@@ -102,14 +103,14 @@ class Snapshot:
         monitor: str | None = None,
         mode: str = "auto",
     ) -> "Snapshot":
-        """Make a snapshot that holds nothing yet.
+        """Make an empty snapshot.
 
         Args:
-            tree: What will be taken, or `jax.ShapeDtypeStruct`s of it, with shardings
-                if it has some. Under `jit` the compiler chooses the shardings of the
-                slots; make the snapshot outside to choose them.
-            logs: The metrics that will come with it, or structs of them: scalars.
-            keep: How many trees to keep. Each takes the memory of one.
+            tree: A tree like those to take, or `jax.ShapeDtypeStruct`s of one, with the
+                shardings of the slots. Under `jit` the compiler chooses the shardings;
+                make the snapshot outside to choose them.
+            logs: Metrics like those to take, or structs of them: scalars.
+            keep: How many trees to keep. Each needs the memory of one tree.
             monitor: Key in `logs` of the value to compare. None for `val_loss`, or
                 for the only metric.
             mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
@@ -186,17 +187,17 @@ class Snapshot:
         epoch: Any,
         batch: Any = None,
     ) -> "Snapshot":
-        """Keep a tree, if it is to be saved and is among the best.
+        """Keep a tree if `save` is true and the tree is among the best.
 
-        Pure, and the same under any transformation. A tie is no improvement on what was
-        taken before, and a NaN is never taken. A step that takes nothing copies
-        nothing, but under `vmap`, where the members decide one by one. Outside of a
-        trace it waits for the monitored value.
+        The function is pure, and the same under any transformation. A tie does not
+        displace a tree that was taken before, and a NaN is never taken. A call that
+        takes nothing copies nothing, except under `vmap`, where each member decides for
+        itself. Outside of a trace the call waits for the monitored value.
 
         Args:
             save: Whether to save, bool[]: True, or what `step` has decided.
-            tree: What to keep: of the structure, shapes and dtypes given to `like`.
-            logs: The metrics of now, with the keys given to `like`.
+            tree: The tree, with the structure, shapes and dtypes given to `like`.
+            logs: The current metrics, with the keys given to `like`.
             epoch: Zero-based epoch, i32[].
             batch: Zero-based batch within the epoch, i32[]; None at the end of one.
 
@@ -204,10 +205,10 @@ class Snapshot:
             The snapshot to go on with.
 
         Raises:
-            MetricError: A `ValueError`, if the monitored value is not there or not a
-                real scalar.
+            MetricError: A `ValueError`, if the monitored value is missing, or if a
+                metric is not a real scalar or does not fit its dtype in `like`.
             SettingError: A `ValueError`, if tree or logs are not as given to `like`, or
-                epoch or batch are no zero-based integers.
+                if epoch or batch is not a zero-based integer.
         """
         return as_arguments(self._taken(save, tree, logs, epoch, batch))
 
@@ -219,7 +220,7 @@ class Snapshot:
         epoch = index("epoch", epoch)
         batch = -1 if batch is None else index("batch", batch)
         told = (self.values, self.order, save, epoch, batch, dict(logs))
-        # Under an outer trace, what is known can be kept with what is not.
+        # Under an outer trace, some of these may be concrete values.
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((told, tree)))
         traced |= any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.trees))
         xp = jnp if traced else np
@@ -257,14 +258,15 @@ class Snapshot:
         """Return what is kept, best first; on the host, outside of any trace.
 
         Args:
-            member: Which member's, if the snapshot is that of an ensemble under `vmap`.
+            member: Index of the ensemble's member, for a snapshot made under `vmap`;
+                otherwise None.
 
         Returns:
-            A record for each slot that is filled: its tree, epoch, batch and logs.
+            A record for each filled slot: its tree, epoch, batch and logs.
 
         Raises:
-            SettingError: A `ValueError`, if `member` is needed and not given, or given
-                and not there.
+            SettingError: A `ValueError`, if there is no such member, if `member` is
+                None for an ensemble, or if the call is in a trace.
         """
         check_there("snapshot", leaves(self))
         one = self._member(member)
@@ -323,7 +325,7 @@ class Snapshot:
     def _check(
         self, save: Any, tree: Any, logs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Check what is to be taken, and return the metrics in one form."""
+        """Check the arguments of `take`, and return the metrics in one form."""
         if self.order.ndim != 1:
             raise SettingError(
                 "snapshot",
@@ -360,10 +362,10 @@ class Snapshot:
 
 
 def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
-    """Tell whether a value is among the best, and in which slot its tree goes then.
+    """Return a value as it is compared, whether it is among the best, and its slot.
 
-    The value comes first, as it is compared. The slot is an empty one if there is one,
-    else that of the worst, and of several such the one that came last.
+    The slot is the first empty one. If all are full, it is the slot of the worst value;
+    of several equal values, of the one that was taken last.
     """
     values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
     empty = order < 0
@@ -377,7 +379,7 @@ def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
 
 
 def _noted(old: Any, new: Any, xp: Any = jnp) -> Any:
-    """Return what is known of all trees, with that of a new one in its slot."""
+    """Return all that is kept beside the trees, with a new tree's in its slot."""
 
     def put(old: Any, new: Any) -> Any:
         old = xp.asarray(old)

@@ -1,4 +1,4 @@
-"""Whether a tree and its metrics fit a `Snapshot`, with all differences named."""
+"""Checks that a tree and its metrics fit a `Snapshot`; errors name the differences."""
 
 import numbers
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from flaxckpt._runtime.gone import Shown
 from flaxckpt._trees.ties import leaves_of
 from flaxckpt.errors import MetricError, SettingError
 
-_ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds what the ones before do
+_ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds the kinds before it
 _SHOWN = 8  # leaves that an error lists
 
 
 def check_tree(tree: Any, old: Any) -> None:
-    """Check that a tree has the leaves of the one that the snapshot was made for.
+    """Check that a tree has the leaves of the tree that the snapshot was made for.
 
     Raises:
-        SettingError: If not; it names the leaves.
+        SettingError: If it has others; the error names the leaves that differ.
     """
     given, kept = dict(leaves(tree)), dict(leaves(old))
     differences = []
@@ -48,7 +48,7 @@ def leaves(tree: Any) -> list[tuple[str, Any]]:
     try:
         found = jax.tree_util.tree_flatten_with_path(tree)[0]
     except ValueError:
-        leaves_of(tree)  # which says what is wrong
+        leaves_of(tree)  # raises an error that says what is wrong
         raise
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in found]
 
@@ -73,7 +73,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def form(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Return the shape and dtype of a leaf as JAX will have it."""
+    """Return the shape of a leaf, and the dtype that JAX will give it."""
     if not hasattr(leaf, "dtype"):
         return (), jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -89,7 +89,7 @@ def _described(leaf: Any) -> str:
 
 
 def holds(kept: Any, given: Any, *, is_weak: bool) -> bool:
-    """Tell whether metrics of one dtype may be kept as another."""
+    """Tell whether a metric of the dtype `given` may be kept as `kept`."""
     if _rank(given) != _rank(kept) or is_weak:
         return _rank(given) <= _rank(kept)
     return np.can_cast(given, kept)
@@ -104,11 +104,11 @@ def _rank(dtype: Any) -> int:
 
 
 def checked_logs(logs: Any) -> dict[str, Any]:
-    """Return metrics in one form, real scalars or structs of them.
+    """Return metrics as flat real scalars, or structs of scalars.
 
     Raises:
-        SettingError: If they are no mapping, or there are none.
-        MetricError: If one is something else.
+        SettingError: If `logs` is no mapping, or is empty.
+        MetricError: If a metric is neither.
     """
     flat = normalized(logs) if isinstance(logs, Mapping) else {}
     if not flat:

@@ -1,4 +1,4 @@
-"""The slots of a `Snapshot` as a program writes them, and empty ones."""
+"""Slots of a `Snapshot`: written in a program or outside of one, and made empty."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from flaxckpt._program.best_trees_checks import form
 
 
 def put_in_program(take: Any, new: Any, old: Any) -> Any:
-    """Return one tree or the other, and copy nothing for the old one."""
+    """Return the new tree if `take`, else the old one, which is not copied."""
 
     def as_old(new: Any, old: Any) -> Any:
         return jax.tree.map(
@@ -24,7 +24,7 @@ def put_in_program(take: Any, new: Any, old: Any) -> Any:
 
 
 def put_in(take: Any, new: Any, old: Any) -> Any:
-    """Return a copy of one tree, for the loop may donate its own, or the old tree."""
+    """Return a copy of the new tree, which the loop may donate, or the old tree."""
     if not take:
         return old
     return jax.tree.map(_copied, new, old)
@@ -37,7 +37,7 @@ def _copied(new: Any, old: jax.Array) -> jax.Array:
 
 
 def zeros_like(leaf: Any) -> Any:
-    """Return zeros like a leaf, sharded as it is."""
+    """Return zeros with a leaf's shape, dtype and sharding."""
     shape, dtype = form(leaf)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return _zero_keys(leaf)
@@ -50,7 +50,7 @@ def _zero_keys(leaf: Any) -> Any:
     impls = []
 
     def data_of(keys: Any) -> Any:
-        impls.append(jax.random.key_impl(keys))  # a struct does not tell it
+        impls.append(jax.random.key_impl(keys))  # which a struct of keys does not tell
         return jax.random.key_data(keys)
 
     data = jax.eval_shape(data_of, leaf)

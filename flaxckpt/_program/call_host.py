@@ -1,10 +1,10 @@
-"""Calls from a running program into Python, for which JAX copies nothing.
+"""Calls from a running program into Python, which on CPU make JAX copy nothing.
 
 `jax.experimental.io_callback` has JAX copy its operands to a CPU device first. On CPU
-that is work for threads of which all may be waiting for the very call, in a collective,
-and the program never ends. Where it is known on which devices the program runs,
-`buffer_callback` does without; elsewhere what `io_callback` is made of does, which has
-no public name.
+the program's own threads make this copy. If all of them wait in a collective for the
+very call, the program never ends. So on CPU a call uses `buffer_callback`, which copies
+nothing, where the devices of the program are known. Elsewhere it uses what
+`io_callback` consists of, without that copy; this has no public name.
 """
 
 import functools
@@ -34,13 +34,13 @@ def call_host(
     """Call a function on the host, from the program that is being traced.
 
     Args:
-        take: Is given the operands, as views that are valid during the call.
+        take: The function. It gets the operands as views, valid during the call.
         operands: Values of the trace.
-        is_placed: Whether each device makes the call, with what it has, rather than one
-            of them, with all of it.
+        is_placed: Whether each device makes the call with its own part of the operands.
+            Otherwise one device makes the call, with the whole operands.
 
     Returns:
-        What it returns, i32[].
+        What `take` returns, i32[].
     """
 
     def from_buffers(context: Any, token: Any, *buffers: Any) -> None:

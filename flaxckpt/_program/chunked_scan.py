@@ -1,4 +1,7 @@
-"""Scans that come back now and then, for those who want neither callback nor slots."""
+"""`scan_in_chunks`: a scan that comes back to Python between its chunks.
+
+So a loop can save without a callback in the program, and without slots.
+"""
 
 import functools
 import inspect
@@ -24,11 +27,11 @@ class Chunk:
     """Some steps of a scan, done.
 
     Attributes:
-        carry: The carry after them. Donated to the next steps: save it, or copy it,
-            before going on.
-        ys: What `body` returned for each of them, stacked as `jax.lax.scan` does.
-        start: Index of the first step.
-        stop: Index of the step to come.
+        carry: The carry after these steps. The next chunk donates it: save it, or copy
+            it, before going on.
+        ys: What `body` returned for each of these steps, stacked as by `jax.lax.scan`.
+        start: Index of the first of these steps.
+        stop: Index of the first step after them.
     """
 
     carry: PyTree
@@ -46,25 +49,26 @@ def scan_in_chunks(
     chunk: int,
     start: int = 0,
 ) -> Iterator[Chunk]:
-    """Do what `jax.lax.scan` does, in jitted chunks, with a stop between them.
+    """Do what `jax.lax.scan` does, in jitted chunks, and come back after each.
 
-    The result is that of one scan, bit for bit: every chunk, the last and shorter one
-    too, runs in one and the same compiled program.
+    The result equals the result of one scan, bit for bit: one compiled program runs
+    every chunk, a shorter last one, too.
 
     Args:
         body: As for `jax.lax.scan`: from carry and x to carry and y.
-        carry: What to begin with. Not donated.
-        xs: Arrays to scan over, those of the whole run; None with `length`.
-        length: Number of steps of the whole run, if `xs` do not tell.
-        chunk: Steps between two stops, at least 1.
-        start: Steps that are done already, in a run that is resumed; `carry` is that
-            after them.
+        carry: The first carry. Not donated.
+        xs: Arrays to scan over, for the whole run; None with `length`.
+        length: Number of steps of the whole run; may be None with `xs`.
+        chunk: Steps in a chunk, at least 1.
+        start: Steps that a resumed run has done already; `carry` is the carry after
+            these steps.
 
     Yields:
-        A `Chunk` after every `chunk` steps, and after the last.
+        A `Chunk` after every `chunk` steps, and after the last step.
 
     Raises:
-        SettingError: A `ValueError`, if one of the numbers cannot be.
+        SettingError: A `ValueError`, if a number cannot work, or if `xs` and `length`
+            do not agree.
 
     Example:
         >>> body = lambda total, x: (total + x, total)
@@ -93,12 +97,12 @@ def _chunks(
         xs = jax.tree.map(
             lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), xs
         )
-    if inspect.ismethod(body):  # equal to that of before, whatever its object is now
+    if inspect.ismethod(body):  # equal for `jit` although its object may have changed
         body = functools.partial(body)
     chunk = min(chunk, max(total, 1))
     for first in range(start, total, chunk):
         count = min(chunk, total - first)
-        # `body` is the user's, so its values are judged as those of a scan are.
+        # `body` is the user's: `jax_debug_nans` and the like judge it as in a scan.
         with unguarded():
             carry, ys = _run(carry, xs, first, count, body=body, chunk=chunk, weak=weak)
         if count < chunk:
@@ -108,9 +112,9 @@ def _chunks(
 
 
 def _promoted(body: Body, carry: PyTree, xs: PyTree) -> PyTree:
-    """Bring Python numbers to the dtypes that `body` makes of them, as a scan does.
+    """Give Python numbers the dtypes that `body` returns, as a scan does.
 
-    And raise what a scan raises, if `body` is none that it takes.
+    Raise what a scan raises for a `body` that it does not take.
     """
 
     def one(carry: PyTree) -> PyTree:
@@ -129,7 +133,7 @@ def _is_weak(x: Any) -> bool:
 
 
 def _donatable(carry: PyTree) -> PyTree:
-    """Return a copy of a carry, each leaf of it in the same memory."""
+    """Return a copy of a carry to donate, each leaf in the same kind of memory."""
     leaves, structure = jax.tree.flatten(carry)
     moved = [
         isinstance(leaf, jax.Array) and is_offloaded(leaf.sharding) for leaf in leaves
@@ -160,9 +164,9 @@ def _run(
     chunk: int,
     weak: tuple[bool, ...],
 ) -> tuple[PyTree, PyTree]:
-    """Run up to `chunk` steps, as many as `count` says.
+    """Run `count` steps, at most `chunk`.
 
-    A scan gives `body` weakly typed numbers in every step if it does so in the first.
+    As in a scan, a number that is weakly typed in the first step is so in every step.
     """
     leaves, structure = jax.tree.flatten(carry)
     carry = structure.unflatten(

@@ -1,8 +1,8 @@
-"""From inside a running program to the host: what `update` does under a trace.
+"""`update` under a trace: a running program hands its tree to the host.
 
-The program decides, and only if there is something to save hands its leaves to the
-host, which copies them and lets it go on. Where the leaves are sharded, each device
-hands over its own shards. The host calls no JAX meanwhile, which could deadlock.
+The program decides, and hands its leaves to the host only if there is something to
+save. The host copies them, and the program goes on. If the leaves are sharded, each
+device hands over its own shards. Meanwhile the host calls no JAX, which could deadlock.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from flaxckpt.errors import CheckpointError
 
 def finish_programs() -> None:
     """Wait for all that running programs have to hand over."""
-    # Who asks for the results of a program that has failed hears of it.
+    # The caller sees the error of a failed program when it fetches the results.
     try:
         jax.effects_barrier()
     except (jax.errors.JaxRuntimeError, ExceptionGroup):
-        # JAX does not look at those behind a failed one, ever.
+        # JAX never waits for the tokens after a failed one.
         tokens = runtime_tokens
         for token in (
             *tokens.current_tokens.values(),
@@ -58,10 +58,10 @@ def stream_tree(
     places: Sequence[Place | None],
     stops: bool,
 ) -> tuple[CheckpointState, "Stream"]:
-    """Save from within the program that is being traced, where it decides to.
+    """Have the program that is being traced save, where it decides to.
 
     Args:
-        saves: Where to.
+        saves: The saves of the object.
         tree: What to save.
         logs: The metrics.
         epoch: Zero-based epoch.
@@ -70,13 +70,16 @@ def stream_tree(
         state: The state after.
         due: Whether a check is due, bool[].
         save: Whether to save in the series, bool[].
-        lasts: Whether to save in the slot else, bool[].
+        lasts: Whether to save in the slot otherwise, bool[].
         places: How each leaf of `tree` is sharded, as far as that is known.
         stops: Whether an error ends the program.
 
     Returns:
-        The state to go on with. It depends on the host's having taken the leaves, so
-        that what is saved after it comes after it. And the stream.
+        The state to go on with, and the stream. The state depends on the handover, so
+        saves come in the order of the calls.
+
+    Raises:
+        CheckpointError: Within `shard_map` or `vmap`; and as `Saves.plan`.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CheckpointError(
@@ -105,7 +108,7 @@ def stream_tree(
         "before": {name: getattr(before, name) for name in BEST},
     }
     scalars = jax.tree.map(jnp.asarray, sent)
-    kept = {  # in their order
+    kept = {  # in the order of `logs`
         name: None if name in sent["logs"] else value
         for name, value in logs.items()
         if name in sent["logs"]
@@ -114,7 +117,7 @@ def stream_tree(
     by_id = {
         id(leaf): place for leaf, place in zip(leaves_of(tree), places, strict=True)
     }
-    handed, parts.sent = parts.sent, []  # of this trace only
+    handed, parts.sent = parts.sent, []  # no value outlives its trace
     leaf_places = [by_id.get(id(leaf)) for leaf in handed]
     taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
     # A function that is differentiated may save, too.
@@ -131,7 +134,7 @@ def stream_tree(
 
 @jax.custom_batching.custom_vmap
 def _not_batched(save: jax.Array, values: PyTree) -> jax.Array:
-    """Return `save`; raise where it is batched, or what is to be saved."""
+    """Return `save`; under `vmap`, raise if it or a value to save is batched."""
     del values
     return save
 

@@ -20,11 +20,14 @@ class Place:
 
 
 def place_of(leaf: Any, sharding: Any) -> Place | None:
-    """Tell how a value of a trace is sharded, if it tells, or else by what it was.
+    """Return how a traced value is sharded; None if that is not known.
+
+    Its type tells if its mesh has explicit axes. Otherwise `sharding` counts, if it
+    fits.
 
     Args:
         leaf: The value.
-        sharding: That of the array which it stands for, as far as that is known.
+        sharding: The sharding of the array that it stands for; None if not known.
     """
     if isinstance(leaf, jax.Array):
         own = jax.typeof(leaf).sharding
@@ -33,19 +36,19 @@ def place_of(leaf: Any, sharding: Any) -> Place | None:
     if isinstance(sharding, NamedSharding):
         try:
             sharding.shard_shape(leaf.shape)
-        except (ValueError, AttributeError):  # it is another array by now
+        except (ValueError, AttributeError):  # the sharding is of another array
             return None
         return Place(sharding.mesh, sharding.spec)
     return None
 
 
 def common(meshes: Sequence[Mesh]) -> Mesh | None:
-    """Return the mesh of several devices that all are, if they are the same."""
+    """Return the one mesh that all are; None if they differ or it has one device."""
     found: dict[Any, Mesh] = {}
     for mesh in meshes:
         abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
         if abstract not in found or abstract is not mesh:
-            found[abstract] = mesh  # one that has devices, if there is one
+            found[abstract] = mesh  # preferably one that has devices
     if len(found) != 1:
         return None
     (mesh,) = found.values()
@@ -58,13 +61,16 @@ def cut_of(
     sizes: Mapping[str, int],
     at: Mapping[str, int],
 ) -> Cut:
-    """Return what part of an array a device holds, None if another one holds it too.
+    """Return the part of an array that a device hands over, if it has any.
 
     Args:
-        shape: The array's.
-        spec: How it is sharded.
-        sizes: The mesh's, by its axes.
-        at: Where in the mesh the device is.
+        shape: The array's shape.
+        spec: How the array is sharded.
+        sizes: The sizes of the mesh's axes, by their names.
+        at: The device's index along each axis.
+
+    Returns:
+        The part; None for a device with another replica.
     """
     parts: list[slice] = []
     others = set(sizes)

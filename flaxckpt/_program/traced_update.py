@@ -8,12 +8,12 @@ from jax.extend.core import get_opaque_trace_state
 
 from flaxckpt._trees.ties import PyTree, leaves_of
 
-# What JAX's transformations are when none is running; as Flax NNX asks for it.
+# The state of JAX's transformations while none runs; Flax NNX asks for it likewise.
 OUTSIDE = get_opaque_trace_state(convention="nnx")
 
 
 def is_traced(tree: PyTree, *values: PyTree) -> bool:
-    """Tell whether a trace is running, or a tree or any value is that of one."""
+    """Tell whether a trace is running, or a leaf of the arguments is traced."""
     if runs_in_trace():
         return True
     leaves = leaves_of(tree) + jax.tree.leaves(values)
@@ -25,6 +25,6 @@ def runs_in_trace() -> bool:
     return get_opaque_trace_state(convention="nnx") != OUTSIDE
 
 
-@functools.lru_cache(maxsize=256)  # to ask a type of JAX's costs a microsecond
+@functools.lru_cache(maxsize=256)  # `issubclass` on a type of JAX's takes a microsecond
 def _is_of_tracers(kind: type) -> bool:
     return issubclass(kind, Tracer)

@@ -1,7 +1,7 @@
-"""What went wrong, in one line that a user can read.
+"""Put an error in one line that a user can read.
 
 TensorStore adds whole specifications to its errors, and Orbax adds advice about its own
-settings. The error itself stays the cause of the one that is raised.
+settings. The full error stays the cause of the error that is raised.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _HEAD, _TAIL = 220, 80  # characters that are kept of a long line
-_SHOWN = 5  # of a long list
+_SHOWN = 5  # names of a long list
 _ADDED = re.compile(r"""\s*\[[a-z_ \[\]0-9]+=('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\]""")
 _SPACE = {
     errno.ENOSPC: "No space left on device",
@@ -23,7 +23,7 @@ _SPACE = {
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an error's type and what it says, shortened to one line."""
+    """Return an error's type and message, shortened to one line."""
     text = _ADDED.sub("", str(error)).strip()
     line = " ".join(text.splitlines()[0].split()) if text else ""
     if len(line) > _HEAD + _TAIL:
@@ -32,7 +32,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a list in a sentence, the first few of many."""
+    """Return the first few names as text, with the number of the others."""
     shown = ", ".join(names[:_SHOWN])
     more = len(names) - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
@@ -42,16 +42,16 @@ def listed(names: Sequence[str]) -> str:
 def space_told(
     path: object, nbytes: int, directory: Path, where: str = ""
 ) -> Generator[None]:
-    """Have a save that fails for want of space say how much it needs.
+    """Tell how much space a save needs, if it fails because the disk is full.
 
     Args:
-        path: The checkpoint, as its users know it.
-        nbytes: How much its values need.
+        path: The checkpoint, as users see it in messages.
+        nbytes: How many bytes its values need.
         directory: Where it is written.
-        where: To say behind it.
+        where: Text to append to the message.
 
     Raises:
-        CheckpointWriteError: In place of the error of a full disk.
+        CheckpointWriteError: If the disk is full or the quota is used up.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code_of(error: BaseException) -> int | None:
-    """Return the number of an error that speaks of space; TensorStore's are texts."""
+    """Return the errno of an error about space; TensorStore gives it only as text."""
     if isinstance(error, OSError) and error.errno in _SPACE:
         return error.errno
     text = str(error)

@@ -1,7 +1,7 @@
-"""Processes that were forked from one in which JAX or TensorStore had threads.
+"""Refuse processes that were forked from one in which JAX or TensorStore had threads.
 
 A forked process has none of its parent's threads: JAX waits for them for ever, and
-TensorStore aborts the process. An error comes before either.
+TensorStore aborts the process. `use_threads` raises an error before either.
 """
 
 import os
@@ -10,14 +10,15 @@ from typing import Any
 
 from flaxckpt.errors import CheckpointError
 
-_facts: dict[str, int] = {}  # "used": threads are; "parent": the process it was in
+# "used": this process uses threads; "parent": id of the parent that used them.
+_facts: dict[str, int] = {}
 
 
 def use_threads() -> None:
     """Check that this process may use JAX and TensorStore, and note that it does.
 
     Raises:
-        CheckpointError: If it was forked from one that had used them.
+        CheckpointError: If it was forked from a process that had used them.
     """
     parent = _facts.get("parent")
     if parent is not None:
@@ -31,7 +32,7 @@ def use_threads() -> None:
 
 
 def _look_around() -> None:
-    """Note whether JAX has threads; a child could wait for its lock for ever."""
+    """Note whether JAX has threads, before the fork: a child may hang on JAX's lock."""
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
     if getattr(bridge, "backends_are_initialized", bool)():
         _facts["used"] = 1

@@ -4,7 +4,7 @@ import sys
 
 
 def outside() -> int:
-    """Stack level, for the function that calls this, of the caller's caller."""
+    """Return the `stacklevel` by which a warning names the line of the user's code."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and _is_ours(frame.f_globals.get("__name__")):
         level, frame = level + 1, frame.f_back
@@ -12,7 +12,7 @@ def outside() -> int:
 
 
 def is_nested() -> bool:
-    """Tell whether the call that is running was made from within another one.
+    """Tell whether the running call of the package was made during another one.
 
     A signal handler or a finalizer of the user may call the package while a call of the
     same thread is under way.

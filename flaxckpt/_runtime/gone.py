@@ -1,7 +1,7 @@
-"""Arrays without values: deleted ones, and those that were donated to a jitted call.
+"""Find arrays without values: deleted, or donated to a jitted call.
 
-Their shapes and dtypes stay known. JAX raises an error of its own where anything else
-is asked of them, and crashes where that is whether they are ready.
+Their shapes and dtypes stay known. JAX raises its own error for any other access, and
+crashes if it is asked whether they are ready.
 """
 
 from collections.abc import Iterable
@@ -40,11 +40,11 @@ def check_there(argument: str, leaves: Iterable[tuple[str, Any]]) -> None:
     """Check that none of the arrays of an argument was deleted or donated.
 
     Args:
-        argument: Its name.
-        leaves: Its values with their names; "" for the argument itself.
+        argument: The argument's name.
+        leaves: Its leaves with their names; "" for the argument itself.
 
     Raises:
-        SettingError: If one was.
+        SettingError: If an array was deleted or donated.
     """
     for name, value in leaves:
         if is_gone(value):

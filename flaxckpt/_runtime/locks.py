@@ -1,8 +1,8 @@
 """Locks that neither an interrupt nor a fork leaves locked.
 
-An interrupt (Ctrl-C) may come where a `with` statement ends, before it has unlocked;
-and a forked process has none of the threads that had locked something. So the next call
-of the same thread unlocks what it finds to be its own, and a child begins anew.
+An interrupt (Ctrl-C) may come at the end of a `with` statement, before the lock is
+unlocked. So the thread's next call unlocks all locks that the thread still has. A
+forked process has none of the threads that had locked a lock, so it resets all locks.
 """
 
 import os
@@ -16,17 +16,17 @@ _made: list[weakref.ref[Any]] = []
 
 
 def new_lock() -> Any:
-    """Make a lock; the thread that has it may lock it again."""
+    """Make a lock that its thread may lock again."""
     lock = threading.RLock()
     _made.append(weakref.ref(lock, _made.remove))
     return lock
 
 
 def unlock_all() -> None:
-    """Unlock what an interrupted call of this thread has left locked.
+    """Unlock the locks that an interrupted call of this thread has left locked.
 
-    Called where a call begins. Where that is within another call, which is under way,
-    what this thread has locked is that one's, and stays.
+    A call of the package begins with this. If it was made during another call, the
+    thread's locks belong to that other call, and stay locked.
     """
     own = [lock for lock in _all() if lock._is_owned()]
     if own and not is_nested():

@@ -1,4 +1,4 @@
-"""Looking again at what a writer deletes and replaces meanwhile, but not for ever."""
+"""Look again at checkpoints that a writer changes meanwhile, but not for ever."""
 
 import itertools
 import time
@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 LOOKS = 20  # at least so many
 SECS = 10.0  # and at least for so long
-PAUSE_SECS = 0.01  # between two looks at what seems to be damaged
+PAUSE_SECS = 0.01  # between two looks at a checkpoint that seems damaged
 
 
 def looks() -> Iterator[int]:
     """Count the looks that a reader takes until it gives up, from 1.
 
-    A small checkpoint may be replaced more often in a second than a busy machine lets
-    a reader run, so a number alone does not bound the looks; a large one takes long to
-    read, so a time alone does not either.
+    A number alone is no good limit: on a busy machine, a small checkpoint may be
+    replaced at each of the looks. Nor is a time alone: one look at a large checkpoint
+    takes long. So a reader gives up after `LOOKS` looks and `SECS` seconds.
     """
     until = time.monotonic() + SECS
     for number in itertools.count(1):
@@ -24,5 +24,5 @@ def looks() -> Iterator[int]:
 
 
 def pause() -> None:
-    """Let whoever deletes or copies something by hand get on with it."""
+    """Give somebody who deletes or copies a checkpoint by hand time to go on."""
     time.sleep(PAUSE_SECS)

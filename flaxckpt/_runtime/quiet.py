@@ -1,10 +1,10 @@
-"""Orbax in silence: what it logs while this package calls it tells a user nothing.
+"""Drop Orbax's log lines while this package calls Orbax: they tell a user nothing.
 
 Orbax logs through `absl.logging`, whose first call also gives Python's root logger a
 handler, after which a user's own `logging.basicConfig` does nothing. So while one of
-this package's calls to Orbax is under way, the lines of that call's threads do not get
-as far as `absl.logging`. No logger, handler, level or filter is touched, and absl logs
-the lines of all other threads as ever.
+this package's calls to Orbax is under way, the lines of that call's threads do not
+reach `absl.logging`. No logger, handler, level or filter is touched, and absl logs the
+lines of all other threads as before.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class _Call:
 
 
 class _Gate:
-    """Stands in for `absl.logging.log`, through which all of absl's functions log."""
+    """A replacement for `absl.logging.log`, which all of absl's functions call."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -55,7 +55,7 @@ class _Gate:
             self._through(*args, **kwargs)
 
     def open(self) -> None:
-        """Forget all calls: none of them is under way in a process that was forked."""
+        """Forget all calls: in a forked process, none of them is under way."""
         self._guard = threading.Lock()
         self._calls.clear()
         if absl.logging.log is _log:
@@ -63,17 +63,17 @@ class _Gate:
 
 
 _GATE = _Gate()
-_log = _GATE.log  # one object, so that it can be told from others
+_log = _GATE.log  # one object, so that `is` recognizes it
 os.register_at_fork(after_in_child=_GATE.open)
-# absl names the line that logs, and skips the frames that it has been told of.
+# absl reports the line that logs: it has to skip the frame of `_Gate.log`.
 absl.logging.ABSLLogger.register_frame_to_skip(__file__, "log")
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Keep what Orbax logs from the console until the block ends.
+    """Keep Orbax's log lines from the console until the block ends.
 
-    If the user has set absl's verbosity to INFO or more, Orbax logs as ever.
+    If the user has set absl's verbosity to INFO or more, Orbax logs as before.
     """
     if _is_wanted():
         yield

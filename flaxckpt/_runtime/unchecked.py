@@ -2,7 +2,7 @@
 
 `jax_debug_nans` and `jax_debug_infs` judge the results of the user's own programs. A
 copy of a tree that holds a NaN is no such result. `jax.transfer_guard` finds transfers
-that the user did not ask for, and a save or a load is one that the user asked for.
+that the user did not ask for, but the user does ask for a save or a load.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def unguarded() -> AbstractContextManager[None]:
 
 
 def unchecked() -> AbstractContextManager[None]:
-    """Allow all transfers, and have no value judged, in this thread."""
+    """Allow all transfers, and turn NaN and infinity checks off, in this thread."""
     if not (_CONFIG.jax_debug_nans or _CONFIG.jax_debug_infs):
         return unguarded()
     return _unjudged()
@@ -65,8 +65,8 @@ def _are_guarded() -> bool:
 
 
 def stay_unchecked() -> None:
-    """Allow all transfers, and have no value judged, until this thread ends."""
-    # Entered one by one: a generator leaves its contexts when it is collected.
+    """Make `unchecked` hold in this thread until the thread ends."""
+    # Not by `_entered`: a generator leaves its contexts when it is collected.
     for guard in _GUARDS:
         guard("allow").__enter__()
     for check in _CHECKS:
@@ -76,7 +76,7 @@ def stay_unchecked() -> None:
 def unchecked_pool(
     threads: int, name: str, begin: Callable[[], None] | None = None
 ) -> ThreadPoolExecutor:
-    """Make a pool of threads that stay unchecked, and as wide as this one.
+    """Make a pool of threads that stay unchecked, with this thread's `enable_x64`.
 
     Args:
         threads: How many threads.
@@ -95,7 +95,7 @@ def unchecked_pool(
 
 
 def runs_unchecked(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that allows all transfers and has no value judged."""
+    """Decorate a function so that it runs under `unchecked`."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -106,15 +106,15 @@ def runs_unchecked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def as_arguments(tree: T, beside: Callable[[], Sequence[Any]] = tuple) -> T:
-    """Return a tree that jitted functions take in this thread.
+    """Return a tree that jitted functions take as an argument in this thread.
 
-    Where a transfer guard refuses numpy values as arguments, numpy's arrays and scalars
-    become arrays of JAX: on all devices of the mesh on which other leaves are, since a
-    guard refuses to bring them there, too, or else on the default device.
+    If a transfer guard refuses numpy values as arguments, numpy's arrays and scalars
+    become JAX arrays. They go to all devices of the mesh that another leaf is on, since
+    a guard would also refuse to move them there, or else to the default device.
 
     Args:
         tree: The tree; its numpy leaves are small.
-        beside: Returns the leaves of what goes to the same programs.
+        beside: Returns the leaves of other arguments of the same programs.
     """
     level = _CONFIG.jax_transfer_guard_host_to_device
     if level not in ("disallow", "disallow_explicit"):
@@ -132,7 +132,7 @@ def as_arguments(tree: T, beside: Callable[[], Sequence[Any]] = tuple) -> T:
         if not meshes:
             return jax.device_put(leaf)
         sharding = NamedSharding(meshes[0], PartitionSpec())
-        # Not put there as a whole: of several processes, all would have to come.
+        # One by one: with `sharding`, `device_put` would need all processes to call it.
         devices = sharding.addressable_devices
         parts = [jax.device_put(leaf, device) for device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)

@@ -1,6 +1,7 @@
-"""From a call that saves to the writing thread.
+"""From a call that saves to the thread that writes.
 
-`saves` takes a `call` and its `contents`, `queue` runs one job after another in the
-background, `report` counts, and `at_exit` finishes what is under way at the program's
+`call` is one call with its decision, and `contents` are the trees that it saves.
+`saves` copies them and makes a job, `queue` runs one job after another in the
+background, `report` counts the saves, and `at_exit` finishes the jobs at the program's
 end.
 """

@@ -1,4 +1,4 @@
-"""The program's end: saves that are under way are written, and errors are told."""
+"""The program's end: finish the saves under way, and report their errors."""
 
 import concurrent.futures.thread
 import os
@@ -12,12 +12,12 @@ from flaxckpt.errors import CheckpointError
 
 
 def ending(error: BaseException) -> CheckpointError:
-    """Return an error to end a program with, for another one that is kept."""
+    """Return an error that ends a program and quotes another error, which is kept."""
     return CheckpointError(f"{type(error).__name__}: {error}")
 
 
 def before_end(function: Callable[[], None]) -> None:
-    """Have a function called where the program ends, before what waits is written."""
+    """Have a function called at the program's end, before the saves are finished."""
     if function not in _BEFORE_END:
         _BEFORE_END.append(function)
 
@@ -27,7 +27,7 @@ UNHEARD: set[Any] = set()
 
 
 def _forget() -> None:
-    """Let a forked process not wait for threads, which are its parent's."""
+    """Forget the parent's jobs in a forked process, which has none of its threads."""
     UNHEARD.clear()
     _BEFORE_END.clear()
 
@@ -36,7 +36,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _finish() -> None:
-    """End well where the program ends without `wait` or `close`."""
+    """Finish the saves of objects that nobody has closed."""
     _join_others()
     for function in list(_BEFORE_END):
         try:
@@ -54,7 +54,7 @@ def _finish() -> None:
 
 
 def _tell(error: Exception) -> None:
-    """Say what nobody can be raised any more; go on where a warning is an error."""
+    """Warn of an error that no call can raise any more; print it if warnings raise."""
     message = f"At the program's end: {error}"
     try:
         warnings.warn(message, stacklevel=1)
@@ -63,7 +63,7 @@ def _tell(error: Exception) -> None:
 
 
 def _join_others() -> None:
-    """Wait for other threads, which may be training, as Python does soon after."""
+    """Wait for other threads, which may be training; Python does the same later."""
     for thread in threading.enumerate():
         is_pooled = thread in concurrent.futures.thread._threads_queues  # pyright: ignore
         is_own = thread in (threading.current_thread(), threading.main_thread())
@@ -71,5 +71,5 @@ def _join_others() -> None:
             thread.join()
 
 
-# `atexit` runs too late: no thread pool takes work by then, and Orbax has some.
+# `atexit` runs too late: thread pools, which Orbax uses, take no work by then.
 threading._register_atexit(_finish)  # pyright: ignore  # as concurrent.futures does

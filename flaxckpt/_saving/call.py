@@ -23,18 +23,17 @@ class Entry:
     """One call that saves, or may.
 
     Attributes:
-        save: Whether it saves; None while that is not decided, and a bool[] on a device
-            that is to decide it.
-        before: The state before it was decided.
-        state: The state after.
-        news: What to say of the decision before saying that it is saved.
-        kept: The state to record, of which nobody else donates a value.
-        by_hand: Whether it saves because it was told to, and may replace what is
-            better.
-        line: Of those of one number, each is better than the one before. None where
-            that does not count.
-        copies: Copies of the leaves of what it saves, and of scalars on devices.
-        frozen: Which of those leaves are frozen, by their positions.
+        save: Whether it saves; None before the decision, and a bool[] where a device
+            decides.
+        before: The state before the decision.
+        state: The state after the decision.
+        news: The decision in words, with which the message about the save begins.
+        kept: The state to record, with copies of arrays that the loop may donate.
+        by_hand: Whether the call is `save`, which a better checkpoint makes way for.
+        line: Number of a line of saves, each of which is better than the one before. A
+            save supersedes saves of its line only. None where that does not count.
+        copies: Copies of the leaves to save, and of scalars on devices.
+        frozen: The frozen ones among these leaves, by their positions.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Entry:
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> None:
-        """Take down the arguments of the call; `logs` are normalized, see `_logs`."""
+        """Take down the arguments of the call; `logs` are normalized already."""
         self.save: Any = save
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
@@ -60,7 +59,7 @@ class Entry:
 
     @property
     def unknown(self) -> jax.Array | None:
-        """The value that a due check depends on, if a device still computes it."""
+        """The monitored value, if the check needs it and a device still computes it."""
         if self.state is None or not self.state.save_best_only:
             return None
         value = monitored(self.metric, self.logs.get(self.metric, 0))
@@ -68,13 +67,13 @@ class Entry:
 
     @property
     def metric(self) -> str:
-        """The name in `logs` of the monitored value, whether it is there or not."""
+        """The name of the monitored value in `logs`, which may lack it."""
         assert self.state is not None
         return find(self.logs, self.state.monitor)
 
     @property
     def improves(self) -> bool:
-        """Whether the decision, once it is known, has found a new best."""
+        """Whether the decision has found a new best; the decision must be known."""
         before, state = self.before, self.state
         if before is None or state is None or not np.asarray(state.has_best):
             return False
@@ -84,7 +83,7 @@ class Entry:
         )
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
-        """Return what of logs and state is on devices, where it may be donated."""
+        """Return the scalars of logs and state on devices; the loop may donate them."""
         found: dict[tuple[str, str], jax.Array] = {}
         for name, value in self.logs.items():
             if isinstance(value, jax.Array) and not value.shape:
@@ -94,11 +93,11 @@ class Entry:
             if isinstance(value, jax.Array) and (
                 name not in BEST or self.save is not None
             ):
-                found["state", name] = value  # but what a device is to decide by
+                found["state", name] = value  # not the best, while a device decides
         return found
 
     def keep(self, name: tuple[str, str], value: Any) -> None:
-        """Keep a value of `scalars` that is nobody else's."""
+        """Replace one of `scalars` by a copy, which the loop cannot donate."""
         if name[0] == "logs":
             self.logs[name[1]] = value
         elif self.kept is not None and getattr(self.kept, name[1]) is getattr(
@@ -107,7 +106,7 @@ class Entry:
             self.kept = with_leaves(self.kept, **{name[1]: value})
 
     def judge(self) -> None:
-        """Decide a due check here and now, waiting for the metric if it counts."""
+        """Decide a due check now; wait for the metric if the decision needs it."""
         assert self.state is not None
         forced, name = self.save, self.metric
         if self.state.save_best_only:
@@ -133,16 +132,16 @@ class Entry:
         Args:
             state: The decision state after `tick`.
             value: The monitored value.
-            leaves: What to copy to `copies`.
+            leaves: The leaves to copy to `copies`.
             into: As for `fill_if_better`.
-            always: Likewise.
+            always: As for `fill_if_better`.
         """
         assert self.copies is not None
         fill_if_better(self.copies, state, value, leaves, into, always=always)
         self.take_verdict()
 
     def take_verdict(self) -> None:
-        """Take up what a device was asked to decide, once."""
+        """Take up the verdict of a device, once: `save` and the states."""
         verdict = None if self.copies is None else self.copies.verdict
         if self.save is None and verdict is not None and self.state is not None:
             bests, save = verdict[:2]
@@ -162,7 +161,7 @@ def is_unknown(value: Any) -> TypeGuard[jax.Array]:
 
 
 def _kept(value: Any) -> Any:
-    """Copy a value that its owner may change in its place."""
+    """Copy a numpy array, which its owner may change in place."""
     return np.array(value)[()] if isinstance(value, np.ndarray) else value
 
 

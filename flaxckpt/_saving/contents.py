@@ -1,4 +1,4 @@
-"""What one call saves: its trees, described, and the copies that come of them."""
+"""The trees that one call saves, with their layouts."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import SettingError
 
-# By default, more than one copy of a tree is held where they all fit into this.
+# By default, several saves may be under way where all their copies fit into this.
 SMALL_BYTES = 64 * 2**20
 MAX_IN_FLIGHT = 8
-STRUCTURES = 4  # of trees that are saved, of which something is remembered
+STRUCTURES = 4  # so many structures of saved trees are remembered
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Part:
 
     Attributes:
         layout: Its layout.
-        leaves: Its leaves, until they are copied.
+        leaves: Its leaves, until the copies take their place.
         weights: Where in the layout the weights are.
-        frozen: Which leaves are frozen.
+        frozen: Positions of the frozen leaves.
     """
 
     layout: Layout
@@ -40,14 +40,14 @@ class Part:
 
 @dataclass
 class Save:
-    """What a job writes: the last of its entries that saves.
+    """The trees that a job writes, from the last of its entries that saves.
 
     Attributes:
-        part: What goes into the series.
-        whole: What goes into the slot; the same object where both are the whole tree,
-            and then only if it does not go into the series. None if nothing does.
-        path: Where in the series; None if that is not known yet.
-        scalars: Names of the scalars that are copied with it; see `Entry.scalars`.
+        part: The tree for the series.
+        whole: The tree for the slot; None for no slot. Where it is the same object as
+            `part`, the slot gets it only if the series does not.
+        path: The path in the series; None if it is not known yet.
+        scalars: Names of the scalars to copy with the leaves; see `Entry.scalars`.
         entries: The calls, the latest last.
     """
 
@@ -65,9 +65,10 @@ class Save:
         return [self.part, self.whole]
 
     def leaves(self, entry: Entry) -> list[Any]:
-        """Return the leaves to copy, and the scalars on devices behind them.
+        """Return the leaves to copy, followed by the scalars on devices.
 
-        Of frozen leaves that are stored already, there is nothing to copy.
+        A frozen leaf that is stored already is there as a `FrozenLeaf`, which no copy
+        is made of.
         """
         leaves = [leaf for part in self.parts for leaf in part.leaves]
         for position, frozen in entry.frozen.items():
@@ -81,17 +82,17 @@ class Save:
 
 @dataclass(frozen=True)
 class Sent:
-    """A leaf that a program hands over.
+    """Stands for a leaf that a program hands over.
 
     Attributes:
-        index: Which of those it hands over.
+        index: The leaf's position in `Parts.sent`.
     """
 
     index: int
 
 
 class Parts:
-    """What a traced call may save.
+    """The trees that a traced call may save.
 
     Attributes:
         sent: The values of the trace that the program hands over, each once.
@@ -102,8 +103,8 @@ class Parts:
         """Gather the leaves.
 
         Args:
-            part: What goes into the series.
-            whole: What goes into the slot; None if nothing does.
+            part: The tree for the series.
+            whole: The tree for the slot; None for no slot.
         """
         found: dict[int, tuple[int, jax.Array]] = {}
         for each in (part, whole):
@@ -121,7 +122,7 @@ class Parts:
         self._part, self._whole = part, whole
 
     def copies(self) -> tuple[Part, Part | None]:
-        """Return the parts, for one save."""
+        """Return copies of the parts, for one save."""
         part = replace(self._part, leaves=list(self._part.leaves))
         if self._whole is None:
             return part, None
@@ -135,11 +136,11 @@ class Incoming:
     """A save whose leaves a program is handing over.
 
     Attributes:
-        job: What writes it.
-        save: What it writes.
+        job: The job that writes it.
+        save: The trees.
         entry: The call.
-        where: Where it goes.
-        memory: Where the leaves are copied to.
+        where: The path of the checkpoint or the slot; None if it is not known.
+        memory: The arrays to copy the leaves to.
     """
 
     job: Job

@@ -1,4 +1,4 @@
-"""Saves in the background: one after the other, none lost, no error unheard."""
+"""Jobs in the background: run one after another, none lost, and each error raised."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
 _MOST_ERRORS = 20
-# Who has a job, if it is not a thread that has claimed it.
+# Holders of a job, besides the thread that has claimed it.
 _NOBODY, _WRITER, _PROGRAM = 0, -1, -2
 
 
@@ -33,18 +33,17 @@ class Job:
     """A save that waits for its turn, or is under way.
 
     Attributes:
-        key: What it writes: a newer job with the same key makes this one superfluous.
-            None for a job that nothing replaces.
-        path: Where it writes, for errors.
-        run: Does it.
-        after: What to do afterwards, for which `wait` does not wait.
-        content: What a claimed job that was waiting already has to write.
-        memory: What it works on, None for nothing that the next job could use when this
-            one is done.
-        then: What it does instead, once that is filled; None for no change.
-        is_filled: Tells whether there is all that it has to write.
-        holder: The thread that has claimed it, or one of the values above.
-        number: Its place among those that wait.
+        key: Stands for what the job writes. A newer save with an equal key claims the
+            job while it waits. None if no save may.
+        path: The path that errors name.
+        run: Does the work.
+        after: What to do afterwards; `wait` does not wait for it.
+        content: What the job writes; a call that claims a waiting job adds to it.
+        memory: Copies whose memory the next job can use after this one; None for none.
+        then: The job that this one becomes once its copies are filled; None for none.
+        is_filled: Tells whether the copies are filled.
+        holder: The thread that has claimed the job, or one of the values above.
+        number: Its place among the waiting jobs.
     """
 
     key: Any = None
@@ -59,7 +58,7 @@ class Job:
     number: int = 0
 
     def change(self) -> None:
-        """Become what `then` says. If that is interrupted, it can be done again."""
+        """Become the job `then`. If an interrupt ends this, it can be done again."""
         then = self.then
         if then is not None:
             self.key, self.path, self.content = then.key, then.path, then.content
@@ -68,17 +67,19 @@ class Job:
 
 
 class Writer:
-    """Runs jobs in order on a thread of its own, a bounded number at a time.
+    """Run jobs in order on one background thread.
 
-    A job is claimed, filled, and submitted. One that fails is remembered, and its error
-    raised by the next call of `wait`, `check` or `close`, once; those of other jobs
-    that failed by then are notes on it.
+    A call claims a job, fills it and submits it; `claim` bounds the number of jobs. The
+    next call of `wait`, `check` or `close` raises the error of a failed job, once. The
+    errors of other jobs that have failed by then are notes on it.
 
     An interrupt (Ctrl-C) may end a call at any line. So each step is one assignment,
-    all jobs are in one list from the claim to the end, and each says who has it. What a
-    call has claimed and not submitted, the next call of the same thread gives back.
+    one list has each job from the claim to the end, and each job names its holder. If a
+    call has claimed a job and not submitted it, the next call of the same thread gives
+    it back.
 
-    In a process that was forked from the one that made it, it does nothing.
+    In a process that was forked from the one that made the writer, `wait`, `check` and
+    `close` do nothing.
     """
 
     def __init__(self) -> None:
@@ -100,15 +101,19 @@ class Writer:
         return self._process != os.getpid()
 
     def claim(self, key: Any, limit: int, *, wait: bool = True) -> Job | None:
-        """Get a job to fill: a waiting one of the same key, or a new one.
+        """Claim a job to fill: a waiting one with an equal key, or a new one.
 
         Args:
-            key: Of the job; see `Job`.
-            limit: How many jobs there may be, with this one.
-            wait: Whether to wait until there are fewer than that.
+            key: The job's key; see `Job`.
+            limit: How many jobs there may be, this one included.
+            wait: Whether to wait until there are fewer jobs than `limit`.
 
         Returns:
-            The job, which is not in the queue any more; None if there are too many.
+            The job, which waits no longer; None if there are too many jobs.
+
+        Raises:
+            CheckpointError: If the call runs within another call of the same thread,
+                and would wait for the job of that call.
         """
         own = threading.get_ident()
         self.take_back()
@@ -120,7 +125,7 @@ class Writer:
             if not wait and len(self._jobs) >= limit:
                 return None
             if len(self._jobs) >= limit:
-                if self._own():  # which this call is made from within
+                if self._own():  # of another call, within which this one runs
                     raise CheckpointError(
                         "A save was asked for within another call of the same object, "
                         "as by a signal handler, and would wait for it for ever. Set a "
@@ -134,21 +139,21 @@ class Writer:
             return job
 
     def hold(self, job: Job) -> None:
-        """Have a claimed job be that of a program, whichever thread calls next."""
+        """Keep a claimed job for a program, whatever call the thread makes next."""
         job.holder = _PROGRAM
 
     def submit(self, job: Job) -> None:
         """Put a claimed job into the queue."""
         UNHEARD.add(self)
         with self._lock:
-            self._start()  # which may fail, and then nothing has changed
+            self._start()  # first: if it fails, nothing has changed
             job.change()
             job.number = next(self._numbers)
             job.holder = _NOBODY
             self._changed.notify_all()
 
     def give_back(self, job: Job) -> None:
-        """Return a claimed job: with what was filled, or else as it was claimed."""
+        """Give up a claimed job: it waits if it has work to do, or else is removed."""
         if job.then is not None and job.then.is_filled():
             job.change()
         with self._lock:
@@ -165,9 +170,10 @@ class Writer:
             self._changed.notify_all()
 
     def take_back(self) -> None:
-        """Give back what an interrupted call of this thread has left.
+        """Give back the jobs that an interrupted call of this thread has left.
 
-        Not what another call has claimed that is still under way; see `is_nested`.
+        If this call runs within another one, the jobs are that call's, and stay; see
+        `is_nested`.
         """
         unlock_all()
         left = self._own()
@@ -180,10 +186,10 @@ class Writer:
         return [job for job in self._jobs if job.holder == own]
 
     def _start(self) -> None:
-        """Start the thread, unless it is there.
+        """Start the thread, unless it runs.
 
         An interrupt may come between the steps. So the thread is noted before it
-        starts, and one that is not the one noted ends before it takes a job.
+        starts, and a thread that is not noted ends before it takes a job.
         """
         if self._thread is None or not self._thread.is_alive():
             thread = threading.Thread(target=self._work, name="flaxckpt", daemon=True)
@@ -199,7 +205,7 @@ class Writer:
         """Wait until all jobs are done.
 
         Raises:
-            CheckpointError: If one failed; once.
+            CheckpointError: If a job failed; each error is raised once.
         """
         if self.is_inherited:
             return
@@ -212,7 +218,7 @@ class Writer:
         UNHEARD.discard(self)
 
     def check(self) -> None:
-        """Raise the errors of jobs that have failed by now, without waiting."""
+        """Give the warnings and raise the errors that there are by now."""
         if not (self._errors or self._warnings) or self.is_inherited:
             return
         while self._warnings:
@@ -228,30 +234,30 @@ class Writer:
             first.__notes__ = notes
         try:
             raise first
-        except CheckpointError:  # not if an interrupt comes instead: it is unheard then
+        except CheckpointError:  # an interrupt instead leaves the errors for later
             with self._lock:
                 self._errors = self._errors[told:]
                 self._more_errors = self._ended = 0
             raise
 
     def end_program(self) -> None:
-        """Raise an error that has ended no program yet; `wait` raises it, too."""
+        """Raise the first error that has ended no program; `wait` raises it, too."""
         with self._lock:
             first, self._ended = self._ended, len(self._errors)
             if first < self._ended:
                 raise ending(self._errors[first])
 
     def warn(self, message: str) -> None:
-        """Have a warning given by the next call of `wait`, `check` or `close`."""
+        """Keep a warning for the next call of `wait`, `check` or `close`."""
         self._warnings.append(message)
 
     def fail(self, error: BaseException, path: str, *, ends: bool = False) -> None:
-        """Have an error raised as that of a job that failed.
+        """Keep an error as if a job had failed.
 
         Args:
             error: What went wrong before there was a job.
-            path: Where it was to write.
-            ends: Whether it ends a program, too.
+            path: The path that the error names.
+            ends: Whether the caller ends a program with it, so `end_program` does not.
         """
         with self._lock:
             self._note(translated(error, path))
@@ -260,7 +266,7 @@ class Writer:
                 self._ended = len(self._errors)
 
     def _note(self, error: CheckpointError) -> None:
-        """Remember an error, but nothing that was saved: its frames hold on to that."""
+        """Keep an error, and clear its frames, which hold on to the trees."""
         each: BaseException | None = error
         seen: set[int] = set()
         while each is not None and id(each) not in seen:
@@ -273,7 +279,7 @@ class Writer:
             self._more_errors += 1
 
     def close(self) -> None:
-        """Wait for all jobs and what is done after them, and forget the memory.
+        """Wait for all jobs and their `after`, and drop the memory.
 
         Raises:
             CheckpointError: If a job failed.
@@ -288,20 +294,20 @@ class Writer:
                 self._memory.clear()
 
     def abandon(self) -> None:
-        """Forget what nobody saves with any more; errors are told at the end.
+        """Drop the memory once the owner is collected; `at_exit` reports the errors.
 
-        Takes no lock, for it is called where Python collects garbage. No job is there.
+        It takes no lock, because the garbage collector calls it. There is no job then.
         """
         self._memory.clear()
         if not (self._errors or self._warnings):
             UNHEARD.discard(self)
 
     def is_idle(self) -> bool:
-        """Tell whether there is no job but the one that the caller has claimed."""
+        """Tell whether the only job is the one that the caller has claimed."""
         return len(self._jobs) == 1
 
     def is_working(self) -> bool:
-        """Tell whether a job waits for its turn, or is under way."""
+        """Tell whether a job waits for its turn or is under way."""
         return any(job.holder in (_NOBODY, _WRITER) for job in self._jobs)
 
     def _work(self) -> None:
@@ -324,7 +330,7 @@ class Writer:
             with self._lock:
                 if error is not None:
                     self._note(error)
-                if error is None and job.memory is not None:  # of use
+                if error is None and job.memory is not None:
                     self._memory.append(job.memory)
                 self._jobs.remove(job)
                 self._changed.notify_all()
@@ -355,12 +361,12 @@ def _error_of(job: Job) -> CheckpointError | None:
 
 
 def translated(error: BaseException, path: str, where: str = "") -> CheckpointError:
-    """Return an error as one of ours.
+    """Return an error as one of flaxckpt's.
 
     Args:
         error: What went wrong.
         path: The checkpoint that was to be written.
-        where: To say behind what went wrong.
+        where: Text that follows the error in the message.
     """
     if isinstance(error, CheckpointError):
         return error
@@ -370,7 +376,7 @@ def translated(error: BaseException, path: str, where: str = "") -> CheckpointEr
 
 
 def _briefly(error: CheckpointError) -> str:
-    """Return what a note says of an error, behind another one that says the rest."""
+    """Return the text of a note about an error; the noted error has the advice."""
     if isinstance(error, CheckpointWriteError):
         return f"Saving {error.path!r} failed: {error.cause}."
     return str(error)

@@ -1,4 +1,4 @@
-"""What a `ModelCheckpoint` counts of its saves."""
+"""`SaveCounts`: what a `ModelCheckpoint` counts of its saves."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,16 @@ class SaveCounts:
     """What became of the saves of a `ModelCheckpoint`.
 
     Attributes:
-        saved: Those that were written.
-        direct: Those of them whose values were written straight from memory.
-        by_orbax: Those whose values Orbax wrote.
-        superseded: Those that were not, because a newer one to the same path came
-            while they waited for their turn.
-        delayed: Calls that waited for earlier saves, since there were as many under
-            way as `max_in_flight` allows.
-        delayed_secs: How long they waited, in all.
-        failed: Those that could not be written. `wait`, `close` or a later call raises
-            the error of the first; those of others are notes on it.
-        linked_bytes: How much of frozen leaves did not have to be written again.
+        saved: Saves that were written.
+        direct: Saves whose values flaxckpt wrote straight from memory.
+        by_orbax: Saves whose values Orbax wrote.
+        superseded: Saves that were not written, because a newer save to the same path
+            came while they waited for their turn.
+        delayed: Calls that waited because `max_in_flight` saves were under way.
+        delayed_secs: How long these calls waited in all, in seconds.
+        failed: Saves that failed. `wait`, `close` or a later call raises the first
+            error, with the others as notes.
+        linked_bytes: Bytes of frozen leaves that were linked, not written again.
     """
 
     saved: int = 0

@@ -1,9 +1,9 @@
 """Saves on their way to the disk: copied on the loop's thread, written on another.
 
-The loop does not wait: not for the disk, but where as many saves are under way as
-memory is allowed for, and not for a device. Where a due check depends on a value that
-is still being computed, the device decides, and copies only if there is something to
-save; the thread that writes learns of it in its own time.
+By default the training loop does not wait for a device, and waits for the disk only
+when `max_in_flight` saves are already under way. If a due check depends on a value that
+a device still computes, the device decides, and copies only if there is something to
+save. The writing thread learns the decision later.
 """
 
 import functools
@@ -64,7 +64,7 @@ class Saves:
 
     Attributes:
         counts: What became of them.
-        has_failed: Whether one has failed since `lost_best` was asked last.
+        has_failed: Whether a save has failed since `lost_best` last said so.
     """
 
     def __init__(
@@ -84,16 +84,17 @@ class Saves:
         """Start nothing yet.
 
         Args:
-            template: Of the paths.
-            series: Where they go.
+            template: The template of the paths.
+            series: The series to save in.
             weights: Picks the weights from a tree.
             weights_only: Whether the series gets the weights alone.
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
-            max_in_flight: How many there may be at a time; None to tell by the size.
+            max_in_flight: How many saves may be under way; None to go by their size.
             frozen: Which leaves are frozen; None if none are.
-            best_only: Whether a better checkpoint is not to be replaced by a worse one.
-            overwrite: Whether it may be all the same.
-            tell: Says what is decided and saved; None to be silent.
+            best_only: Whether only improvements are saved, and no worse save replaces a
+                better checkpoint.
+            overwrite: Whether a worse save may replace a better one all the same.
+            tell: Prints what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
         self._template, self._series = template, series
@@ -107,19 +108,19 @@ class Saves:
         self._is_new_to_weights = True
         self._has_saved = self._has_told_reason = False
         self.has_failed = False
-        self._owes_place = False  # where this run's own goes is still to be told
+        self._owes_place = False  # a warning has yet to say where this run saves aside
         weakref.finalize(self, self._writer.abandon)
         self._line = 0
-        self._head: CheckpointState | None = None  # that was returned last
+        self._head: CheckpointState | None = None  # the state returned last
         self.check, self.wait = self._writer.check, self._writer.wait
         self.close, self.end_program = self._writer.close, self._writer.end_program
 
     def decide(self, entry: Entry, *, now: bool) -> None:
-        """Decide a due check, unless its metric is not there yet and it can wait.
+        """Decide a due check, or leave it to the device that computes the metric.
 
         Args:
-            entry: The call; its `save` says whether it saves anyway.
-            now: Whether it has to be decided now.
+            entry: The call; its `save` is True if it saves in any case.
+            now: Whether to decide now in any case.
         """
         later = self._snapshot in ("auto", "device") and not (now or entry.save)
         if later and entry.unknown is not None:
@@ -129,15 +130,15 @@ class Saves:
             self.tell_decided(entry)
 
     def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
-        """Check all that can be checked, copy, and have it written in the background.
+        """Check the call, copy the tree, and have a job write the copies.
 
         Args:
             tree: What to save.
             entry: The call.
-            lasts: Whether to save the whole tree in the slot, if nothing else holds it.
+            lasts: Whether to save the whole tree in the slot unless the series gets it.
 
         Returns:
-            Where it will be, if that is known; None too if there is nothing to save.
+            The path to be written; None if it is not known yet or nothing is saved.
 
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
@@ -151,7 +152,7 @@ class Saves:
         self._open(slot if entry.save is False else path)
         if entry.save is None and self._start_later(save, entry):
             return path
-        if entry.save is None:  # it would wait for the disk, or not fit one program
+        if entry.save is None:  # no job is free, or one program cannot take the arrays
             entry.judge()
             self.tell_decided(entry)
             if not (entry.save or lasts):
@@ -180,13 +181,13 @@ class Saves:
     def plan(
         self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
     ) -> "Parts":
-        """Check a traced call, and describe what it may save.
+        """Check a traced call, and describe the trees that it may save.
 
         Args:
-            tree: What to save, of values of the trace.
-            logs: The metrics, likewise.
+            tree: What to save; its arrays are traced.
+            logs: The metrics; they may be traced.
             batch: Zero-based batch; None at the end of an epoch.
-            lasts: Whether the slot may be saved in.
+            lasts: Whether the call may save in the slot.
 
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
@@ -200,7 +201,7 @@ class Saves:
             for name, value in (logs or {}).items()
         }
         in_batch = None if batch is None else 0
-        self._template.render(0, in_batch, sample)  # raises if it never can be
+        self._template.render(0, in_batch, sample)  # raises if no values can fill it in
         whole = None
         if lasts or not self._weights_only:
             whole = self._part(tree, is_traced=True)
@@ -213,14 +214,15 @@ class Saves:
         return Parts(part, whole if lasts else None)
 
     def expect(self, parts: "Parts", entry: Entry, *, lasts: bool) -> "Incoming":
-        """Get memory for what a program hands over; calls no JAX.
+        """Claim a job, and memory for the leaves that a program hands over.
 
-        May wait for earlier saves. `arrived` or `give_up` has to follow.
+        It calls no JAX. It may wait for earlier saves. The caller must call `arrived`
+        or `give_up` afterwards.
 
         Args:
-            parts: What it hands over.
+            parts: The trees that the traced call may save.
             entry: The call.
-            lasts: Whether to save in the slot, if nothing else holds it.
+            lasts: Whether to save the whole tree in the slot unless the series gets it.
         """
         self.check_parent()
         self._number(entry)
@@ -241,7 +243,7 @@ class Saves:
             if waited:
                 self._say(entry, f"waited {waited:.2f} s for the saves before")
             self._take_up_frozen(save, entry)
-            # Not into what waits to be written, which an error half-way would tear.
+            # Not the memory of a waiting save, which an error half-way would tear.
             reuse = None if job.content else job.memory
             memory = memory_of_host(parts.kinds, reuse)
         except BaseException:
@@ -250,7 +252,7 @@ class Saves:
         return Incoming(job, save, entry, where, memory)
 
     def arrived(self, incoming: "Incoming") -> None:
-        """Have what was expected written: its memory is filled."""
+        """Submit the job of a save whose memory is filled."""
         save, memory = incoming.save, incoming.memory
         leaves = [
             memory[leaf.index] if isinstance(leaf, Sent) else leaf
@@ -263,19 +265,19 @@ class Saves:
         self._submit(incoming.job)
 
     def hold(self, incoming: "Incoming") -> None:
-        """Note that several threads hand over what is expected."""
+        """Keep the job of a save whose shards several threads hand over."""
         self._writer.hold(incoming.job)
 
     def give_up_all(self) -> None:
-        """Forget what this thread has expected, and has not come."""
+        """Give up the saves that this thread has begun and not submitted."""
         self._writer.take_back()
 
     def give_up(self, incoming: "Incoming") -> None:
-        """Forget what was expected, and has not come."""
+        """Give up a save whose leaves have not come."""
         self._writer.give_back(incoming.job)
 
     def fail(self, error: BaseException, *, ends: bool = False) -> None:
-        """Have an error raised by the next call; `ends` if it ends a program, too."""
+        """Count a failed save, and keep its error as `Writer.fail` does."""
         self.counts.failed += 1
         self._writer.fail(error, self._shown(self._series.root), ends=ends)
 
@@ -283,18 +285,18 @@ class Saves:
         """Check that this process was not forked from one that saves.
 
         Raises:
-            CheckpointLockedError: If it was from the one that has made this.
-            CheckpointError: If it was from another one that uses JAX.
+            CheckpointLockedError: If it was forked from the one that made this object.
+            CheckpointError: If it was forked from another one that used JAX.
         """
         if self._writer.is_inherited:
             raise self._series.area.inherited()
         use_threads()
 
     def lost_best(self) -> bool:
-        """Tell, once, whether a state may have a best that could not be written.
+        """Tell, once, that a save has failed, so a state's best may not be on disk.
 
-        As long as a save is under way, which may be better, that is not told yet; nor
-        ever in several processes, which would have to agree on it.
+        False while a save is under way, which may write that best; and in several
+        processes, which would have to agree.
         """
         is_one = jax.process_count() == 1
         if not (self.has_failed and is_one) or self._writer.is_working():
@@ -304,13 +306,13 @@ class Saves:
 
     @property
     def tells(self) -> bool:
-        """Whether it is said what is decided."""
+        """Whether decisions are printed."""
         return self._tell is not None
 
     # ---- on the loop's thread --------------------------------------------------------
 
     def _targets(self, entry: Entry, *, lasts: bool) -> tuple[Path | None, Path | None]:
-        """Check and return where an entry may go: in the series, and in the slot."""
+        """Return the checked paths of an entry: in the series, and in the slot."""
         path = None if entry.save is False else self._path(entry)
         slot = self._series.slot() if lasts else None
         if path is not None:
@@ -326,10 +328,10 @@ class Saves:
             raise CheckpointWriteError(str(where), in_one_line(error)) from error
 
     def _path(self, entry: Entry) -> Path | None:
-        """Fill the template in, unless it shows a value that is still computed.
+        """Fill in the template; return None if it shows a value still computed.
 
         Raises:
-            TemplateError: If it cannot be filled in, with any value.
+            TemplateError: If no values can fill it in.
         """
         logs, known = dict(entry.logs), True
         for name in [find(logs, each) for each in self._template.fields]:
@@ -363,7 +365,7 @@ class Saves:
         is_picked: bool = False,
         is_traced: bool = False,
     ) -> Part:
-        """Describe a tree, which is all weights if these are picked already."""
+        """Describe a tree; if `is_picked`, all of it is weights."""
         flat = flatten(tree, self._free)
         if flat.is_free and flat.key not in self._free:
             self._free.append(flat.key)
@@ -375,9 +377,10 @@ class Saves:
         return Part(layout, leaves, skeleton, frozen)
 
     def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
-        """Return where in a tree the weights are; by default, it depends on the layout.
+        """Return where in a tree the weights are.
 
-        Layouts of one structure have one skeleton, the very object.
+        By default that depends on the layout only, so it is remembered. Layouts of one
+        structure share one skeleton object.
         """
         if self._weights is not default_weights:
             return weights_skeleton(tree, self._weights, flat.leaves)
@@ -389,7 +392,7 @@ class Saves:
         return skeleton
 
     def _warn_of_unknown(self, tree: PyTree) -> None:
-        """Warn, once, if all of a tree passes for its weights."""
+        """Warn once if `default_weights` leaves nothing out of a tree."""
         if self._is_new_to_weights and self._weights is default_weights:
             self._is_new_to_weights = False
             if are_unknown(tree):
@@ -403,10 +406,10 @@ class Saves:
                 )
 
     def _take_up_frozen(self, save: Save, entry: Entry) -> None:
-        """Note which leaves are frozen, once a job is claimed.
+        """Note the frozen leaves of a save, once its job is claimed.
 
-        What is stored already need not be copied again, if no save is under way that
-        may change where.
+        A leaf that is stored already is not copied, unless another save is under way,
+        which may change where it is stored.
         """
         if self._frozen is None:
             return
@@ -428,9 +431,9 @@ class Saves:
             first += len(part.leaves)
 
     def _take_up_scalars(self, save: Save, entry: Entry) -> None:
-        """Have scalars on devices copied with the tree: they may be donated.
+        """Have scalars on devices copied with the tree, since the loop may donate them.
 
-        But for those that are there, and on other devices: these are looked at.
+        A scalar on other devices than the tree is fetched, if it is computed already.
         """
         scalars = entry.scalars()
         if not scalars:
@@ -448,7 +451,7 @@ class Saves:
     def _start_later(self, save: Save, entry: Entry) -> bool:
         """Let the device decide, if there is memory to copy to without waiting."""
         state, value = entry.state, entry.unknown
-        if state is None or value is None:  # it is there by now
+        if state is None or value is None:  # the metric is computed by now
             return False
         job = self._writer.claim(self._key(save, entry), self._limit(save), wait=False)
         if job is None:
@@ -488,7 +491,7 @@ class Saves:
         return True
 
     def _claim(self, save: Save, entry: Entry) -> tuple[Job, float]:
-        """Claim a job; return it and for how many seconds that had to wait."""
+        """Claim a job; return it, and the seconds that the call waited for it."""
         key, limit = self._key(save, entry), self._limit(save)
         job, waited = self._writer.claim(key, limit, wait=False), 0.0
         if job is None:
@@ -508,11 +511,11 @@ class Saves:
         where: Path | None,
         memory: Copies | None = None,
     ) -> None:
-        """Tell a job what it does once the entry's copies are filled."""
+        """Set what a job becomes once the entry's copies are filled."""
         key = self._key(save, entry)
         for part in (save.part, save.whole):
             if part is not None:
-                part.leaves = []  # from now on, the copies count
+                part.leaves = []  # the copies take their place
         earlier: Save | None = job.content
         content = replace(earlier or save, entries=[entry])
         if earlier is not None:
@@ -542,15 +545,15 @@ class Saves:
             each.copies = None  # superseded
 
     def _key(self, save: Save, entry: Entry) -> Any:
-        """Return what a job writes: jobs of equal keys supersede each other."""
+        """Return the key of a save: it supersedes a waiting save of an equal key."""
         on_device = isinstance(entry.save, jax.Array) or entry.save is None
         if on_device and save.whole is not None:
-            return None  # the one or the other
+            return None  # the device decides between the series and the slot
         if entry.save is not False and save.path is None:
             return None
         where, line = save.path, entry.line
         if entry.save is False:
-            where = line = None  # any later state is the last one
+            where = line = None  # any later state supersedes it in the slot
         parts = [p for p in (save.part, save.whole) if p is not None]
         layouts = [(part.layout, part.weights) for part in parts]
         return where, line, save.scalars, layouts
@@ -562,10 +565,11 @@ class Saves:
         return by_policy and not self._overwrite
 
     def _number(self, entry: Entry) -> None:
-        """Note which earlier saves an entry may supersede: those that it improves on.
+        """Number an entry's line: it may supersede only saves that it improves on.
 
-        It does if its state is the one that was returned last, and it has a new best.
-        One by hand supersedes none, and is superseded by none.
+        An entry goes on with the line if its state is the one returned last, unless it
+        saves without a new best. A save by hand has a line of its own: it supersedes no
+        save, and none supersedes it.
         """
         if entry.by_hand and self._best_only and not self._overwrite:
             entry.line = self._line + 1
@@ -581,7 +585,7 @@ class Saves:
         self._move_head(entry)
 
     def _move_head(self, entry: Entry) -> None:
-        """Take the state of a call, as it is by now, for the one returned last."""
+        """Note the state of a call, as it is by now, as the one returned last."""
         if self._spares(entry):
             self._head = entry.state
 
@@ -594,7 +598,7 @@ class Saves:
         return min(max(SMALL_BYTES // max(size, 1), 1), MAX_IN_FLIGHT)
 
     def _copy_all(self, save: Save, entry: Entry, job: Job, where: Path | None) -> None:
-        """Copy, and prepare the job before what it writes now may be written over."""
+        """Copy, and prepare the job before the copies overwrite what it would write."""
         leaves, memory = save.leaves(entry), job.memory
         if self._snapshot == "none":
             entry.copies = Copies(None, [], leaves)
@@ -603,13 +607,12 @@ class Saves:
         plan = planned(leaves)
         fits = memory is not None and memory.plan is plan
         if not (fits or self._is_on_device(leaves)):
-            # Not into what waits to be written, which would be torn by an error
-            # half-way.
+            # Not into the memory of a waiting save, which an error half-way would tear.
             entry.copies = copied_to_host(leaves, None if job.content else memory)
             self._prepare(job, save, entry, where)
             return
         if not fits or (job.content and len(plan.groups) > 1):  # likewise
-            job.memory = memory = None  # before more is taken
+            job.memory = memory = None  # freed before new memory is allocated
         entry.copies = unfilled(leaves, plan)
         self._prepare(job, save, entry, where)
         fill(entry.copies, leaves, memory)
@@ -630,9 +633,9 @@ class Saves:
             raise
 
     def _write(self, save: Save) -> None:
-        """Write the last entry that saves, and delete what is no longer to be kept.
+        """Write the last entry that saves, and delete what retention does not keep.
 
-        Nothing is deleted before what is new is in its place.
+        Nothing is deleted before the new checkpoint is in its place.
         """
         settled = self._settled(save)
         if settled is not None:
@@ -640,10 +643,10 @@ class Saves:
                 self._put(*settled)
 
     def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:
-        """Wait for the copies, and return the entry to write and what of it, if any."""
+        """Wait for the copies; return the entry to write and its pages, if any."""
         newest = save.entries[-1].copies
         assert newest is not None
-        # Without the interpreter's lock, which the loop needs to go on.
+        # This waits without the interpreter's lock, which the loop needs.
         jax.block_until_ready((newest.arrays, newest.beside))
         entry = self._chosen(save)
         if entry is None:
@@ -677,16 +680,16 @@ class Saves:
     def _put(
         self, entry: Entry, pages: list[Page], together: Together | None = None
     ) -> None:
-        """Write an entry, and delete what is no longer to be kept.
+        """Write an entry, and delete what retention does not keep.
 
-        The caller holds the area's turn: other objects may write the series.
+        The caller holds the area's turn, because other objects may write the series.
 
         Args:
             entry: The entry.
-            pages: What of it; their paths are changed where they go aside.
-            together: How several processes write each page; None where only one does.
+            pages: Its directories; the path of one that goes aside is changed.
+            together: How several processes write each page; None for one process.
         """
-        self._open(pages[0].path if pages else None)  # somebody may have deleted it
+        self._open(pages[0].path if pages else None)  # the lock may have been deleted
         state, logs = entry.kept, plain_scalars(entry.logs)
         step = entry.epoch + 1
         if state is not None and state.save_freq != "epoch":
@@ -730,12 +733,15 @@ class Saves:
     def _place(
         self, page: Page, entry: Entry, logs: Logs
     ) -> tuple[Sequence[Path], Path | None]:
-        """Have a page go aside, or a better one, where something better is at its path.
+        """Choose where a page goes if a better checkpoint may be at its path.
+
+        A worse page goes aside, but a page saved by hand gets its path: in a store the
+        better checkpoint is copied aside first. On a disk the page goes aside, and the
+        caller swaps the two once the page is written, so the path is never missing.
 
         Returns:
-            What is superfluous once it is there, and where the better one is to be. On
-            a disk the page goes there first, and then they change places: the path is
-            not missing while the page is written.
+            The checkpoints to delete once the page is written, and the place for the
+            better checkpoint; None if that stays where it is.
         """
         state, path = entry.kept, page.path
         placed = self._series.place(
@@ -775,7 +781,7 @@ class Saves:
             )
 
     def _warn_of_kept(self, path: Path, kept: Path) -> None:
-        """Tell where the better checkpoint is that a save by hand took the place of."""
+        """Warn that a better checkpoint is aside, since a save by hand has its path."""
         here, aside = self._shown(path), self._shown(kept)
         self._writer.warn(
             f"save() took the place of a better checkpoint at {here!r}, which is kept "
@@ -783,7 +789,7 @@ class Saves:
         )
 
     def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
-        """Warn if a run that saves only the best does not know of a better one."""
+        """Warn if a checkpoint on disk is better than the best that the run knows."""
         best, own = self._series.best_value(), plain_state(state)["best"]
         if best is None or (
             own is not None and (best >= own if state.mode == "min" else best <= own)
@@ -809,7 +815,7 @@ class Saves:
         self._check_path(path)
 
     def _check_path(self, path: Path) -> None:
-        """Check that a checkpoint can be written there, and not where the slot is."""
+        """Check that a checkpoint can be written at a path, outside of the slot."""
         at = [slot for slot in self._series.slots if f"{path}/".startswith(f"{slot}/")]
         if at and (slot := self._series.slot()) in at:
             raise CheckpointPathError(
@@ -820,9 +826,9 @@ class Saves:
         check_target(path, self._series.root)
 
     def _chosen(self, save: Save) -> Entry | None:
-        """Return the entry to write, learning what a device has decided."""
+        """Take up what devices have decided, and return the entry to write, if any."""
         for entry in save.entries:
-            entry.take_verdict()  # unless that was done, and not interrupted
+            entry.take_verdict()  # if an interrupt kept the call from that
             if isinstance(entry.save, jax.Array):
                 entry.save = bool(entry.save)
                 self.tell_decided(entry)
@@ -849,7 +855,7 @@ class Saves:
         self._say(entry, f"{entry.news}saving model to {self._shown(path)}")
 
     def tell_decided(self, entry: Entry) -> None:
-        """Say how a decision went, as Keras does, or prepare to."""
+        """Print a decision as Keras does, or keep it for the message about the save."""
         state = entry.kept
         if self._tell is None or state is None or not state.save_best_only:
             return
@@ -866,7 +872,7 @@ class Saves:
 
 
 def _are_same(one: CheckpointState, other: CheckpointState | None) -> bool:
-    """Tell whether two states have the same best, as far as that is known."""
+    """Tell whether two states are known to have the same best."""
     if other is None:
         return False
     if one.best_value is other.best_value:

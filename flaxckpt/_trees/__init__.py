@@ -1,9 +1,12 @@
-"""Trees as they are stored, and what of a tree is what.
+"""Trees as they are stored, and the comparison of a stored tree with a wanted one.
 
-`describe` turns a tree into a `Layout` (in `layout`) of `Leaf`s (in `leaf`), by a walk
-in `structure` over the `skeleton`, with `ties` for what is in two places and `names`
-for what the store can spell. `match` compares a stored layout with a wanted one, and
-`convert` makes each leaf what was wanted. `weights` finds the weights in a tree,
-`stored_weights` those in a stored one. `owned_shards` are the parts of a leaf that this
-process holds, and `digest` sums them up.
+`describe` turns a tree into a `Layout` (in `layout`) of `Leaf`s (in `leaf`). It uses
+`structure`, which walks the tree and builds its `skeleton`; `ties` flattens each shared
+part of the tree once, `names` spells the leaves' names for the store, and `values`
+tells values from functions. `match` compares a stored layout with a wanted tree, whose
+shardings `placing` resolves, and `convert` converts each loaded leaf to the wanted one.
+`weights` finds the weights in a tree and `stored_weights` finds them in a stored tree,
+both by the rules in `kinds_of_parts`. `owned_shards` returns the parts of a leaf that
+this process stores. `digest` fingerprints leaves, by a checksum or by the sum in
+`digest_formula`.
 """

@@ -1,4 +1,4 @@
-"""Stored leaves as the kind that is wanted: keys, numbers, texts, arrays."""
+"""Conversion of loaded values to the wanted kinds: keys, numbers, texts, arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,13 @@ from flaxckpt._trees.match import Wanted
 
 
 def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
-    """Bring a loaded value into the wanted form; their kinds are known to fit.
+    """Convert a loaded value to the wanted form; `match` has compared the two kinds.
 
     Raises:
-        ValueError: If a Python number does not fit the wanted dtype exactly, and
-            `cast` does not allow that.
+        ValueError: If a Python number does not fit the wanted dtype exactly, and `cast`
+            does not allow that. It never allows a NaN or an infinity as an integer.
+            Also if the wanted type of a number or text refuses the value.
+        OverflowError: If `cast` is to make a Python integer of an infinity.
     """
     kind = want.leaf.kind
     own: Callable[[Any], Any] = want.type or as_it_is

@@ -1,4 +1,4 @@
-"""From a tree to its layout, and to leaves in the forms that the store takes."""
+"""Description of a tree: its layout, and its leaves in forms that the store takes."""
 
 import functools
 from collections.abc import Callable
@@ -29,20 +29,20 @@ def describe(
 ) -> tuple[Layout, list[Any]]:
     """Describe a tree and bring its leaves into forms that Orbax stores.
 
-    Touches no device. Arrays in host memory are copied, since their owner may change
-    them; JAX arrays are passed on as they are.
+    It touches no device. It copies arrays in host memory, since their owner may change
+    them, and passes JAX arrays on as they are.
 
     Args:
         tree: Any pytree.
         storable: Tells whether a dtype of this name can be stored.
         is_traced: Whether leaves may be values of a running trace.
-        flat: The tree, flattened, if that is there already.
+        flat: The flattened tree, if the caller has it already.
 
     Returns:
-        The layout, and the leaves in its order.
+        The layout, and the leaves in its order: None for each that is not a value.
 
     Raises:
-        UnsupportedLeafError: Naming every leaf that cannot be stored.
+        UnsupportedLeafError: If leaves cannot be stored; it names all of them.
     """
     flat = flatten(tree) if flat is None else flat
     structure = structure_of(flat, tree)
@@ -56,7 +56,7 @@ def describe(
         structure.in_equinox,
         strict=True,
     ):
-        if type(value) in _ARRAY_TYPES:  # the short way for what there may be many of
+        if type(value) in _ARRAY_TYPES:  # a short way: there may be many arrays
             leaf = _ARRAY_LEAVES.get((path, value.dtype, value.shape))
             if leaf is not None and not value.is_deleted():
                 leaves.append(leaf)
@@ -91,7 +91,7 @@ class RefusedError(Exception):
 
 
 def from_like(value: Any, *, in_equinox: bool) -> str:
-    """Return the kind of a leaf that is no value; empty for a value."""
+    """Return the kind of a leaf that is not a value; "" for a value."""
     if in_equinox and not is_value(value):
         return "static"
     return "function" if is_function(value) else ""
@@ -108,6 +108,7 @@ def normal(
     *,
     is_traced: bool = False,
 ) -> tuple[Leaf, Any]:
+    """Describe a leaf and bring it into a stored form, or raise `RefusedError`."""
     if isinstance(value, Tracer) and not is_traced:
         raise RefusedError("a value of a running trace, not known yet")
     if isinstance(value, jax.Array):
@@ -157,7 +158,7 @@ def _stored_as(leaf: Leaf, keys: tuple[str, ...]) -> Leaf:
 
 
 def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
-    """Store text as text; as an array of bytes, where UTF-8 does not know it."""
+    """Store text as text, or as an array of bytes if UTF-8 cannot encode it."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -173,8 +174,8 @@ def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
     return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
 
 
-_NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds know more than their elements
-# Leaves of arrays that were found fit to be stored, and the arrays' types.
+_NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds hold more than their elements
+# Descriptions of JAX arrays that can be stored, and the types of these arrays.
 _ARRAY_LEAVES: dict[tuple[Any, ...], Leaf] = {}
 _ARRAY_TYPES: set[type] = set()
 

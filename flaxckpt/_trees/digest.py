@@ -1,28 +1,28 @@
-"""Fingerprints of what is saved.
+"""Fingerprints of saved leaves.
 
-An array that is stored in one chunk has the checksum of that chunk for a digest: XXH3
-of 64 bits (https://xxhash.com) of the elements in C order. It can be told only where
-the whole array is at hand, at a third of the cost of the other kind.
+The digest of an array in one chunk is the checksum of that chunk: the 64-bit XXH3
+(https://xxhash.com) of the elements in C order. It needs the whole array, and costs a
+third of the other kind.
 
-The other kind does not depend on how an array is sharded. Its bits are taken in
-words of 64 bits along its last axis. Its digest is the sum, modulo 2**64, of the words,
-each plus its own upper half, and each times a coefficient that depends on the word's
-index: the product, over the axes, of an odd pseudo-random number for the index along
-that axis. Where an element has 64 bits, its upper half comes in by exclusive or
-instead. So
+The other kind does not depend on how an array is sharded. It takes the array's bits in
+words of 64 bits along the last axis. To each word it adds the word's own upper half; if
+an element has 64 bits or more, exclusive or takes the place of this addition. It then
+multiplies each word by a coefficient for the word's index, and sums modulo 2**64.
+The coefficient is the product, over the axes, of an odd pseudo-random number for the
+index along that axis. So
 
-- it is linear in the words' elements: pieces can be digested wherever they are, in
-  any order, and added up, and what of a word another piece has counts as zero;
+- the digest is linear in the elements of a word: pieces can be digested anywhere and in
+  any order, and added up. A piece counts the elements of other pieces as zero;
 - a change of a single element always shows: the coefficients are odd, and so have an
-  inverse modulo 2**64, and the upper half reaches the lower bits;
-- several changes cancel by chance only (multilinear hashing; Carter and Wegman 1979),
-  also where elements change places. It finds faults of disks and programs, and is no
-  protection against somebody who wants to deceive.
+  inverse modulo 2**64, and the upper half of a word reaches the lower bits;
+- several changes cancel only by chance (multilinear hashing; Carter and Wegman 1979),
+  even where elements change places. So the digest finds faults of disks and programs.
+  It does not protect against somebody who wants to deceive.
 
 numpy computes it at some 10 GB/s for any dtype, without the interpreter's lock.
 
-Format 1 took each element for a word; its digests, which have no mark before them, can
-still be computed.
+In format 1 each element was a word. The digests of format 1 begin with no mark, and
+can still be computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +37,7 @@ from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.owned_shards import Piece, as_array, pieces
 
 _THREADS = 2
-_MARK = "2:"  # before a digest; those of format 1 have none
+_MARK = "2:"  # before a digest; a digest of format 1 has none
 _WHOLE = "3:"  # before a checksum of the whole
 
 
@@ -45,11 +45,11 @@ def digests(values: Sequence[Any]) -> list[str]:
     """Digest leaves: arrays of JAX or numpy, and Python scalars.
 
     Args:
-        values: The leaves. Of JAX arrays, the shards on this process's devices are
-            digested, one of each set of replicas.
+        values: The leaves. Of a JAX array of several processes, this process digests
+            the shards whose first replica is on its devices.
 
     Returns:
-        A mark of the formula, and 16 hexadecimal digits, for each.
+        For each leaf, a mark of the formula and 16 hexadecimal digits.
     """
     with unchecked_pool(_THREADS, "flaxckpt-digest") as pool:
         return list(pool.map(digest, values))
@@ -67,18 +67,18 @@ def digest(value: Any) -> str:
 
 
 def checksum(value: Any) -> str:
-    """Return the checksum of a leaf's elements, all of which have to be here."""
+    """Return the checksum of a leaf, which this process must hold as a whole."""
     array = np.ascontiguousarray(as_array(without_keys(value)))
     return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8).data)
 
 
 def digest_of(checksum: str) -> str:
-    """Make a digest of the checksum of the whole."""
+    """Make a digest from the checksum of a whole array."""
     return f"{_WHOLE}{checksum}"
 
 
 def checksum_in(digest: str) -> str | None:
-    """Return the checksum of the whole, if a digest is made of one."""
+    """Return the checksum of a whole array from its digest; None for another digest."""
     return digest.removeprefix(_WHOLE) if digest.startswith(_WHOLE) else None
 
 
@@ -86,27 +86,27 @@ class Digest:
     """The digest of an array whose pieces come one by one."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Begin with no pieces."""
         self._sum = 0
 
     def blocks(
         self, piece: np.ndarray[Any, Any], starts: Sequence[int]
     ) -> Iterator[np.ndarray[Any, Any]]:
-        """Take in a piece, and yield each block of its memory, in the cache by then.
+        """Add a piece, and yield each block of its memory while that is in the cache.
 
         Args:
             piece: The piece, contiguous.
-            starts: Where in the array it begins.
+            starts: Where in the array the piece begins.
         """
         self._sum += yield from blockwise(piece, starts)
 
     def add(self, total: int) -> None:
-        """Take in pieces that were digested elsewhere."""
+        """Add the sum over pieces that were digested elsewhere."""
         self._sum += total
 
     @property
     def total(self) -> int:
-        """The sum over the pieces that have come so far, modulo 2**64."""
+        """The sum over the pieces so far, modulo 2**64."""
         return self._sum % 2**64
 
     @property
@@ -124,19 +124,19 @@ def agrees(value: Any, found: str) -> bool:
 
 
 def part_of(value: Any, found: str) -> int:
-    """Digest what of an array this process has, as a number.
+    """Return the sum over the pieces of an array that this process holds.
 
     Args:
         value: The array.
-        found: What was recorded, which tells the formula. There is none for parts
-            where it is a checksum of the whole, and then no sum is what was recorded.
+        found: The recorded digest, which tells the formula. If it is the checksum of a
+            whole array, no sum over pieces equals it.
     """
     by = by_words if found.startswith(_MARK) else by_elements
     return combined(pieces(value), by=by)
 
 
 def is_sum(total: int, found: str) -> bool:
-    """Tell whether the parts of all processes add up to what was recorded."""
+    """Tell whether the sum over all processes is the recorded digest."""
     return f"{total % 2**64:016x}" == found.removeprefix(_MARK)
 
 
@@ -147,10 +147,10 @@ def combined(
     """Add up the digests of the pieces of an array.
 
     Args:
-        pieces: Where in the array each begins, and its elements.
+        pieces: Where in the array each piece begins, and its elements.
         by: The formula.
 
     Returns:
-        The digest of the whole, if the pieces cover it once.
+        The sum modulo 2**64: the digest of the array, if the pieces cover it once.
     """
     return sum(by(piece, starts) for starts, piece in pieces) % 2**64

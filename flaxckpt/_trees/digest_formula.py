@@ -1,6 +1,6 @@
 """The sum behind a digest of parts: words of 64 bits, each times an odd coefficient.
 
-`digest` tells what it is for.
+The docstring of `digest` explains the formula.
 """
 
 import functools
@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-_CHUNK = 1 << 16  # words of the longest axis that are digested at a time
-_BLOCK = 1 << 15  # words that are folded at a time: what stays in the cache
+_CHUNK = 1 << 16  # indices along an axis that share the factor of `_high`
+_BLOCK = 1 << 15  # words that are folded at a time: they stay in the cache
 _SHORT = 64  # a last axis shorter than this is not worth a pass of its own
-_SMALL = 1 << 14  # words of an array whose coefficients are all kept
+_SMALL = 1 << 14  # words; the coefficients of an array up to this size are kept
 _HALF = np.uint64(32)
 
 
 def by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
-    """Digest a piece, of which `starts` tells where in the array it begins."""
+    """Digest a piece that begins at `starts` in its array."""
     blocks = blockwise(piece, starts)
     while True:
         try:
@@ -31,14 +31,14 @@ def by_words(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
 def blockwise(
     piece: np.ndarray[Any, Any], starts: Sequence[int]
 ) -> Generator[np.ndarray[Any, Any], None, int]:
-    """Digest a piece, and yield each block of its memory when that is in the cache.
+    """Digest a piece, and yield each block of its memory while that is in the cache.
 
     Args:
         piece: The piece, contiguous.
-        starts: Where in the array it begins.
+        starts: Where in the array the piece begins.
 
     Yields:
-        Blocks, contiguous, which together are the piece, in order.
+        The contiguous blocks of the piece, in order.
 
     Returns:
         The digest.
@@ -47,7 +47,7 @@ def blockwise(
         piece, starts = piece.reshape(1), [0]
     words = _words(piece, starts[-1])
     starts = [*starts[:-1], starts[-1] * piece.dtype.itemsize // 8]
-    # Where a word is one element, no other piece has a part of it.
+    # Pieces that share a word need a linear fold. A word of one element is not shared.
     folding = np.add if piece.dtype.itemsize < 8 else np.bitwise_xor
     if words.size <= _SMALL and not any(starts):
         yield piece
@@ -105,8 +105,8 @@ def _contracted(
 
     Args:
         words: The words.
-        axes: Which axis of the array each of theirs is.
-        starts: Where on it they begin.
+        axes: The axis of the array for each axis of `words`.
+        starts: Where on each of these axes the words begin.
     """
     axes, starts = list(axes), list(starts)
     while words.ndim:
@@ -121,8 +121,8 @@ def _contracted(
 def _words(piece: np.ndarray[Any, Any], start: int) -> Words:
     """Return a piece's bits in words along the last axis.
 
-    It begins at `start` on that axis. What of its first and last word is not its own is
-    zero.
+    The piece begins at `start` on that axis. Its first and last word may have elements
+    of other pieces, which are zero here.
     """
     piece = np.ascontiguousarray(piece)
     size = piece.dtype.itemsize
@@ -140,7 +140,7 @@ def _words(piece: np.ndarray[Any, Any], start: int) -> Words:
 
 @functools.lru_cache(maxsize=64)
 def _all_coefficients(shape: tuple[int, ...]) -> Words:
-    """Coefficients of all words of a small array, in their order."""
+    """Return the coefficients of all words of a small array, in C order."""
     found = np.ones((), np.uint64)
     for axis, size in enumerate(shape):
         found = np.multiply.outer(found, _low(axis)[:size] * _high(axis, 0))
@@ -148,7 +148,7 @@ def _all_coefficients(shape: tuple[int, ...]) -> Words:
 
 
 def _contract(words: np.ndarray[Any, Any], axis: int, start: int) -> Words:
-    """Sum over the last axis, times the coefficients for indices from `start` on."""
+    """Multiply by the coefficients from `start` on, and sum over the last axis."""
     total = np.zeros(words.shape[:-1], np.uint64)
     for position, low, high in _coefficients(axis, start, words.shape[-1]):
         part = words[..., position : position + len(low)]
@@ -160,9 +160,11 @@ def _contract(words: np.ndarray[Any, Any], axis: int, start: int) -> Words:
 def _coefficients(
     axis: int, start: int, size: int
 ) -> Iterator[tuple[int, Words, np.uint64]]:
-    """Yield the coefficients for `size` indices from `start` on, in two factors.
+    """Yield the coefficients for `size` indices from `start` on, in runs.
 
-    With each, how far from `start` it begins.
+    Yields:
+        How many indices after `start` a run begins, the low factors of its
+        coefficients, and the high factor that they share.
     """
     position = 0
     while position < size:
@@ -174,13 +176,13 @@ def _coefficients(
 
 @functools.lru_cache(maxsize=8)
 def _low(axis: int) -> Words:
-    """Coefficients of the indices along an axis within a chunk: odd, pseudo-random."""
+    """Return the low factors along an axis within a chunk: odd, pseudo-random."""
     return _mixed(np.arange(_CHUNK, dtype=np.uint64) + np.uint64(axis << 40)) | _ONE
 
 
 @functools.lru_cache(maxsize=1024)
 def _high(axis: int, chunk: int) -> np.uint64:
-    """The factor of those coefficients for one chunk: odd, pseudo-random."""
+    """Return the high factor of one chunk of an axis: odd, pseudo-random."""
     seed = np.array([chunk + (axis << 40) + (1 << 60)], np.uint64)
     return (_mixed(seed) | _ONE)[0]
 
@@ -190,7 +192,7 @@ _ONE = np.uint64(1)
 
 def _mixed(x: Words) -> Words:
     """Scatter integers over 64 bits: SplitMix64's finalizer (Steele et al. 2014)."""
-    # Arrays, not scalars, come here: they wrap around without a warning.
+    # `x` is an array: unlike a scalar, it wraps around without a warning.
     x = (x + _ONE) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

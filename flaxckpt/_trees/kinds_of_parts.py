@@ -1,7 +1,7 @@
-"""What a part of a training state is, by its type and its name.
+"""Rules that tell from its type and name what a part of a training state is.
 
-Knows the types of Flax, optax, Equinox and Keras by their modules' names, and imports
-none of them.
+They import no framework. They know the types of optax and clu by their modules' names,
+ask for Flax NNX and Equinox only if these are loaded, and know Keras's states by form.
 """
 
 import functools
@@ -17,9 +17,9 @@ import numpy as np
 from flaxckpt._trees.ties import PyTree, leaves_of, role_of
 
 Weights: TypeAlias = Callable[[PyTree], PyTree]
-# Names of what is beside the models in a training state. The first alone say that it is
-# one: no model has parts of these names. Models have parts of all the other names, so
-# those decide only together with what is there.
+# Names of the parts beside the models in a training state. A name in STATES alone tells
+# that the tree is a training state, since no model has a part of this name. Models do
+# have parts of the other names, so these decide only together with the part's leaves.
 STATES = frozenset(
     "opt_state opt_states optim_state optim_states optimizer_state optimizer_states "
     "optimizer_variables metrics_variables".split()
@@ -43,9 +43,9 @@ class Picked:
 
     Attributes:
         value: The weights.
-        is_known: Whether it is known by its type or names what they are.
-        is_train_state: Whether they are those of one `TrainState`.
-        is_training: Whether more than PRNG keys was left out, or may have been.
+        is_known: Whether types or names tell that these are weights.
+        is_train_state: Whether they are the weights of a single `TrainState`.
+        is_training: Whether anything but PRNG keys was left out, or may have been.
     """
 
     value: PyTree
@@ -55,7 +55,7 @@ class Picked:
 
 
 def is_train_state(node: PyTree) -> bool:
-    """Tell whether a node is a `TrainState` itself, without a look at what is in it."""
+    """Tell from the names of its fields alone whether a node is a `TrainState`."""
     if isinstance(node, jax.Array | LEAVES) or node is None or is_sequence(node):
         return False
     if isinstance(node, Mapping):
@@ -64,7 +64,7 @@ def is_train_state(node: PyTree) -> bool:
 
 
 def is_training(node: PyTree, fields: Mapping[str, Any]) -> bool:
-    """Tell a training state with `params` from a model or variables."""
+    """Tell whether a node with `params` is a training state, and not a model."""
     if any(
         name.lower() in STATES or is_optimizer(name, value)
         for name, value in fields.items()
@@ -80,12 +80,13 @@ def is_training(node: PyTree, fields: Mapping[str, Any]) -> bool:
 
 
 def is_optimizer(name: str, node: PyTree) -> bool:
-    """Tell whether a part is an optimizer's state, by its type or what it is called.
+    """Tell from its type or name whether a part is an optimizer's state.
 
-    A part that is called an optimizer may be a model. An optimizer counts its steps.
+    By type it is anything that `is_beside` knows, except PRNG keys. A part with a name
+    in OPTIMIZERS may be a model, so it also needs a step count among its leaves.
     """
-    if is_beside(node) and not _is_key(node):
-        return True
+    if is_beside(node):
+        return not are_keys(node)
     if not _is_node(node) or role_of(node):
         return False
     name = name.lower()
@@ -93,28 +94,28 @@ def is_optimizer(name: str, node: PyTree) -> bool:
 
 
 def is_left_out(name: str | int, child: PyTree, picked: Picked) -> bool:
-    """Tell whether a part of a training state is left out for its name or place."""
+    """Tell whether a part of a training state is left out, by name, type or place."""
     if isinstance(child, bool | int | str | bytes) or child is None:
         return True
     if not isinstance(name, str):
         return _is_bookkeeping(child)
     if name.lower() in STATES:
         return True
-    # Of a part that has a training state in it, the weights are picked already.
+    # If the part is a training state itself, `picked` has only its weights.
     return not picked.is_training and is_named_beside(name, child)
 
 
 def is_named_beside(name: str, node: PyTree) -> bool:
-    """Tell whether a part is no weights, by its name and by what it holds."""
+    """Tell from its name and its leaves whether a part is not weights."""
     name = name.lower()
     return name in BESIDE and is_said_beside(name, leaves_of(node))
 
 
 def is_said_beside(name: str, leaves: Iterable[Any]) -> bool:
-    """Tell by a known name and its leaves whether a part is no weights.
+    """Tell from a name and from leaves whether a part is not weights.
 
     Args:
-        name: The name, in small letters.
+        name: The name, in lower case.
         leaves: The leaves, or their `ShapeDtypeStruct`s.
     """
     if name in STATES or (name in OPTIMIZERS and _has_count(leaves)):
@@ -123,12 +124,12 @@ def is_said_beside(name: str, leaves: Iterable[Any]) -> bool:
 
 
 def _has_count(leaves: Iterable[Any]) -> bool:
-    """Tell whether leaves have a count among them, as those of optimizers do."""
+    """Tell whether a step count is among the leaves, as in an optimizer's state."""
     return any(_is_count(leaf) for leaf in leaves)
 
 
 def is_floating(leaf: Any) -> bool:
-    """Tell whether a leaf is, or has, numbers that may be trained."""
+    """Tell whether a leaf is a float or complex number, or an array of such numbers."""
     if isinstance(leaf, float | complex):
         return True
     dtype = getattr(leaf, "dtype", None)
@@ -136,7 +137,7 @@ def is_floating(leaf: Any) -> bool:
 
 
 def is_beside(node: PyTree) -> bool:
-    """Tell by its type whether a node is no weights, but what is beside them."""
+    """Tell from its type whether a node is a part beside the weights."""
     if is_from(type(node), "flaxckpt") or _is_key(node):
         return True
     if is_from(type(node), "optax"):
@@ -172,9 +173,10 @@ def _is_count(leaf: Any) -> bool:
 
 
 def is_keras(node: PyTree) -> bool:
-    """Tell whether a tuple is what Keras's stateless methods take, in their order.
+    """Tell whether a tuple holds what Keras's stateless methods take, in their order.
 
-    Its optimizers' variables begin with a count and a learning rate.
+    The optimizer's variables, in the third entry, begin with a count and a learning
+    rate.
     """
     if not (type(node) in (tuple, list) and len(node) in (3, 4)):
         return False
@@ -209,9 +211,11 @@ def _is_key(node: PyTree) -> bool:
 
 
 def are_keys(node: PyTree) -> bool:
-    """Tell whether a node holds PRNG keys, and nothing else."""
+    """Tell whether a node holds only PRNG keys, and at least one."""
     if _is_key(node):
         return True
+    if is_sequence(node):
+        return len(node) > 0 and all(map(are_keys, node))
     if not _is_node(node) or role_of(node) or is_beside(node):
         return False
     leaves = jax.tree_util.tree_leaves(node)

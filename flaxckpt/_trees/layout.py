@@ -1,7 +1,9 @@
 """The layout of a stored tree: its skeleton and its leaves.
 
-A layout knows what Orbax does not: tuples from lists, numbers as dict keys, empty
-arrays, kinds of leaves, and what is in two places.
+A user's tree of any node types becomes nested dicts and lists of arrays and scalars,
+which Orbax stores under readable names. The layout records what Orbax does not: which
+lists are tuples, which dict keys are numbers, the empty arrays, the kinds of leaves,
+and which parts are in several places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,23 +41,24 @@ class Layout:
         """Return the tree as dicts, lists and tuples, with these leaves.
 
         Modules, States and Variables of NNX become what `nnx.to_pure_dict` makes of
-        their state, which `nnx.update` and `nnx.replace_by_pure_dict` take: dicts of
-        values, each once, with integers for positions. What is shared by several of
-        them is in each.
+        their state, and what `nnx.update` and `nnx.replace_by_pure_dict` take: dicts of
+        values, each once, with integers for positions. Each of several modules that
+        share a part has a copy of it.
 
         Args:
             values: The leaves, in order.
-            limit: The most bytes that the copies of shared arrays may take.
+            limit: The most bytes that copies of shared arrays may take; None for any.
 
         Raises:
-            OverfullError: If they would take more.
+            OverfullError: If the copies take more bytes, or the filled tree has far
+                more nodes than the skeleton.
         """
         return Filling(self.skeleton, values, limit).plain(self.skeleton, ())
 
     def fill_for_orbax(self, values: Sequence[Any]) -> PyTree:
-        """Return the tree as Orbax stores it: keys as spelled, no tuples, never empty.
+        """Return the tree as Orbax stores it: spelled keys, no tuples, and never empty.
 
-        The leaves that are stored apart are entries of the root, which is a dict then.
+        If leaves are stored apart, they are entries of the root, which is then a dict.
         """
         held = [
             value if leaf.in_orbax else None
@@ -78,14 +81,14 @@ class Layout:
         )
 
     def pick(self, orbax_tree: PyTree) -> list[Any]:
-        """Return the leaves of what Orbax loaded; None for those it does not hold."""
+        """Return the leaves of a tree that Orbax loaded; None for one not in Orbax."""
         return [
             _look_up(orbax_tree, leaf.stored_path) if leaf.in_orbax else None
             for leaf in self.leaves
         ]
 
     def part(self, skeleton: Skeleton) -> tuple["Layout", list[int]]:
-        """Return the layout of a part, and the index in `leaves` of each leaf of it.
+        """Return the layout of a part, and the index in `leaves` of each of its leaves.
 
         Args:
             skeleton: The part's structure, with indices into `leaves`.
@@ -106,7 +109,7 @@ class Layout:
         return Layout(visit(skeleton, ()), tuple(leaves)), sources
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON values, less digests and checksums."""
+        """Return the layout as JSON values, without digests and checksums."""
         return {
             "tree": self.skeleton,
             "leaves": [
@@ -124,26 +127,27 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Size of all leaves' values in memory."""
+        """Bytes of all leaves' values in memory; see `Leaf.nbytes`."""
         return sum([leaf.nbytes for leaf in self.leaves])
 
     @property
     def most_bytes(self) -> int:
-        """What a tree may take in memory that is filled with these leaves.
+        """The most bytes in memory that a tree filled with these leaves may take.
 
-        A few lines in a table of leaves could ask for any number of copies.
+        Without a limit, a few lines in a table of leaves could ask for endless copies.
         """
         return _COPIES * self.nbytes + _COPIED_BYTES
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "Layout":
-        """Return the layout of which `to_json` returned the fields.
+        """Return the layout from its JSON values.
 
-        With `digests` and `sums` beside them: those of the leaves that Orbax holds, in
-        order.
+        Args:
+            table: What `to_json` returned, and perhaps the lists `digests` and `sums`:
+                an entry for each leaf in Orbax, in order.
 
         Raises:
-            ValueError: If there are more or fewer of them.
+            ValueError: If `digests` or `sums` has more or fewer entries than that.
         """
         digests, sums = table.get("digests", ()), table.get("sums", ())
         leaves = [
@@ -167,18 +171,18 @@ class Layout:
 
 
 _ABSENT: Any = object()
-# What a tree without `like` may be larger than what is stored.
+# By these factors and amounts a tree without `like` may be larger than the stored one.
 _COPIES = 16
 _COPIED_BYTES = 2**28
 _COPIED_NODES = 2**20
 
 
 class OverfullError(ValueError):
-    """A stored tree has more in it than it can have in a checkpoint of its size."""
+    """A stored tree holds more than fits a checkpoint of its size."""
 
 
 class Filling:
-    """A skeleton on the way to dicts, lists and tuples of values."""
+    """Fills values into a skeleton: the result is dicts, lists and tuples of them."""
 
     def __init__(
         self, skeleton: Skeleton, values: Sequence[Any], limit: int | None = None
@@ -195,8 +199,8 @@ class Filling:
 
         Args:
             node: The node.
-            place: Where it is.
-            seen: What is filled in already of the module that it is in.
+            place: Where the node is.
+            seen: Places in the same module that are filled in; None outside of modules.
         """
         self._count()
         match node:
@@ -220,13 +224,13 @@ class Filling:
         }
         (kind,) = node
         if kind == "dict":
-            # JAX sorts the keys of a dict, and cannot sort numbers among text.
+            # JAX sorts the keys of a dict, and cannot sort numbers and text together.
             are_mixed = len(set(map(type, below))) > 1
             return {str(k): e for k, e in below.items()} if are_mixed else below
         return list(below.values()) if kind == "list" else tuple(below.values())
 
     def _pure(self, node: Skeleton, place: Place, seen: set[Place]) -> Any:
-        """Fill in a part of a module, as NNX flattens it: nothing empty or twice."""
+        """Fill in a part of a module as NNX flattens it: nothing empty or twice."""
         self._count()
         match node:
             case None:
@@ -261,7 +265,7 @@ class Filling:
             self._bytes_left -= without_keys(value).nbytes
             if self._bytes_left < 0:
                 raise OverfullError("its tree has its arrays in too many places")
-        return value.copy()  # each place has its own, to change or to donate
+        return value.copy()  # the caller may change or donate either
 
     def _count(self) -> None:
         """Count a node."""
@@ -271,17 +275,17 @@ class Filling:
 
 
 def _size(skeleton: Skeleton) -> int:
-    """Return the number of a skeleton's nodes."""
+    """Count the nodes of a skeleton."""
     return 1 + sum(_size(child) for _, child in children_in(skeleton))
 
 
 def _fill_plainly(
     skeleton: Skeleton, values: Sequence[Any], leaves: Sequence[Leaf], depth: int = 0
 ) -> PyTree:
-    """Return the tree as Orbax stores it, less the leaves that are stored apart.
+    """Return the tree as Orbax stores it, without the leaves that are stored apart.
 
-    None stands for them in lists, and for other places of what is shared; dicts have no
-    entry.
+    A list has None for such a leaf, and for a further place of a shared part. A dict
+    has no entry for them.
     """
     match skeleton:
         case None | {"same": _}:
@@ -306,10 +310,10 @@ def _fill_plainly(
 def _stored_key(
     key: str, child: Skeleton, leaves: Sequence[Leaf], depth: int
 ) -> str | None:
-    """Return the key by which Orbax has an entry; None if it has none.
+    """Return the key under which Orbax stores an entry; None if it does not store it.
 
-    Where the entry has leaves, they know the key. Otherwise only its name is stored, if
-    the name is an ordinary one.
+    The leaves below the entry know the key. An entry without leaves is stored only if
+    its key `is_plain`.
     """
     indices = list(indices_in(child))
     for index in indices:

@@ -1,10 +1,4 @@
-"""Trees as they are stored: plain containers, and a table that describes each leaf.
-
-A user's tree of any node types becomes nested dicts and lists of arrays and scalars,
-which Orbax stores under readable names, and a `Layout`, which knows what Orbax does
-not: tuples from lists, numbers as dict keys, empty arrays, kinds of leaves. Restoring
-compares the stored leaves with the wanted ones by path, before anything is read.
-"""
+"""One leaf of a tree, as the table of leaves describes it."""
 
 import functools
 import math
@@ -17,7 +11,7 @@ import jax.numpy as jnp
 from flaxckpt._trees.skeleton import FROM_LIKE
 
 ARRAYS = ("jax", "numpy", "numpy_scalar")
-PLACED = "placed"  # of what is wanted as it is stored, at a place
+PLACED = "placed"  # wanted as it is stored, with a sharding from `like`
 SCALARS: dict[Any, str] = {
     bool: "bool",
     int: "int",
@@ -29,20 +23,21 @@ PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}
 
 @dataclass(frozen=True)
 class Leaf:
-    """What is stored at one place of a tree.
+    """The description of one leaf of a stored tree.
 
     Attributes:
         path: Names from the root to the leaf.
         kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
-            `int`, `float`, `complex`, `str`, `bytes`. Not stored are `function`, and
-            `static`: in an Equinox module, what is no array, number or text.
+            `int`, `float`, `complex`, `str`, `bytes`. Leaves of two more kinds are not
+            stored: `function`, and `static`, which is a leaf of an Equinox module that
+            is no array, number or text.
         dtype: Name of the dtype, for arrays and keys.
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.
-        digest: Fingerprint of the value that was saved; see `_digest`.
-        sums: Checksums of its files, in order; none where they are not known.
-        stored: The keys under which the store has it, where they differ from `path`:
-            as many, or a single one, which stands at the root; see `_names`.
+        digest: Fingerprint of the value that was saved; see `digest`.
+        sums: Checksums of its files, in order; empty if they are not known.
+        stored: The keys under which the store has it, if they differ from `path`: as
+            many keys as `path` has, or a single key at the root; see `names`.
     """
 
     path: tuple[str, ...]
@@ -76,22 +71,22 @@ class Leaf:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is stored as text; text that is none in UTF-8 is an array."""
+        """Whether it is stored as text; text that UTF-8 cannot encode is an array."""
         return self.kind == "str" and not self.dtype
 
     @property
     def in_orbax(self) -> bool:
-        """Whether Orbax holds it: it takes no arrays without elements."""
+        """Whether Orbax stores it: Orbax takes no arrays without elements."""
         return not self.is_from_like and 0 not in self.shape
 
     @property
     def is_from_like(self) -> bool:
-        """Whether it is no value, and comes from the tree that a load is given."""
+        """Whether it is not a value: a load takes it from `like`."""
         return self.kind in FROM_LIKE
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Size of its values in memory."""
+        """Bytes of its values in memory; 16 for each key, Python scalar or text."""
         if self.kind == "key":
             return math.prod(self.shape) * 16
         return math.prod(self.shape) * jnp.dtype(self.dtype or "complex128").itemsize
@@ -106,7 +101,7 @@ LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))
 
 
 def without_keys(leaf: Any) -> Any:
-    """Return a leaf, of typed PRNG keys the data."""
+    """Return a leaf, or the key data of a leaf of typed PRNG keys."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf
@@ -114,7 +109,7 @@ def without_keys(leaf: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def key_numbers(impl: str) -> tuple[int, ...]:
-    """Return the shape of the numbers that one PRNG key of an implementation has."""
+    """Return the shape of the key data of one PRNG key of an implementation."""
     key = functools.partial(jax.random.key, 0, impl=impl)
     return jax.eval_shape(lambda: jax.random.key_data(key())).shape
 

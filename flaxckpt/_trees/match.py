@@ -1,6 +1,6 @@
-"""A stored layout against a wanted tree: which stored leaf becomes which wanted one.
+"""The match of a stored layout with a wanted tree: which leaf becomes which.
 
-The comparison goes by paths, before anything is read, and names all differences.
+It compares the leaves by path, before any value is read, and reports all differences.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,9 +40,9 @@ class Wanted:
     Attributes:
         leaf: The wanted kind, dtype and shape.
         sharding: Where to place it; None for JAX's default device, uncommitted.
-        is_weak: Whether the dtype is but JAX's guess for a Python number.
-        type: Of a Python number or text, its own type, such as an `enum.IntEnum`.
-        is_struct: Whether `like` describes the leaf, and has no value of it.
+        is_weak: Whether the dtype is only JAX's guess for a Python number.
+        type: The own type of a Python number or text, such as an `enum.IntEnum`.
+        is_struct: Whether `like` only describes the leaf and has no value for it.
     """
 
     leaf: Leaf
@@ -52,7 +52,7 @@ class Wanted:
     is_struct: bool = False
 
     def resolved(self, have: Leaf | None) -> "Wanted":
-        """Return what a leaf is wanted as that `like` gives only a place for."""
+        """Copy kind, dtype and shape of the stored leaf if `like` has only a place."""
         if self.leaf.kind != PLACED or have is None:
             return self
         if have.kind == "jax" or (have.kind in ARRAYS and _is_of_jax(have.dtype)):
@@ -74,11 +74,11 @@ def on_host(leaf: Leaf) -> Wanted:
 
 @dataclass(frozen=True)
 class Twin:
-    """A stored leaf that has to equal another one, for `like` has one for both.
+    """A stored leaf that must equal another one: `like` has a single leaf for both.
 
     Attributes:
-        position: Which of the wanted leaves it is.
-        index: The index in the layout of the other stored leaf.
+        position: The index of the single leaf among the wanted leaves.
+        index: The index of this stored leaf in the layout.
     """
 
     position: int
@@ -93,19 +93,21 @@ def match(
     Args:
         path: The checkpoint, for the error.
         layout: What is stored.
-        like: A tree of arrays, `jax.ShapeDtypeStruct`s, shardings or scalars; None, for
+        like: A tree of arrays, `jax.ShapeDtypeStruct`s, shardings or scalars; None for
             the stored tree as it is.
         cast: Whether differences between numeric dtypes are allowed.
 
     Returns:
-        For each leaf that is wanted, in order, its index in `layout` (None for one
-        that is no value, to be taken from `like`) and what it is wanted as. A leaf that
-        is stored once and wanted in several places has its index at each. And the
-        stored leaves whose values still have to be compared.
+        Two lists. The first has, for each wanted leaf in order, the index of its stored
+        leaf in `layout` and what to restore it as. The index is None for a leaf that is
+        not a value and comes from `like`. A leaf that is stored once and wanted in
+        several places has its index in each. The second list has the stored leaves
+        whose values must still be compared.
 
     Raises:
-        CheckpointMismatchError: Listing every leaf in which the two differ.
-        UnsupportedLeafError: If `like` has no value where one is stored.
+        CheckpointMismatchError: If the two differ; it lists every such leaf.
+        UnsupportedLeafError: If `like` has no value where one is stored, or a leaf that
+            cannot be restored.
     """
     unused = dict.fromkeys(range(len(layout.leaves)))
     found: list[tuple[int | None, Wanted]] = []
@@ -160,7 +162,7 @@ def match(
 
 
 def difference_of_twins(have: Leaf, twin: Leaf) -> LeafDifference:
-    """Describe two stored leaves that differ where `like` has one for both."""
+    """Describe two stored leaves that differ although `like` has one leaf for both."""
     return LeafDifference(
         have.name, f"{have}, and other values as {twin.name}", "one shared by both"
     )
@@ -169,10 +171,10 @@ def difference_of_twins(have: Leaf, twin: Leaf) -> LeafDifference:
 def _places(
     layout: Layout, wanted: Sequence[tuple[str, ...]], like: PyTree
 ) -> list[list[int]]:
-    """Find where each wanted leaf is stored: the indices in the layout, lowest first.
+    """Return the indices in the layout of each wanted leaf, lowest first.
 
-    Usually that is one. Where `like` has something in several places that was stored
-    several times, it is one for each; it is none where nothing is stored.
+    A wanted leaf usually has one index. It has several if `like` shares what was stored
+    several times, and none if nothing is stored for it.
     """
     skeleton = skeleton_of(like)
     if not (has_same(layout.skeleton) or has_same(skeleton)):
@@ -183,9 +185,9 @@ def _places(
     seen: set[tuple[int, int]] = set()
 
     def visit(have: Skeleton, want: Skeleton) -> None:
-        """Walk both trees along all paths that both have."""
+        """Walk both trees along the paths that both have."""
         have, want = target(layout.skeleton, have), target(skeleton, want)
-        # A pure dict has a Variable's value in the Variable's place.
+        # A pure dict has a Variable's value at the place of the Variable.
         if is_variable(have) and VALUE not in dict(children_in(want)):
             have = have["variable"]
         if is_variable(want) and VALUE not in dict(children_in(have)):
@@ -206,7 +208,7 @@ def _places(
 
 
 def spread(like: PyTree, layout: Layout) -> PyTree:
-    """Return `like` with a placement of a whole subtree given to each leaf of it."""
+    """Return `like`, with a sharding for a whole subtree repeated for its leaves."""
     flat = flatten(like)
     if not any(map(is_placement, flat.leaves)):
         return like
@@ -274,7 +276,7 @@ def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
 
 
 def _as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
-    """Describe a leaf as wanted without `like`; cast to what JAX has, if it may be."""
+    """Describe a leaf as wanted without `like`: as stored, or cast to what JAX has."""
     if cast and leaf.kind == "jax":
         leaf = replace(leaf, dtype=str(jax.dtypes.canonicalize_dtype(leaf.dtype)))
     return Wanted(leaf)
@@ -284,7 +286,7 @@ _NEEDS_X64 = "(a JAX array has no 64 bits without jax_enable_x64)"
 
 
 def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
-    """Say what was wanted, if the stored leaf cannot give it."""
+    """Describe what was wanted if the stored leaf cannot become it; None if it can."""
     leaf = want.leaf
     if have is None:
         return str(leaf)
@@ -313,12 +315,12 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
 
 
 def _is_of_jax(dtype: str) -> bool:
-    """Tell whether JAX has arrays of a dtype, as it is set to now."""
+    """Tell whether JAX has arrays of a dtype in its present settings."""
     return dtype == str(jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _converts(have: Leaf, want: Leaf) -> bool:
-    """Tell whether one number can become the other: all can, but complex to real."""
+    """Tell whether one number can become the other: complex cannot become real."""
     kinds = (*PYTHON, *ARRAYS)
     if have.kind not in kinds or want.kind not in kinds:
         return False

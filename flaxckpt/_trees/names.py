@@ -1,10 +1,10 @@
 """Names of leaves as the store spells them: a directory or a key for each leaf.
 
-Orbax joins the keys on the way to a leaf with dots. An ordinary name is stored as it
-is; a slash in it makes directories, as in Haiku's `mlp/~/linear`. A name that a file
-system, TensorStore or Orbax would read in another way is stored with the characters at
-fault as `%` and their bytes in hexadecimal. The table of leaves records every spelling
-that differs from the path, so nothing is ever parsed back.
+Orbax joins the keys on the path to a leaf with dots. An ordinary name is stored as it
+is, and a slash in it makes directories, as in Haiku's `mlp/~/linear`. A file system,
+TensorStore or Orbax would misread some characters: each of their bytes is stored as `%`
+and two hexadecimal digits. The table of leaves records every spelling that differs from
+the path, so no reader ever parses a spelling.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Path: TypeAlias = tuple[str, ...]
-_LIMIT_BYTES = 200  # of 255 that file systems take; some encrypting ones take fewer
-_HEAD_BYTES = 60  # that are left of a name that is too long
-_FOLDS = sys.platform in ("darwin", "win32")  # file systems know no upper case there
-# TensorStore takes a backslash for a separator, too. Then: control characters, and what
-# UTF-8 cannot encode.
+_LIMIT_BYTES = 200  # most file systems take 255, and some encrypting ones fewer
+_HEAD_BYTES = 60  # a name that is too long keeps these, before a hash
+_FOLDS = sys.platform in ("darwin", "win32")  # file systems there ignore case
+# Backslashes, which TensorStore takes for separators; control characters; surrogates,
+# which UTF-8 cannot encode.
 _ALWAYS = r"\\\x00-\x1f\x7f-\x9f\ud800-\udfff"
 _UNSAFE_IN_PATHS = re.compile(rf"[{_ALWAYS}]|^\.+$")
-_POINTER = re.compile(r"[/~]")  # what a JSON pointer reads otherwise
+_POINTER = re.compile(r"[/~]")  # special in a JSON pointer
 _UNSAFE = re.compile(rf"[/~{_ALWAYS}]|^\.+$")
 _STRICT = re.compile(rf"{_UNSAFE.pattern}|[.%]")
 _FOLDED = re.compile(rf"{_STRICT.pattern}|[^\x00-@\[-\x7f]")
 _EMPTY = "%"  # an empty key; no escape looks like this
 _SHORTENED = "%-"  # nor like this
-# Files that Orbax, TensorStore and an object store's pointers have, or are looked for.
+# Names of files that Orbax, TensorStore or an object store's pointers use or look for.
 _TAKEN = frozenset(
     (
         "_METADATA",
@@ -43,8 +43,8 @@ _TAKEN = frozenset(
         ".flaxckpt-current",
     )
 )
-_LOCK = ".__lock"  # TensorStore takes no file of such a name
-# JSON reads these two as one character.
+_LOCK = ".__lock"  # TensorStore takes no file with this ending
+# JSON reads such a pair of surrogates as one character.
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
@@ -54,17 +54,17 @@ def spelled(
     """Spell the names of a tree's leaves so that the store can hold each of them.
 
     Args:
-        paths: Keys from the root to each leaf; no two are equal, none begins with
-            another.
-        slashes: Whether a slash may stay, where each leaf has a directory of its own
-            all the same; False where the tree has a text that `is_in_pointer`.
+        paths: Keys from the root to each leaf. No two paths are equal, and no path
+            begins with another one.
+        slashes: Whether slashes may stay, if each leaf has a directory of its own even
+            so. False if the tree has a text whose path `is_in_pointer`.
         folds: Whether the file system may take upper case for lower case.
 
     Returns:
-        By a leaf's index, the keys under which it is stored, where they differ from its
-        path: as many keys as the path has, or one, which stands at the root. Joined
-        with dots, the keys of all leaves differ, fit a file name, and are paths of
-        which none is below another.
+        The stored keys of each leaf whose stored keys differ from its path, by the
+        leaf's index. They are as many keys as the path has, or a single key at the
+        root. Joined with dots, the keys of a leaf fit a file name, differ from the keys
+        of all other leaves, and are a path that is not below another leaf's.
     """
     ways = [_UNSAFE, _FOLDED if folds else _STRICT]
     if slashes:
@@ -79,18 +79,18 @@ def spelled(
 
 
 def is_plain(key: str) -> bool:
-    """Tell whether a key is stored as it is, whatever stands beside it."""
+    """Tell whether a key by itself needs no escapes, and is not too long."""
     is_short = len(key.encode(errors="surrogatepass")) <= _LIMIT_BYTES
     return bool(key) and "%" not in key and not _UNSAFE.search(key) and is_short
 
 
 def is_in_pointer(path: Path) -> bool:
-    """Tell whether a text of this path needs escapes: a JSON pointer leads to it."""
+    """Tell whether a text at this path needs escapes: a JSON pointer leads to it."""
     return any(_POINTER.search(key) for key in path)
 
 
 def is_recordable(key: str) -> bool:
-    """Tell whether a table, which is JSON, can record a key: not a surrogate pair."""
+    """Tell whether the table of leaves, which is JSON, can record a key."""
     return not _PAIR.search(key)
 
 
@@ -108,7 +108,7 @@ def _spelled(path: Path, unsafe: re.Pattern[str], *, folds: bool) -> Path:
 
 
 def _are_apart(paths: Sequence[Path], found: Sequence[Path], *, folds: bool) -> bool:
-    """Tell whether no two leaves, and no two keys beside each other, are confused."""
+    """Tell whether all leaves, and all keys beside each other, are still distinct."""
     if len({_folded(".".join(path), folds=folds) for path in found}) < len(found):
         return False
     if all(map(operator.eq, paths, found)):
@@ -123,14 +123,14 @@ def _are_apart(paths: Sequence[Path], found: Sequence[Path], *, folds: bool) -> 
 
 
 def _are_paths(found: Sequence[Path], *, folds: bool) -> bool:
-    """Tell whether each name is a path of ordinary names, and none is below another."""
+    """Tell whether each name is a path of ordinary names, and not below another one."""
     names = [_folded(".".join(path), folds=folds) for path in found]
     if not any("/" in name for name in names):
         return True
     paths = [tuple(name.split("/")) for name in names]
     above = _above(paths)
     if len(above) < len(_above([tuple(".".join(path).split("/")) for path in found])):
-        return False  # directories that the file system takes for one
+        return False  # the file system takes two directories for one
     parts = {part for path in paths for part in path}
     return (
         above.isdisjoint(paths)

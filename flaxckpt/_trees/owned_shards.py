@@ -1,4 +1,4 @@
-"""What of a leaf this process has, as pieces on the host."""
+"""The parts of a leaf that this process stores, as pieces on the host."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -9,16 +9,16 @@ import numpy as np
 from flaxckpt._trees.leaf import without_keys
 
 Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
-"""Where in an array it begins, and its elements."""
+"""Where in its array a piece begins, and its elements."""
 
 
 @dataclass
 class Shards:
-    """Copies, on the host, of the pieces of an array of several processes.
+    """Host copies of this process's pieces of an array of several processes.
 
     Attributes:
-        sharding: The array's.
-        pieces: Those that are here.
+        sharding: The sharding of the array.
+        pieces: The pieces, as `pieces` returns them for the array.
     """
 
     is_fully_addressable: ClassVar[bool] = False
@@ -32,9 +32,10 @@ def is_shared(value: Any) -> bool:
 
 
 def pieces(value: Any) -> list[Piece]:
-    """Return the pieces of a leaf that are here, each once, on the host.
+    """Return this process's pieces of a leaf, on the host.
 
-    With each, where in the array it begins.
+    They are the shards whose first replica is on this process, so that each shard is a
+    piece of exactly one process. A leaf that is no JAX array is a single piece.
     """
     if isinstance(value, Shards):
         return value.pieces
@@ -56,7 +57,7 @@ def pieces(value: Any) -> list[Piece]:
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """Return a leaf that is no key as an array; of text, its bytes."""
+    """Return a leaf other than a key as an array; a text becomes its bytes."""
     if isinstance(value, str):
         value = value.encode("utf-8", "surrogatepass")
     if isinstance(value, bytes):

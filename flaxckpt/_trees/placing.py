@@ -20,11 +20,12 @@ def placed(sharding: Any) -> Any:
     """Return a sharding on devices.
 
     Args:
-        sharding: A sharding, which may be on a mesh that names no devices, or a
-            `PartitionSpec`; None for none.
+        sharding: A sharding, which may be on a mesh without devices, or a
+            `PartitionSpec`, which goes on the mesh that is set; None gives None.
 
     Raises:
-        ValueError: If it names no devices, and no mesh with its axes is set.
+        ValueError: If the sharding names no devices, and the caller has set no mesh, or
+            no mesh with the same axes.
     """
     if isinstance(sharding, PartitionSpec):
         mesh = next(iter(_meshes()), None)
@@ -48,11 +49,11 @@ def placed(sharding: Any) -> Any:
 
 
 def _meshes() -> list[Mesh]:
-    """Return the meshes that this thread has set."""
+    """Return the meshes that the caller has set in this thread."""
     found: list[Mesh] = []
     with contextlib.suppress(ValueError):  # within a trace
         found.append(jax.sharding.get_mesh())
-    with contextlib.suppress(ImportError, AttributeError):  # `with mesh:` is not seen
+    with contextlib.suppress(ImportError, AttributeError):  # for `with mesh:`
         from jax._src.mesh import thread_resources
 
         found.append(thread_resources.env.physical_mesh)

@@ -13,13 +13,13 @@ Skeleton: TypeAlias = Any
 - {"dict": [[key, child], ...]}, {"list": [child, ...]} and {"tuple": [child, ...]};
 - {"module": [[key, child], ...]}, an object or State of Flax NNX;
 - {"variable": child}, an NNX Variable. Paths have the name `value` for this level;
-- {"same": [position, ...]}, another place of a module or variable that comes earlier,
-  or that this place is in: the positions of a child of the root, of one in that, and so
-  on. Such a place has no leaves of its own."""
+- {"same": [position, ...]}, another place of a module or variable that comes earlier or
+  that encloses this place. The positions lead to it: the position of a child of the
+  root, of a child of that child, and so on. A `same` node has no leaves of its own."""
 
 
 def found_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] | None:
-    """Return the structure below a path, and where it is; None where there is none."""
+    """Return the node at a path, and its place; None if the path does not exist."""
     node, place = skeleton, ()
     for name in path:
         names = [str(key) for key, _ in children_in(node)]
@@ -34,10 +34,10 @@ def found_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] 
 
 
 def key_of(entry: Any) -> str | int:
-    """Return the name of one entry of a key path; a number only if it was one.
+    """Return the name of one entry of a key path: a number if it is an int, else text.
 
     Raises:
-        UnsupportedLeafError: If it is a number of more digits than Python converts.
+        UnsupportedLeafError: If it is an int of more digits than Python converts.
     """
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -52,7 +52,7 @@ def key_of(entry: Any) -> str | int:
 
 
 def children_in(node: Skeleton) -> list[tuple[str | int, Skeleton]]:
-    """Return the children of a skeleton's node with their names; none of a leaf."""
+    """Return the children of a skeleton's node with their names; [] for a leaf."""
     match node:
         case {"dict": pairs} | {"module": pairs}:
             return [(key, child) for key, child in pairs]
@@ -67,7 +67,7 @@ def children_in(node: Skeleton) -> list[tuple[str | int, Skeleton]]:
 
 
 def with_children(node: Skeleton, children: Sequence[Skeleton]) -> Skeleton:
-    """Return a skeleton's node with other children, one for each that it has."""
+    """Return a skeleton's node with its children replaced, one for one."""
     match node:
         case {"dict": pairs} | {"module": pairs}:
             (kind,) = node
@@ -83,14 +83,14 @@ def with_children(node: Skeleton, children: Sequence[Skeleton]) -> Skeleton:
 
 
 def node_at(skeleton: Skeleton, place: Iterable[int]) -> Skeleton:
-    """Return the node of a skeleton at a place, as `same` gives it."""
+    """Return the node of a skeleton at a place, such as `same` names."""
     for position in place:
         skeleton = children_in(skeleton)[position][1]
     return skeleton
 
 
 def target(skeleton: Skeleton, node: Skeleton) -> Skeleton:
-    """Return a node of a skeleton, or the one that it is another place of."""
+    """Return a node of a skeleton, or the node that a `same` node refers to."""
     is_same = isinstance(node, dict) and "same" in node
     return node_at(skeleton, node["same"]) if is_same else node
 
@@ -100,7 +100,7 @@ def is_variable(node: Skeleton) -> bool:
 
 
 def has_same(skeleton: Skeleton) -> bool:
-    """Tell whether anything in a skeleton is in several places."""
+    """Tell whether a skeleton has a part in several places."""
     if not isinstance(skeleton, dict):
         return False
     return "same" in skeleton or any(has_same(e) for _, e in children_in(skeleton))
@@ -119,11 +119,11 @@ def indices_in(skeleton: Skeleton) -> Iterator[int]:
 
 INT64 = 2**63
 _RANK = 64  # numpy's limit
-_ITEM_BYTES = 16  # of the largest elements
+_ITEM_BYTES = 16  # of the largest element type
 FROM_LIKE = ("static", "function")  # kinds of leaves that are not stored
 
 
 def is_possible(shape: Sequence[int]) -> bool:
-    """Tell whether an array can be of a shape, were its empty axes of one element."""
+    """Tell whether an array can have a shape; empty axes count as one element."""
     size = math.prod(max(size, 1) for size in shape)
     return len(shape) <= _RANK and size <= INT64 // _ITEM_BYTES

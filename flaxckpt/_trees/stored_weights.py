@@ -1,4 +1,4 @@
-"""The weights in a stored tree: which leaves they are, and the tree they make."""
+"""The weights in a stored tree: which leaves they are, and the tree that they make."""
 
 import sys
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from flaxckpt._trees.ties import PyTree, children_of, leaves_of
 
 
 def is_weights_name(name: str) -> bool:
-    """Tell whether weights may be called so, and an optimizer or metrics may not."""
+    """Tell whether a name is not among the names of parts beside the weights."""
     return name.lower() not in BESIDE
 
 
@@ -46,7 +46,7 @@ def weights_skeleton(
 
     Returns:
         The structure of the weights, with indices into the tree's leaves; None
-        where the weights are not leaves of the tree but computed from them.
+        if the weights are not leaves of the tree but computed from them.
     """
     picked = weights(tree)
     if picked is tree:
@@ -58,12 +58,12 @@ def weights_skeleton(
 
 
 def plain_weights(layout: Layout) -> Skeleton:
-    """Locate the weights in a tree of which only names are known, as Orbax wrote it."""
+    """Locate the weights, by names and leaves, in a tree that plain Orbax wrote."""
     return _named_weights(layout.skeleton, list(map(_sample, layout.leaves)))[0]
 
 
 def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, bool]:
-    """Pick by names as `_pick` does; return, too, whether it is a `TrainState`'s."""
+    """Pick by names as `_pick` does, and tell whether it is from a `TrainState`."""
     pairs = children_in(node)
     fields = {str(name): child for name, child in pairs}
     if not isinstance(node, dict) or "dict" not in node:
@@ -109,14 +109,14 @@ def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, boo
 
 
 def _sample(leaf: Leaf) -> Any:
-    """Return a value of the kind that a leaf describes; None for text and the like."""
+    """Return an example of an array or number leaf; None for text, bytes and keys."""
     if leaf.kind in ("jax", "numpy", "numpy_scalar"):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
     return {"bool": False, "int": 0, "float": 0.0, "complex": 0j}.get(leaf.kind)
 
 
 def _is_number(node: Skeleton, leaves: Sequence[Any]) -> bool:
-    """Tell whether a part is nothing, or a single number that is no float."""
+    """Tell whether a part is None, text, keys, or a single number that is no float."""
     if not isinstance(node, int):
         return node is None
     sample = leaves[node]
@@ -139,7 +139,7 @@ def _beside_in_nnx(nnx: Any) -> tuple[type, ...]:
 
 
 def children_by_name(node: PyTree) -> list[tuple[str | int, Any]] | None:
-    """Return a node's children with their names or positions; None of a leaf."""
+    """Return a node's children with their names or positions; None for a leaf."""
     if type(node) is dict:
         return list(node.items())
     if type(node) in (tuple, list):

@@ -1,6 +1,6 @@
 """A walk over a tree: its skeleton, and the path and stored name of each leaf.
 
-A walk is remembered for each structure that JAX's flattening tells apart.
+The result is kept for each structure that JAX's flattening tells apart.
 """
 
 import sys
@@ -26,7 +26,7 @@ from flaxckpt.errors import UnsupportedLeafError
 
 
 def skeleton_of(tree: PyTree) -> Skeleton:
-    """Return the structure of a tree, with the indices of its leaves."""
+    """Return the skeleton of a tree."""
     return structure_of(flatten(tree), tree).skeleton
 
 
@@ -111,7 +111,7 @@ def _walk(tree: PyTree) -> _Structure:
 def _refused_keys(
     path: tuple[str, ...], keys: Sequence[str | int]
 ) -> Iterator[tuple[str, str]]:
-    """Find what of one node's keys cannot name a leaf."""
+    """Yield the keys of one node that cannot name a leaf, each with the reason."""
     seen: dict[str, str | int] = {}
     for key in keys:
         name = "/".join((*path, str(key)))

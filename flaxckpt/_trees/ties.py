@@ -1,12 +1,12 @@
-"""Trees in which one thing is in two places: shared parts of Flax NNX models.
+"""Trees in which one object is in two places: shared parts of Flax NNX models.
 
 JAX flattens an NNX module as a tree. A Variable, a module or an `Rngs` in two places is
 flattened twice and comes back as two objects, and a module that refers to its parent
 never ends. The functions here flatten each shared part once, and rebuild a tree with
 the same parts shared.
 
-An `nnx.State` holds values: a Variable in two States is no tie. Plain JAX arrays have
-no identity either: an array in two places of a plain tree is two leaves.
+An `nnx.State` holds values, so a Variable in two States is not shared. Plain JAX arrays
+have no identity either: an array in two places of a plain tree is two leaves.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from flaxckpt.errors import UnsupportedLeafError
 
 PyTree: TypeAlias = Any
 Place: TypeAlias = tuple[int, ...]
-"""Where a node is: the position of a child in the root, of one in that, and so on."""
+"""Where a node is: the position of a child of the root, of its child, and so on."""
 _SHOWN = 8  # keys that an error lists
 VARIABLE, MODULE, STATE = "variable", "module", "state"
 
@@ -33,9 +33,9 @@ class Flat:
 
     Attributes:
         leaves: The leaves, in the order in which JAX flattens the tree.
-        key: Equal for trees of the same structure and the same ties. It hashes where
-            the tree's static data does.
-        is_free: Whether nothing of NNX is in it, so that JAX's own flattening does.
+        key: Equal for trees of the same structure and the same ties. It is hashable if
+            the tree's static data is hashable.
+        is_free: Whether the tree has nothing of NNX: JAX's own flattening is enough.
     """
 
     leaves: list[Any]
@@ -46,7 +46,7 @@ class Flat:
     _is_plain: bool
 
     def rebuilt(self, leaves: Sequence[Any]) -> PyTree:
-        """Return a tree like the flattened one with other leaves, and the same ties."""
+        """Return a tree like the flattened one, with other leaves and the same ties."""
         if self._is_plain:
             return jax.tree_util.tree_unflatten(self._treedef, leaves)
         return _rebuilt(self._tree, iter(leaves))
@@ -55,13 +55,13 @@ class Flat:
 def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
     """Flatten a tree as `jax.tree.flatten` does, but each shared part of it once.
 
-    Costs nothing more than JAX's own where Flax NNX is not loaded, and a call of a
-    small Python function for each node where it is.
+    It costs no more than JAX's own flattening if Flax NNX is not loaded, and one call
+    of a small Python function for each node otherwise.
 
     Args:
         tree: The tree.
-        free: Keys of trees that had nothing of NNX in them. A tree of such a key costs
-            no more than JAX's own flattening.
+        free: Keys of trees that had nothing of NNX in them. A tree with such a key
+            costs no more than JAX's own flattening.
 
     Raises:
         UnsupportedLeafError: If JAX cannot sort the keys of a dict.
@@ -90,7 +90,7 @@ def _flattened(tree: PyTree, free: Collection[Hashable]) -> Flat:
     if not watch.stops:
         return Flat(nodes, treedef, watch.is_free, tree, treedef, _is_plain=True)
     leaves: list[Any] = []
-    ends: list[Any] = []  # what JAX's treedef does not tell of a node at which it ends
+    ends: list[Any] = []  # what the treedef leaves out of a node at which JAX stopped
     for position, node in enumerate(nodes):
         match role_of(node):
             case "":
@@ -105,21 +105,21 @@ def _flattened(tree: PyTree, free: Collection[Hashable]) -> Flat:
 
 
 def leaves_of(tree: PyTree) -> list[Any]:
-    """Return the leaves of a tree, those of a shared part once."""
+    """Return the leaves of a tree; the leaves of a shared part come once."""
     return flatten(tree).leaves
 
 
 def nodes_with_paths(
     tree: PyTree, whole: tuple[type, ...]
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Return what a tree consists of, each shared part once.
+    """Yield the leaves of a tree and some whole nodes, each shared part once.
 
     Args:
         tree: The tree.
-        whole: Types of nodes that are not looked into.
+        whole: Types of nodes that are yielded whole.
 
     Yields:
-        JAX's path of each leaf, or of each node of one of these types; and that.
+        JAX's path of each leaf or whole node, and the leaf or node.
     """
     watch = _Watch()
 
@@ -147,7 +147,7 @@ def nodes_with_paths(
 
 
 def has_ties(tree: PyTree) -> bool:
-    """Tell whether a part of a tree is in two places, or in itself.
+    """Tell whether a part of a tree is in two places, or contains itself.
 
     Raises:
         UnsupportedLeafError: As `flatten`.
@@ -164,8 +164,8 @@ def children_of(node: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
     """Return the children of a node with JAX's keys, and how they are put together.
 
     Returns:
-        Pairs of a path of one entry and a child, and the node's own treedef; for a
-        leaf, its path is empty.
+        A list of pairs, and the node's own treedef. Each pair is a path of one entry
+        and a child; a leaf has one pair, of an empty path and itself.
     """
     is_below = iter((False,))  # the first node that JAX asks about is `node` itself
     return jax.tree_util.tree_flatten_with_path(
@@ -174,7 +174,7 @@ def children_of(node: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def _unsorted(node: PyTree, above: set[int], name: str = "") -> tuple[str, str] | None:
-    """Find a dict whose keys JAX cannot sort: return where it is, and what is wrong."""
+    """Return the name and the problem of a dict whose keys JAX cannot sort, or None."""
     if id(node) in above:  # a module may refer to its parent
         return None
     try:
@@ -196,7 +196,7 @@ def _unsorted(node: PyTree, above: set[int], name: str = "") -> tuple[str, str] 
 
 
 def role_of(node: PyTree) -> str:
-    """Tell whether a node is an NNX `variable`, `module` or `state`; "" for neither.
+    """Tell whether a node is an NNX `variable`, `module` or `state`; "" if it is none.
 
     A `module` is any NNX object: an `Rngs`, an optimizer or an `nnx.List`, too.
     """
@@ -214,26 +214,26 @@ def _role(kind: type) -> str:
 
 
 class Seen:
-    """The shared things that a walk has come to, and where they were."""
+    """The variables and modules that a walk has met, and the place of each."""
 
     def __init__(self) -> None:
-        """None so far."""
+        """Begin with none."""
         self._places: dict[int, tuple[Place, Any]] = {}
 
     def place_of(self, node: PyTree, place: Place) -> Place | None:
-        """Return where a variable or module was seen before; else note it, and None."""
+        """Return where a walk met a node before; note a new node, and return None."""
         found = self._places.setdefault(id(node), (place, node))[0]
         return None if found == place else found
 
 
 class _Watch:
-    """What JAX asks about each node while it flattens: whether to look into it."""
+    """Tells JAX where to stop as it flattens: at a State, and at a repeated node."""
 
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}
         self.stops = 0
         self.is_free = True
-        self._nodes: list[Any] = []  # alive, so that their ids stay theirs
+        self._nodes: list[Any] = []  # kept alive, so that no other node gets their ids
         self.stops_at = self._made()
 
     def _made(self) -> Callable[[PyTree], bool]:
@@ -275,7 +275,7 @@ def _rebuilt(tree: PyTree, leaves: Iterator[Any]) -> PyTree:
             if role:
                 built[id(node)] = made
             return made
-        # It is there before its children are, for one of them may refer to it.
+        # The module is made before its children, since one of them may refer to it.
         made = built[id(node)] = object.__new__(type(node))
         filled = _made_of(treedef, (build(child) for _, child in children))
         for name, value in vars(filled).items():

@@ -22,19 +22,19 @@ _FUNCTIONS = (
 
 
 def is_value(leaf: Any) -> bool:
-    """Tell whether a leaf is an array, a number or text, or says that it is an array.
+    """Tell whether a leaf is an array, a number or text, or has `__jax_array__`.
 
-    Equinox's own serialisation stores the arrays and numbers of a module, and takes all
-    else from the module that it is given.
+    Equinox's own serialisation stores the arrays and numbers of a module, too, and
+    takes everything else from the module that it is given.
     """
     return isinstance(leaf, _VALUES) or hasattr(leaf, "__jax_array__")
 
 
 def is_function(leaf: Any) -> bool:
-    """Tell whether a leaf is a function or a class, and no object with state."""
+    """Tell whether a leaf is a function or a class, and not an object with state."""
     if isinstance(leaf, _VALUES):
         return False
-    # Functions that JAX has transformed say which function they wrap.
+    # A function that JAX has transformed has `__wrapped__`.
     return isinstance(leaf, _FUNCTIONS) or (
         callable(leaf) and hasattr(leaf, "__wrapped__")
     )

@@ -1,8 +1,7 @@
 """The weights of a training state: what a model needs to predict.
 
-Looks through the containers that people put their training state in, for models and for
-what is beside them. Knows the types of Flax, optax, Equinox and Keras by their modules'
-names; imports none of them.
+The functions here look through the containers of a training state for models, and for
+what stands beside them. `kinds_of_parts` tells one from the other.
 """
 
 import functools
@@ -40,35 +39,36 @@ def default_weights(tree: PyTree) -> PyTree:
         tree: A training state.
 
     Returns:
-        - of a `TrainState`-like object (an attribute `params`), or a dict with `params`
-          and an optimizer's state: a dict of `params` and of the other fields that are
-          mappings, such as `batch_stats`: what Linen's `Module.apply` takes as
-          variables;
-        - of an NNX module or state: its state less RNG streams, optimizer state,
-          metrics, caches and intermediates;
-        - of a dict, tuple or object that has such things in it, or an optimizer's
-          state, a `CheckpointState` or PRNG keys beside others: the weights of its
-          parts, by their keys (of a tuple with one such part, or a dict whose one such
-          part is a `TrainState`: that part's), without what is known not to be weights
-          by its type, is called an optimizer's state, as Keras's `optimizer_variables`,
-          or is called `rng`, `step`, `data` or the like and holds no floats;
-        - of anything else, as Equinox modules and plain params: all of it.
-
-        A `TrainState`-like object has an optimizer's state or a `tx`. An object with
-        `params` and neither of them is a model.
+        - For a `TrainState`-like object (one with `params`, and with an optimizer's
+          state or a `tx`), or a dict with `params` beside an optimizer's state, a step
+          count or PRNG keys: a dict of `params` and of the other fields that are
+          mappings of weights, such as `batch_stats`. Linen's `Module.apply` takes it as
+          variables. An object with `params` alone is a model.
+        - For an NNX module or state: its state without RNG streams, optimizer state,
+          metrics, caches and intermediates.
+        - For the tuple of variables that Keras's stateless methods take: its first two
+          entries.
+        - For a dict, tuple or object that holds one of these, or an optimizer's state
+          or a `CheckpointState`, and for a dict or tuple that holds PRNG keys: the
+          weights of its parts, by their keys. It leaves out a part whose type shows
+          that it is not weights, a part named as an optimizer's state (such as Keras's
+          `optimizer_variables`), and a part named `rng`, `step`, `data` or the like
+          that holds no floats. If a tuple has one part left, or if the one part left is
+          a `TrainState`, the result is the weights of this part.
+        - For anything else, such as Equinox modules and plain params: all of it.
     """
     picked = _pick_known(tree)
     return {} if picked is None else picked.value
 
 
 def are_unknown(tree: PyTree) -> bool:
-    """Tell whether all of a tree passes for weights only because nothing is known."""
+    """Tell whether a whole tree counts as weights only because no part is known."""
     picked = _pick_known(tree)
     return picked is not None and picked.value is tree and not picked.is_known
 
 
 def _pick_known(node: PyTree) -> Picked | None:
-    """Pick as `_pick` does; of a structure that was all weights before, at once."""
+    """Pick as `_pick` does, and at once if the structure was all weights before."""
     if role_of(node) or is_train_state(node):
         return _pick(node)
     flat = flatten(node)
@@ -91,7 +91,7 @@ _ALL_WEIGHTS: dict[Any, bool] = {}
 
 
 def _kind_of(leaf: Any) -> Any:
-    """Return all that is looked at of a leaf."""
+    """Return all that the rules look at in a leaf."""
     is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
     return type(leaf), (leaf.dtype, leaf.shape) if is_array else None
 
@@ -99,9 +99,9 @@ def _kind_of(leaf: Any) -> Any:
 def _pick(
     node: PyTree, *, is_root: bool = True, in_model: bool = False
 ) -> Picked | None:
-    """Pick the weights of a node; None if it is known to be none.
+    """Pick the weights of a node; None if it is known to have none.
 
-    In a model, a part is left out only if its type is known, and a name says nothing.
+    In a model, a part is left out only for its type, and never for its name.
     """
     if isinstance(node, LEAVES):
         return Picked(node, is_known=False)
@@ -139,7 +139,7 @@ def _pick(
         not are_keys(child) if picked is None else picked.is_training
         for _, child, picked in below
     )
-    # A key alone says little: a model may have one, too.
+    # A PRNG key alone tells little, since a model may have one, too.
     is_plain = isinstance(node, Mapping) or is_sequence(node)
     has_keys = is_plain and any(
         picked is None or picked.value is not child for _, child, picked in below
@@ -181,7 +181,7 @@ def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
             state = nnx_weights(value)
             found |= {name: state} if state else {}
         elif isinstance(value, Mapping) and not is_beside(value):
-            # Where the params are named, metrics are none.
+            # Beside `params`, a mapping with the name of metrics is not weights.
             is_named = name.lower() in METRICS or is_named_beside(name, value)
             if not is_named and not are_keys(value):
                 found[name] = value

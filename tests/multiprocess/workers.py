@@ -458,6 +458,19 @@ def count_meetings(directory):
     count_messages(directory, save_interval_secs=1e6)
 
 
+def fail_as_leader():
+    """Say what each process is told where process 0 fails before it has an answer."""
+    from flaxckpt._processes.messages import from_leader
+
+    def fail():
+        raise PermissionError(13, "Permission denied", "runs")
+
+    try:
+        from_leader("test", fail)
+    except (OSError, flaxckpt.CheckpointError) as error:
+        say(type(error).__name__, str(error))
+
+
 def trace(directory):
     """Call update within jit, where several processes cannot."""
     mesh = mesh_of(jax.device_count() // 2, 2)

@@ -260,7 +260,28 @@ def test_the_weights_of(tmp_path, tree, weights):
     assert_same(flaxckpt.load_weights(whole), flaxckpt.load_weights(alone))
 
 
-BESIDE = {"adam": ADAM, "both": (ADAM, ADAM), "key": KEY, "decision": DECISION,
+WITH_KEYS = {
+    "beside a model": lambda keys: {"model": EQX, "rng": keys},
+    "beside numbers": lambda keys: {"a": 1.5, "n": 3, "x": keys},
+    "beside params": lambda keys: (PARAMS, keys),
+    "in a state": lambda keys: {"params": PARAMS, "opt_state": ADAM, "k": keys},
+    "in a model": lambda keys: Attention(LINEAR, LINEAR, keys),
+    "deep in a model": lambda keys: Attention(LINEAR, W, {"x": keys, "w": W}),
+}
+
+
+@pytest.mark.parametrize("made", WITH_KEYS.values(), ids=WITH_KEYS.keys())
+@pytest.mark.parametrize("keys", [[KEY], (KEY, KEY), [(KEY,), KEY], {"a": (KEY,)}])
+def test_several_keys_are_left_out_where_one_is(made, keys):
+    with_one, with_several = made(KEY), made(keys)
+    weights = default_weights(with_one)
+    if weights is with_one:
+        assert default_weights(with_several) is with_several
+    else:
+        assert_same(default_weights(with_several), weights)
+
+
+BESIDE = {"adam": ADAM, "both": (ADAM, ADAM), "key": KEY, "keys": [KEY, (KEY,)], "decision": DECISION,
           "optimizer": OPTIMIZER, "metrics": METRICS, "rngs": nnx.Rngs(0)}  # fmt: skip
 MODELS = {
     "equinox": (EQX, EQX),

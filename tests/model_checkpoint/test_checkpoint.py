@@ -991,3 +991,10 @@ def test_checkpoints_of_orbax_are_named(tmp_path):
 
 def names_in(directory):
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_without_syncing(tmp_path):
+    with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
+        for epoch in range(2):
+            ckpt.save({"w": np.full(4, epoch)}, epoch=epoch)
+        assert ckpt.restore().epoch == 1

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from test_store import assert_same, saved
+from saved_trees import assert_same, saved
 
 import flaxckpt
 from flaxckpt import CheckpointMismatchError, ModelCheckpoint, UnsupportedLeafError

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
+from saved_trees import assert_same, saved
 
 import flaxckpt
 from flaxckpt import (
@@ -32,27 +33,6 @@ from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import forms as _forms
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
-
-
-def saved(directory, tree, **settings):
-    """Save a tree and return its path."""
-    with flaxckpt.ModelCheckpoint(directory / "{epoch}", **settings) as ckpt:
-        return ckpt.save(tree, epoch=len(ckpt.checkpoints))
-
-
-def assert_same(one, other):
-    """Equal in structure, kind, dtype and bits."""
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert isinstance(a, jax.Array) == isinstance(b, jax.Array)
-        if isinstance(a, jax.Array):
-            assert a.dtype == b.dtype
-            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-                a, b = jax.random.key_data(a), jax.random.key_data(b)
-        else:
-            assert type(a) is type(b)
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 ARRAYS = {

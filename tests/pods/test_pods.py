@@ -234,6 +234,14 @@ def test_a_full_disk_of_any_process_is_told_with_the_space_it_lacks(s3, tmp_path
         assert names == ["1", "3"]
 
 
+def test_what_fails_in_process_0_alone_keeps_no_other_one_waiting(tmp_path):
+    said = pod.run(tmp_path, "fail_as_leader", 3)
+    assert [name for ((name, _),) in said] == ["PermissionError"] + [
+        "CheckpointError"
+    ] * 2
+    assert "Process 0 failed: PermissionError: [Errno 13]" in said[1][0][1]
+
+
 KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
 SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
 

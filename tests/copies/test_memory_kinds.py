@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from multiprocess import pod
 from never_ready import take_metrics_for_unknown
-from test_store import assert_same
+from saved_trees import assert_same
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, Snapshot

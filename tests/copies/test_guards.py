@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from never_ready import take_metrics_for_unknown
-from test_store import assert_same
+from saved_trees import assert_same
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, Snapshot

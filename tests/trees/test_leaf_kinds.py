@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_store import assert_same
+from saved_trees import assert_same
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, UnsupportedLeafError

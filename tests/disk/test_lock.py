@@ -1,0 +1,138 @@
+"""One writer at a time: the lock of a directory."""
+
+import json
+import os
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from subprocesses import program
+
+from flaxckpt import CheckpointLockedError, ModelCheckpoint
+from flaxckpt._disk import lock as _lock
+
+
+def names(infos):
+    return [info.path.name for info in infos]
+
+
+def tree_of(epoch):
+    return {"w": np.full(4, epoch, np.float32)}
+
+
+HOLDER = """
+    import sys, absl.logging
+    absl.logging.set_verbosity("fatal")
+    import numpy as np, flaxckpt
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}")
+    ckpt.save({"w": np.zeros(1)}, epoch=0)
+    ckpt.wait()
+    print("saved", flush=True)
+    sys.stdin.readline()
+    ckpt.close()
+    print("closed", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_writer_is_told_of_the_first(tmp_path):
+    holder = program(HOLDER, tmp_path)
+    try:
+        assert holder.stdout.readline() == "saved\n"
+        ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+        assert names(ckpt.checkpoints) == ["1"]  # reading is free
+        assert ckpt.restore().epoch == 0
+        with pytest.raises(CheckpointLockedError) as caught:
+            ckpt.update(ckpt.init(), tree_of(1), {}, 1)
+        assert str(caught.value) == (
+            f"The checkpoints in {str(tmp_path)!r} are being written by process "
+            f"{holder.pid} on {socket.gethostname()}. End that one, or choose another "
+            "filepath."
+        )
+        assert names(ckpt.checkpoints) == ["1"]
+        with ModelCheckpoint(tmp_path / "other-{epoch}") as other:
+            other.save(tree_of(0), epoch=0)  # another series
+        print(file=holder.stdin, flush=True)
+        assert holder.stdout.readline() == "closed\n"
+        ckpt.update(ckpt.init(), tree_of(1), {}, 1)
+        ckpt.close()
+        assert sorted(os.listdir(tmp_path)) == ["1", "2", "other-1"]
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_the_lock_of_a_killed_process_is_stale(tmp_path):
+    holder = program(HOLDER, tmp_path)
+    assert holder.stdout.readline() == "saved\n"
+    holder.kill()
+    holder.communicate()
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".lock")]
+    leftover = next(n for n in os.listdir(tmp_path) if n.endswith(".lock"))[:-5] + "-x"
+    (tmp_path / leftover).mkdir()  # as it would leave in the middle of a save
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(1), epoch=1)
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_objects_of_one_process_share_the_lock(tmp_path):
+    first, second = (ModelCheckpoint(tmp_path / "{epoch}") for _ in range(2))
+    first.save(tree_of(0), epoch=0)
+    second.save(tree_of(1), epoch=1)
+    first.close()
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".lock")]
+    second.close()
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(_lock, "HEARTBEAT_SECS", 0.05)
+    monkeypatch.setattr(_lock, "WATCH_SECS", 0.3)
+
+
+def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
+    """Where the machines' kernels share no locks."""
+    path = tmp_path / "x.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.02):
+            os.utime(path)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(CheckpointLockedError, match="process 7 on elsewhere"):
+            _lock.acquire_lock(path)
+    finally:
+        stop.set()
+        heart.join()
+    assert _lock.acquire_lock(path)  # no sign of life any more
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    before = path.stat().st_mtime_ns
+    until = time.monotonic() + 10
+    while path.stat().st_mtime_ns == before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    _lock.release_lock(path)
+    assert not path.exists()
+
+
+def test_what_another_writer_left_is_cleared_up_once_a_deleted_lock_is_taken_anew(
+    tmp_path,
+):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(0), epoch=0)
+        ckpt.wait()
+        (lock,) = tmp_path.glob(".flaxckpt-*.lock")
+        lock.unlink()
+        leftover = tmp_path / f"{lock.stem}-0123456789ab"
+        leftover.mkdir()
+        ckpt.save(tree_of(1), epoch=1)
+        ckpt.wait()
+        assert not leftover.exists()
+        assert names(ckpt.checkpoints) == ["1", "2"]
