@@ -31,30 +31,21 @@ class Copies:
     """Copies of a tree's leaves.
 
     Attributes:
-        plan: How `arrays` is grouped and packed; None if no program made copies.
-        arrays: The copies that programs made on devices, group by group.
+        plan: How `arrays` is batched and packed; None if no program made copies.
+        arrays: The copies that programs made on devices, batch by batch.
         beside: One entry for each leaf: its value if it is not in `arrays`, else None.
             Copies of offloaded arrays are here.
-        verdict: What the device decided; see `fill_if_better`. None if the device has
-            nothing to decide.
     """
 
     plan: Plan | None
     arrays: list[jax.Array]
     beside: list[Any]
-    verdict: Any = None
-
-    def settle(self) -> None:
-        """Take the copies from `verdict`, if any. Safe to repeat after an interrupt."""
-        if self.verdict is not None:
-            self.arrays[:] = self.verdict[2]
 
     @property
     def is_filled(self) -> bool:
-        """Whether every group of the plan was copied."""
-        self.settle()
-        groups = () if self.plan is None else self.plan.groups
-        return len(self.arrays) == sum(len(group.shardings) for group in groups)
+        """Whether every batch of the plan was copied."""
+        batches = () if self.plan is None else self.plan.batches
+        return len(self.arrays) == sum(batch.number for batch in batches)
 
     def memory(self) -> "Copies":
         """Return the copies whose memory the next save can use."""
@@ -73,10 +64,10 @@ class Copies:
     def leaves(self) -> list[Any]:
         """Return the leaves in order; arrays that were packed come as `HostCopy`."""
         found, arrays = list(self.beside), iter(self.arrays)
-        for group in () if self.plan is None else self.plan.groups:
-            for index in group.alone:
+        for batch in () if self.plan is None else self.plan.batches:
+            for index in batch.alone:
                 found[index] = next(arrays)
-            for pack in group.packs:
+            for pack in batch.packs:
                 # `np.asarray` of the whole array would keep the values with the array.
                 shard = next(arrays).addressable_shards[0]
                 self._unpack(np.asarray(shard.data), pack, found)

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import copied
 from flaxckpt._copies.plan import Plan, planned
 from flaxckpt._decision.state import CheckpointState
+from flaxckpt._decision.step import judge
 
 
 def copy_on_device(
@@ -35,7 +38,7 @@ def copy_on_device(
 
 
 def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
-    """Return copies for `fill` or `fill_if_better`; copy only the offloaded arrays."""
+    """Return copies for `fill` to fill; copy only the offloaded arrays."""
     beside: list[Any] = [None] * len(leaves)
     for index in plan.beside:
         beside[index] = leaves[index]
@@ -44,51 +47,49 @@ def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
     return Copies(plan, [], beside)
 
 
-def fill(copies: Copies, leaves: Sequence[Any], into: Copies | None = None) -> None:
-    """Copy leaves into `copies`, as `copy_on_device` does."""
-    assert copies.plan is not None
-    reuse = into is not None and into.plan is copies.plan
-    slots = iter(list(into.arrays)) if into is not None and reuse else None
-    for group in copies.plan.groups:
-        slot = slots and [next(slots) for _ in group.shardings]
-        alone, packs = group.pick(leaves)
-        # One statement, since an interrupt may come between any two, and the call
-        # deletes the slot that it is given.
-        copies.arrays += group.copy(alone, packs, slot, group.work)[0]
-
-
-def fill_if_better(
+def fill(
     copies: Copies,
-    state: CheckpointState,
-    value: jax.Array,
     leaves: Sequence[Any],
-    into: Copies | None,
-    *,
-    always: bool,
+    into: Copies | None = None,
+    is_wanted: Any = np.True_,
 ) -> None:
-    """Judge a due check on the device, and copy only if there is something to save.
-
-    Returns at once, without waiting for `value`. `copies.verdict` then begins with
-    three pairs of `best_value` and `has_best`, and whether to save, bool[]. The first
-    two pairs are from after `judge`, since the training loop may donate one of them;
-    the third is from before.
+    """Copy leaves into `copies`, as `copy_on_device` does.
 
     Args:
         copies: What `unfilled` returned for the leaves.
-        state: The decision state after `tick`.
-        value: The monitored value, a real scalar.
-        leaves: Leaves of a tree, on the same devices as `value`.
-        into: Earlier copies of the same plan, whose memory is used. They keep their
-            values if there is nothing to save. None for new memory.
-        always: Whether to copy even without a new best, for a slot, which takes any
-            state.
+        leaves: Leaves of a tree.
+        into: As for `copy_on_device`.
+        is_wanted: Whether to copy, a bool or bool[]; if not, `copies` get the values of
+            `into`, or any values without it.
     """
     assert copies.plan is not None
-    (group,) = copies.plan.groups
-    slot = (into or copy_on_device(leaves, None, copies.plan)).arrays
-    decide = group.decide_and_copy if always else group.decide
-    alone, packs = group.pick(leaves)
-    work = group.work
-    # One statement, as in `fill`; after an interrupt, `settle` can still be called.
-    copies.verdict = decide(state, value, alone, packs, slot, work)
-    copies.settle()
+    reuse = into is not None and into.plan is copies.plan
+    slots = iter(list(into.arrays)) if into is not None and reuse else None
+    for batch in copies.plan.batches:
+        alone, packs = batch.pick(leaves)
+        # Each branch is one statement, since an interrupt may come between any two, and
+        # the call deletes the slot that it is given.
+        if slots is None:
+            copies.arrays += batch.program.fill(alone, packs)
+        else:
+            slot = [next(slots) for _ in range(batch.number)]
+            copies.arrays += batch.program.refill(alone, packs, slot, is_wanted)
+
+
+@jax.jit
+def verdict_of(state: CheckpointState, value: jax.Array) -> tuple[Any, Any]:
+    """Judge a due check on the device, without waiting for `value`.
+
+    Args:
+        state: The decision state after `tick`.
+        value: The monitored value, a real scalar.
+
+    Returns:
+        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. The
+        first two pairs are from after `judge`, since the training loop may donate one
+        of them; the third is from before.
+    """
+    before = jnp.copy(state.best_value), jnp.copy(state.has_best)
+    state, save = judge(state, {state.monitor: value}, np.True_)
+    best = state.best_value, state.has_best
+    return (best, best, before), save

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.on_device import fill_if_better
+from flaxckpt._copies.on_device import fill, verdict_of
 from flaxckpt._decision.logs import Logs, find
 from flaxckpt._decision.scalars import monitored, whole
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
@@ -56,6 +56,7 @@ class Entry:
         self.line: int | None = None
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
+        self._verdict: Any = None  # of a device
 
     @property
     def unknown(self) -> jax.Array | None:
@@ -133,18 +134,21 @@ class Entry:
             state: The decision state after `tick`.
             value: The monitored value.
             leaves: The leaves to copy to `copies`.
-            into: As for `fill_if_better`.
-            always: As for `fill_if_better`.
+            into: Earlier copies of the same plan, whose memory is used. They keep their
+                values if there is nothing to save. None for new memory.
+            always: Whether to copy even without a new best, for a slot, which takes any
+                state.
         """
         assert self.copies is not None
-        fill_if_better(self.copies, state, value, leaves, into, always=always)
+        self._verdict = verdict_of(state, value)
+        fill(self.copies, leaves, into, np.True_ if always else self._verdict[1])
         self.take_verdict()
 
     def take_verdict(self) -> None:
         """Take up the verdict of a device, once: `save` and the states."""
-        verdict = None if self.copies is None else self.copies.verdict
+        verdict = self._verdict
         if self.save is None and verdict is not None and self.state is not None:
-            bests, save = verdict[:2]
+            bests, save = verdict
             after, kept, before = (
                 with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
                 for best in bests

@@ -480,6 +480,8 @@ class Saves:
             return False
         memory: Copies | None = job.memory
         fits = memory is not None and memory.plan is plan
+        if job.content is not None and len(plan.batches) > 1:
+            return False  # an interrupt between two batches would tear what waits
         if not fits and (job.content is not None or not self._is_on_device(leaves)):
             return False
         into, always = memory if fits else None, save.whole is not None
@@ -611,7 +613,7 @@ class Saves:
             entry.copies = copied_to_host(leaves, None if job.content else memory)
             self._prepare(job, save, entry, where)
             return
-        if not fits or (job.content and len(plan.groups) > 1):  # likewise
+        if not fits or (job.content and len(plan.batches) > 1):  # likewise
             job.memory = memory = None  # freed before new memory is allocated
         entry.copies = unfilled(leaves, plan)
         self._prepare(job, save, entry, where)

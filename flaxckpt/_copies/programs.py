@@ -1,0 +1,134 @@
+"""Programs that copy batches of arrays; batches of the same kinds share one."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._runtime.locks import new_lock
+
+# Shape, dtype and sharding of an array.
+Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding]
+Kinds: TypeAlias = tuple[Kind, ...]
+
+
+def kind_of(array: jax.Array) -> Kind:
+    return array.shape, array.dtype, array.sharding
+
+
+class Program:
+    """Copies arrays one by one, and packs of small arrays into one array each."""
+
+    def __init__(self, alone: Kinds, packs: tuple[Kinds, ...]) -> None:
+        """Compile nothing yet.
+
+        Args:
+            alone: Kinds of the arrays that are copied one by one.
+            packs: Kinds of the arrays of each pack: of one dtype, on one device.
+        """
+        self._alone, self._packs = alone, packs
+        self._shardings = [kind[2] for kind in (*alone, *(pack[0] for pack in packs))]
+        settings = {"keep_unused": True, "out_shardings": (self._shardings, None)}
+        self._fill: Any = jax.jit(_fill, **settings)
+        self._refill: Any = jax.jit(_refill, donate_argnums=3, **settings)
+        self._compiling = new_lock()
+        self._is_compiled = False
+
+    def fill(self, alone: list[Any], packs: list[list[Any]]) -> list[jax.Array]:
+        """Copy into new memory."""
+        with self._compiling:
+            fill = self._fill
+        return fill(alone, packs, self._work)[0]
+
+    def refill(
+        self,
+        alone: list[Any],
+        packs: list[list[Any]],
+        slot: list[jax.Array],
+        is_wanted: Any,
+    ) -> list[jax.Array]:
+        """Copy into the memory of earlier copies, which are deleted.
+
+        Args:
+            alone: The arrays that are copied one by one.
+            packs: The arrays of each pack.
+            slot: Earlier copies of this program.
+            is_wanted: Whether to copy, a bool or bool[]; if not, `slot` is returned.
+        """
+        with self._compiling:
+            refill = self._refill
+        return refill(alone, packs, is_wanted, slot, self._work)[0]
+
+    def compile(self) -> None:
+        """Compile now, on this thread; a call on another thread waits for it."""
+        with self._compiling:
+            if self._is_compiled:
+                return
+            alone = [_struct(kind) for kind in self._alone]
+            packs = [[_struct(kind) for kind in pack] for pack in self._packs]
+            joined = [
+                _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
+                for pack in self._packs
+            ]
+            work, slot = self._work, alone + joined
+            self._fill = self._fill.lower(alone, packs, work).compile()
+            refill = self._refill.lower(alone, packs, np.True_, slot, work)
+            self._refill = refill.compile()
+            self._is_compiled = True
+
+    @functools.cached_property
+    def _work(self) -> Any:
+        """Dummy arithmetic, so that JAX on CPU runs the copy asynchronously.
+
+        JAX on CPU runs a program of fewer than 1000 floating-point operations on the
+        calling thread, and a copy has no such operations.
+        """
+        work, sharding = np.ones(1024, np.float32), self._shardings[0]
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(
+                sharding.mesh, jax.sharding.PartitionSpec()
+            )
+        elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
+            return work
+        # `device_put` onto the whole sharding would compare the value in all processes,
+        # and wait for them.
+        parts = [jax.device_put(work, each) for each in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(work.shape, sharding, parts)
+
+
+@functools.lru_cache(maxsize=512)
+def program(alone: Kinds, packs: tuple[Kinds, ...]) -> Program:
+    """Return the program for a batch of these kinds."""
+    return Program(alone, packs)
+
+
+def _fill(
+    alone: list[jax.Array], packs: list[list[jax.Array]], work: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    return _copied(alone, packs), jnp.sum(work * work)
+
+
+def _refill(
+    alone: list[jax.Array],
+    packs: list[list[jax.Array]],
+    is_wanted: jax.Array,
+    slot: list[jax.Array],
+    work: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    copies = jax.lax.cond(is_wanted, lambda: _copied(alone, packs), lambda: slot)
+    return copies, jnp.sum(work * work)
+
+
+def _copied(
+    alone: Sequence[jax.Array], packs: Sequence[Sequence[jax.Array]]
+) -> list[jax.Array]:
+    joined = [jnp.concatenate([each.reshape(-1) for each in pack]) for pack in packs]
+    return [jnp.copy(array) for array in alone] + joined
+
+
+def _struct(kind: Kind) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(kind[0], kind[1], sharding=kind[2])
