@@ -114,6 +114,7 @@ def match(
     twins: list[Twin] = []
     differences: list[LeafDifference] = []
     refused: list[tuple[str, str]] = []
+    would_cast = not cast  # and it would be enough
     if like is None:
         wanted = [_as_stored(leaf, cast=cast) for leaf in layout.leaves]
         places: list[list[int]] = [[index] for index in range(len(wanted))]
@@ -139,10 +140,12 @@ def match(
         if problem is not None:
             stored_as = "nothing" if have is None else str(have)
             differences.append(LeafDifference(want.leaf.name, stored_as, problem))
+            would_cast = would_cast and _difference(have, want, cast=True) is None
         for each in indices[1:]:
             twin = layout.leaves[each]
             if have is not None and (twin.kind, str(twin)) != (have.kind, str(have)):
                 differences.append(difference_of_twins(have, twin))
+                would_cast = False
             elif have is not None and not (have.digest and have.digest == twin.digest):
                 twins.append(Twin(len(found), each))
         found.append((index, want))
@@ -152,11 +155,12 @@ def match(
         leaf = layout.leaves[index]
         if not leaf.is_from_like:
             differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
+            would_cast = False
     if differences:
         raise CheckpointMismatchError(
             path,
             differences,
-            _advice(differences, cast=cast, has_like=like is not None),
+            _advice(differences, would_cast=would_cast, has_like=like is not None),
         )
     return found, twins
 
@@ -282,6 +286,7 @@ def _as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
     return Wanted(leaf)
 
 
+_NOT_DIVIDED = ", which do not divide it"
 _NEEDS_X64 = "(a JAX array has no 64 bits without jax_enable_x64)"
 
 
@@ -294,7 +299,9 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
         return f"{leaf} {_NEEDS_X64}"
     arrays = have.kind in ARRAYS, leaf.kind in ARRAYS
     if all(arrays):
-        fits = have.shape == leaf.shape and (have.dtype == leaf.dtype or cast)
+        fits = have.shape == leaf.shape and (
+            have.dtype == leaf.dtype or (cast and _converts(have, leaf))
+        )
     elif any(arrays):
         array, scalar = (have, leaf) if arrays[0] else (leaf, have)
         fits = array.shape == () and (
@@ -310,7 +317,7 @@ def _difference(have: Leaf | None, want: Wanted, *, cast: bool) -> str | None:
         try:
             want.sharding.shard_shape(have.shape)
         except (ValueError, IndexError):
-            return f"{leaf} in shards of {want.sharding}, which do not divide it"
+            return f"{leaf} in shards of {want.sharding}{_NOT_DIVIDED}"
     return None
 
 
@@ -345,7 +352,7 @@ def _is_of_kind(dtype: str, kind: str) -> bool:
 
 
 def _advice(
-    differences: Sequence[LeafDifference], *, cast: bool, has_like: bool
+    differences: Sequence[LeafDifference], *, would_cast: bool, has_like: bool
 ) -> str:
     if any(each.wanted.endswith(_NEEDS_X64) for each in differences):
         cast_how = "a `like` of 32 bits and cast=True" if has_like else "cast=True"
@@ -355,12 +362,9 @@ def _advice(
             "bits."
         )
     if all("nothing" not in (each.stored, each.wanted) for each in differences):
-        pairs = [(each.stored, each.wanted) for each in differences]
-        if not cast and all(
-            have.partition("[")[2] == want.partition("[")[2] != ""
-            and "key" not in have + want
-            for have, want in pairs
-        ):
+        if all(each.wanted.endswith(_NOT_DIVIDED) for each in differences):
+            return "Pass shardings of meshes that divide the shapes, or numpy arrays."
+        if would_cast:
             return "Pass a `like` of the stored dtypes, or cast=True to convert."
         return "Pass a `like` of the stored shapes and dtypes; nothing is reshaped."
     return (
