@@ -1,6 +1,7 @@
 """A checkpoint's leaves are read, and compared with their digests."""
 
 import functools
+import itertools
 import os
 import warnings
 from collections import Counter
@@ -42,6 +43,7 @@ from flaxckpt.errors import (
 
 _SHOWN = 8  # leaves that a warning lists
 _READ_THREADS = 8
+_TASK_LEAVES, _TASK_BYTES = 64, 2**20  # that a thread reads in one go, at most
 
 
 def load_tree(
@@ -297,10 +299,16 @@ def _read_files(
             return reader.read(leaf, check=check)
         return reader.read_onto(leaf, place, check=check)
 
+    def read_all(indices: list[int]) -> list[tuple[Any, bool | None]]:
+        reader.expect(known[index] for index in indices)
+        return list(map(read, indices))
+
     # More threads than cores compete for the cache, and are no faster.
     threads = min(_READ_THREADS, os.cpu_count() or 1)
+    tasks = _tasks(known)
     with unchecked_pool(threads, "flaxckpt-read") as pool:
-        found = dict(zip(known, pool.map(read, known), strict=True))
+        read_in_tasks = itertools.chain.from_iterable(pool.map(read_all, tasks))
+        found = dict(zip(itertools.chain(*tasks), read_in_tasks, strict=True))
     damaged = [known[index] for index, (_, same) in found.items() if same is False]
     values = {index: value for index, (value, _) in found.items() if value is not None}
     if are_several():  # Orbax would wait for the processes that could read these
@@ -311,6 +319,19 @@ def _read_files(
         if known[index].kind == "key" and values[index] is not None:
             values[index] = _as_key(known[index], values[index], wanted[index])
     return values, damaged, unchecked
+
+
+def _tasks(leaves: Mapping[int, Leaf]) -> list[list[int]]:
+    """Group leaves for threads: to hand a thread one small leaf costs as much again."""
+    tasks: list[list[int]] = []
+    room = 0
+    for index, leaf in leaves.items():
+        if not tasks or room < leaf.nbytes or len(tasks[-1]) == _TASK_LEAVES:
+            tasks.append([])
+            room = _TASK_BYTES
+        tasks[-1].append(index)
+        room -= leaf.nbytes
+    return tasks
 
 
 def _as_key(leaf: Leaf, data: Any, want: Wanted) -> Any:
