@@ -14,9 +14,9 @@ from flaxckpt._disk.info import CheckpointInfo, Loaded
 from flaxckpt._disk.record import read_record
 from flaxckpt._object_store.url import is_url
 from flaxckpt._trees.leaf import Leaf
-from flaxckpt._trees.match import on_host
 from flaxckpt._trees.stored_weights import plain_weights
 from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt._trees.wanted import on_host
 from flaxckpt.errors import CheckpointError, SettingError, UnsupportedLeafError
 
 _BATCH_BYTES = 256 * 2**20

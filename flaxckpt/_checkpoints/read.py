@@ -29,11 +29,12 @@ from flaxckpt._trees.describe import describe
 from flaxckpt._trees.digest import agree, is_sum, part_of
 from flaxckpt._trees.layout import Layout, OverfullError
 from flaxckpt._trees.leaf import Leaf, key_dtype, without_keys
-from flaxckpt._trees.match import Wanted, difference_of_twins, match, spread
+from flaxckpt._trees.match import difference_of_twins, match
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.placing import is_placement
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt._trees.wanted import Wanted, spread
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,

@@ -51,9 +51,9 @@ from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.digest import digests
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
-from flaxckpt._trees.match import on_host
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt._trees.wanted import on_host
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -25,9 +25,9 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, key_dtype
-from flaxckpt._trees.match import Wanted
 from flaxckpt._trees.stored_weights import is_weights_name
 from flaxckpt._trees.ties import PyTree
+from flaxckpt._trees.wanted import Wanted
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -9,7 +9,7 @@ import numpy as np
 
 from flaxckpt._trees.describe import as_it_is, impl_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
-from flaxckpt._trees.match import Wanted
+from flaxckpt._trees.wanted import Wanted
 
 
 def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
-from flaxckpt._trees.match import Twin, Wanted, match, on_host, spread, wanted_leaves
+from flaxckpt._trees.match import Twin, match
+from flaxckpt._trees.wanted import Wanted, on_host, spread, wanted_leaves
 from flaxckpt.errors import CheckpointMismatchError, UnsupportedLeafError
 
 # Of what an error advises; which is whole in checkpoints/test_store.py.

@@ -1,0 +1,136 @@
+"""What a tree asks for: for each of its leaves the kind, dtype, shape and place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from flaxckpt._trees.describe import RefusedError, array_leaf, from_like, normal
+from flaxckpt._trees.layout import Filling, Layout
+from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, Leaf
+from flaxckpt._trees.placing import is_placement, placed
+from flaxckpt._trees.skeleton import found_at
+from flaxckpt._trees.structure import structure_of
+from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt.errors import UnsupportedLeafError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a leaf is to be restored as.
+
+    Attributes:
+        leaf: The wanted kind, dtype and shape.
+        sharding: Where to place it; None for JAX's default device, uncommitted.
+        is_weak: Whether the dtype is only JAX's guess for a Python number.
+        type: The own type of a Python number or text, such as an `enum.IntEnum`.
+        is_struct: Whether `like` only describes the leaf and has no value for it.
+    """
+
+    leaf: Leaf
+    sharding: jax.sharding.Sharding | None = None
+    is_weak: bool = False
+    type: Callable[[Any], Any] | None = None
+    is_struct: bool = False
+
+    def resolved(self, have: Leaf | None) -> "Wanted":
+        """Copy kind, dtype and shape of the stored leaf if `like` has only a place."""
+        if self.leaf.kind != PLACED or have is None:
+            return self
+        if have.kind == "jax" or (have.kind in ARRAYS and is_of_jax(have.dtype)):
+            return Wanted(replace(have, kind="jax"), self.sharding)
+        return Wanted(have, self.sharding if have.kind == "key" else None)
+
+    @property
+    def is_in_one_piece(self) -> bool:
+        """Whether it goes to the host, or to one device of this process."""
+        return self.sharding is None or (
+            self.sharding.is_fully_addressable and len(self.sharding.device_set) == 1
+        )
+
+
+def on_host(leaf: Leaf) -> Wanted:
+    """Describe a stored leaf as wanted on the host."""
+    return Wanted(replace(leaf, kind="numpy") if leaf.kind == "jax" else leaf)
+
+
+def spread(like: PyTree, layout: Layout) -> PyTree:
+    """Return `like`, with a sharding for a whole subtree repeated for its leaves."""
+    flat = flatten(like)
+    if not any(map(is_placement, flat.leaves)):
+        return like
+
+    def spread_one(leaf: Any, path: tuple[str, ...]) -> Any:
+        subtree = found_at(layout.skeleton, path) if is_placement(leaf) else None
+        if subtree is None or isinstance(subtree[0], int):
+            return leaf
+        return Filling(layout.skeleton, [leaf] * len(layout.leaves)).plain(*subtree)
+
+    paths = structure_of(flat, like).paths
+    return flat.rebuilt(list(map(spread_one, flat.leaves, paths)))
+
+
+def wanted_leaves(like: PyTree) -> list[Wanted]:
+    """Describe what a tree of arrays, `ShapeDtypeStruct`s or shardings asks for."""
+    flat = flatten(like)
+    structure = structure_of(flat, like)
+    wanted: list[Wanted] = []
+    refused: list[tuple[str, str]] = []
+    for value, path, in_equinox in zip(
+        flat.leaves,
+        structure.paths,
+        structure.in_equinox,
+        strict=True,
+    ):
+        is_struct = isinstance(value, jax.ShapeDtypeStruct) or is_placement(value)
+        kind = "" if is_struct else from_like(value, in_equinox=in_equinox)
+        if kind:
+            wanted.append(Wanted(Leaf(path, kind)))
+            continue
+        try:
+            wanted.append(_wanted(path, value))
+        except RefusedError as refusal:
+            refused.append((Leaf(path, "").name, str(refusal)))
+    if refused:
+        raise UnsupportedLeafError(tuple(refused), "restored")
+    return wanted
+
+
+def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
+    try:
+        if is_placement(value):
+            return Wanted(Leaf(path, PLACED), placed(value), is_struct=True)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return Wanted(
+                array_leaf(path, value),
+                placed(value.sharding),
+                is_weak=value.weak_type,
+                is_struct=True,
+            )
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    if isinstance(value, Tracer):
+        raise RefusedError("a value of a running trace")
+    if isinstance(value, jax.Array):
+        return Wanted(
+            array_leaf(path, value),
+            value.sharding if value.committed else None,
+            is_weak=getattr(value, "weak_type", False),  # keys have none
+        )
+    leaf, _ = normal(path, value, lambda dtype: True)
+    is_own = leaf.kind in (*PYTHON, "str") and type(value) not in (*SCALARS, str)
+    return Wanted(leaf, type=type(value) if is_own else None)
+
+
+def as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
+    """Describe a leaf as wanted without `like`: as stored, or cast to what JAX has."""
+    if cast and leaf.kind == "jax":
+        leaf = replace(leaf, dtype=str(jax.dtypes.canonicalize_dtype(leaf.dtype)))
+    return Wanted(leaf)
+
+
+def is_of_jax(dtype: str) -> bool:
+    """Tell whether JAX has arrays of a dtype in its present settings."""
+    return dtype == str(jax.dtypes.canonicalize_dtype(dtype))
