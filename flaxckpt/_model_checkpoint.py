@@ -36,7 +36,7 @@ from flaxckpt._direct.frozen_files import Filter, Frozen
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._object_store.scratch import mirrored
 from flaxckpt._object_store.url import check_readable, is_url
-from flaxckpt._orbax.restore import foreign_checkpoints
+from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._pods.saves import PodSaves
 from flaxckpt._processes.clock import AgreedInterval, Interval
 from flaxckpt._processes.messages import (

@@ -19,7 +19,8 @@ from flaxckpt._disk.vetting import check_plain
 from flaxckpt._object_store.source import source_of
 from flaxckpt._orbax.engine import storable, with_key
 from flaxckpt._orbax.files import complete, data_files, is_database, leaf_files
-from flaxckpt._orbax.restore import naming_items, read_by_orbax, read_foreign
+from flaxckpt._orbax.foreign import naming_items, read_foreign
+from flaxckpt._orbax.restore import read_by_orbax
 from flaxckpt._processes.messages import are_several, gathered
 from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._runtime.frames import outside

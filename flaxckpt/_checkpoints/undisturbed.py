@@ -17,7 +17,7 @@ from flaxckpt._disk.record import (
 )
 from flaxckpt._object_store.source import fetched
 from flaxckpt._object_store.url import check_readable, is_url
-from flaxckpt._orbax.restore import (
+from flaxckpt._orbax.recognize import (
     entries,
     foreign_checkpoints,
     is_ours,

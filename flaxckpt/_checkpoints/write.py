@@ -42,9 +42,8 @@ from flaxckpt._disk.record import (
     read_record,
 )
 from flaxckpt._orbax.engine import ocp, orbax_context, unpacked, with_key, write_tree
-from flaxckpt._orbax.files import NEEDED, ZARR_MARK
+from flaxckpt._orbax.files import NEEDED, OURS, ZARR_MARK
 from flaxckpt._orbax.own_number import own_number
-from flaxckpt._orbax.restore import OURS
 from flaxckpt._orbax.state_handler import Marks, Task
 from flaxckpt._processes.messages import are_several, is_leader
 from flaxckpt._runtime.quiet import quiet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.open import is_inside, is_there
-from flaxckpt._disk.record import located
+from flaxckpt._disk.record import LEAVES_FILE, RECORD_FILE, located
 from flaxckpt._object_store.source import source_of
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointCorruptError
@@ -15,6 +15,7 @@ NEEDED = ("_CHECKPOINT_METADATA", "state/_METADATA")  # plain Orbax needs them t
 # Orbax writes Zarr 3. But plain Orbax warns that there are no arrays unless it finds a
 # file of this name, which belongs to Zarr 2, in some directory.
 ZARR_MARK = f"{STATE}/array_metadatas/.zarray"
+OURS = {LEAVES_FILE, RECORD_FILE, ZARR_MARK}  # the files that are not Orbax's
 
 
 def is_database(path: Path) -> bool:
