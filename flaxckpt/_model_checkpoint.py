@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from flaxckpt._checkpoints.load import check_like, restore
 from flaxckpt._checkpoints.retention import LatestN, PreservationPolicy
 from flaxckpt._checkpoints.series import Series
+from flaxckpt._checkpoints.series_writer import SeriesWriter
 from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs, find, left_out, taken
 from flaxckpt._decision.reserved import ADVICE, is_reserved
@@ -315,15 +316,18 @@ class ModelCheckpoint:
         self._series = Series(
             self._template,
             self._slot_path(save_last),
-            policy=preserve,
             monitor=monitor,
             mode=self._mode,
             dtype=np.asarray(self._fresh.best_value).dtype,
             sync=bool(sync),
+            in_store=in_store,
+        )
+        disk = SeriesWriter(
+            self._series,
+            policy=preserve,
             compress=bool(compress),
             may_write=engine == "auto",
             frozen=stored_once,
-            in_store=in_store,
         )
         make = Saves
         if are_several():
@@ -336,7 +340,7 @@ class ModelCheckpoint:
                 raise SettingError("engine", engine, advice)
         self._saves = make(
             self._template,
-            self._series,
+            disk,
             weights=weights or default_weights,
             weights_only=bool(save_weights_only),
             snapshot=snapshot,

@@ -50,7 +50,7 @@ MODULES = sorted(
 )
 
 # What may know TensorStore.
-ARRAYS = ("_orbax.engine", "_direct.form", "_direct.sources", "_object_store.objects")
+ARRAYS = ("_orbax.engine", "_direct.write", "_direct.sources", "_object_store.objects")
 
 
 def layer_of(module):

@@ -1,15 +1,32 @@
-"""The ways of writing that this process has already checked, by directory.
+"""The first checkpoint of each kind is looked at before it takes its place.
 
-The writer checks a checkpoint before it takes its place, the first time that such a
-tree is written into a directory in such a way. A bug in the writer then shows at the
-save, and not at the restore.
+A kind is a directory, a way of writing, and what the tree is like. A bug in the writer
+then shows at the save, and not at the restore.
 """
 
 import functools
+import os
+import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
+from flaxckpt._checkpoints.load import batches
+from flaxckpt._checkpoints.read import read, read_table
+from flaxckpt._direct.read import Reader
+from flaxckpt._direct.threads import give_way
+from flaxckpt._disk.record import RECORD_FILE, read_record
+from flaxckpt._orbax.files import NEEDED
+from flaxckpt._processes.messages import are_several
+from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.wanted import on_host
+from flaxckpt.errors import CheckpointCorruptError, CheckpointWriteError
+
 _REMEMBERED = 64
+
+
+class IncompleteError(CheckpointWriteError):
+    """A look has found that not all is there."""
 
 
 class Looks:
@@ -19,20 +36,37 @@ class Looks:
         """Begin with no kinds."""
         self._seen: deque[tuple[Any, ...]] = deque(maxlen=_REMEMBERED)
 
-    def is_new(self, *what: Any) -> bool:
-        """Tell whether a checkpoint of this kind has to be checked.
+    def check(self, written: Path, shown: Path, *what: Any) -> None:
+        """Check that a checkpoint is complete, unless one of its kind was checked.
+
+        Reads values only of leaves whose files do not tell, as a restore would.
 
         Args:
-            *what: The directory, the way of writing, the tree's layout, and its leaves'
-                placements. They are equal for checkpoints that must have the same
-                files.
-        """
-        return what not in tuple(self._seen)  # a copy: another thread may append to it
+            written: The checkpoint, in the directory in which it was written.
+            shown: The checkpoint's place, for the error.
+            *what: The way of writing, the tree's layout, and its leaves' placements.
+                They are equal for checkpoints that must have the same files.
 
-    def note(self, *what: Any) -> None:
+        Raises:
+            IncompleteError: If it is not complete.
+        """
+        above = written.parents[1]  # the directory that has the staging directory
+        status = os.stat(above)
+        # Another directory may have the inode of a deleted one, or its name.
+        kind = (str(above), status.st_dev, status.st_ino, *what)
+        if kind in tuple(self._seen):  # a copy: another thread may append to it
+            return
+        problem = _problem_of(written)
+        if problem:
+            raise IncompleteError(
+                str(shown), f"what was written is not all there ({problem})"
+            )
+        self._note(kind)
+
+    def _note(self, kind: tuple[Any, ...]) -> None:
         """Note that a checkpoint was complete; keep each large layout only once."""
-        earlier = [each for other in tuple(self._seen) for each in other]
-        kept = (next((one for one in earlier if one == each), each) for each in what)
+        earlier = [part for other in tuple(self._seen) for part in other]
+        kept = (next((one for one in earlier if one == part), part) for part in kind)
         self._seen.appendleft(tuple(kept))
 
 
@@ -40,3 +74,29 @@ class Looks:
 def shared_looks() -> Looks:
     """Return the one `Looks` of this process, which all objects share."""
     return Looks()
+
+
+def _problem_of(written: Path) -> str:
+    """Say what is missing from a checkpoint; empty if nothing is."""
+    missing = [name for name in NEEDED if not (written / name).is_file()]
+    doubtful: dict[int, Leaf] = {}
+    try:
+        layout, _ = read_table(written)
+        if read_record(written) is None or layout is None:
+            raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
+        reader, turn = Reader(written), time.perf_counter()
+        reader.expect(leaf for leaf in layout.leaves if leaf.in_orbax)
+        for index, leaf in enumerate(layout.leaves):
+            turn = give_way(turn)
+            if leaf.in_orbax and not reader.holds(leaf):
+                doubtful[index] = leaf
+        if doubtful and are_several():  # all processes would have to read
+            raise CheckpointCorruptError(str(written), "files are missing")
+        for batch in batches(layout.leaves) if doubtful else ():
+            wanted = {i: on_host(doubtful[i]) for i in batch if i in doubtful}
+            read(written, layout, wanted, check=True)
+    except CheckpointCorruptError as error:
+        names = [leaf.name for leaf in doubtful.values()]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{more}: {error.problem}".removeprefix(": ")
+    return f"{', '.join(missing)} is missing" if missing else ""

@@ -5,21 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from flaxckpt._direct.zarr import Array, Stored
+from flaxckpt._direct.zarr import Array, ZarrArray
 from flaxckpt._trees.digest import checksum, digest, digest_of
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
 
 
-def digest_as_stored(stored: Stored | str, value: Any) -> str:
+def digest_as_stored(stored: ZarrArray | str, value: Any) -> str:
     """Compute the digest that a leaf gets when it is written in this way."""
-    if isinstance(stored, Stored) and stored.is_one_chunk:
+    if isinstance(stored, ZarrArray) and stored.is_one_chunk:
         return digest_of(checksum(value))
     return digest(value)
 
 
 def chunks_of(
-    stored: Stored, value: Any
+    stored: ZarrArray, value: Any
 ) -> Iterator[tuple[str, tuple[int, ...], Array]]:
     """Yield each chunk's key, first index by axis, and values in C order."""
     if stored.shape == stored.chunk:
@@ -32,7 +32,7 @@ def chunks_of(
 
 
 def own_chunks(
-    stored: Stored, value: Any, *, leads: bool
+    stored: ZarrArray, value: Any, *, leads: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
     """Yield as `chunks_of`, with None for chunks that another process writes."""
     if not is_shared(value):

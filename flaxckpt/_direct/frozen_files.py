@@ -5,6 +5,7 @@ checkpoint is whole by itself, also for Orbax, and any may be deleted. A leaf is
 only if its digest is that of the stored leaf; otherwise it is written again.
 """
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,10 +15,17 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flaxckpt._disk.files import Draft, Stamp
+from flaxckpt._direct.chunks import digest_as_stored
+from flaxckpt._direct.form import Fingerprints, OrbaxFiles
+from flaxckpt._direct.read import read
+from flaxckpt._direct.sources import Files
+from flaxckpt._direct.zarr import READ, STATE, ZarrArray
+from flaxckpt._disk.files import Draft, Stamp, stamp_of
+from flaxckpt._disk.record import read_leaves
+from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import key_of
 from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
-from flaxckpt.errors import SettingError
+from flaxckpt.errors import CheckpointError, SettingError
 
 Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
 _STRUCTURES = 64  # tree structures for which the choice is remembered
@@ -211,3 +219,71 @@ class Frozen:
                 del known[at]
 
         known[at] = weakref.ref(array, forget), digest
+
+
+def link_frozen(
+    form: OrbaxFiles,
+    draft: Draft,
+    values: Sequence[Any],
+    fingerprints: Fingerprints,
+    frozen: Frozen,
+) -> None:
+    """Replace frozen leaves' files by links, if the same values are stored already.
+
+    Args:
+        form: How Orbax has written the draft.
+        draft: The draft that Orbax has written.
+        values: The leaves that Orbax stores, frozen leaves as `FrozenLeaf`.
+        fingerprints: The leaves' fingerprints.
+        frozen: Where frozen leaves are stored.
+    """
+    for stored, value, digest, sums in zip(
+        form.arrays, values, *fingerprints, strict=True
+    ):
+        if isinstance(value, FrozenLeaf) and isinstance(stored, ZarrArray):
+            value.digest = digest
+            names = [f"{STATE}/{key}" for key, _ in stored.with_keys("/").keys()]
+            is_linked = frozen.link(draft, stored, value, names)
+            value.sums = sums
+            frozen.note(draft, stored, value, names, is_linked=is_linked)
+
+
+def adopt_frozen(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
+    """Tell `frozen` which files of an earlier checkpoint can be linked.
+
+    Does so only if `frozen` knows no stored leaf. Reads the values, since the files may
+    have changed. A leaf that cannot be read is written again.
+
+    Args:
+        form: How Orbax writes the tree that is to be saved.
+        earlier: The earlier checkpoint.
+        frozen: Gets the digest, files and stamps of each leaf.
+    """
+    if not frozen.is_new:
+        return
+    with contextlib.suppress(
+        CheckpointError, OSError, ValueError, KeyError, TypeError
+    ):  # then the leaves are written again
+        _adopt(form, earlier, frozen)
+
+
+def _adopt(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
+    leaves = Layout.from_json(read_leaves(earlier)).leaves
+    store = Files(earlier / STATE)
+    known = {leaf.stored_name: leaf for leaf in leaves}
+    for stored in form.arrays:
+        leaf = None if isinstance(stored, str) else known.get(stored.name)
+        if leaf is None or isinstance(stored, str) or leaf.kind not in READ:
+            continue
+        content = read(store, leaf)
+        if content is None or content[0].with_keys(".") != stored:
+            continue
+        found, values, sums = content
+        files = [earlier / STATE / key for key, _ in found.keys()]
+        try:
+            stamps = [stamp_of(file) for file in files]
+        except OSError:
+            continue
+        # An earlier version may have recorded another kind of digest.
+        digest = digest_as_stored(stored, values)
+        frozen.adopt(stored, Home(digest, files, stamps, sums))

@@ -26,7 +26,7 @@ from flaxckpt._direct.zarr import (
     UNREADABLE,
     Array,
     OtherwiseError,
-    Stored,
+    ZarrArray,
     aligned,
     below,
 )
@@ -222,7 +222,7 @@ def _sums(leaf: Leaf) -> tuple[str, ...]:
 
 def _read_parts(
     store: "Values",
-    stored: Stored,
+    stored: ZarrArray,
     bounds: Iterable[Bounds],
     *,
     check: bool,
@@ -284,7 +284,7 @@ def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
 
 def read(
     store: "Values", leaf: Leaf, *, check: bool = True
-) -> tuple[Stored, Array, tuple[str, ...]] | None:
+) -> tuple[ZarrArray, Array, tuple[str, ...]] | None:
     """Return how an array is stored, its values, and, if `check`, chunks' checksums.
 
     None if the array is incomplete, or stored in a way that is not known here.

@@ -21,7 +21,7 @@ from flaxckpt._direct.zarr import (
     STATE,
     Array,
     OtherwiseError,
-    Stored,
+    ZarrArray,
     below,
     parsed,
     raw_bytes,
@@ -49,7 +49,7 @@ _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as 
 BLOCK_BYTES = 512 * 2**10  # read or written at a time, and summed in the CPU cache
 
 
-def stored_of(store: "Values", leaf: Leaf) -> Stored | None:
+def stored_of(store: "Values", leaf: Leaf) -> ZarrArray | None:
     """Look up how a leaf is stored; None if the shape differs from the leaf's.
 
     Raises:
@@ -68,7 +68,7 @@ def array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
     return leaf.shape + numbers, DTYPES.get(leaf.kind, leaf.dtype)
 
 
-def outlined(store: "Values", leaf: Leaf) -> tuple[Stored, int | None]:
+def outlined(store: "Values", leaf: Leaf) -> tuple[ZarrArray, int | None]:
     """Look up how a leaf is stored, in any encoding, and the bytes of a chunk's file.
 
     The size is None if it depends on the values.
@@ -88,7 +88,9 @@ def outlined(store: "Values", leaf: Leaf) -> tuple[Stored, int | None]:
     if (found.shape, found.dtype) != array_of(leaf):
         raise OtherwiseError
     dtype = jnp.dtype(found.dtype)
-    stored = Stored(name, description, dtype, found.shape, found.chunk, found.separator)
+    stored = ZarrArray(
+        name, description, dtype, found.shape, found.chunk, found.separator
+    )
     return stored, None
 
 

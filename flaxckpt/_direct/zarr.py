@@ -40,7 +40,7 @@ _USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hosti
 
 
 @dataclass(frozen=True)
-class Stored:
+class ZarrArray:
     """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks."""
 
     name: str
@@ -60,7 +60,7 @@ class Stored:
         """The key of the array's `zarr.json`."""
         return below(self.name, DESCRIPTION)
 
-    def with_keys(self, separator: str) -> "Stored":
+    def with_keys(self, separator: str) -> "ZarrArray":
         """Return it with chunk files in nested directories (`/`), or in one (`.`)."""
         fields = json.loads(self.description)
         fields["chunk_key_encoding"] = {"name": "default"}
@@ -78,7 +78,7 @@ class Stored:
 
 
 class OtherwiseError(Exception):
-    """An array is missing, or is stored in another way than `Form` writes it."""
+    """An array is missing, or is stored in another way than is written here."""
 
 
 UNREADABLE = (
@@ -98,7 +98,7 @@ def dtype_of(value: Any) -> str:
     return str(pieces(value)[0][1].dtype)
 
 
-def parsed(name: str, description: bytes, dtype: str) -> Stored:
+def parsed(name: str, description: bytes, dtype: str) -> ZarrArray:
     """Parse a `zarr.json`, for values of a dtype.
 
     Raises:
@@ -108,7 +108,7 @@ def parsed(name: str, description: bytes, dtype: str) -> Stored:
     is_usual = len(description) <= _USUAL_BYTES
     grid = _known_grid if is_usual else _grid
     shape, chunk, separator = grid(description, dtype)
-    return Stored(name, description, jnp.dtype(dtype), shape, chunk, separator)
+    return ZarrArray(name, description, jnp.dtype(dtype), shape, chunk, separator)
 
 
 def _grid(

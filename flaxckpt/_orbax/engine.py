@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import tensorstore
 
 from flaxckpt._copies.held import HostCopy
+from flaxckpt._direct.form import Fingerprints
 from flaxckpt._direct.forms import thawed
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import plainly
 from flaxckpt._orbax.own_number import own_number
-from flaxckpt._orbax.state_handler import Marks, StateHandler, Task
+from flaxckpt._orbax.state_handler import StateHandler, Task
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
@@ -28,12 +29,6 @@ with quiet():  # it logs when it is imported
     from orbax.checkpoint import v1
 # Orbax annotates its paths with a class of its own, but takes any path.
 ocp: Any = v1
-# Orbax's v1 functions read what these classes write.
-HANDLERS = frozenset(
-    "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
-    "JsonCheckpointHandler ProtoHandler ProtoCheckpointHandler MetricsHandler "
-    "StatefulCheckpointableHandler".split()
-)
 
 
 @functools.cache
@@ -50,7 +45,7 @@ def write_tree(
     directory: Path,
     layout: Layout,
     leaves: list[Any],
-    write: Callable[[Path], Marks] | None,
+    write: Callable[[Path], Fingerprints] | None,
     *,
     is_database: bool,
     compress: bool,

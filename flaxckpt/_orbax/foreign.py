@@ -15,7 +15,7 @@ from flaxckpt._disk.alias import plainly
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt._disk.vetting import check_plain, check_readable
-from flaxckpt._orbax.engine import HANDLERS, ocp, orbax_context
+from flaxckpt._orbax.engine import ocp, orbax_context
 from flaxckpt._orbax.recognize import is_item, items_of
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import outside
@@ -29,6 +29,12 @@ from flaxckpt.errors import (
 )
 
 _DEFAULT_ITEMS = ("state", "pytree", "default")
+# Orbax's v1 functions read what these classes write.
+_HANDLERS = frozenset(
+    "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
+    "JsonCheckpointHandler ProtoHandler ProtoCheckpointHandler MetricsHandler "
+    "StatefulCheckpointableHandler".split()
+)
 
 
 def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
@@ -113,7 +119,7 @@ def _has_handler(path: Path, name: str | None, handler: str, error: Exception) -
         handler: The name of the class that wrote it; empty if it is not known.
         error: What Orbax raised.
     """
-    if not handler or handler.rpartition(".")[2] in HANDLERS:
+    if not handler or handler.rpartition(".")[2] in _HANDLERS:
         return True
     names = [name] if name is not None else list(items_of(path))
     has_tree = all(is_there(path / item / "_METADATA") for item in names)

@@ -1,19 +1,17 @@
 """What Orbax calls to write a tree: the direct writer, or its own handler."""
 
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from flaxckpt._direct.form import Fingerprints
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.ties import PyTree
 
 with quiet():  # it logs when it is imported
     from orbax.checkpoint import v1
-
-# Digests of the leaves, and checksums of each leaf's files.
-Marks: TypeAlias = tuple[list[str], list[Sequence[str]]]
 
 
 @dataclass
@@ -23,15 +21,20 @@ class Task:
     Attributes:
         tree: Returns the tree as Orbax stores it.
         write: Writes the tree straight into a directory, empty as yet, and returns the
-            marks of what it wrote. None where Orbax has to write.
-        marks: What `write` returned; None if Orbax has written.
+            fingerprints of what it wrote. None where Orbax has to write.
+        fingerprints: What `write` returned; None if Orbax has written.
         fault: What `write` raised, if Orbax had to write after all.
     """
 
     tree: Callable[[], PyTree]
-    write: Callable[[Path], Marks] | None
-    marks: Marks | None = None
+    write: Callable[[Path], Fingerprints] | None
+    fingerprints: Fingerprints | None = None
     fault: Exception | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the values were written straight from memory, not by Orbax."""
+        return self.fingerprints is not None
 
 
 class StateHandler(v1.handlers.CheckpointableHandler[Task, None]):
@@ -70,10 +73,12 @@ async def _begin_by_orbax(directory: Any, task: Task) -> Awaitable[None]:
     return await v1.handlers.PyTreeHandler().save(directory, task.tree())
 
 
-async def _write(directory: Any, task: Task, write: Callable[[Path], Marks]) -> None:
+async def _write(
+    directory: Any, task: Task, write: Callable[[Path], Fingerprints]
+) -> None:
     path = Path(await directory.await_creation())
     try:
-        task.marks = write(path)
+        task.fingerprints = write(path)
     except OSError:  # Orbax would meet with it as well
         raise
     except Exception as fault:

@@ -22,15 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._checkpoints.series import Page
-from flaxckpt._checkpoints.write import learn_form, write_share
+from flaxckpt._checkpoints.series_writer import Page
+from flaxckpt._checkpoints.together import learn_form, write_share
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import copy_on_device, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import planned
 from flaxckpt._decision.scalars import monitored
-from flaxckpt._direct.form import Share
-from flaxckpt._direct.forms import has_form
+from flaxckpt._direct.shares import Share
 from flaxckpt._disk.alias import is_plain
 from flaxckpt._pods.agreement import (
     ALLOWED,
@@ -121,7 +120,7 @@ class PodSaves(Saves):
         try:
             self._writer.check()  # raises the error of any process in that save
             for part in save.parts:
-                if not has_form(part.layout, part.leaves):
+                if not self._disk.way.forms.has(part.layout, part.leaves):
                     self._learn(part.layout, part.leaves)
             self._copy(save, entry, job, lasts=lasts)
         except BaseException:
@@ -174,7 +173,8 @@ class PodSaves(Saves):
                 if not is_plain(directory):
                     directory = stack.enter_context(one_path(exchange, directory))
             try:
-                learn_form(directory / "learnt", layout, leaves, exchanged)
+                forms = self._disk.way.forms
+                learn_form(forms, directory / "learnt", layout, leaves, exchanged)
                 exchange.tell("learnt", None)
             except Exception as error:
                 failure = self._translated(error)
@@ -325,9 +325,8 @@ class PodSaves(Saves):
             place, area = exchange.hear(f"where {index}"), self._series.area
             try:
                 with area.share(place) as directory, self._space_told(page, directory):
-                    share = write_share(
-                        directory, page.layout, page.leaves, sync=area.sync
-                    )
+                    forms, what = self._disk.way.forms, (page.layout, page.leaves)
+                    share = write_share(forms, directory, *what, sync=area.sync)
                 exchange.tell(f"share {index}", share)
             except BaseException as error:
                 exchange.tell(f"share {index}", self._translated(error, page.path))

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._checkpoints.series import Page, Series, Together
+from flaxckpt._checkpoints.series_writer import Page, SeriesWriter
 from flaxckpt._checkpoints.target import check_target
+from flaxckpt._checkpoints.together import Together
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host, fits_on_device, memory_of_host
@@ -29,7 +30,6 @@ from flaxckpt._copies.plan import planned
 from flaxckpt._decision.logs import Logs, find, plain_scalars
 from flaxckpt._decision.state import CheckpointState, plain_state
 from flaxckpt._decision.template import Template
-from flaxckpt._direct.forms import has_form
 from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._orbax.engine import storable
 from flaxckpt._runtime.failures import in_one_line
@@ -70,7 +70,7 @@ class Saves:
     def __init__(
         self,
         template: Template,
-        series: Series,
+        disk: SeriesWriter,
         *,
         weights: Weights,
         weights_only: bool,
@@ -85,7 +85,7 @@ class Saves:
 
         Args:
             template: The template of the paths.
-            series: The series to save in.
+            disk: Writes the series to save in.
             weights: Picks the weights from a tree.
             weights_only: Whether the series gets the weights alone.
             snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
@@ -97,7 +97,7 @@ class Saves:
             tell: Prints what is decided and saved; None to be silent.
         """
         self.counts = SaveCounts()
-        self._template, self._series = template, series
+        self._template, self._series, self._disk = template, disk.series, disk
         self._weights, self._weights_only = weights, weights_only
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
@@ -418,8 +418,8 @@ class Saves:
         for part in save.parts:
             stays = (
                 is_alone
-                and self._series.may_write
-                and has_form(part.layout, part.leaves)
+                and self._disk.way.may_write
+                and self._disk.way.forms.has(part.layout, part.leaves)
             )
             for index in part.frozen:
                 leaf = part.layout.leaves[index]
@@ -702,7 +702,7 @@ class Saves:
             if self._best_only and not page.in_slot:
                 rest, kept = self._place(page, entry, logs)
             swaps = kept is not None and page.path == kept
-            task = self._series.put(
+            task = self._disk.record(
                 page,
                 entry.epoch,
                 entry.batch,
@@ -714,17 +714,17 @@ class Saves:
                 together=together,
             )
             if task is not None:
-                is_direct = is_direct and task.marks is not None
+                is_direct = is_direct and task.is_direct
                 self._warn_of_fault(page.path, task.fault)
             if swaps and kept is not None:
                 page.path = path
-                kept = kept if self._series.swap(kept, path) else None
-            self._series.drop(rest)
+                kept = kept if self._disk.rivals.swap(kept, path) else None
+            self._disk.drop(rest)
             if kept is not None:
                 self._warn_of_kept(page.path, kept)
             self._say(entry, f"finished saving model to {self._shown(page.path)}")
         if entry.save:
-            for problem in self._series.prune(resumable=not self._weights_only):
+            for problem in self._disk.prune(resumable=not self._weights_only):
                 self._writer.warn(problem)
         self.counts.saved += 1
         self.counts.direct += is_direct
@@ -746,7 +746,7 @@ class Saves:
             better checkpoint; None if that stays where it is.
         """
         state, path = entry.kept, page.path
-        placed = self._series.place(
+        placed = self._disk.rivals.place(
             path, logs, overwrite=self._overwrite, by_hand=entry.by_hand
         )
         chosen, rest = placed.path, placed.rest
@@ -759,7 +759,7 @@ class Saves:
             )
         if placed.kept is not None:
             if self._series.area.is_mirror:
-                is_moved = self._series.make_way(path, placed.kept)
+                is_moved = self._disk.rivals.make_way(path, placed.kept)
                 return rest, placed.kept if is_moved else None
             page.path = placed.kept
             return rest, placed.kept
@@ -775,7 +775,7 @@ class Saves:
 
     def _warn_of_fault(self, path: Path, fault: Exception | None) -> None:
         if fault is not None:
-            self._series.may_write = False
+            self._disk.way.may_write = False
             self._writer.warn(
                 f"Orbax wrote {self._shown(path)!r} after flaxckpt's direct way had "
                 f"failed ({in_one_line(fault)}). Nothing is lost but time: Orbax "
@@ -792,7 +792,7 @@ class Saves:
 
     def _warn_of_better(self, state: CheckpointState, aside: Path | None) -> None:
         """Warn if a checkpoint on disk is better than the best that the run knows."""
-        best, own = self._series.best_value(), plain_state(state)["best"]
+        best, own = self._disk.best_value(), plain_state(state)["best"]
         if best is None or (
             own is not None and (best >= own if state.mode == "min" else best <= own)
         ):

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints.aside import placed, places_aside
 from flaxckpt._disk import commit as _commit
 from flaxckpt._disk import exchange as _exchange
@@ -67,14 +67,14 @@ def there(directory):
 def held(monkeypatch):
     """Have the first write wait, once it has arrived."""
     arrived, go = threading.Event(), threading.Event()
-    write = _series.write_checkpoint
+    write = _series_writer.write_checkpoint
 
     def wait_and_write(*args, **kwargs):
         arrived.set()
         assert go.wait(60)
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     yield arrived, go
     go.set()
 
@@ -305,7 +305,7 @@ def test_one_by_hand_over_what_was_deleted_meanwhile(tmp_path):
             ckpt.save(tree_of(0.7), 1, logs={"val_loss": 0.7})
             ckpt.wait()
         assert there(tmp_path) == {"best": 0.7}
-        assert [*ckpt._series._ledger().infos] == [str(path)]
+        assert [*ckpt._saves._disk._ledger.infos] == [str(path)]
         assert ckpt.best.logs == {"val_loss": 0.7}
 
 
@@ -442,13 +442,13 @@ def test_whatever_waits_the_best_of_all_is_there(calls, save_last):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        go, write = threading.Event(), _series.write_checkpoint
+        go, write = threading.Event(), _series_writer.write_checkpoint
 
         def wait_and_write(*args, **kwargs):
             assert go.wait(60)
             return write(*args, **kwargs)
 
-        patch.setattr(_series, "write_checkpoint", wait_and_write)
+        patch.setattr(_series_writer, "write_checkpoint", wait_and_write)
         path, saved = Path(directory, "best"), []
         with ModelCheckpoint(
             path, save_best_only=True, max_in_flight=20, save_last=save_last
@@ -834,16 +834,16 @@ PROGRAM = """
     absl.logging.set_verbosity("fatal")
     import numpy as np
     import flaxckpt
-    from flaxckpt._checkpoints.series import Series
+    from flaxckpt._checkpoints.series_writer import SeriesWriter
 
     path, losses, kill_before = sys.argv[1], sys.argv[2], sys.argv[3]
-    method = getattr(Series, kill_before, None)
+    method = getattr(SeriesWriter, kill_before, None)
     if method is not None:
         def killed(self, *arguments, **named):
             if kill_before != "drop" or arguments[0]:
                 os._exit(9)
             return method(self, *arguments, **named)
-        setattr(Series, kill_before, killed)
+        setattr(SeriesWriter, kill_before, killed)
     import warnings
     warnings.simplefilter("ignore")
     with flaxckpt.ModelCheckpoint(path, save_best_only=True) as ckpt:
@@ -858,7 +858,7 @@ PROGRAM = """
 @pytest.mark.parametrize(
     ("losses", "kill_before", "left"),
     [
-        ("0.5", "put", {"best": 0.2}),
+        ("0.5", "record", {"best": 0.2}),
         ("0.5", "prune", {"best": 0.2, "best.aside": 0.5}),
         ("0.5,0.1", "drop", {"best": 0.1, "best.aside": 0.5}),
     ],
@@ -1026,8 +1026,8 @@ def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):
 def test_the_best_of_a_save_that_failed_need_not_be_beaten(
     tmp_path_factory, losses, failing, on_device, threshold
 ):
-    root, write, failed = tmp_path_factory.mktemp("best"), _series.write_checkpoint, []
-    best, saved = threshold, {}
+    root, write = tmp_path_factory.mktemp("best"), _series_writer.write_checkpoint
+    best, saved, failed = threshold, {}, []
 
     def fail_or_write(*args, **kwargs):
         if epoch in failing:
@@ -1041,7 +1041,7 @@ def test_the_best_of_a_save_that_failed_need_not_be_beaten(
             root / "{epoch}", save_best_only=True, initial_value_threshold=threshold
         ) as ckpt,
     ):
-        patch.setattr(_series, "write_checkpoint", fail_or_write)
+        patch.setattr(_series_writer, "write_checkpoint", fail_or_write)
         state = ckpt.init()
         for epoch, loss in enumerate(losses):
             value = jnp.float32(loss) if on_device else float(loss)

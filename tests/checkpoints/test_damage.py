@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 import flaxckpt
 from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._direct import forms as _forms
 from flaxckpt._direct import zarr as _zarr
 
 # Orbax leaves tasks of its own behind where it raises.
@@ -110,7 +109,6 @@ def bits(tree):
     ids=["f32", "bf16", "i8", "f32-sharded"],
 )
 def test_no_damage_is_silent(tmp_path, monkeypatch, dtype, sharded, written):
-    _forms.FORMS.clear()
     if written == "files":
         monkeypatch.setattr(_write, "_LARGE_LEAF", 0)
     tree = tree_of(dtype, sharded)
@@ -288,7 +286,6 @@ def needle(name):
 @pytest.mark.parametrize("wanted", ["plain", "same", "otherwise"])
 @pytest.mark.parametrize("written", ["files", "database", "linked", "by Orbax"])
 def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
-    _forms.FORMS.clear()
     monkeypatch.setattr(_write, "_LARGE_LEAF", 2**40 if written == "database" else 0)
     tree = {**MANY, "several": jax.device_put(MANY["several"], mesh_and("x", "y"))}
     frozen = (lambda path, leaf: True) if written == "linked" else None
@@ -338,7 +335,6 @@ def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
 @pytest.mark.parametrize("axes", [(), ("x",), ("y", "x")])
 def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
     """A file as it would not be written here, of a leaf that has a checksum only."""
-    _forms.FORMS.clear()
     tree = {"w": MANY["one"], "large": jnp.zeros(2**20)}
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         path = ckpt.save(tree, epoch=0)
@@ -358,7 +354,6 @@ def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
 
 @pytest.mark.parametrize("file", ["files", "database"])
 def test_the_error_names_the_files_of_the_leaf(tmp_path, monkeypatch, file):
-    _forms.FORMS.clear()
     monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if file == "files" else 2**40)
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         for _ in range(2):

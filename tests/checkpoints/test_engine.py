@@ -10,8 +10,8 @@ from orbax.checkpoint import v1
 
 import flaxckpt
 from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import form as _form
-from flaxckpt._direct import forms as _forms
 from flaxckpt._direct import write as _direct_write
 from flaxckpt._disk.files import Draft
 
@@ -32,13 +32,11 @@ TREES = {"database": small_tree, "files": large_tree, "frozen": frozen_tree}
 SETTINGS = {"frozen": {"frozen": lambda path, leaf: path[0] == "base"}}
 # What the direct way calls, and how often at most while it writes one of these trees.
 CALLS = [
-    (_form, "chunks_of"),
-    (_form, "digest_as_stored"),
-    (_form, "database_at"),
-    (_form, "write_array"),
-    (_form, "trailer_of"),
-    (_form.Form, "write"),
-    (_form.Form, "_current"),
+    (_write, "write_values"),
+    (_form.OrbaxFiles, "current"),
+    (_direct_write, "digest_as_stored"),
+    (_direct_write, "database_at"),
+    (_direct_write, "write_array"),
     (_direct_write, "chunks_of"),
     (_direct_write, "write_file"),
     (_direct_write, "trailer_of"),
@@ -56,7 +54,6 @@ CALLS = [
 def test_a_fault_at_any_call_of_the_direct_way_costs_no_checkpoint(
     tmp_path, monkeypatch, owner, name, kind
 ):
-    _forms.FORMS.clear()
     tree, original, failed = TREES[kind], getattr(owner, name), []
 
     def fail(*args, **kwargs):
@@ -97,7 +94,6 @@ def assert_is(info, tree):
 def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
     tmp_path, monkeypatch
 ):
-    _forms.FORMS.clear()
     original = Draft.write
 
     def spoil(draft, name, parts):
@@ -120,7 +116,6 @@ def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
 
 def test_an_error_of_the_disk_is_an_error_of_the_save(tmp_path, monkeypatch):
     """Orbax would meet with it as well."""
-    _forms.FORMS.clear()
 
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -30,7 +30,6 @@ from flaxckpt import (
 )
 from flaxckpt._checkpoints import read as _read
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._direct import forms as _forms
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
 
@@ -408,7 +407,6 @@ def test_arrays_are_read_without_orbax_and_as_it_reads_them(
     tmp_path, monkeypatch, large
 ):
     monkeypatch.setattr(_write, "_LARGE_LEAF", large)
-    _forms.FORMS.clear()
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     sharded = jax.device_put(
         jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("x", "y"))

@@ -18,17 +18,10 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, SettingError
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import versions as _versions
-from flaxckpt._direct import forms as _forms
 from flaxckpt._disk.record import encode_record, read_record
 from flaxckpt._trees.digest import digests
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """Orbax writes the first checkpoint, as in a new process."""
-    _forms.FORMS.clear()
 
 
 def tree_of(base=0, lora=0):
@@ -131,7 +124,6 @@ def test_what_is_stored_is_not_copied_again(tmp_path):
 
 def test_a_restart_links_to_what_is_there(tmp_path):
     for epoch in range(3):
-        _forms.FORMS.clear()
         with opened(tmp_path) as ckpt:
             ckpt.save(tree_of(7, 2 * epoch), 2 * epoch)
             ckpt.save(tree_of(7, 2 * epoch + 1), 2 * epoch + 1)
@@ -139,7 +131,6 @@ def test_a_restart_links_to_what_is_there(tmp_path):
     assert len({frozenset(inodes(path, "base")) for path in paths}) == 1
     for i, path in enumerate(paths):
         assert_holds(path, 7, i)
-    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         ckpt.save(tree_of(8, 6), 6)
     assert_holds(tmp_path / "7", 8, 6)
@@ -157,7 +148,6 @@ def test_a_restart_links_to_what_an_earlier_version_has_digested(tmp_path):
     record = encode_record(read_record(path), _versions.versions(), text)
     (path / "flaxckpt.json").write_bytes(record)
     assert_holds(path, 7, 1)
-    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         for i in (2, 3):
             ckpt.save(tree_of(7, i), i)
@@ -335,7 +325,6 @@ def test_bad_filters(tmp_path):
 def test_what_cannot_be_linked_stays_as_orbax_wrote_it(tmp_path, monkeypatch):
     """On a restart, on a file system without links: the best is replaced by a whole one."""
     for epoch in range(2):
-        _forms.FORMS.clear()
         with ModelCheckpoint(tmp_path / "best", "loss", frozen=is_frozen) as ckpt:
             ckpt.save(tree_of(0, epoch), epoch)
         assert_holds(tmp_path / "best", 0, epoch)
@@ -382,7 +371,6 @@ def test_damage_is_not_passed_on_after_a_restart(tmp_path):
     content = bytearray(data.read_bytes())
     content[40] ^= 1
     data.write_bytes(content)
-    _forms.FORMS.clear()
     with opened(tmp_path) as ckpt:
         for i in (2, 3):
             ckpt.save(tree_of(3, i), i)
@@ -392,11 +380,11 @@ def test_damage_is_not_passed_on_after_a_restart(tmp_path):
 
 def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkeypatch):
     go = threading.Event()
-    put = _series.Series.put
+    record = _series_writer.SeriesWriter.record
 
     def late(*args, **kwargs):
         go.wait(60)
-        put(*args, **kwargs)
+        record(*args, **kwargs)
 
     donate = jax.jit(lambda x: x * 2, donate_argnums=0)
     x, y = tree_of(1, 0), tree_of(2, 0)
@@ -404,7 +392,7 @@ def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkey
         ckpt.save(x, 0)
         ckpt.save(x, 1)
         ckpt.wait()
-        monkeypatch.setattr(_series.Series, "put", late)
+        monkeypatch.setattr(_series_writer.SeriesWriter, "record", late)
         ckpt.save({**y, "base": y["base"]}, 2)  # another value under the same name
         ckpt.save(x, 3)
         ckpt.save({**x, "merged": jnp.ones(3)}, 4)  # which Orbax writes

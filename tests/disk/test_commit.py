@@ -23,7 +23,6 @@ from flaxckpt import ModelCheckpoint
 from flaxckpt._checkpoints import load as _load
 from flaxckpt._checkpoints import read as _read
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._direct import forms as _forms
 from flaxckpt._disk import commit as _commit
 from flaxckpt._disk import exchange as _exchange
 from flaxckpt._runtime import patience as _patience
@@ -33,7 +32,6 @@ from flaxckpt._runtime import patience as _patience
 def files(monkeypatch):
     """A file for each array, as large ones have."""
     monkeypatch.setattr(_write, "_LARGE_LEAF", 0)
-    _forms.FORMS.clear()
 
 
 def tree_of(epoch):

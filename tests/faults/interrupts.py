@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flaxckpt
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._saving import call as _call
 from flaxckpt._saving import queue as _queue
@@ -111,7 +111,7 @@ class Run:
         self.epoch = -1
         self._arrived, self._go = threading.Event(), threading.Event()
         self._go.set()
-        self._patch = mock.patch.object(_series, "write_checkpoint", self._write)
+        self._patch = mock.patch.object(_series_writer, "write_checkpoint", self._write)
         self._original = _write.write_checkpoint
         self._patch.start()
 

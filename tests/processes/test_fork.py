@@ -12,7 +12,7 @@ import flaxckpt
 HEAD = """
     import faulthandler, gc, os, sys, threading, time, multiprocessing
     import numpy as np, flaxckpt
-    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import series_writer as _series_writer
     from flaxckpt._checkpoints import write as _write
     directory, kind = sys.argv[1:3]
 
@@ -61,7 +61,7 @@ INHERITED = """
     for epoch in range(3):
         ckpt.save(tree_of(epoch), epoch)
     ckpt.wait()
-    _series.write_checkpoint = wait_and_write
+    _series_writer.write_checkpoint = wait_and_write
     ckpt.save(tree_of(3), 3)
     assert begun.wait(60)
     state = ckpt.init()
@@ -132,7 +132,7 @@ def test_a_child_does_nothing_with_its_parent_s_object(tmp_path, kind):
 # Where nothing is there yet: no first run may be taken for that.
 FIRST = """
     ckpt = flaxckpt.ModelCheckpoint(directory + "/{epoch}", save_best_only=True)
-    _series.write_checkpoint = wait_and_write
+    _series_writer.write_checkpoint = wait_and_write
     ckpt.save(tree_of(0), 0)
     assert begun.wait(60)
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxckpt
 from flaxckpt import CheckpointPathError
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._decision.state import plain_state
 
@@ -853,7 +853,7 @@ def test_an_error_while_copying_does_not_tear_what_waits(tmp_path, monkeypatch):
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     ckpt = flaxckpt.ModelCheckpoint(tmp_path / "best")
 
     def save(value, epoch):

@@ -19,7 +19,7 @@ import pytest
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._runtime import failures as _failures
 from flaxckpt._runtime import quiet as _quiet
@@ -267,7 +267,7 @@ def test_what_fails_while_a_save_s_error_ends_the_loop_is_a_note(tmp_path, monke
     def fail(*_, **__):
         raise OSError(errno.EIO, "no disk")
 
-    monkeypatch.setattr(_series, "write_checkpoint", fail)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", fail)
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     with pytest.raises(flaxckpt.CheckpointWriteError, match="no disk") as caught, ckpt:
         ckpt.save({"w": np.ones(2)}, 0)

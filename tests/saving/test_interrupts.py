@@ -17,7 +17,7 @@ from faults import interrupts
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._disk import commit as _commit
 
@@ -66,7 +66,7 @@ def test_an_interrupted_object_goes_on(survey, scenario):
 BLOCKED = """
     import os, signal, sys, threading, time
     import numpy as np, flaxckpt
-    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import series_writer as _series_writer
     from flaxckpt._checkpoints import write as _write
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,7 +78,7 @@ BLOCKED = """
         assert go.wait(60)
         write(*args, **kwargs)
 
-    _series.write_checkpoint = wait_and_write
+    _series_writer.write_checkpoint = wait_and_write
     ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}", max_in_flight=1)
     ckpt.save({"w": np.zeros(3)}, 0)
     assert begun.wait(60)
@@ -236,7 +236,7 @@ def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
     ]
     ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=5)
     ckpt.update(ckpt.init(), {"w": np.zeros(2)}, {}, 0)
-    monkeypatch.setattr(_series, "write_checkpoint", fail)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", fail)
     for error in (KeyError("mine"), flaxckpt.MetricError("mine", "is odd")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -255,17 +255,17 @@ def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
 
 AT_END = """
     import sys, numpy as np, flaxckpt
-    from flaxckpt._checkpoints import series as _series
+    from flaxckpt._checkpoints import series_writer as _series_writer
     from flaxckpt._checkpoints import write as _write
 
     write = _write.write_checkpoint
 
-    def fail(info, *args, **kwargs):
-        if info.epoch == 0:
+    def fail(what, *args, **kwargs):
+        if what.info.epoch == 0:
             raise OSError("injected")
-        write(info, *args, **kwargs)
+        write(what, *args, **kwargs)
 
-    _series.write_checkpoint = fail
+    _series_writer.write_checkpoint = fail
     all = [flaxckpt.ModelCheckpoint(f"{sys.argv[1]}/{i}/{{epoch}}") for i in range(4)]
     for ckpt in all:
         ckpt.save({"w": np.zeros(3)}, 0)
@@ -319,7 +319,7 @@ def test_a_dropped_object_finishes_what_it_saves_first(tmp_path, monkeypatch):
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     drop = _commit.drop_lock
 
     def note(*args):

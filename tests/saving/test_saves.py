@@ -19,10 +19,9 @@ from orbax.checkpoint import v1
 
 import flaxckpt
 from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._direct import form as _form
-from flaxckpt._direct import forms as _forms
+from flaxckpt._direct import learn as _learn
 from flaxckpt._direct import sources as _sources
 from flaxckpt._direct import write as _direct_write
 from flaxckpt._saving.queue import Writer
@@ -64,7 +63,7 @@ def held(monkeypatch):
         assert go.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     try:
         yield arrived, go
     finally:
@@ -347,7 +346,6 @@ def test_many_small_arrays_of_many_kinds(tmp_path):
 
 def test_64_bits_in_a_context(tmp_path):
     """Which is this thread's own, and not that of the one that writes."""
-    _forms.FORMS.clear()
     with jax.enable_x64(True), ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         tree = {f"n{i}": jnp.int64(2**40 + i) for i in range(6)}
         tree |= {f"x{i}": jnp.float64(0.1 + i) for i in range(6)}
@@ -704,18 +702,12 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
 # ---- the form that Orbax has shown -------------------------------------------------------
 
 
-@pytest.fixture
-def nothing_learnt():
-    """Orbax has written no tree yet."""
-    _forms.FORMS.clear()
-
-
 def large_tree(epoch):
     return {"big": jnp.full((1024, 1024), epoch, jnp.float32), "n": epoch}
 
 
 @pytest.mark.parametrize("make", [tree_of, large_tree], ids=["database", "files"])
-def test_orbax_writes_the_first_and_reads_them_all(tmp_path, nothing_learnt, make):
+def test_orbax_writes_the_first_and_reads_them_all(tmp_path, make):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(4):
             ckpt.save(make(epoch), epoch)
@@ -734,7 +726,7 @@ def test_orbax_writes_the_first_and_reads_them_all(tmp_path, nothing_learnt, mak
         assert ckpt.counts.by_orbax == 2
 
 
-def test_shards_are_written_as_orbax_does(tmp_path, nothing_learnt):
+def test_shards_are_written_as_orbax_does(tmp_path):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     specs = [("x", "y"), ("y", None), (None, "x"), (None, None)]
     places = [
@@ -758,10 +750,8 @@ def test_shards_are_written_as_orbax_does(tmp_path, nothing_learnt):
         np.testing.assert_array_equal(one, x)
 
 
-def test_where_orbax_writes_otherwise_it_goes_on_writing(
-    tmp_path, nothing_learnt, monkeypatch
-):
-    for module in (_form, _sources, _direct_write):
+def test_where_orbax_writes_otherwise_it_goes_on_writing(tmp_path, monkeypatch):
+    for module in (_learn, _sources, _direct_write):
         monkeypatch.setattr(module, "trailer_of", lambda nbytes: b"unknown")
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch in range(3):
@@ -770,7 +760,7 @@ def test_where_orbax_writes_otherwise_it_goes_on_writing(
     assert [epoch_of(flaxckpt.load(i.path)) for i in ckpt.checkpoints] == [0, 1, 2]
 
 
-def test_compressed(tmp_path, nothing_learnt):
+def test_compressed(tmp_path):
     tree = {"w": jnp.zeros(100_000)}
     sizes = []
     for compress in (True, False):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
-from flaxckpt._checkpoints import series as _series
+from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._checkpoints.retention import LatestN, expired
 
@@ -105,18 +105,18 @@ def test_another_one_saves_while_one_is_writing(tmp_path, monkeypatch, moment):
     begun, go = threading.Event(), threading.Event()
     write = _write.write_checkpoint
 
-    def wait_and_write(info, *args, **kwargs):
-        if info.epoch != 2:
-            write(info, *args, **kwargs)
+    def wait_and_write(what, *args, **kwargs):
+        if what.info.epoch != 2:
+            write(what, *args, **kwargs)
             return
         if moment == "after":
-            write(info, *args, **kwargs)
+            write(what, *args, **kwargs)
         begun.set()
         go.wait(5)  # or until it is clear that the other one waits for its turn
         if moment == "before":
-            write(info, *args, **kwargs)
+            write(what, *args, **kwargs)
 
-    monkeypatch.setattr(_series, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     one.save(tree_of(2), 2)
     assert begun.wait(60)
     two.save(tree_of(3), 3)

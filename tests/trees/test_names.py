@@ -21,7 +21,6 @@ from flaxckpt._checkpoints import load as _load
 from flaxckpt._checkpoints import read as _checkpoints_read
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import chunks as _chunks
-from flaxckpt._direct import form as _form
 from flaxckpt._direct import read as _read
 from flaxckpt._direct import write as _direct_write
 from flaxckpt._disk.alias import is_plain, plainly
@@ -552,27 +551,27 @@ def nothing_merged(monkeypatch):
 
 
 def no_description(monkeypatch):
-    finish = _write._finish
+    finish = _write.finish
 
     def spoil(draft, *args):
         finish(draft, *args)
         (draft._root / "state/_METADATA").unlink()
 
-    monkeypatch.setattr(_write, "_finish", spoil)
+    monkeypatch.setattr(_write, "finish", spoil)
 
 
 def spoiled(name, change):
     """Have a file changed once all are written."""
 
     def patch(monkeypatch):
-        finish = _write._finish
+        finish = _write.finish
 
         def spoil(draft, *args):
             finish(draft, *args)
             (file,) = draft._root.glob(name)
             change(file)
 
-        monkeypatch.setattr(_write, "_finish", spoil)
+        monkeypatch.setattr(_write, "finish", spoil)
 
     return patch
 
@@ -587,7 +586,7 @@ def not_in_the_database(monkeypatch):
     def some(stored, value):
         return iter(()) if stored.name == "w" else chunks(stored, value)
 
-    for module in (_form, _direct_write, _chunks):
+    for module in (_direct_write, _chunks):
         monkeypatch.setattr(module, "chunks_of", some)
 
 

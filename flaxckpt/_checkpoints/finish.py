@@ -1,0 +1,53 @@
+"""Finishes a checkpoint whose tree is written: the table of leaves, and the record."""
+
+import json
+from collections import deque
+from pathlib import Path
+
+from flaxckpt._checkpoints.versions import versions
+from flaxckpt._direct.form import Fingerprints
+from flaxckpt._direct.zarr import STATE
+from flaxckpt._disk.files import Draft
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.record import FORMAT, LEAVES_FILE, RECORD_FILE, encode_record
+from flaxckpt._orbax.files import ZARR_MARK
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.skeleton import Skeleton
+
+_REMEMBERED = 8
+
+
+class Tables:
+    """Writes tables of leaves as JSON; remembers all but digests and checksums."""
+
+    def __init__(self) -> None:
+        """Remember nothing yet."""
+        self._known: deque[tuple[Layout, Skeleton, str]] = deque(maxlen=_REMEMBERED)
+
+    def table(
+        self, layout: Layout, weights: Skeleton, fingerprints: Fingerprints
+    ) -> bytes:
+        """Return the table of leaves of a checkpoint."""
+        digests, sums = fingerprints
+        new = {"digests": digests, "sums": sums} if sums else {"digests": digests}
+        text = self._text(layout, weights)
+        return f"{text[:-1]}, {json.dumps(new)[1:]}".encode()
+
+    def _text(self, layout: Layout, weights: Skeleton) -> str:
+        for known, skeleton, text in tuple(self._known):
+            if known == layout and skeleton == weights:
+                return text
+        fields = {"format": FORMAT, **layout.to_json()}
+        fields["weights"] = "all" if weights == layout.skeleton else weights
+        text = json.dumps(fields)
+        self._known.appendleft((layout, weights, text))
+        return text
+
+
+def finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
+    """Write the table of leaves and the record, and finish the draft."""
+    if not (written / STATE / "manifest.ocdbt").exists():
+        draft.write(ZARR_MARK, [])
+    draft.write(LEAVES_FILE, [table])
+    draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+    draft.finish()
