@@ -8,7 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from flaxckpt._checkpoints.read import load_tree, read, read_table
+from flaxckpt._checkpoints.load_tree import load_tree
+from flaxckpt._checkpoints.read import read
+from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
 from flaxckpt._disk.info import CheckpointInfo, Loaded
 from flaxckpt._disk.record import read_record

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.load import batches
-from flaxckpt._checkpoints.read import read, read_table
+from flaxckpt._checkpoints.read import read
+from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._direct.read import Reader
 from flaxckpt._direct.threads import give_way
 from flaxckpt._disk.record import RECORD_FILE, read_record

@@ -169,7 +169,7 @@ class _Save:
         def write(state: Path) -> Fingerprints:
             """Write into the directory of the tree, which is empty."""
             assert form is not None
-            if old.is_dir():
+            if (old / STATE).is_dir():
                 (old / STATE).rename(state)
             return self._write_values(form, state.parent)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import copied
-from flaxckpt._copies.plan import Plan, planned
+from flaxckpt._copies.plan import Plan, kinds_of
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._decision.step import judge
 
@@ -30,9 +30,9 @@ def copy_on_device(
         leaves: Leaves of a tree.
         into: Copies that are no longer needed. Their memory is used if they have the
             same plan.
-        plan: What `planned` returned for the leaves; None to call it.
+        plan: The plan for the leaves; None to make one.
     """
-    copies = unfilled(leaves, plan or planned(leaves))
+    copies = unfilled(leaves, plan or Plan(kinds_of(leaves)))
     fill(copies, leaves, into)
     return copies
 

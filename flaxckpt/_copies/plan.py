@@ -18,6 +18,7 @@ from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.programs import Kind, Program, kind_of, program
 
 _BATCH = 64
+_REMEMBERED = 16
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
 # XLA may change the bits of other dtypes where it joins arrays, or fail.
 _PACKED = frozenset(
@@ -116,18 +117,27 @@ class Plan:
         return len({*self._groups, *map(_devices, placed)}) == 1
 
 
-def planned(leaves: Sequence[Any]) -> Plan:
-    """Plan how to copy leaves; leaves of the same kinds get the same `Plan` object."""
-    kinds = [kind_of(leaf) if isinstance(leaf, jax.Array) else None for leaf in leaves]
-    for plan in tuple(_PLANS):
-        if plan.kinds == kinds:
-            return plan
-    plan = Plan(kinds)
-    _PLANS.appendleft(plan)
-    return plan
+class Plans:
+    """Remembers plans: leaves of the same kinds get the same `Plan` object."""
+
+    def __init__(self) -> None:
+        """Remember nothing yet."""
+        self._known: deque[Plan] = deque(maxlen=_REMEMBERED)
+
+    def plan(self, leaves: Sequence[Any]) -> Plan:
+        """Plan how to copy leaves."""
+        kinds = kinds_of(leaves)
+        for plan in tuple(self._known):
+            if plan.kinds == kinds:
+                return plan
+        plan = Plan(kinds)
+        self._known.appendleft(plan)
+        return plan
 
 
-_PLANS: deque[Plan] = deque(maxlen=16)
+def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
+    """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
+    return [kind_of(leaf) if isinstance(leaf, jax.Array) else None for leaf in leaves]
 
 
 def _devices(sharding: jax.sharding.Sharding) -> Any:

@@ -27,7 +27,6 @@ from flaxckpt._checkpoints.together import learn_form, write_share
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import copy_on_device, unfilled
 from flaxckpt._copies.on_host import copied_to_host
-from flaxckpt._copies.plan import planned
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._direct.shares import Share
 from flaxckpt._disk.alias import is_plain
@@ -230,7 +229,7 @@ class PodSaves(Saves):
         if self._snapshot == "none":
             entry.copies = Copies(None, [], leaves)
             return
-        plan = planned(leaves)
+        plan = self._plans.plan(leaves)
         has_memory = memory is not None and memory.plan is plan
         is_on_device = has_memory or self._is_on_device(leaves)
         if is_on_device and not has_memory:

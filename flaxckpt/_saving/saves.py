@@ -26,7 +26,7 @@ from flaxckpt._checkpoints.together import Together
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host, fits_on_device, memory_of_host
-from flaxckpt._copies.plan import planned
+from flaxckpt._copies.plan import Plans
 from flaxckpt._decision.logs import Logs, find, plain_scalars
 from flaxckpt._decision.state import CheckpointState, plain_state
 from flaxckpt._decision.template import Template
@@ -102,6 +102,7 @@ class Saves:
         self._snapshot, self._max_in_flight = snapshot, max_in_flight
         self._frozen, self._tell = frozen, tell
         self._best_only, self._overwrite = best_only, overwrite
+        self._plans = Plans()
         self._free: deque[Any] = deque(maxlen=STRUCTURES)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
         self._writer = Writer()
@@ -475,7 +476,7 @@ class Saves:
     ) -> bool:
         self._take_up_frozen(save, entry)
         leaves = save.leaves(entry)
-        plan = planned(leaves)
+        plan = self._plans.plan(leaves)
         if not plan.is_on_one_mesh(value, state.best_value, state.has_best):
             return False
         memory: Copies | None = job.memory
@@ -606,7 +607,7 @@ class Saves:
             entry.copies = Copies(None, [], leaves)
             self._prepare(job, save, entry, where)
             return
-        plan = planned(leaves)
+        plan = self._plans.plan(leaves)
         fits = memory is not None and memory.plan is plan
         if not (fits or self._is_on_device(leaves)):
             # Not into the memory of a waiting save, which an error half-way would tear.

@@ -243,10 +243,10 @@ def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exch
         assert found.pop("best") == 0.7
         assert [*found.values()] == [0.2]
         assert len(seen) >= 6
-        infos = series._ledger().infos
+        infos = ckpt._saves._disk._ledger.infos
         assert {str(info.path) for info in infos.values()} == {*infos}
         assert {*infos} == {str(info.path) for info in ckpt.checkpoints}
-        assert series.best_value() == np.float32(0.2)
+        assert ckpt._saves._disk.best_value() == np.float32(0.2)
     assert best_of(path) == 0.2
     assert not [each for each in tmp_path.iterdir() if "replaced" in each.name]
 
@@ -1006,7 +1006,7 @@ def test_what_is_aside_may_be_what_is_to_be_restored(tmp_path):
     path = tmp_path / "{epoch}"
     with ModelCheckpoint(path, save_best_only=True) as ckpt:
         series = ckpt._series
-        for name in ("3", "3.aside", f"3.aside-{series._tag}"):
+        for name in ("3", "3.aside", f"3.aside-{series.tag}"):
             assert series.may_be_ours(str(tmp_path / name))
         for name in ("lost+found", "other", ".aside"):
             assert not series.may_be_ours(str(tmp_path / name))

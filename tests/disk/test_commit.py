@@ -21,7 +21,6 @@ from orbax.checkpoint import v1 as ocp
 import flaxckpt
 from flaxckpt import ModelCheckpoint
 from flaxckpt._checkpoints import load as _load
-from flaxckpt._checkpoints import read as _read
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._disk import commit as _commit
 from flaxckpt._disk import exchange as _exchange
@@ -171,7 +170,7 @@ def test_reading_what_is_always_replaced_ends(tmp_path, files, monkeypatch):
     with ModelCheckpoint(tmp_path / "best", sync=False) as ckpt:
         ckpt.save(tree_of(0), 0)
         ckpt.wait()
-        read = _read.load_tree
+        read = _load.load_tree
 
         def replaced(*args, **kwargs):
             ckpt.save(tree_of(1), 1)

@@ -18,7 +18,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import flaxckpt
 from flaxckpt._checkpoints import load as _load
-from flaxckpt._checkpoints import read as _checkpoints_read
+from flaxckpt._checkpoints import looks as _looks
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import chunks as _chunks
 from flaxckpt._direct import read as _read
@@ -674,7 +674,7 @@ def test_one_looks_once_and_reads_no_values(tmp_path, monkeypatch, way, tree):
         raise AssertionError
 
     monkeypatch.setattr(_read.Reader, "holds", count)
-    for module in (_load, _checkpoints_read):
+    for module in (_load, _looks):
         monkeypatch.setattr(module, "read", no_read)
     how = WAYS[way]
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", **how) as ckpt:

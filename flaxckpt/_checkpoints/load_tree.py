@@ -1,0 +1,226 @@
+"""Loads a checkpoint's tree, or a part of it, in the form of a wanted tree."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from flaxckpt._checkpoints.read import check_table, read
+from flaxckpt._orbax.engine import storable
+from flaxckpt._orbax.foreign import naming_items, read_foreign
+from flaxckpt._runtime.failures import in_one_line
+from flaxckpt._runtime.frames import outside
+from flaxckpt._trees.convert import convert
+from flaxckpt._trees.describe import describe
+from flaxckpt._trees.layout import Layout, OverfullError
+from flaxckpt._trees.leaf import without_keys
+from flaxckpt._trees.match import Twin, difference_of_twins, match
+from flaxckpt._trees.placing import is_placement
+from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt._trees.wanted import Wanted, spread
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    LeafDifference,
+)
+
+_SHOWN = 8  # leaves that a warning lists
+# For each wanted leaf the index of its stored leaf, if any, and what it becomes.
+Plan: TypeAlias = Sequence[tuple[int | None, Wanted]]
+
+
+def load_tree(
+    path: Path,
+    layout: Layout | None,
+    part: Skeleton | Callable[[Layout], Skeleton],
+    like: PyTree,
+    *,
+    cast: bool,
+    check: bool,
+) -> PyTree:
+    """Load a checkpoint's tree, or a part of it; see `load` for `like` and `cast`.
+
+    The layout is None if plain Orbax wrote the checkpoint. The part is a skeleton, a
+    function that finds it in the layout, or None for the whole tree.
+    """
+    values: list[Any] | None = None
+    if layout is None:
+        foreign = read_foreign(path, like, weights_only=callable(part))
+        layout, values = describe(foreign, storable)
+    if callable(part):
+        part = part(layout)
+    view, sources = layout.part(layout.skeleton if part is None else part)
+    try:
+        if view.nbytes > layout.most_bytes:  # the weights may name a leaf many times
+            raise OverfullError("its weights are its arrays too many times")
+        like = spread(like, view)
+    except OverfullError as error:
+        raise CheckpointCorruptError(str(path), str(error)) from error
+    try:
+        plan, twins = match(str(path), view, like, cast=cast)
+    except CheckpointMismatchError as error:
+        if values is None:
+            # The difference may come from a wrong table of leaves.
+            check_table(path, layout, layout.leaves)
+        raise naming_items(path, error) from None
+    flat = flatten(like)
+    given = None if like is None else flat.leaves
+    _warn_of_functions(path, view, plan, given)
+    asked = [(i if i is None else sources[i], want) for i, want in plan]
+    asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
+    if values is None:
+        stored = _read_each(path, layout, asked, check=check)
+    else:
+        stored = [None if i is None else values[i] for i, _ in asked]
+    leaves = _converted(path, view, plan, stored, given, cast=cast)
+    _check_twins(path, view, plan, twins, stored)
+    if like is not None:
+        return flat.rebuilt(leaves)
+    try:
+        return view.fill(leaves, layout.most_bytes)
+    except OverfullError as error:
+        raise CheckpointCorruptError(str(path), str(error)) from error
+
+
+def _converted(
+    path: Path,
+    view: Layout,
+    plan: Plan,
+    stored: Sequence[Any],
+    given: Sequence[Any] | None,
+    *,
+    cast: bool,
+) -> list[Any]:
+    """Return the leaves of the loaded tree.
+
+    Args:
+        path: The checkpoint.
+        view: The layout of what is loaded.
+        plan: What is wanted.
+        stored: The values that were read, in the order of the plan.
+        given: The leaves of `like`; None without a `like`.
+        cast: Whether to convert arrays of another dtype.
+    """
+    leaves = [None] * len(plan) if given is None else list(given)
+    for position, (index, want) in enumerate(plan):
+        if index is None:
+            if is_placement(leaves[position]):
+                leaves[position] = None
+            continue
+        have = view.leaves[index]
+        try:
+            leaves[position] = convert(stored[position], have, want, cast=cast)
+        except (ValueError, TypeError, OverflowError) as error:
+            if given is None or isinstance(error, UnicodeError):
+                raise CheckpointCorruptError(
+                    str(path), f"{have.name} is no {have} ({in_one_line(error)})"
+                ) from error
+            raise CheckpointMismatchError(
+                str(path),
+                [LeafDifference(have.name, str(have), str(want.leaf))],
+                f"{error}. Pass a `like` of the stored kind.",
+            ) from error
+    return leaves
+
+
+def _check_twins(
+    path: Path,
+    view: Layout,
+    plan: Plan,
+    twins: Sequence[Twin],
+    stored: Sequence[Any],
+) -> None:
+    """Check that what `like` shares was stored with equal values.
+
+    Raises:
+        CheckpointMismatchError: If it was not; names the leaves.
+    """
+    differing = [
+        difference_of_twins(
+            view.leaves[plan[twin.position][0] or 0], view.leaves[twin.index]
+        )
+        for twin, other in zip(twins, stored[len(plan) :], strict=True)
+        if not _are_same(stored[twin.position], other)
+    ]
+    if differing:
+        raise CheckpointMismatchError(
+            str(path),
+            differing,
+            "What `like` shares between several places was stored as several values. "
+            "Pass a `like` that shares nothing there, or none.",
+        )
+
+
+def _read_each(
+    path: Path,
+    layout: Layout,
+    asked: Plan,
+    *,
+    check: bool,
+) -> list[Any]:
+    """Read each leaf once for each place, so that each place has an array to donate."""
+    rounds: list[dict[int, int]] = []
+    times: Counter[int] = Counter()
+    for position, (index, _) in enumerate(asked):
+        if index is not None:
+            if times[index] == len(rounds):
+                rounds.append({})
+            rounds[times[index]][index] = position
+            times[index] += 1
+    results: list[Any] = [None] * len(asked)
+    for positions in rounds or [{}]:
+        wanted = {index: asked[position][1] for index, position in positions.items()}
+        values = read(path, layout, wanted, check=check)
+        for index, position in positions.items():
+            results[position] = values[index]
+    return results
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Tell whether two leaves are equal, bit for bit, in this process's shards."""
+
+    def parts(value: Any) -> list[bytes]:
+        value = without_keys(value)
+        if not isinstance(value, jax.Array):
+            return [np.asarray(value).tobytes()]
+        return [np.asarray(shard.data).tobytes() for shard in value.addressable_shards]
+
+    return parts(one) == parts(other)
+
+
+def _warn_of_functions(
+    path: Path,
+    layout: Layout,
+    plan: Plan,
+    given: Sequence[Any] | None,
+) -> None:
+    """Warn of functions that are None in the loaded tree.
+
+    Args:
+        path: The checkpoint.
+        layout: What is stored.
+        plan: What is wanted, in the order of `given`.
+        given: The leaves of `like`, some of which may be shardings in place of values;
+            None without a `like`.
+    """
+    names = [leaf.name for leaf in layout.leaves if leaf.kind == "function"]
+    if given is not None:
+        placed = {
+            want.leaf.name
+            for (index, want), leaf in zip(plan, given, strict=True)
+            if index is None and is_placement(leaf)
+        }
+        names = [name for name in names if name in placed]
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        warnings.warn(
+            f"Checkpoint {str(path)!r} holds no functions, and the saved tree had "
+            f"{len(names)}: {shown}. The loaded tree has None there. Pass a `like` "
+            "that has the functions.",
+            stacklevel=outside(),
+        )
