@@ -641,7 +641,7 @@ class ModelCheckpoint:
         Raises:
             CheckpointWriteError: If a save failed.
         """
-        if self._series.area.is_inherited:
+        if self._series.area.claim.is_inherited:
             return
         self._finish_streams()
         self._saves.wait()
@@ -659,7 +659,7 @@ class ModelCheckpoint:
             UserWarning: If no check was ever due, or if a signal came after the last
                 `update` or `save`.
         """
-        if self._series.area.is_inherited:
+        if self._series.area.claim.is_inherited:
             return
         try:
             try:
@@ -809,7 +809,7 @@ class ModelCheckpoint:
                 unreadable one of another filepath. Also if the call returns None, but
                 there are checkpoints without the metric or of other filepaths.
         """
-        if self._series.area.is_inherited:  # `wait` does nothing then
+        if self._series.area.claim.is_inherited:  # `wait` does nothing then
             use_threads()
         self.wait()
         check_like(like)

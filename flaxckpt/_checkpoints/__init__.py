@@ -1,8 +1,11 @@
 """Whole checkpoints, and the series that a filepath names.
 
-`write` writes a checkpoint, and checks it the first time (`looks`); `versions` go into
-its record. `load` has the public functions: `read` reads leaves for them, and
-`undisturbed` reads again if a writer interfered. `series` is all that one filepath has
-on disk. For it, `target` checks a path, `aside` finds a place for a worse save, and
-`retention` chooses what to delete. `listing` lists a directory without a series.
+`write` writes a checkpoint, `finish` its table and its record with the `versions`, and
+`together` does so by several processes. `looks` checks the first one of each kind.
+`load` has the public functions: for them `load_tree` loads a tree, by `read_table` and
+by `read`, which reads leaves; `undisturbed` reads again if a writer interfered.
+`series` is all that one filepath has on disk, and `series_writer` writes it. For that,
+`ledger` remembers what is there, `target` checks a path, `rivals` finds a place `aside`
+for a worse save, and `retention` chooses what to delete. `listing` lists a directory
+without a series.
 """

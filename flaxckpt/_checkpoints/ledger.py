@@ -39,14 +39,14 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read the disk, if it was never read, or another object has changed it."""
-        area = self._series.area
-        if self._changes is not None and self._changes == area.changes:
+        claim = self._series.area.claim
+        if self._changes is not None and self._changes == claim.changes:
             return
         infos, slot = self._series.listed()[0], self._series.slot_info()
         times = [info.time for info in (*infos, slot) if info is not None]
         self.infos = {str(info.path): info for info in infos}
         self.has_slot, self.newest = slot is not None, max(times, default=None)
-        self._best, self._changes = None, area.changes
+        self._best, self._changes = None, claim.changes
 
     def doubt(self) -> None:
         """Have the next `refresh` read the disk, unless `settle` is called before."""
@@ -54,7 +54,7 @@ class Ledger:
 
     def settle(self) -> None:
         """Note that this is what is on disk after the caller's changes."""
-        self._changes = self._series.area.changes
+        self._changes = self._series.area.claim.changes
 
     def add(self, info: CheckpointInfo) -> None:
         """Note a new checkpoint."""

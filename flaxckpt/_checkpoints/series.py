@@ -4,7 +4,6 @@ A series has its checkpoints and a `last` slot, which holds the newest state whe
 checkpoint holds all of it.
 """
 
-import hashlib
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,13 @@ from flaxckpt._checkpoints.retention import (
     ranked,
 )
 from flaxckpt._decision.template import Template
-from flaxckpt._disk.commit import Area
+from flaxckpt._disk.area import Area
+from flaxckpt._disk.commit import DiskArea, tag_of
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
 from flaxckpt._disk.open import leads_nowhere
 from flaxckpt._disk.record import read_record
-from flaxckpt._object_store.commit import Mirror
+from flaxckpt._object_store.commit import StoreArea
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 # The slot is a series of its own: this follows the name of the checkpoints' series.
@@ -38,7 +38,7 @@ class Series:
     Attributes:
         root: The directory that has all of it.
         name: The series' name.
-        area: The area that writes it.
+        area: Where it is written.
         slots: The two paths that the slot may have, the preferred one first.
         slot_name: The name of the slot's series.
         tag: Short for the name, in names of files.
@@ -71,16 +71,14 @@ class Series:
         self.root = Path(template.root)
         self._template, self.name = template, template.name
         self.slot_name = self.name + _SLOT_SUFFIX
-        self.tag = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:8]
+        self.tag = tag_of(self.name)
         self.slots = slot, slot.with_name(f"{slot.name}-{self.tag}")
         self.monitor, self.mode, self._dtype = monitor, mode, dtype
-        make = Mirror if in_store else Area
-        self.area = make(
-            self.root,
-            (self.name, self.slot_name),
-            template.depth,
-            sync=sync,
-        )
+        names = self.name, self.slot_name
+        if in_store:
+            self.area: Area = StoreArea(self.root, names, template.depth)
+        else:
+            self.area = DiskArea(self.root, names, template.depth, sync=sync)
 
     def listed(self) -> tuple[Infos, list[LeftOut]]:
         """List the checkpoints, oldest first, and an error for each that is left out.
@@ -89,7 +87,7 @@ class Series:
         """
         template = self._template
         self.area.refresh()
-        with self.area.committing:  # so the names of listed checkpoints are on disk
+        with self.area.claim.committing:  # so the listed names are on disk
             infos, damaged = list_below(template.root, template.depth)
         return tuple(filter(self._is_own, infos)), [
             self._shown(error) for error in damaged

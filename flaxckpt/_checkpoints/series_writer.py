@@ -15,7 +15,7 @@ from flaxckpt._checkpoints.target import check_target
 from flaxckpt._checkpoints.together import Together, write_together
 from flaxckpt._checkpoints.write import Checkpoint, Way, write_checkpoint
 from flaxckpt._direct.frozen_files import Frozen
-from flaxckpt._disk.commit import OccupiedError
+from flaxckpt._disk.area import OccupiedError
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.record import is_of, set_aside
 from flaxckpt._orbax.state_handler import Task
@@ -148,12 +148,12 @@ class SeriesWriter:
         first, second = self.series.slots
         if place == first:
             try:
-                area.put(written, first, only_over=series)
+                area.commit(written, first, only_over=series)
             except OccupiedError:
                 check_target(second, self.series.root)
             else:
                 return first
-        area.put(written, second)
+        area.commit(written, second)
         page.path = second
         if place == first and not area.is_mirror:
             # This series' old slot, if the other one came between two renames.

@@ -18,7 +18,7 @@ from flaxckpt._direct.frozen_files import (
 )
 from flaxckpt._direct.write import fingerprints_of, write_values
 from flaxckpt._direct.zarr import STATE
-from flaxckpt._disk.commit import Area
+from flaxckpt._disk.area import Area
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._orbax.engine import unpacked, write_tree
@@ -77,7 +77,7 @@ class Way:
 
     def commit(self, written: Path, path: Path) -> Path:
         """Put a written directory in its place, and return the place."""
-        self.area.put(written, path)
+        self.area.commit(written, path)
         return path
 
 

@@ -11,6 +11,7 @@ directory takes it over by putting a new file in its place.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,6 +178,34 @@ def drop_lock(path: Path, holder: Hashable) -> None:
             _guard.release()
     else:
         held.wakes.set()
+
+
+class FileLock:
+    """The lock of a series on a disk, as one object takes it; see `SeriesLock`."""
+
+    def __init__(self) -> None:
+        """Take nothing yet."""
+        self._holder = object()
+
+    def acquire(self, path: Path) -> bool:
+        """Take the lock, as `acquire_lock` does."""
+        return acquire_lock(path, self._holder)
+
+    def is_held(self, path: Path, at: str) -> bool:
+        """Tell whether this process has the lock, as `holds_lock` does."""
+        return holds_lock(path, at)
+
+    def settle(self, path: Path) -> None:
+        """Note that the leftovers are cleared up."""
+        settle_lock(path)
+
+    def release(self, path: Path) -> None:
+        """Give the lock back."""
+        release_lock(path, self._holder)
+
+    def dropping(self, path: Path) -> Callable[[], None]:
+        """Return what gives the lock back after its owner is collected."""
+        return functools.partial(drop_lock, path, self._holder)
 
 
 def _let_go(path: Path, held: _Held) -> None:

@@ -16,20 +16,19 @@ In the store, below the series' root (see `_decision.template`):
 - `.flaxckpt-TAG.lock`: the lock; see `lease`.
 """
 
-import functools
-import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from etils import epath
 
-from flaxckpt._disk.commit import Area, OccupiedError
+from flaxckpt._disk.area import OccupiedError
+from flaxckpt._disk.commit import DiskArea, close
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
-from flaxckpt._object_store.lease import Lease, acquire_lease, drop_lease, release_lease
+from flaxckpt._object_store.lease import StoreLock
 from flaxckpt._object_store.objects import Objects
 from flaxckpt._object_store.pointer import Pointer, key_of, read_pointers, write_record
 from flaxckpt._object_store.scratch import scratch, url_of
@@ -45,43 +44,42 @@ _MOVING = new_lock()
 _KNOWN: defaultdict[Path, set[str]] = defaultdict(set)  # names with a record here
 
 
-class Mirror(Area):
-    """Where one series in an object store is written.
+class StoreArea:
+    """Where one series in an object store is written; see `Area`.
 
-    `put` uploads a checkpoint, and then puts its record alone in the mirror.
+    `commit` uploads a checkpoint, and then puts its record alone in the mirror.
     """
 
-    is_mirror = True
+    is_mirror, sync = True, False  # only what the store has must survive
 
-    def __init__(
-        self, root: Path, series: Sequence[str], depth: int, *, sync: bool
-    ) -> None:
-        """Describe the area; see `Area`."""
-        self._objects = Objects(url_of(root))
-        super().__init__(root, series, depth, sync=False)
-        del sync  # only what the store has must survive
-        self._doubtful = f"{self._staging}doubtful"
-        self._lease: Lease | None = None
+    def __init__(self, root: Path, series: Sequence[str], depth: int) -> None:
+        """Describe the area; see `DiskArea`."""
+        self._root, self._objects = root, Objects(url_of(root))
+        self._lock = StoreLock(self._objects)
+        mirrors = self._lock, self._objects.url
+        self._mirror = DiskArea(root, series, depth, sync=False, mirrors=mirrors)
+        self.claim, self.staging = self._mirror.claim, self._mirror.staging
+        self._doubtful = f"{self._mirror.prefix}doubtful"
         self._is_current = False
         self._place: tuple[Path, str] | None = None
         self._unused: list[str] = []  # directories to delete
         self._certain: list[str] = []  # directories whose notes to delete
         self._deleting = new_lock()
 
+    def open(self) -> None:
+        """See `Area.open`."""
+        self._mirror.open(self._clear_up)
+
+    def close(self) -> None:
+        """See `Area.close`."""
+        close(self)
+
     def refresh(self, *paths: Path) -> None:
-        """Update the mirror from the store, if other processes may have changed that.
-
-        Args:
-            *paths: The checkpoints to update; all if none are given.
-
-        Raises:
-            CheckpointLockedError: If this process was forked from the one that made the
-                area: TensorStore's threads exist only there.
-        """
-        if self.is_inherited:
-            raise self.inherited()
+        """See `Area.refresh`: update the mirror from the store."""
+        if self.claim.is_inherited:
+            raise self.claim.inherited()
         with _MOVING:
-            if paths or (self._is_current and self._owner == os.getpid()):
+            if paths or (self._is_current and self.claim.is_taken):
                 names = [path.relative_to(self._root).as_posix() for path in paths]
                 found = read_pointers(self._objects, [key_of(name) for name in names])
                 gone = set(names) - found.keys()
@@ -102,8 +100,10 @@ class Mirror(Area):
         below = path.relative_to(self._root).parts
         return epath.Path("/".join([self._objects.url, *below]))  # pyright: ignore
 
-    def put(self, written: Path, target: Path, *, only_over: str | None = None) -> None:
-        """Upload a finished directory, and point to it; see `Area.put`."""
+    def commit(
+        self, written: Path, target: Path, *, only_over: str | None = None
+    ) -> None:
+        """Upload a finished directory, and point to it; see `Area.commit`."""
         name, first = self._name(target), self._place_for(written, target)
         # If another series had the first name, the files are at `first` already.
         is_second = first.rpartition("/")[0] != name
@@ -120,7 +120,7 @@ class Mirror(Area):
             write_record(stub, pointer)
             with _MOVING:
                 before = self._point(name, pointer, only_over)
-                super().put(stub, target)
+                self._mirror.commit(stub, target)
                 _KNOWN[self._root].add(name)
         except OccupiedError:
             raise  # the caller puts it elsewhere, or fails
@@ -133,17 +133,17 @@ class Mirror(Area):
         self._certain.append(at)
         self._unused += [*before, first] if is_second else before
 
+    def swap(self, new: Path, path: Path) -> None:
+        """Refuse: a store has no renames."""
+        raise NotImplementedError
+
     def move(self, path: Path, target: Path) -> None:
         """Copy a checkpoint to another name; see `Area.move`.
 
-        A store has no renames, so the checkpoint stays at `path`, too, until another
-        one is put there.
-
         Raises:
-            FileNotFoundError: If no checkpoint is at `path`.
-            FileExistsError: If one is at `target`.
+            FileExistsError: If a checkpoint is at `target`.
         """
-        self._shared.changes += 1
+        self.claim.count_change()
         name, at = self._name(target), self._fresh_place(target)
         self._check_lease()
         try:
@@ -175,7 +175,7 @@ class Mirror(Area):
             with _MOVING:
                 before = self._point(name, None)
                 _KNOWN[self._root].discard(name)
-                super().remove(path)
+                self._mirror.remove(path)
         except BaseException:
             self._is_current = False
             raise
@@ -183,7 +183,7 @@ class Mirror(Area):
 
     def sweep(self, *, spare: bool = True) -> None:
         """Delete replaced and removed checkpoints; see `Area.sweep`."""
-        super().sweep(spare=spare)
+        self._mirror.sweep(spare=spare)
         with self._deleting:
             while self._certain:
                 # The note of an unused directory goes after the files.
@@ -210,43 +210,17 @@ class Mirror(Area):
 
     # ---- the lock --------------------------------------------------------------------
 
-    def _acquire(self) -> bool:
-        key, holder = self._lock.name, self._holder
-        self._lease, is_new = acquire_lease(self._objects, key, holder)
-        return is_new
-
-    def _is_held(self) -> bool:
-        """Return True: `_check_lease` checks the lease at each change of the store."""
-        return True
-
-    def _spare_others(self, path: Path) -> None:
-        """Check nothing: a store deletes no checkpoint together with another one."""
-
-    def _note_cleared(self) -> None:
-        assert self._lease is not None
-        self._lease.is_cleared = True
-
-    def _release(self) -> None:
-        self._lease = None
-        release_lease(self._objects, self._lock.name, self._holder)
-
-    def _drop(self) -> Callable[[], None]:
-        url = f"{self._objects.url}/{self._lock.name}"
-        return functools.partial(drop_lease, url, self._holder)
-
     def _check_lease(self) -> None:
-        if self._lease is None:  # an earlier save has lost it
+        if self._lock.is_lost:  # in an earlier save
             raise CheckpointLockedError(self._objects.url, "", 0)
         try:
-            self._lease.check()
+            self._lock.check()
         except CheckpointLockedError:
-            self._owner = 0  # so the next save takes it anew, or names its owner
             self._is_current = False
-            self._release()
+            self.claim.give_back()  # the next save takes it anew, or names its owner
             raise
 
     def _clear_up(self) -> None:
-        super()._clear_up()
         self._is_current = False
         self.refresh()
         keys = self._objects.keys_below(self._doubtful)
@@ -321,7 +295,7 @@ class Mirror(Area):
         return self._place[1]
 
     def _fresh_place(self, target: Path) -> str:
-        tag = self._staging.removeprefix(HIDDEN_PREFIX)
+        tag = self._mirror.prefix.removeprefix(HIDDEN_PREFIX)
         return f"{self._name(target)}/{tag}{uuid.uuid4().hex[:12]}"
 
     def _doubt(self, at: str) -> None:

@@ -8,13 +8,15 @@ does not change, its owner has died. The watch compares no clocks.
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 from flaxckpt._disk.fields import MalformedError, parse_json
@@ -220,6 +222,56 @@ def drop_lease(url: str, holder: Hashable) -> None:
         lease.holders.discard(holder)
         if not lease.holders:
             lease.end_soon()
+
+
+class StoreLock:
+    """The lock of a series in an object store, as one object takes it."""
+
+    def __init__(self, objects: Objects) -> None:
+        """Take nothing yet.
+
+        Args:
+            objects: The objects below the series' root.
+        """
+        self._objects, self._holder = objects, object()
+        self._lease: Lease | None = None
+
+    def acquire(self, path: Path) -> bool:
+        """Take the lock, as `acquire_lease` does."""
+        self._lease, is_new = acquire_lease(self._objects, path.name, self._holder)
+        return is_new
+
+    def is_held(self, path: Path, at: str) -> bool:
+        """Return True: `check` checks the lease at each change of the store."""
+        del path, at
+        return True
+
+    def check(self) -> None:
+        """Check that this process has the lock, as `Lease.check` does."""
+        assert self._lease is not None
+        self._lease.check()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was given back, or never taken."""
+        return self._lease is None
+
+    def settle(self, path: Path) -> None:
+        """Note that the leftovers are cleared up."""
+        del path
+        assert self._lease is not None
+        self._lease.is_cleared = True
+
+    def release(self, path: Path) -> None:
+        """Give the lock back."""
+        self._lease = None
+        release_lease(self._objects, path.name, self._holder)
+
+    def dropping(self, path: Path) -> Callable[[], None]:
+        """Return what gives the lock back after its owner is collected."""
+        return functools.partial(
+            drop_lease, _url(self._objects, path.name), self._holder
+        )
 
 
 def _url(objects: Objects, key: str) -> str:

@@ -310,7 +310,7 @@ class PodSaves(Saves):
                 entry, pages = settled
                 self._open(pages[0].path)
                 self._targets(entry, lasts=any(page.in_slot for page in pages))
-                with self._series.area.turn:
+                with self._series.area.claim.turn:
                     self._put(entry, pages, together)
         except BaseException as error:
             failure = self._translated(error)

@@ -290,7 +290,7 @@ class Saves:
             CheckpointError: If it was forked from another one that used JAX.
         """
         if self._writer.is_inherited:
-            raise self._series.area.inherited()
+            raise self._series.area.claim.inherited()
         use_threads()
 
     def lost_best(self) -> bool:
@@ -642,7 +642,7 @@ class Saves:
         """
         settled = self._settled(save)
         if settled is not None:
-            with self._series.area.turn:
+            with self._series.area.claim.turn:
                 self._put(*settled)
 
     def _settled(self, save: Save) -> tuple[Entry, list[Page]] | None:

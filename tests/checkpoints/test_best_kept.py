@@ -197,16 +197,16 @@ def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exch
     with ModelCheckpoint(path, save_best_only=True) as ckpt:
         series, seen = ckpt._series, []
         area = series.area
-        put, sync = area.put, area._sync_directory
+        commit, sync = area.commit, area._sync_directory
 
         def look():
             assert float(flaxckpt.load(path)["w"][0]) in (0.2, 0.7)
             assert 0.2 in there(tmp_path).values()
             seen.append(there(tmp_path))
 
-        def look_and_put(*arguments, **settings):
+        def look_and_commit(*arguments, **settings):
             look()
-            put(*arguments, **settings)
+            commit(*arguments, **settings)
             look()
 
         def look_and_sync(directory):
@@ -214,7 +214,7 @@ def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exch
                 look()
             sync(directory)
 
-        area.put, area._sync_directory = look_and_put, look_and_sync
+        area.commit, area._sync_directory = look_and_commit, look_and_sync
 
         def no_room(*arguments, **settings):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -222,12 +222,12 @@ def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exch
         def fail(*arguments, **settings):
             raise OSError(errno.EIO, "Input/output error")
 
-        area.put = no_room
+        area.commit = no_room
         ckpt.save(tree_of(0.7), 1, **run)
         with pytest.raises(flaxckpt.CheckpointWriteError, match="No earlier"):
             ckpt.wait()
         assert there(tmp_path) == {"best": 0.2}
-        area.put = look_and_put
+        area.commit = look_and_commit
         with monkeypatch.context() as patch:
             patch.setattr(_commit, "swap", fail)
             for _ in range(4):  # of which none takes a place more

@@ -302,7 +302,7 @@ def test_an_opening_that_fails_leaves_no_lock(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_commit.Area, "_finish_replacements", interrupted)
+        patch.setattr(_commit.DiskArea, "_finish_replacements", interrupted)
         ckpt.save(tree_of(0), 0)
     assert not list(tmp_path.glob(".flaxckpt-*.lock"))
     ckpt.save(tree_of(0), 0)
@@ -315,16 +315,16 @@ def test_a_removal_that_does_not_reach_the_disk_is_taken_back(tmp_path, monkeypa
         ckpt.save(tree_of(0), 0)
         ckpt.wait()
         with monkeypatch.context() as patch:
-            put = ckpt._series.area.put
+            commit = ckpt._series.area.commit
 
             def fail(_):
                 raise OSError(errno.EIO, "injected")
 
-            def put_then_fail(*args):
-                put(*args)
+            def commit_then_fail(*args):
+                commit(*args)
                 patch.setattr(ckpt._series.area, "_sync_directory", fail)
 
-            patch.setattr(ckpt._series.area, "put", put_then_fail)
+            patch.setattr(ckpt._series.area, "commit", commit_then_fail)
             ckpt.save(tree_of(1), 1)
             with pytest.raises(flaxckpt.CheckpointError, match="injected"):
                 ckpt.wait()

@@ -422,14 +422,14 @@ def test_a_lock_that_is_deleted_during_a_save_ends_that_save(tmp_path, monkeypat
         ckpt.save(tree_of(0), 0)
         ckpt.wait()
         area = ckpt._series.area
-        put = area.put
+        commit = area.commit
         with monkeypatch.context() as patch:
 
             def deleted(*args):
-                area._lock.unlink()
-                put(*args)
+                area.claim._path.unlink()
+                commit(*args)
 
-            patch.setattr(area, "put", deleted)
+            patch.setattr(area, "commit", deleted)
             ckpt.save(tree_of(1), 1)
             with pytest.raises(flaxckpt.CheckpointWriteError, match="lock of these"):
                 ckpt.wait()

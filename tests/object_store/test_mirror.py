@@ -444,7 +444,7 @@ def test_a_slot_that_two_series_have_chosen_is_the_first_ones(s3):
             record = json.loads(area._objects.read(key).content)["record"]
             (written / "flaxckpt.json").write_text(record)
             page = SimpleNamespace(path=shared)
-            with area.turn:
+            with area.claim.turn:
                 own = b._saves._disk._put_in_slot(page, written, shared)
         area.sweep()
         assert own == page.path == b._series.slots[1]

@@ -19,7 +19,7 @@ import flaxckpt
 from flaxckpt import ModelCheckpoint
 from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._disk import commit as _commit
+from flaxckpt._disk import lock as _lock
 
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 SAMPLE = None if FULL else 3
@@ -320,13 +320,13 @@ def test_a_dropped_object_finishes_what_it_saves_first(tmp_path, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
-    drop = _commit.drop_lock
+    drop = _lock.drop_lock
 
     def note(*args):
         drop(*args)
         gone.set()
 
-    monkeypatch.setattr(_commit, "drop_lock", note)
+    monkeypatch.setattr(_lock, "drop_lock", note)
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     for epoch in range(3):
         ckpt.save({"w": np.full(2, epoch)}, epoch)

@@ -1,0 +1,104 @@
+"""Hidden directories beside a series' checkpoints, to write in and to delete."""
+
+import contextlib
+import os
+import shutil
+import uuid
+import weakref
+from collections.abc import Container, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flaxckpt._disk.files import keep_only
+from flaxckpt._runtime.locks import new_lock
+
+
+class Staging:
+    """The directories of one object.
+
+    Attributes:
+        trash: The directories that `sweep` deletes.
+    """
+
+    def __init__(self, root: Path, prefix: str) -> None:
+        """Make nothing yet.
+
+        Args:
+            root: The directory that gets them.
+            prefix: What their names begin with.
+        """
+        self._root, self._prefix = root, prefix
+        self.trash: list[Path] = []
+        self._kept_aside: list[Path] = []
+        self._reuses = False
+        self._sweeping = new_lock()
+        weakref.finalize(self, _discard, self.trash, os.getpid())
+
+    def clear_up(self) -> None:
+        """Delete what a crash left behind."""
+        for entry in list(os.scandir(self._root)):
+            if entry.name.startswith(self._prefix):
+                shutil.rmtree(entry.path, ignore_errors=True)  # fails on links, files
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+        self.trash.clear()
+
+    @contextmanager
+    def directory(self, *, reuse: Container[str] | None = None) -> Generator[Path]:
+        """Make a directory to write in; `sweep` deletes what is left in it.
+
+        Args:
+            reuse: The files that will be written below `new`, if the directory may be
+                one with an old checkpoint at `new`, to be written over. `sweep` then
+                keeps one for the next save. None for an empty directory.
+        """
+        self._reuses = reuse is not None
+        if reuse is None:
+            self.sweep(spare=True)  # the save may need this space
+        path = self.made() if reuse is None else self._cleared(reuse)
+        try:
+            yield path
+        except BaseException:
+            if path not in self._kept_aside:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        self.trash += self._kept_aside  # a later save is on disk
+        self._kept_aside.clear()
+        self.trash.append(path)
+
+    def made(self) -> Path:
+        """Make a new directory."""
+        path = self._root / f"{self._prefix}{uuid.uuid4().hex[:12]}"
+        path.mkdir()
+        return path
+
+    def _cleared(self, names: Container[str]) -> Path:
+        """Return an old directory that can be written over, or make a new one."""
+        while self.trash:
+            path = self.trash.pop()
+            try:
+                keep_only(path / "new", names)
+            except OSError:  # somebody has made a part of it immutable
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                return path
+        return self.made()
+
+    def spare(self, directory: Path) -> None:
+        """Keep a directory, which holds an old checkpoint, until a later save."""
+        self._kept_aside.append(directory)
+
+    def sweep(self, *, spare: bool) -> None:
+        """Delete the directories that nobody needs; see `Area.sweep`."""
+        kept = int(spare and self._reuses)
+        with self._sweeping:
+            while len(self.trash) > kept:
+                shutil.rmtree(self.trash[0], ignore_errors=True)
+                del self.trash[0]
+
+
+def _discard(trash: list[Path], owner: int) -> None:
+    """Delete the directories that an area left because nobody closed it."""
+    if owner == os.getpid():
+        for path in trash:
+            shutil.rmtree(path, ignore_errors=True)
