@@ -34,11 +34,9 @@ class Area(Protocol):
             CheckpointPathError: If the directory is in a checkpoint, or the lock's file
                 cannot be the lock.
         """
-        ...
 
     def close(self) -> None:
         """Sweep, and give the lock back; after an interrupt, call it again."""
-        ...
 
     def refresh(self, *paths: Path) -> None:
         """Fetch what other processes changed in a store.
@@ -50,11 +48,9 @@ class Area(Protocol):
             CheckpointLockedError: If this process was forked from the one that made the
                 area of a store: TensorStore's threads exist only there.
         """
-        ...
 
     def shown(self, path: Path) -> Path:
         """Return a path as users see it in messages."""
-        ...
 
     def staging(
         self, *, reuse: Container[str] | None = None
@@ -66,7 +62,6 @@ class Area(Protocol):
                 one with an old checkpoint at `new`, to be written over. `sweep` then
                 keeps one for the next save. None for an empty directory.
         """
-        ...
 
     def meeting_place(self, written: Path, target: Path) -> str:
         """Return where other processes write their shares of a checkpoint.
@@ -75,7 +70,6 @@ class Area(Protocol):
             written: The directory that process 0 is writing.
             target: Its place once it is whole.
         """
-        ...
 
     def share(self, place: str) -> contextlib.AbstractContextManager[Path]:
         """Return a directory for this process's share of a checkpoint.
@@ -83,7 +77,6 @@ class Area(Protocol):
         Args:
             place: What `meeting_place` returned in process 0.
         """
-        ...
 
     def commit(
         self, written: Path, target: Path, *, only_over: str | None = None
@@ -104,11 +97,9 @@ class Area(Protocol):
             CheckpointWriteError: If the lock's file was deleted.
             CheckpointPathError: If the checkpoint at `target` has another one in it.
         """
-        ...
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint's name at once; `sweep` deletes its files."""
-        ...
 
     def swap(self, new: Path, path: Path) -> None:
         """Exchange the names of two checkpoints in one directory; not in a store.
@@ -120,7 +111,6 @@ class Area(Protocol):
         Raises:
             FileNotFoundError: If there is nothing at `path`.
         """
-        ...
 
     def move(self, path: Path, target: Path) -> None:
         """Rename a checkpoint to `target`, where there must be nothing.
@@ -131,7 +121,6 @@ class Area(Protocol):
         Raises:
             FileNotFoundError: If no checkpoint is at `path`.
         """
-        ...
 
     def sweep(self, *, spare: bool = True) -> None:
         """Delete replaced and removed checkpoints, which may take a while.
@@ -140,4 +129,3 @@ class Area(Protocol):
             spare: Whether to keep one directory to write over, if `staging` was called
                 with `reuse` last.
         """
-        ...

@@ -22,23 +22,18 @@ class SeriesLock(Protocol):
 
     def acquire(self, path: Path) -> bool:
         """Take it; return whether to clear up what an earlier writer has left."""
-        ...
 
     def is_held(self, path: Path, at: str) -> bool:
         """Tell whether this process has it, and what is at `at` is still the lock."""
-        ...
 
     def settle(self, path: Path) -> None:
         """Note that what an earlier writer has left is cleared up."""
-        ...
 
     def release(self, path: Path) -> None:
         """Give it back."""
-        ...
 
     def dropping(self, path: Path) -> Callable[[], None]:
         """Return the function that gives it back after its owner is collected."""
-        ...
 
 
 class _Shared:
@@ -142,8 +137,18 @@ class Claim:
                 raise
             self._owner = os.getpid()
 
+    def close(self, sweep: Callable[..., None]) -> None:
+        """Sweep, and give the lock back; after an interrupt, call it again."""
+        try:
+            if self.is_taken:
+                sweep(spare=False)
+        except Exception:
+            self.give_back()
+            raise
+        self.give_back()
+
     def give_back(self) -> None:
-        """Give the lock back; after an interrupt, call it again."""
+        """Give the lock back."""
         self._owner = 0
         self._lock.release(self._path)
 

@@ -14,11 +14,11 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxckpt._disk.area import Area, OccupiedError
+from flaxckpt._disk.area import OccupiedError
 from flaxckpt._disk.claim import Claim, SeriesLock
 from flaxckpt._disk.exchange import IN_THE_WAY, replace, swap
 from flaxckpt._disk.files import sync_path
@@ -70,6 +70,7 @@ class DiskArea:
         self.prefix = f"{HIDDEN_PREFIX}{tag_of(series[0])}-"
         self.claim = Claim(root, f"{self.prefix[:-1]}.lock", lock, shown)
         self._staging = Staging(root, self.prefix)
+        self.staging, self.sweep = self._staging.directory, self._staging.sweep
 
     def open(self, *clear_up: Callable[[], None]) -> None:
         """See `Area.open`.
@@ -98,7 +99,7 @@ class DiskArea:
 
     def close(self) -> None:
         """See `Area.close`."""
-        close(self)
+        self.claim.close(self.sweep)
 
     def refresh(self, *paths: Path) -> None:
         """Do nothing: a listing reads the disk."""
@@ -116,16 +117,6 @@ class DiskArea:
     def shown(self, path: Path) -> Path:
         """Return the path."""
         return path
-
-    def staging(
-        self, *, reuse: Container[str] | None = None
-    ) -> contextlib.AbstractContextManager[Path]:
-        """See `Area.staging`."""
-        return self._staging.directory(reuse=reuse)
-
-    def sweep(self, *, spare: bool = True) -> None:
-        """See `Area.sweep`."""
-        self._staging.sweep(spare=spare)
 
     def commit(
         self, written: Path, target: Path, *, only_over: str | None = None
@@ -302,14 +293,3 @@ class DiskArea:
 def tag_of(series: str) -> str:
     """Return what is short for a series' name in the names of files."""
     return hashlib.sha256(os.fsencode(series)).hexdigest()[:8]
-
-
-def close(area: Area) -> None:
-    """Sweep an area, and give its lock back; after an interrupt, call it again."""
-    try:
-        if area.claim.is_taken:
-            area.sweep(spare=False)
-    except Exception:
-        area.claim.give_back()
-        raise
-    area.claim.give_back()

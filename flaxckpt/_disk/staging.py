@@ -45,13 +45,7 @@ class Staging:
 
     @contextmanager
     def directory(self, *, reuse: Container[str] | None = None) -> Generator[Path]:
-        """Make a directory to write in; `sweep` deletes what is left in it.
-
-        Args:
-            reuse: The files that will be written below `new`, if the directory may be
-                one with an old checkpoint at `new`, to be written over. `sweep` then
-                keeps one for the next save. None for an empty directory.
-        """
+        """See `Area.staging`."""
         self._reuses = reuse is not None
         if reuse is None:
             self.sweep(spare=True)  # the save may need this space
@@ -88,8 +82,8 @@ class Staging:
         """Keep a directory, which holds an old checkpoint, until a later save."""
         self._kept_aside.append(directory)
 
-    def sweep(self, *, spare: bool) -> None:
-        """Delete the directories that nobody needs; see `Area.sweep`."""
+    def sweep(self, *, spare: bool = True) -> None:
+        """See `Area.sweep`."""
         kept = int(spare and self._reuses)
         with self._sweeping:
             while len(self.trash) > kept:

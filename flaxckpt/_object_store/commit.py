@@ -26,7 +26,7 @@ from pathlib import Path
 from etils import epath
 
 from flaxckpt._disk.area import OccupiedError
-from flaxckpt._disk.commit import DiskArea, close
+from flaxckpt._disk.commit import DiskArea
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
 from flaxckpt._object_store.lease import StoreLock
 from flaxckpt._object_store.objects import Objects
@@ -72,7 +72,7 @@ class StoreArea:
 
     def close(self) -> None:
         """See `Area.close`."""
-        close(self)
+        self.claim.close(self.sweep)
 
     def refresh(self, *paths: Path) -> None:
         """See `Area.refresh`: update the mirror from the store."""
@@ -211,10 +211,11 @@ class StoreArea:
     # ---- the lock --------------------------------------------------------------------
 
     def _check_lease(self) -> None:
-        if self._lock.is_lost:  # in an earlier save
+        lease = self._lock.lease
+        if lease is None:  # an earlier save has lost it
             raise CheckpointLockedError(self._objects.url, "", 0)
         try:
-            self._lock.check()
+            lease.check()
         except CheckpointLockedError:
             self._is_current = False
             self.claim.give_back()  # the next save takes it anew, or names its owner

@@ -225,7 +225,11 @@ def drop_lease(url: str, holder: Hashable) -> None:
 
 
 class StoreLock:
-    """The lock of a series in an object store, as one object takes it."""
+    """The lock of a series in an object store, as one object takes it.
+
+    Attributes:
+        lease: What was taken; None if it was given back, or never taken.
+    """
 
     def __init__(self, objects: Objects) -> None:
         """Take nothing yet.
@@ -234,37 +238,27 @@ class StoreLock:
             objects: The objects below the series' root.
         """
         self._objects, self._holder = objects, object()
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None
 
     def acquire(self, path: Path) -> bool:
         """Take the lock, as `acquire_lease` does."""
-        self._lease, is_new = acquire_lease(self._objects, path.name, self._holder)
+        self.lease, is_new = acquire_lease(self._objects, path.name, self._holder)
         return is_new
 
     def is_held(self, path: Path, at: str) -> bool:
-        """Return True: `check` checks the lease at each change of the store."""
+        """Return True: the lease is checked at each change of the store."""
         del path, at
         return True
-
-    def check(self) -> None:
-        """Check that this process has the lock, as `Lease.check` does."""
-        assert self._lease is not None
-        self._lease.check()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it was given back, or never taken."""
-        return self._lease is None
 
     def settle(self, path: Path) -> None:
         """Note that the leftovers are cleared up."""
         del path
-        assert self._lease is not None
-        self._lease.is_cleared = True
+        assert self.lease is not None
+        self.lease.is_cleared = True
 
     def release(self, path: Path) -> None:
         """Give the lock back."""
-        self._lease = None
+        self.lease = None
         release_lease(self._objects, path.name, self._holder)
 
     def dropping(self, path: Path) -> Callable[[], None]:
