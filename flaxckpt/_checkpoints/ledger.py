@@ -40,7 +40,7 @@ class Ledger:
     def refresh(self) -> None:
         """Read the disk, if it was never read, or another object has changed it."""
         claim = self._series.area.claim
-        if self._changes is not None and self._changes == claim.changes:
+        if self._changes == claim.changes:
             return
         infos, slot = self._series.listed()[0], self._series.slot_info()
         times = [info.time for info in (*infos, slot) if info is not None]

@@ -23,10 +23,7 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.wanted import Wanted
-from flaxckpt.errors import (
-    CheckpointCorruptError,
-    CheckpointPathError,
-)
+from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 _READ_THREADS = 8
 _TASK_LEAVES, _TASK_BYTES = 64, 2**20  # that a thread reads in one go, at most

@@ -9,15 +9,8 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._checkpoints.aside import (
-    bare,
-    without_suffix,
-)
-from flaxckpt._checkpoints.retention import (
-    best_of,
-    monitored_value,
-    ranked,
-)
+from flaxckpt._checkpoints.aside import bare, without_suffix
+from flaxckpt._checkpoints.retention import best_of, monitored_value, ranked
 from flaxckpt._decision.template import Template
 from flaxckpt._disk.area import Area
 from flaxckpt._disk.commit import DiskArea, tag_of

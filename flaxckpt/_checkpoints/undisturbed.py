@@ -17,12 +17,7 @@ from flaxckpt._disk.record import (
 )
 from flaxckpt._object_store.source import fetched
 from flaxckpt._object_store.url import check_readable, is_url
-from flaxckpt._orbax.recognize import (
-    entries,
-    foreign_checkpoints,
-    is_ours,
-    is_readable,
-)
+from flaxckpt._orbax.recognize import entries, foreign_checkpoints, is_ours, is_readable
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.patience import LOOKS, looks, pause
 from flaxckpt._runtime.unchecked import runs_unchecked

@@ -10,12 +10,7 @@ from flaxckpt._checkpoints.finish import Tables, finish
 from flaxckpt._checkpoints.looks import IncompleteError, Looks, shared_looks
 from flaxckpt._direct.form import Fingerprints, OrbaxFiles
 from flaxckpt._direct.forms import Forms, held_values, placements_of, thawed
-from flaxckpt._direct.frozen_files import (
-    Frozen,
-    FrozenLeaf,
-    adopt_frozen,
-    link_frozen,
-)
+from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf, adopt_frozen, link_frozen
 from flaxckpt._direct.write import fingerprints_of, write_values
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.area import Area
