@@ -91,6 +91,15 @@ def assert_is(info, tree):
             np.testing.assert_array_equal(found[name], value)
 
 
+def test_each_object_learns_by_itself(tmp_path):
+    for name in ("one", "other"):
+        with ModelCheckpoint(tmp_path / name / "{epoch}") as ckpt:
+            for epoch in range(2):
+                ckpt.save(small_tree(epoch), epoch)
+                ckpt.wait()
+            assert (ckpt.counts.direct, ckpt.counts.by_orbax) == (1, 1)
+
+
 def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
     tmp_path, monkeypatch
 ):
