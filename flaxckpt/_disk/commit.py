@@ -69,7 +69,7 @@ class DiskArea:
         lock, shown = mirrors or (FileLock(), str(root))
         self.prefix = f"{HIDDEN_PREFIX}{tag_of(series[0])}-"
         self.claim = Claim(root, f"{self.prefix[:-1]}.lock", lock, shown)
-        self._staging = Staging(root, self.prefix)
+        self._staging = Staging(root, self.prefix, self.claim)
         self.staging, self.sweep = self._staging.directory, self._staging.sweep
 
     def open(self, *clear_up: Callable[[], None]) -> None:

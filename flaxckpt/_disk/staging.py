@@ -9,6 +9,7 @@ from collections.abc import Container, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flaxckpt._disk.claim import Claim
 from flaxckpt._disk.files import keep_only
 from flaxckpt._runtime.locks import new_lock
 
@@ -20,19 +21,22 @@ class Staging:
         trash: The directories that `sweep` deletes.
     """
 
-    def __init__(self, root: Path, prefix: str) -> None:
+    def __init__(self, root: Path, prefix: str, claim: Claim) -> None:
         """Make nothing yet.
 
         Args:
             root: The directory that gets them.
             prefix: What their names begin with.
+            claim: The right to change the series.
         """
         self._root, self._prefix = root, prefix
         self.trash: list[Path] = []
         self._kept_aside: list[Path] = []
         self._reuses = False
         self._sweeping = new_lock()
-        weakref.finalize(self, _discard, self.trash, os.getpid())
+        # Finalizers run from the newest to the oldest: this one before the claim's own,
+        # which gives back the lock.
+        weakref.finalize(claim, _discard, self.trash, os.getpid())
 
     def clear_up(self) -> None:
         """Delete what a crash left behind."""
