@@ -210,7 +210,7 @@ def test_only_memory_that_was_filled_is_returned():
         def read_into(self, key, values, *, check):
             return []
 
-    class Stored(_zarr.Stored):
+    class Stored(_zarr.ZarrArray):
         def keys(self):
             yield "w/c.0", (0,)  # one of two
 
