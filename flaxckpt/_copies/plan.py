@@ -16,6 +16,7 @@ import jax
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.programs import Kind, Program, kind_of, program
+from flaxckpt._runtime.jax_internals import device_order
 
 _BATCH = 64
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
@@ -98,7 +99,7 @@ class Plan:
             if is_offloaded(kind[2]):
                 self.offloaded.append(index)
             else:
-                self._groups.setdefault(_devices(kind[2]), []).append(index)
+                self._groups.setdefault(device_order(kind[2]), []).append(index)
         self.batches: list[Batch] = []
         for indices in self._groups.values():
             if len(indices) > _BATCH:  # largest first: scalars that come along are last
@@ -113,7 +114,7 @@ class Plan:
         placed = [x.sharding for x in scalars if isinstance(x, jax.Array)]
         if self.offloaded or any(map(is_offloaded, placed)):
             return False
-        return len({*self._groups, *map(_devices, placed)}) == 1
+        return len({*self._groups, *map(device_order, placed)}) == 1
 
 
 def planned(leaves: Sequence[Any]) -> Plan:
@@ -128,12 +129,6 @@ def planned(leaves: Sequence[Any]) -> Plan:
 
 
 _PLANS: deque[Plan] = deque(maxlen=16)
-
-
-def _devices(sharding: jax.sharding.Sharding) -> Any:
-    """Return a sharding's devices in order, since programs depend on the order."""
-    assignment = getattr(sharding, "_device_assignment", None)
-    return frozenset(sharding.device_set) if assignment is None else assignment
 
 
 def _nbytes(kind: Kind | None) -> int:
