@@ -26,11 +26,11 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.unchecked import unchecked_pool
 from flaxckpt._trees.convert import convert
 from flaxckpt._trees.describe import describe
-from flaxckpt._trees.digest import agree, is_sum, part_of
+from flaxckpt._trees.digest import agree, combined, is_sum
 from flaxckpt._trees.layout import Layout, OverfullError
 from flaxckpt._trees.leaf import Leaf, key_dtype, without_keys
 from flaxckpt._trees.match import Wanted, difference_of_twins, match, spread
-from flaxckpt._trees.owned_shards import is_shared
+from flaxckpt._trees.owned_shards import is_shared, pieces
 from flaxckpt._trees.placing import is_placement
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree, flatten
@@ -351,7 +351,7 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
     ]
     shared = {i: leaf for i, leaf in recorded.items() if i not in there}
     if shared:  # each process has a part of them
-        parts = [part_of(values[i], leaf.digest) for i, leaf in shared.items()]
+        parts = [combined(pieces(values[i])) for i in shared]
         totals = map(sum, zip(*gathered("digests", parts), strict=True))
         pairs = zip(shared.values(), totals, strict=True)
         damaged += [leaf for leaf, total in pairs if not is_sum(total, leaf.digest)]
