@@ -71,12 +71,12 @@ def _call_p() -> Any:
     primitives_with_devices.add(primitive)
 
     @primitive.def_effectful_abstract_eval
-    def _describe(*_: Any, take: Any) -> Any:
+    def describe(*_: Any, take: Any) -> Any:
         del take
         return [ShapedArray((), jnp.int32)], {effect}
 
     @primitive.def_impl
-    def _run(*operands: Any, take: Any) -> Any:
+    def run(*operands: Any, take: Any) -> Any:
         with jax.disable_jit(False):
             return jax.jit(functools.partial(primitive.bind, take=take))(*operands)
 
