@@ -367,6 +367,7 @@ class ModelCheckpoint:
             and type(self._saves) is Saves
         )
         self._is_warned = self._is_warned_of_best = False
+        self._is_new_to_trees = True
         self._left_out: set[str] = set()  # names in logs that were warned of
         self._by_epoch = save_freq == "epoch"
         self._never_due: bool | None = None  # True while calls are of a kind never due
@@ -387,15 +388,17 @@ class ModelCheckpoint:
         """Return the decision state of a run that has seen nothing yet.
 
         Args:
-            like: A sharded tree that `update` will save within jit, or
-                `jax.ShapeDtypeStruct`s of it. Within jit its shardings cannot be seen;
-                without `like`, each save gathers the whole tree on one device.
-                `restore` notes the shardings of its own `like`, too.
+            like: A tree that `update` will save, or `jax.ShapeDtypeStruct`s of it with
+                shardings. Within jit its shardings cannot be seen; without `like`, each
+                save gathers the whole tree on one device. Outside of jit, the first two
+                saves of a tree of many arrays compile programs; with `like`, a thread
+                compiles them now. `restore` does both for the tree that it returns.
 
         Returns:
             The state for the first call of `update`.
         """
         self._note_shardings(like)
+        self._saves.compile_ahead(like)
         with unchecked():
             state = CheckpointState.create(**self._settings)
         return as_arguments(state, lambda: leaves_of(like))
@@ -464,6 +467,9 @@ class ModelCheckpoint:
         if due is np.False_ and force is False and not (preempted or late):
             if self._never_due is None:
                 self._never_due = self._by_epoch or batch is None
+            if self._is_new_to_trees:
+                self._is_new_to_trees = False
+                self._saves.compile_ahead(tree)
             if given is self._known:
                 self._known = state
             return state
@@ -1140,6 +1146,7 @@ class ModelCheckpoint:
         tree, info = found.tree, found.info
         if like is not None:
             self._note_shardings(tree)  # a sharding in `like` may place a subtree
+        self._saves.compile_ahead(tree)
         durable = from_leader("best", lambda: self._series.durable_best(info, damaged))
         with unchecked():
             state = resumed(self.init(), info and info.state, durable)

@@ -18,10 +18,10 @@ from flaxckpt._orbax.restore import read_by_orbax
 from flaxckpt._processes.messages import are_several, gathered
 from flaxckpt._runtime.failures import listed
 from flaxckpt._runtime.unchecked import unchecked_pool
-from flaxckpt._trees.digest import agree, is_sum, part_of
+from flaxckpt._trees.digest import agree, combined, is_sum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
-from flaxckpt._trees.owned_shards import is_shared
+from flaxckpt._trees.owned_shards import is_shared, pieces
 from flaxckpt._trees.wanted import Wanted
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
@@ -181,7 +181,7 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
     ]
     shared = {i: leaf for i, leaf in recorded.items() if i not in whole}
     if shared:  # each process has a part of them
-        parts = [part_of(values[i], leaf.digest) for i, leaf in shared.items()]
+        parts = [combined(pieces(values[i])) for i in shared]
         totals = map(sum, zip(*gathered("digests", parts), strict=True))
         pairs = zip(shared.values(), totals, strict=True)
         damaged += [leaf for leaf, total in pairs if not is_sum(total, leaf.digest)]

@@ -2,6 +2,7 @@
 
 `plan` groups a tree's arrays into batches. `on_device` copies each batch by one of the
 jitted `programs`, into the memory of an earlier save's copies; `on_host` copies to host
-memory instead. `held` holds the copies until they are written. `memory_kinds` copies
+memory instead. `ahead` compiles the programs before the first save needs them. `held`
+holds the copies until they are written. `memory_kinds` copies
 offloaded arrays. `packing` joins many small values into a few operands of a callback.
 """

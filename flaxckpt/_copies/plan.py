@@ -2,8 +2,8 @@
 
 Each argument and each result of a jitted call costs some microseconds. So small arrays
 on one device are joined into one. XLA takes longer than in proportion to compile a
-program over more arrays, so a program copies at most `_BATCH` of them; arrays of the
-same kind stand together, so many batches share one program.
+program over more arrays, so a program copies at most `MOST_TOGETHER` of them; arrays of
+the same kind stand together, so many batches share one program.
 """
 
 import functools
@@ -16,8 +16,9 @@ import jax
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.programs import Kind, Program, kind_of, program
+from flaxckpt._runtime.jax_internals import device_order
 
-_BATCH = 64
+MOST_TOGETHER = 64
 _REMEMBERED = 16
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
 # XLA may change the bits of other dtypes where it joins arrays, or fail.
@@ -99,22 +100,24 @@ class Plan:
             if is_offloaded(kind[2]):
                 self.offloaded.append(index)
             else:
-                self._groups.setdefault(_devices(kind[2]), []).append(index)
+                self._groups.setdefault(device_order(kind[2]), []).append(index)
         self.batches: list[Batch] = []
         for indices in self._groups.values():
-            if len(indices) > _BATCH:  # largest first: scalars that come along are last
+            # Largest first, so scalars that come along are in the last batch.
+            if len(indices) > MOST_TOGETHER:
                 firsts: dict[Any, int] = {}
                 first = {i: firsts.setdefault(kinds[i], i) for i in indices}
                 indices.sort(key=lambda i, first=first: (-_nbytes(kinds[i]), first[i]))
-            for start in range(0, len(indices), _BATCH):
-                self.batches.append(Batch(indices[start : start + _BATCH], kinds))
+            for start in range(0, len(indices), MOST_TOGETHER):
+                part = indices[start : start + MOST_TOGETHER]
+                self.batches.append(Batch(part, kinds))
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
         """Tell whether arrays and scalars are on the same devices, none offloaded."""
         placed = [x.sharding for x in scalars if isinstance(x, jax.Array)]
         if self.offloaded or any(map(is_offloaded, placed)):
             return False
-        return len({*self._groups, *map(_devices, placed)}) == 1
+        return len({*self._groups, *map(device_order, placed)}) == 1
 
 
 class Plans:
@@ -138,12 +141,6 @@ class Plans:
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
     return [kind_of(leaf) if isinstance(leaf, jax.Array) else None for leaf in leaves]
-
-
-def _devices(sharding: jax.sharding.Sharding) -> Any:
-    """Return a sharding's devices in order, since programs depend on the order."""
-    assignment = getattr(sharding, "_device_assignment", None)
-    return frozenset(sharding.device_set) if assignment is None else assignment
 
 
 def _nbytes(kind: Kind | None) -> int:

@@ -33,16 +33,15 @@ class Program:
         self._alone, self._packs = alone, packs
         self._shardings = [kind[2] for kind in (*alone, *(pack[0] for pack in packs))]
         settings = {"keep_unused": True, "out_shardings": (self._shardings, None)}
-        self._fill: Any = jax.jit(_fill, **settings)
-        self._refill: Any = jax.jit(_refill, donate_argnums=3, **settings)
+        fill = jax.jit(_fill, **settings)
+        refill = jax.jit(_refill, donate_argnums=3, **settings)
+        self._jitted: tuple[Any, Any] = fill, refill
+        self._programs = self._jitted
         self._compiling = new_lock()
-        self._is_compiled = False
 
     def fill(self, alone: list[Any], packs: list[list[Any]]) -> list[jax.Array]:
         """Copy into new memory."""
-        with self._compiling:
-            fill = self._fill
-        return fill(alone, packs, self._work)[0]
+        return self._call(0, alone, packs, self._work)
 
     def refill(
         self,
@@ -59,14 +58,24 @@ class Program:
             slot: Earlier copies of this program.
             is_wanted: Whether to copy, a bool or bool[]; if not, `slot` is returned.
         """
+        return self._call(1, alone, packs, is_wanted, slot, self._work)
+
+    def _call(self, which: int, *arguments: Any) -> list[jax.Array]:
         with self._compiling:
-            refill = self._refill
-        return refill(alone, packs, is_wanted, slot, self._work)[0]
+            program = self._programs[which]
+        try:
+            return program(*arguments)[0]
+        except (TypeError, ValueError):
+            if program is self._jitted[which]:
+                raise
+        # `compile` was for arrays in their default layout; the call took none of these.
+        return self._jitted[which](*arguments)[0]
 
     def compile(self) -> None:
         """Compile now, on this thread; a call on another thread waits for it."""
-        with self._compiling:
-            if self._is_compiled:
+        # Without x64, JAX narrows 64-bit kinds.
+        with self._compiling, jax.enable_x64(True):
+            if self._programs is not self._jitted:
                 return
             alone = [_struct(kind) for kind in self._alone]
             packs = [[_struct(kind) for kind in pack] for pack in self._packs]
@@ -75,10 +84,10 @@ class Program:
                 for pack in self._packs
             ]
             work, slot = self._work, alone + joined
-            self._fill = self._fill.lower(alone, packs, work).compile()
-            refill = self._refill.lower(alone, packs, np.True_, slot, work)
-            self._refill = refill.compile()
-            self._is_compiled = True
+            fill, refill = self._jitted
+            filled = fill.lower(alone, packs, work).compile()
+            refilled = refill.lower(alone, packs, np.True_, slot, work).compile()
+            self._programs = filled, refilled
 
     @functools.cached_property
     def _work(self) -> Any:

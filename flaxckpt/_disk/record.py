@@ -23,7 +23,7 @@ from flaxckpt.errors import (
     CheckpointPathError,
 )
 
-FORMAT = 3  # formats 1 and 2 have other digests (see _trees/digest)
+FORMAT = 1
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each checkpoint of Orbax
 _RECORD_BYTES = 64 * 2**20  # the most that a record may have

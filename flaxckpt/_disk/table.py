@@ -22,7 +22,7 @@ from flaxckpt._trees.skeleton import FROM_LIKE
 _ARRAYS = ("jax", "numpy", "numpy_scalar", "key", "bytes")
 _OTHERS = ("bool", "int", "float", "complex", "str", *FROM_LIKE)
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(<[A-Za-z0-9_]{1,31}>)?")
-_DIGEST = re.compile(r"([23]:)?[0-9a-f]{16}")
+_DIGEST = re.compile(r"(sum|xxh3):[0-9a-f]{16}")
 _SUM = re.compile(r"[0-9a-f]{16}")
 _STORED = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _NAME_BYTES = 255
@@ -38,7 +38,7 @@ def parse_table(data: bytes, newest: int) -> dict[str, Any]:
     Returns:
         Its fields: `tree`, a skeleton in which each leaf has its place; `leaves`, each
         with a path, a kind and the kind's own fields; `weights`, a skeleton, "all" or
-        None; and if the format has them, lists of `digests` and `sums`.
+        None; the list `digests`, and perhaps `sums`.
 
     Raises:
         MalformedError: If it is no table of leaves, or its format is too new.
@@ -51,10 +51,10 @@ def parse_table(data: bytes, newest: int) -> dict[str, Any]:
 
 def _table(fields: Any, newest: int) -> dict[str, Any]:
     mapping_in(fields, "the table of leaves")
-    version = int_in(fields, "format", 1, newest + 1)
+    int_in(fields, "format", 1, newest + 1)
     leaves = list_in(fields, "leaves")
     for leaf in leaves:
-        _check_leaf(leaf, has_digest=version == 1)
+        _check_leaf(leaf)
     paths = [leaf["path"] for leaf in leaves]
     seen = [False] * len(leaves)
 
@@ -69,9 +69,8 @@ def _table(fields: Any, newest: int) -> dict[str, Any]:
     weights = fields.get("weights", "")
     if weights not in ("all", None):
         _Skeleton(len(leaves), lambda index, path: None).visit(weights, [], ())
-    if version > 1:
-        for digest in list_in(fields, "digests"):
-            match_in(_DIGEST, digest, "a digest")
+    for digest in list_in(fields, "digests"):
+        match_in(_DIGEST, digest, "a digest")
     if "sums" in fields:
         for sums in list_in(fields, "sums"):
             for each in items_in(sums, "sums"):
@@ -141,7 +140,7 @@ class _Skeleton:
         return pairs
 
 
-def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
+def _check_leaf(leaf: Any) -> None:
     mapping_in(leaf, "a leaf")
     path, kind = list_in(leaf, "path"), leaf.get("kind")
     for each in path:
@@ -149,11 +148,9 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
             fail(f"a leaf's path is {shown(path)}")
     if "stored" in leaf:
         _check_stored(leaf, len(path))
-    is_held = kind not in FROM_LIKE
     if kind in _ARRAYS:
         shape = shape_in(leaf, "shape")
         match_in(_DTYPE, leaf.get("dtype"), "a dtype")
-        is_held = 0 not in shape
         if kind == "key":
             text_in(leaf, "impl")
         if kind == "bytes" and len(shape) != 1:
@@ -167,8 +164,6 @@ def _check_leaf(leaf: Any, *, has_digest: bool) -> None:
         fail(f"a leaf is of kind {shown(kind)}")
     elif leaf.get("dtype", "") != "" or leaf.get("shape", []) != []:
         fail(f"a leaf of kind {kind} has a dtype or a shape")
-    if has_digest and is_held:
-        match_in(_DIGEST, leaf.get("digest"), "a digest")
 
 
 def _check_stored(leaf: Mapping[str, Any], depth: int) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed
 
 from flaxckpt import errors
 from flaxckpt._runtime.failures import in_one_line
+from flaxckpt._runtime.jax_internals import distributed_state
 from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
@@ -27,17 +27,21 @@ _LEADER = 0
 
 def are_several() -> bool:
     """Tell whether this is one of several processes; starts no backend."""
-    return jax.distributed.is_initialized() and process_count() > 1
+    return process_count() > 1
 
 
 def process_count() -> int:
     """Return how many processes there are."""
-    return int(distributed.global_state.num_processes or 1)
+    if not jax.distributed.is_initialized():
+        return 1
+    return int(distributed_state().num_processes or 1)
 
 
 def process_index() -> int:
     """Return the index of this process."""
-    return int(distributed.global_state.process_id or 0)
+    if not jax.distributed.is_initialized():
+        return 0
+    return int(distributed_state().process_id or 0)
 
 
 def is_leader() -> bool:
@@ -191,4 +195,4 @@ def _channel(name: str) -> Channel:
 
 
 def _client() -> Any:
-    return distributed.global_state.client
+    return distributed_state().client

@@ -14,13 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import callback as private
-from jax._src.dispatch import apply_primitive, prim_requires_devices_during_lowering
-from jax.core import ShapedArray
-from jax.experimental import io_callback
-from jax.experimental.buffer_callback import buffer_callback
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
+
+from flaxckpt._runtime.jax_internals import callback_parts
 
 _TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -48,40 +43,58 @@ def call_host(
         np.asarray(token)[...] = take([np.asarray(buffer) for buffer in buffers])
 
     if jax.default_backend() != "cpu":
+        from jax.experimental import io_callback
+
         return io_callback(lambda *arrays: take(arrays), _TOKEN, *operands)
     if is_placed:
+        from jax.experimental.buffer_callback import buffer_callback
+
         call = buffer_callback(from_buffers, _TOKEN, has_side_effect=True)
         return call(*operands)
-    return _call_p.bind(*operands, take=take)[0]
+    return _call_p().bind(*operands, take=take)[0]
 
 
-_call_p = Primitive("call_host")
-_call_p.multiple_results = True
-_call_p.def_impl(functools.partial(apply_primitive, _call_p))
-prim_requires_devices_during_lowering.add(_call_p)
+@functools.cache
+def _call_p() -> Any:
+    """Return a primitive that calls `take` with the whole operands, uncopied.
 
+    Raises:
+        CheckpointError: If JAX lacks what it is made of.
+    """
+    from jax.core import ShapedArray
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
 
-@_call_p.def_effectful_abstract_eval
-def _describe(*_: Any, take: Any) -> Any:
-    del take
-    return [ShapedArray((), jnp.int32)], {private._IOEffect}
+    effect, sharding_of, primitives_with_devices = callback_parts()
+    primitive = Primitive("call_host")
+    primitive.multiple_results = True
+    primitives_with_devices.add(primitive)
 
+    @primitive.def_effectful_abstract_eval
+    def describe(*_: Any, take: Any) -> Any:
+        del take
+        return [ShapedArray((), jnp.int32)], {effect}
 
-def _lower(context: Any, *operands: Any, take: Any) -> Any:
-    result, _, _ = mlir.emit_python_callback(
-        context,
-        lambda *arrays: (take(arrays),),
-        None,
-        list(operands),
-        context.avals_in,
-        context.avals_out,
-        has_side_effect=True,
-        returns_token=False,
-        sharding=private._callback_op_sharding(
-            context.module_context.axis_context, None, context.avals_out
-        ),
-    )
-    return result
+    @primitive.def_impl
+    def run(*operands: Any, take: Any) -> Any:
+        with jax.disable_jit(False):
+            return jax.jit(functools.partial(primitive.bind, take=take))(*operands)
 
+    def lower(context: Any, *operands: Any, take: Any) -> Any:
+        result, _, _ = mlir.emit_python_callback(
+            context,
+            lambda *arrays: (take(arrays),),
+            None,
+            list(operands),
+            context.avals_in,
+            context.avals_out,
+            has_side_effect=True,
+            returns_token=False,
+            sharding=sharding_of(
+                context.module_context.axis_context, None, context.avals_out
+            ),
+        )
+        return result
 
-mlir.register_lowering(_call_p, _lower, cacheable=False)
+    mlir.register_lowering(primitive, lower, cacheable=False)
+    return primitive

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax._src.lax.lax import _convert_element_type as convert
 
 from flaxckpt._copies.memory_kinds import copied, is_offloaded
+from flaxckpt._runtime.jax_internals import weakly_typed
 from flaxckpt._runtime.unchecked import unchecked, unguarded
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import SettingError
@@ -170,7 +170,7 @@ def _run(
     """
     leaves, structure = jax.tree.flatten(carry)
     carry = structure.unflatten(
-        convert(leaf, leaf.dtype, weak_type=True) if is_weak else leaf
+        weakly_typed(leaf) if is_weak else leaf
         for leaf, is_weak in zip(leaves, weak, strict=True)
     )
 

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.dispatch import runtime_tokens
 
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.scalars import index
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._program.arrivals import Stream
 from flaxckpt._program.shards import Place
+from flaxckpt._runtime.jax_internals import runtime_tokens
 from flaxckpt._saving.at_exit import before_end
 from flaxckpt._saving.saves import Saves
 from flaxckpt._trees.leaf import without_keys
@@ -33,7 +33,7 @@ def finish_programs() -> None:
         jax.effects_barrier()
     except (jax.errors.JaxRuntimeError, ExceptionGroup):
         # JAX never waits for the tokens after a failed one.
-        tokens = runtime_tokens
+        tokens = runtime_tokens()
         for token in (
             *tokens.current_tokens.values(),
             *tokens.output_runtime_tokens.values(),

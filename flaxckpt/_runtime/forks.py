@@ -5,9 +5,8 @@ TensorStore aborts the process. `use_threads` raises an error before either.
 """
 
 import os
-import sys
-from typing import Any
 
+from flaxckpt._runtime.jax_internals import has_backends
 from flaxckpt.errors import CheckpointError
 
 # "used": this process uses threads; "parent": id of the parent that used them.
@@ -33,8 +32,7 @@ def use_threads() -> None:
 
 def _look_around() -> None:
     """Note whether JAX has threads, before the fork: a child may hang on JAX's lock."""
-    bridge: Any = sys.modules.get("jax._src.xla_bridge")
-    if getattr(bridge, "backends_are_initialized", bool)():
+    if has_backends():
         _facts["used"] = 1
 
 

@@ -6,6 +6,7 @@ a device still computes, the device decides, and copies only if there is somethi
 save. The writing thread learns the decision later.
 """
 
+import contextlib
 import functools
 import time
 import warnings
@@ -22,6 +23,7 @@ import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page, SeriesWriter
 from flaxckpt._checkpoints.target import check_target
+from flaxckpt._copies.ahead import Ahead
 from flaxckpt._checkpoints.together import Together
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import fill, unfilled
@@ -54,7 +56,7 @@ from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import weights_skeleton
-from flaxckpt._trees.ties import Flat, PyTree, flatten
+from flaxckpt._trees.ties import Flat, PyTree, flatten, leaves_of
 from flaxckpt._trees.weights import are_unknown, default_weights
 from flaxckpt.errors import CheckpointError, CheckpointPathError, CheckpointWriteError
 
@@ -105,7 +107,7 @@ class Saves:
         self._plans = Plans()
         self._free: deque[Any] = deque(maxlen=STRUCTURES)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
-        self._writer = Writer()
+        self._writer, self._ahead = Writer(), Ahead()
         self._is_new_to_weights = True
         self._has_saved = self._has_told_reason = False
         self.has_failed = False
@@ -176,6 +178,20 @@ class Saves:
         if self._snapshot == "none":
             self._writer.wait()
         return where
+
+    def compile_ahead(self, tree: PyTree) -> None:
+        """Have the programs that copy such a tree compiled in the background.
+
+        Args:
+            tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
+        """
+        # A function of the user's is called for saves alone.
+        is_users = self._weights_only and self._weights is not default_weights
+        if is_users or self._snapshot in ("host", "none"):
+            return
+        with contextlib.suppress(Exception):  # the save itself raises what is wrong
+            picked = self._weights(tree) if self._weights_only else tree
+            self._ahead.compile(leaves_of(picked))
 
     # ---- from within a running program -----------------------------------------------
 

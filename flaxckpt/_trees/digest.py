@@ -20,25 +20,22 @@ index along that axis. So
   It does not protect against somebody who wants to deceive.
 
 numpy computes it at some 10 GB/s for any dtype, without the interpreter's lock.
-
-In format 1 each element was a word. The digests of format 1 begin with no mark, and
-can still be computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from flaxckpt._runtime.unchecked import unchecked_pool
-from flaxckpt._trees.digest_formula import blockwise, by_elements, by_words
+from flaxckpt._trees.digest_formula import blockwise, by_words
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.owned_shards import Piece, as_array, pieces
 
 _THREADS = 2
-_MARK = "2:"  # before a digest; a digest of format 1 has none
-_WHOLE = "3:"  # before a checksum of the whole
+# What a digest begins with, by its kind.
+_WHOLE, _SUM = "xxh3:", "sum:"
 
 
 def digests(values: Sequence[Any]) -> list[str]:
@@ -49,7 +46,7 @@ def digests(values: Sequence[Any]) -> list[str]:
             the shards whose first replica is on its devices.
 
     Returns:
-        For each leaf, a mark of the formula and 16 hexadecimal digits.
+        For each leaf, its digest: "sum:" and 16 hexadecimal digits.
     """
     with unchecked_pool(_THREADS, "flaxckpt-digest") as pool:
         return list(pool.map(digest, values))
@@ -63,7 +60,7 @@ def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
 
 def digest(value: Any) -> str:
     """Digest one leaf; see `digests`."""
-    return f"{_MARK}{combined(pieces(value)):016x}"
+    return f"{_SUM}{combined(pieces(value)):016x}"
 
 
 def checksum(value: Any) -> str:
@@ -111,8 +108,8 @@ class Digest:
 
     @property
     def text(self) -> str:
-        """A mark of the formula, and 16 hexadecimal digits."""
-        return f"{_MARK}{self.total:016x}"
+        """The digest: "sum:" and 16 hexadecimal digits."""
+        return f"{_SUM}{self.total:016x}"
 
 
 def agrees(value: Any, found: str) -> bool:
@@ -120,37 +117,24 @@ def agrees(value: Any, found: str) -> bool:
     whole = checksum_in(found)
     if whole is not None:
         return checksum(value) == whole
-    return is_sum(part_of(value, found), found)
-
-
-def part_of(value: Any, found: str) -> int:
-    """Return the sum over the pieces of an array that this process holds.
-
-    Args:
-        value: The array.
-        found: The recorded digest, which tells the formula. If it is the checksum of a
-            whole array, no sum over pieces equals it.
-    """
-    by = by_words if found.startswith(_MARK) else by_elements
-    return combined(pieces(value), by=by)
+    return is_sum(combined(pieces(value)), found)
 
 
 def is_sum(total: int, found: str) -> bool:
-    """Tell whether the sum over all processes is the recorded digest."""
-    return f"{total % 2**64:016x}" == found.removeprefix(_MARK)
+    """Tell whether the sum over the pieces of an array is its recorded digest.
+
+    No sum is the checksum of a whole array.
+    """
+    return f"{_SUM}{total % 2**64:016x}" == found
 
 
-def combined(
-    pieces: Iterable[Piece],
-    by: Callable[[np.ndarray[Any, Any], Sequence[int]], int] = by_words,
-) -> int:
+def combined(pieces: Iterable[Piece]) -> int:
     """Add up the digests of the pieces of an array.
 
     Args:
         pieces: Where in the array each piece begins, and its elements.
-        by: The formula.
 
     Returns:
         The sum modulo 2**64: the digest of the array, if the pieces cover it once.
     """
-    return sum(by(piece, starts) for starts, piece in pieces) % 2**64
+    return sum(by_words(piece, starts) for starts, piece in pieces) % 2**64

@@ -87,17 +87,6 @@ def _memory(block: Words) -> Words:
 _THREAD = threading.local()
 
 
-def by_elements(piece: np.ndarray[Any, Any], starts: Sequence[int]) -> int:
-    """Digest a piece as format 1 did."""
-    if piece.dtype.itemsize == 16:  # complex128
-        piece = np.stack([piece.real, piece.imag], axis=-1)
-        starts = [*starts, 0]
-    words = piece.view(f"u{piece.dtype.itemsize}")
-    if words.dtype == np.uint64:
-        words = words ^ (words >> _HALF)
-    return _contracted(words, list(range(words.ndim)), starts)
-
-
 def _contracted(
     words: np.ndarray[Any, Any], axes: Sequence[int], starts: Sequence[int]
 ) -> int:

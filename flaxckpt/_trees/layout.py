@@ -143,13 +143,12 @@ class Layout:
         """Return the layout from its JSON values.
 
         Args:
-            table: What `to_json` returned, and perhaps the lists `digests` and `sums`:
-                an entry for each leaf in Orbax, in order.
+            table: What `to_json` returned, the list `digests`, and perhaps the list
+                `sums`: an entry for each leaf in Orbax, in order.
 
         Raises:
             ValueError: If `digests` or `sums` has more or fewer entries than that.
         """
-        digests, sums = table.get("digests", ()), table.get("sums", ())
         leaves = [
             Leaf(
                 path=tuple(each["path"]),
@@ -157,16 +156,14 @@ class Layout:
                 dtype=each.get("dtype", ""),
                 shape=tuple(each.get("shape", ())),
                 impl=each.get("impl", ""),
-                digest=each.get("digest", ""),
                 stored=tuple(each.get("stored", ())),
             )
             for each in table["leaves"]
         ]
-        if "digests" in table:  # in format 1, each leaf has its own
-            held = [index for index, leaf in enumerate(leaves) if leaf.in_orbax]
-            sums = sums or [()] * len(held)
-            for index, digest, own in zip(held, digests, sums, strict=True):
-                leaves[index] = replace(leaves[index], digest=digest, sums=tuple(own))
+        held = [index for index, leaf in enumerate(leaves) if leaf.in_orbax]
+        sums = table.get("sums") or [()] * len(held)
+        for index, digest, own in zip(held, table["digests"], sums, strict=True):
+            leaves[index] = replace(leaves[index], digest=digest, sums=tuple(own))
         return cls(table["tree"], tuple(leaves))
 
 

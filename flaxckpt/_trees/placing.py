@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from flaxckpt._runtime.jax_internals import entered_mesh
+
 
 def is_placement(leaf: Any) -> TypeGuard[Sharding | PartitionSpec]:
     """Tell whether a leaf only says where a value goes."""
@@ -50,14 +52,11 @@ def placed(sharding: Any) -> Any:
 
 def _meshes() -> list[Mesh]:
     """Return the meshes that the caller has set in this thread."""
-    found: list[Mesh] = []
+    found: list[Mesh | None] = []
     with contextlib.suppress(ValueError):  # within a trace
         found.append(jax.sharding.get_mesh())
-    with contextlib.suppress(ImportError, AttributeError):  # for `with mesh:`
-        from jax._src.mesh import thread_resources
-
-        found.append(thread_resources.env.physical_mesh)
-    return [mesh for mesh in found if not mesh.empty]
+    found.append(entered_mesh())
+    return [mesh for mesh in found if mesh is not None and not mesh.empty]
 
 
 def _axes(mesh: AbstractMesh) -> str:

@@ -501,7 +501,7 @@ def test_what_cannot_be_read_is_not_replaced(tmp_path, how):
     whole = record.read_bytes()
     if how == "a newer format":
         at = whole.index(b'"format"')
-        record.write_bytes(whole[:at] + whole[at:].replace(b"3", b"9", 1))
+        record.write_bytes(whole[:at] + whole[at:].replace(b"1", b"9", 1))
     else:
         record.write_bytes(whole.replace(b"0", b"1", 1))
     spoilt = record.read_bytes()

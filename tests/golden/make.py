@@ -2,7 +2,7 @@
 
     python tests/golden/make.py
 
-Run it once for each number of `FORMAT` in flaxckpt/_record.py, and never again for an
+Run it once for each number of `FORMAT` in flaxckpt/_disk/record.py, and never again for an
 old one: what is in a directory here stays as it was written then.
 """
 

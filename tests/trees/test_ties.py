@@ -421,13 +421,13 @@ VARIABLE, A = {"variable": 0}, ["a", "value"]
 def test_a_structure_that_is_none_is_refused(skeleton, path):
     def table(tree):
         leaf = {"path": path, "kind": "int"}
-        fields = {"format": 3, "tree": tree, "leaves": [leaf], "weights": "all"}
-        return json.dumps({**fields, "digests": ["0" * 16]}).encode()
+        fields = {"format": 1, "tree": tree, "leaves": [leaf], "weights": "all"}
+        return json.dumps({**fields, "digests": ["sum:" + "0" * 16]}).encode()
 
     if path == A:
-        parse_table(table({"module": [["a", VARIABLE], ["b", {"same": [0]}]]}), 3)
+        parse_table(table({"module": [["a", VARIABLE], ["b", {"same": [0]}]]}), 1)
     with pytest.raises(MalformedError):
-        parse_table(table(skeleton), 3)
+        parse_table(table(skeleton), 1)
 
 
 def test_pure_dicts_and_modules_stand_for_each_other(tmp_path):

@@ -1,0 +1,74 @@
+"""Programs that copy a large tree, compiled in the background before the first save.
+
+The first two calls that save would compile them otherwise: a program that copies into
+new memory, and one that copies into the memory of an earlier save. A tree with few
+arrays has one program of each, which is not worth a thread.
+"""
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from flaxckpt._copies.plan import MOST_TOGETHER, Plan
+from flaxckpt._copies.programs import Kind
+from flaxckpt._processes.messages import are_several
+from flaxckpt._runtime.forks import use_threads
+from flaxckpt._runtime.unchecked import unchecked_pool
+
+
+class Ahead:
+    """Compiles the programs of the tree that it was told of last."""
+
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self._kinds: list[Kind] = []
+
+    def compile(self, leaves: Sequence[Any]) -> None:
+        """Have the programs compiled that copy the JAX arrays among `leaves`.
+
+        Nothing happens if they are few, or were compiled by the last call, or in
+        several processes. The thread ends when it is done, when a call names another
+        tree, or after one more program when the interpreter ends.
+
+        Args:
+            leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
+                for an array.
+
+        Raises:
+            CheckpointError: In a process that was forked from one that used JAX.
+        """
+        kinds = [
+            (leaf.shape, leaf.dtype, leaf.sharding)
+            for leaf in leaves
+            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+            and not isinstance(leaf, Tracer)
+            and leaf.sharding is not None
+        ]
+        if len(kinds) <= MOST_TOGETHER or kinds == self._kinds or are_several():
+            return
+        use_threads()
+        ending, self._kinds = _ending(), kinds
+        pool = unchecked_pool(1, "flaxckpt-compile")
+        pool.submit(self._compile, kinds, ending)
+        pool.shutdown(wait=False)  # the thread ends after this one task
+
+    def _compile(self, kinds: list[Kind], ending: threading.Event) -> None:
+        for batch in Plan([*kinds]).batches:
+            if ending.is_set() or self._kinds is not kinds:
+                return
+            batch.program.compile()
+
+
+@functools.cache
+def _ending() -> threading.Event:
+    """Return what is set when the interpreter begins to end.
+
+    Then Python waits for the threads of pools, before any function of `atexit`.
+    """
+    ending = threading.Event()
+    threading._register_atexit(ending.set)  # pyright: ignore  # as at_exit does
+    return ending

@@ -1,0 +1,131 @@
+"""Every private name of JAX that this package uses.
+
+JAX may move or drop such a name in any release. So each function here imports its name
+when it is called, and says what is lost in a JAX without that name. Everything else
+goes on working, `import flaxckpt` first of all.
+"""
+
+import contextlib
+import sys
+from typing import Any
+
+import jax
+
+from flaxckpt.errors import CheckpointError
+
+
+def has_backends() -> bool:
+    """Tell whether JAX has started its backends, and so its threads.
+
+    It imports nothing, because it is called before every fork.
+
+    Lost without it: a process that was forked from one which used JAX, but not this
+    package, is not refused, and may wait for JAX's threads for ever.
+    """
+    bridge: Any = sys.modules.get("jax._src.xla_bridge")
+    return bool(getattr(bridge, "backends_are_initialized", bool)())
+
+
+def device_order(sharding: jax.sharding.Sharding) -> Any:
+    """Return a sharding's devices in order: one program can copy what has them equal.
+
+    Lost without it: the arrays of each sharding are copied by a program of their own,
+    and a tree with several shardings waits for a metric that a device still computes.
+    """
+    return getattr(sharding, "_device_assignment", sharding)
+
+
+def entered_mesh() -> Any:
+    """Return the mesh of the caller's `with mesh:`; None if there is none.
+
+    Lost without it: a `PartitionSpec` in `like` needs `jax.set_mesh`.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.mesh import thread_resources
+
+        return thread_resources.env.physical_mesh
+    return None
+
+
+def distributed_state() -> Any:
+    """Return the number, index and client of this process, and start no backend.
+
+    Raises:
+        CheckpointError: Without it, in several processes, which then cannot save.
+    """
+    try:
+        from jax._src.distributed import global_state
+    except ImportError as error:
+        raise _lacking(error, "several processes cannot save or load") from error
+    return global_state
+
+
+def weakly_typed(value: jax.Array) -> jax.Array:
+    """Return a traced value with the weak type that a Python number has.
+
+    Raises:
+        CheckpointError: Without it: `scan_in_chunks` takes no such carry.
+    """
+    try:
+        from jax._src.lax.lax import _convert_element_type
+    except ImportError as error:
+        lost = (
+            "scan_in_chunks takes no Python number in its carry. Give each a dtype, as "
+            "in jnp.float32(0)"
+        )
+        raise _lacking(error, lost) from error
+    return _convert_element_type(value, value.dtype, weak_type=True)
+
+
+def callback_parts() -> tuple[Any, Any, Any]:
+    """Return what `io_callback` consists of, to make one that copies no operands.
+
+    Returns:
+        The effect of a callback; a function for the sharding of its operands; and the
+        set of the primitives that are lowered for known devices.
+
+    Raises:
+        CheckpointError: Without one of them: `update` in jit cannot save on CPU, unless
+            the program's devices are known.
+    """
+    try:
+        from jax._src.callback import _callback_op_sharding, _IOEffect
+        from jax._src.dispatch import prim_requires_devices_during_lowering
+    except ImportError as error:
+        lost = (
+            "update within jit cannot save on several CPU devices without the "
+            "shardings of the tree. Pass init(like=...), or call update between the "
+            "parts of flaxckpt.scan_in_chunks"
+        )
+        raise _lacking(error, lost) from error
+    return (
+        _IOEffect,
+        _callback_op_sharding,
+        prim_requires_devices_during_lowering,
+    )
+
+
+def runtime_tokens() -> Any:
+    """Return JAX's tokens of running programs, for which `effects_barrier` waits.
+
+    `effects_barrier` stops at the token of a failed program, and keeps it.
+
+    Raises:
+        CheckpointError: Without it, after a program has failed: it is not known when
+            the other programs have handed over what they save.
+    """
+    try:
+        from jax._src.dispatch import runtime_tokens
+    except ImportError as error:
+        lost = (
+            "nothing can wait for the saves of other programs after one has failed. "
+            "Start the process again"
+        )
+        raise _lacking(error, lost) from error
+    return runtime_tokens
+
+
+def _lacking(error: ImportError, lost: str) -> CheckpointError:
+    return CheckpointError(
+        f"JAX {jax.__version__} lacks what flaxckpt needs here ({error}): {lost}."
+    )

@@ -1,0 +1,335 @@
+"""Programs that copy a large tree are compiled before the first save, if it is known."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+
+import flaxckpt
+from flaxckpt import ModelCheckpoint
+from flaxckpt._copies import programs as _programs
+from flaxckpt._copies.ahead import Ahead
+from flaxckpt._copies.programs import Program
+
+NAME = "flaxckpt-compile"
+
+
+def compiling():
+    return [thread for thread in threading.enumerate() if NAME in thread.name]
+
+
+def wait():
+    for thread in compiling():
+        thread.join(120)
+
+
+def tree_of(number, first=1):
+    """Leaves of different shapes, so that each batch has a program of its own."""
+    return {f"w{i:03}": np.arange(first + i, dtype=np.float32) for i in range(number)}
+
+
+def structs(tree, sharding=None):
+    sharding = sharding or SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in tree.items()
+    }
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The threads that have compiled a program, and what a call has had to compile."""
+    _programs.program.cache_clear()
+    original, threads = Program.compile, []
+
+    def compile(self):
+        threads.append(threading.current_thread().name)
+        original(self)
+
+    monkeypatch.setattr(Program, "compile", compile)
+    yield threads
+    wait()
+
+
+@pytest.fixture
+def count():
+    """Count what this thread compiles."""
+    own, found = threading.get_ident(), []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration") and threading.get_ident() == own:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def placements():
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    auto = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Auto,) * 2)
+    return {
+        "one device": SingleDeviceSharding(jax.devices()[0]),
+        "another": SingleDeviceSharding(jax.devices()[3]),
+        "explicit": NamedSharding(mesh, jax.P()),
+        "auto": NamedSharding(auto, jax.P()),
+    }
+
+
+@pytest.mark.parametrize("where", placements())
+@pytest.mark.parametrize("known_by", ["structs", "arrays", "update"])
+def test_the_first_saves_compile_nothing(tmp_path, compiled, count, known_by, where):
+    sharding = placements()[where]
+    values = tree_of(70)
+    tree = jax.device_put(values, sharding)
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        like = {"structs": structs(tree, sharding), "arrays": tree}.get(known_by)
+        state = ckpt.init(like)
+        if known_by == "update":
+            state = ckpt.update(state, tree, {}, 0, 0)
+        wait()
+        assert compiled == [f"{NAME}_0"] * 2
+        for epoch in range(3):
+            before = len(count)
+            state = ckpt.update(state, tree, {"val_loss": 1.0}, epoch)
+            assert len(count) == before
+            values = {name: x + 1 for name, x in values.items()}
+            tree = jax.device_put(values, sharding)
+            ckpt.wait()
+    found = flaxckpt.load(tmp_path / "3")
+    assert all(np.array_equal(found[name], values[name] - 1) for name in values)
+
+
+def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
+    tree = jax.device_put(tree_of(70))
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree, 0)
+    _programs.program.cache_clear()
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        found = ckpt.restore(structs(tree))
+        wait()
+        before = len(count)
+        ckpt.save(found.tree, 1)
+        assert len(count) == before
+    assert compiled == [f"{NAME}_0"] * 2
+
+
+def test_weights_alone_are_known_too(tmp_path, compiled, count):
+    tree = {"params": jax.device_put(tree_of(70)), "opt_state": jnp.ones(99)}
+    with ModelCheckpoint(tmp_path / "{epoch}", save_weights_only=True) as ckpt:
+        ckpt.init(tree)
+        wait()
+        before = len(count)
+        ckpt.save(tree, 0)
+        assert len(count) == before
+    assert compiled == [f"{NAME}_0"] * 2
+
+
+@pytest.mark.parametrize("where", ["one device", "auto"])
+def test_a_metric_on_the_device_decides_in_a_compiled_program(
+    tmp_path, compiled, where
+):
+    """Whether to copy comes as an array then."""
+    values, sharding = tree_of(70), placements()[where]
+    slow = jax.jit(lambda x, loss: loss + 0 * jnp.sin(x @ x).sum())
+    with ModelCheckpoint(tmp_path / "best", mode="min", save_best_only=True) as ckpt:
+        state = ckpt.init(jax.device_put(values, sharding))
+        wait()
+        for epoch, loss in enumerate([0.5, 0.25, 0.75]):
+            newer = {name: x + epoch for name, x in values.items()}
+            tree = jax.device_put(newer, sharding)
+            ones = jax.device_put(np.ones((1500, 1500), np.float32), sharding)
+            logs = {"val_loss": slow(ones, loss)}
+            state = ckpt.update(state, tree, logs, epoch)
+    assert ckpt.best.epoch == 1
+    found = flaxckpt.load(tmp_path / "best")
+    assert all(np.array_equal(found[name], values[name] + 1) for name in values)
+
+
+def test_arrays_in_another_layout_are_copied_all_the_same(tmp_path, compiled):
+    tree = {
+        str(i): np.arange(6.0 * (i + 1), dtype="f4").reshape(2, -1) for i in range(70)
+    }
+    like = structs(tree)
+    other = Format(Layout((1, 0)), SingleDeviceSharding(jax.devices()[0]))
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.init(like)
+        wait()
+        for epoch in range(2):
+            ckpt.save(jax.device_put(tree, other), epoch)
+    assert jax.device_put(tree["0"], other).sharding == like["0"].sharding
+    found = flaxckpt.load(tmp_path / "2")
+    assert all(np.array_equal(found[name], tree[name]) for name in tree)
+
+
+def test_wide_numbers_and_keys_stay_as_they_are(tmp_path, compiled, count):
+    with jax.enable_x64(True):
+        tree = {name: jnp.asarray(x, "f8") for name, x in tree_of(70).items()}
+    tree["key"] = jax.random.key(0)
+    with ModelCheckpoint(tmp_path / "1") as ckpt:
+        ckpt.init(tree)
+        wait()
+        before = len(count)
+        ckpt.save(tree, 0)
+        assert len(count) == before
+    with jax.enable_x64(True):
+        found = flaxckpt.load(tmp_path / "1", tree)
+    assert found["w069"].dtype == np.float64
+    assert np.array_equal(found["w069"], tree["w069"])
+    assert compiled == [f"{NAME}_0"] * 2
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        jax.tree.map(jnp.asarray, tree_of(64)),
+        tree_of(100),
+        jax.eval_shape(lambda: tree_of(100)),
+        {i: (lambda: 0) for i in range(100)},
+        {1: 1, "a": 2},
+        None,
+    ],
+    ids=["few", "numpy", "of no devices", "functions", "unsorted", "none"],
+)
+def test_what_no_program_copies_starts_no_thread(tmp_path, monkeypatch, like):
+    monkeypatch.setattr(Ahead, "_compile", lambda *_: pytest.fail("it compiles"))
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    ckpt.update(ckpt.init(), like, {}, 0, 0)
+    ckpt._saves.compile_ahead(like)
+    assert not compiling()
+
+
+@pytest.mark.parametrize("snapshot", ["host", "none"])
+def test_neither_do_copies_on_the_host(tmp_path, snapshot):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}", snapshot=snapshot)
+    ckpt.init(jax.device_put(tree_of(100)))
+    assert not compiling()
+
+
+def test_a_traced_update_is_as_ever(tmp_path):
+    ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+    state = ckpt.init()
+    tree = jax.device_put(tree_of(100))
+    jax.jit(lambda tree: ckpt.update(state, tree, {}, 0, 0).seen)(tree)
+    assert not compiling()
+
+
+def test_another_tree_takes_the_thread(monkeypatch):
+    """Programs for a tree that is not saved after all are not compiled to the end."""
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def compile(self):
+        done.append(self)
+        begun.set()
+        assert go.wait(60)
+
+    monkeypatch.setattr(Program, "compile", compile)
+    ahead = Ahead()
+    ahead.compile([*structs(tree_of(400)).values()])
+    assert begun.wait(60)
+    ahead.compile([*structs(tree_of(70, first=1000)).values()])
+    ahead.compile([*structs(tree_of(70, first=1000)).values()])  # as before: nothing
+    go.set()
+    wait()
+    assert len(done) == 1 + 2
+
+
+LARGE = """
+    import faulthandler, os, sys, threading, time
+    import jax, jax.numpy as jnp, numpy as np, flaxckpt
+    from flaxckpt._copies import ahead
+    from flaxckpt._copies.programs import Program
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = [
+        jax.ShapeDtypeStruct((i + 1,), np.float32, sharding=device)
+        for i in range(64 * 60)
+    ]
+    begun, number, original = threading.Event(), 0, Program.compile
+
+    def compile(self):
+        global number
+        begun.set()
+        original(self)
+        number += 1
+
+    Program.compile = compile
+    ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}")
+    ckpt.init(like)
+    assert begun.wait(60)
+"""
+
+
+def run(code, directory):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c",
+         textwrap.dedent(LARGE) + textwrap.dedent(code), str(directory)],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("how", ["at the end", "sys.exit(0)"])
+def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
+    (told,) = run(
+        f"""
+        left = len(ckpt._saves._ahead._kinds) // 64 - number
+        import atexit
+        begun_at = number
+        atexit.register(lambda: print(left > 20, number <= begun_at + 1))
+        {"pass" if how == "at the end" else how}
+        """,
+        tmp_path,
+    )
+    assert told == "True True"
+
+
+def test_a_save_is_finished_first(tmp_path):
+    run(
+        """
+        tree = [jnp.zeros(struct.shape) for struct in like[:100]]
+        ckpt.save(tree, 0)
+        """,
+        tmp_path,
+    )
+    assert [info.epoch for info in flaxckpt.list_checkpoints(tmp_path)] == [0]
+
+
+def test_a_child_forked_meanwhile_ends(tmp_path):
+    told, again = run(
+        """
+        def forked():
+            child = os.fork()
+            if not child:
+                faulthandler.dump_traceback_later(60, exit=True)
+                ckpt.init(like)
+                ckpt.init(like[:100])
+                ckpt.update(ckpt.init(), like, {}, 0, 0)
+                flaxckpt.ModelCheckpoint(sys.argv[1] + "/own").init(like)
+                is_none = not [
+                    each for each in threading.enumerate() if "compile" in each.name
+                ]
+                ckpt.close()
+                threading._shutdown()
+                os._exit(0 if is_none else 1)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        print(forked())
+        begun.clear()
+        assert begun.wait(60)  # the parent goes on
+        print(forked())
+        """,
+        tmp_path,
+    )
+    assert (told, again) == ("0", "0")
