@@ -140,9 +140,9 @@ class ModelCheckpoint:
                 least 1 and at most 8; in several processes, 1.
             compress: Whether to compress the arrays: a few percent smaller, at several
                 times the work.
-            engine: Who writes the values. Orbax saves each tree. With `"auto"` it has
-                flaxckpt write the values straight from memory once it has written a
-                tree of the same form itself; with `"orbax"` it writes all values.
+            engine: How the values are written. Orbax saves each tree. With `"auto"`
+                flaxckpt writes the values straight from memory, once Orbax has written
+                a tree of the same form; with `"orbax"` Orbax writes all values.
             frozen: Picks the leaves that stay the same for the whole run, such as base
                 weights in fine-tuning: a function of a leaf's path (a tuple of names)
                 and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
@@ -411,7 +411,7 @@ class ModelCheckpoint:
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal has told the process to end, and a save is on disk."""
+        """Whether a signal told the process to end, and a save for it is on disk."""
         return self._triggers.preempted
 
     @property

@@ -34,7 +34,7 @@ from flaxckpt.errors import (
 
 _ADVICE = 'pass "latest", "best" or the path of a checkpoint.'
 # The time of each checkpoint, which identifies it, and its path; and messages about
-# those that cannot be listed.
+# checkpoints that cannot be listed.
 _Candidates: TypeAlias = tuple[list[tuple[str, str]], list[str]]
 
 
@@ -60,7 +60,7 @@ class Restored:
 
 
 class Restorer:
-    """Restores the checkpoints of one series, and tells what it leaves out."""
+    """Restores the checkpoints of one series, and warns of those that it leaves out."""
 
     def __init__(self, settings: Settings, series: Series, programs: Programs) -> None:
         """Take what to restore from; nothing is read yet.
@@ -68,12 +68,12 @@ class Restorer:
         Args:
             settings: The settings.
             series: The series.
-            programs: Learn how a restored tree is sharded.
+            programs: The programs, which learn how a restored tree is sharded.
         """
         self._settings, self._series, self._programs = settings, series, programs
 
     def shown(self, infos: Infos, left_out: list[LeftOut]) -> Infos:
-        """Return listed checkpoints with the paths that users know; warn of others."""
+        """Return checkpoints with the paths that users know; warn of those left out."""
         for error in left_out:
             warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
         shown = self._series.area.shown
@@ -196,7 +196,8 @@ class Restorer:
         found, problem = None, None
         try:
             found = restore(path, like, cast=cast, verify=verify)
-            if mark not in (None, found.info and str(found.info.time)):
+            time = found.info and str(found.info.time)
+            if mark is not None and mark != time:
                 raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
         except CheckpointError as error:
             problem = error
@@ -224,11 +225,11 @@ class Restorer:
         infos = self._series.listed()[0]
         if not infos:
             return
-        there = sorted({name for info in infos for name in info.logs})
+        names = sorted({name for info in infos for name in info.logs})
         advice = 'Their logs are empty. Pass logs, or restore(which="latest").'
-        if there:
+        if names:
             advice = (
-                f"Their logs have: {', '.join(map(repr, there))}. Pass one of these as "
+                f"Their logs have: {', '.join(map(repr, names))}. Pass one of these as "
                 '`monitor`, or restore(which="latest").'
             )
         warnings.warn(
@@ -243,7 +244,7 @@ class Restorer:
         foreign = foreign_checkpoints(self._series.root)
         if (others or foreign) and not self._series.listed()[0]:
             kinds = {"other filepaths": others, "plain Orbax": foreign}
-            there = [
+            parts = [
                 f"checkpoints of {kind}: {', '.join(names)}"
                 for kind, names in kinds.items()
                 if names
@@ -251,7 +252,7 @@ class Restorer:
             path = os.path.join(template.root, template.name)
             warnings.warn(
                 f"No checkpoint of {path!r} to restore, but there are "
-                f"{' and '.join(there)}. Restore one of those by its path, as in "
+                f"{' and '.join(parts)}. Restore one of those by its path, as in "
                 "restore(which=path).",
                 stacklevel=outside(),
             )

@@ -25,7 +25,7 @@ from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt.errors import SettingError
 
 _SWITCHES = ("save_weights_only", "overwrite", "sync", "compress", "stop_on_error")
-# What an error advises to pass.
+# What the error of an argument advises.
 _ADVICE = {
     "verbose": "pass 0 or 1.",
     "max_to_keep": "pass a number of checkpoints of at least 1, or None for all.",
@@ -39,7 +39,7 @@ _ADVICE = {
     "save_on_preemption": 'pass True, False or "flag".',
     "frozen": "pass a function of a leaf's path and the leaf, or a type of leaf.",
 }
-# Arguments of other libraries, and those of ours that do the same.
+# Arguments of other libraries, and our arguments that do the same.
 _ELSEWHERE = {
     "period": "save_freq",
     "every_n_train_steps": "save_freq",
@@ -59,9 +59,9 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
-    """The arguments of a `ModelCheckpoint`, which describes them, and what they mean.
+    """The arguments of a `ModelCheckpoint`, and what follows from them.
 
-    Making one checks every argument, and raises what `ModelCheckpoint` does.
+    `ModelCheckpoint` describes the arguments, and the errors of those that cannot work.
     """
 
     filepath: str | os.PathLike[str]
@@ -123,7 +123,7 @@ class Settings:
         if not is_right:
             raise SettingError(name, getattr(self, name), advice or _ADVICE[name])
 
-    # ---- what they mean --------------------------------------------------------------
+    # ---- what follows from them ------------------------------------------------------
 
     @property
     def in_store(self) -> bool:
@@ -140,7 +140,7 @@ class Settings:
 
     @functools.cached_property
     def fresh(self) -> CheckpointState:
-        """A decision state to compare others with; its `mode` is `auto` if unknown."""
+        """A new decision state; other states must agree with its settings."""
         return self._state()
 
     def new_state(self, beside: PyTree = None) -> CheckpointState:

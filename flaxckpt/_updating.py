@@ -29,7 +29,7 @@ from flaxckpt.errors import CheckpointError, Preempted
 
 @dataclass(eq=False, repr=False)
 class Updater:
-    """Does what `ModelCheckpoint.update` and `save` are called for."""
+    """The calls of `update` and `save`, each of which may start a save."""
 
     settings: Settings
     series: Series
@@ -38,10 +38,10 @@ class Updater:
     restorer: Restorer
     triggers: Triggers
     advice: Advice
-    # The state that the last call was given and replaced: not to be given again.
+    # The state that the last call replaced by another: the loop must not pass it again.
     _stale: CheckpointState | None = None
-    _known: CheckpointState | None = None  # the state returned last
-    _never_due: bool | None = None  # True while calls are of a kind never due
+    _known: CheckpointState | None = None  # the state that the last call returned
+    _never_due: bool | None = None  # True while no call was of a kind that can be due
 
     def update(
         self,

@@ -8,7 +8,7 @@ from flaxckpt._settings import Settings
 
 
 class Advice:
-    """The warnings of one object."""
+    """The warnings of one `ModelCheckpoint`."""
 
     def __init__(self, settings: Settings) -> None:
         """Take the settings; nothing has been said yet."""
