@@ -165,7 +165,7 @@ class ModelCheckpoint:
         given = {**locals()}  # the arguments: no other name is bound yet
         del given["self"], given["unknown"]
         if unknown:
-            raise TypeError(unknown_argument(*unknown))
+            raise TypeError(unknown_argument(next(iter(unknown))))
         self._settings = settings = Settings(**given)
         stored_once = None if frozen is None else Frozen(frozen)
         self._series = Series(
