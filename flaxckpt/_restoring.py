@@ -1,12 +1,41 @@
-"""`Restored`: what `ModelCheckpoint.restore` returns."""
+"""`restore`: which checkpoint to load, with damaged ones passed over."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import os
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from flaxckpt._decision.state import CheckpointState
-from flaxckpt._trees.ties import PyTree
+from etils import epath
+
+from flaxckpt._checkpoints.load import check_like, restore
+from flaxckpt._checkpoints.series import Series
+from flaxckpt._decision.state import CheckpointState, plain_state, resumed
+from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.listing import Infos, LeftOut
+from flaxckpt._object_store.url import check_readable, is_url
+from flaxckpt._orbax.recognize import foreign_checkpoints
+from flaxckpt._processes.messages import from_leader, gathered
+from flaxckpt._program.traced_update import Programs
+from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.patience import looks
+from flaxckpt._runtime.unchecked import as_arguments, unchecked
+from flaxckpt._settings import Settings
+from flaxckpt._trees.ties import PyTree, leaves_of
+from flaxckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointPathError,
+    SettingError,
+)
+
+_ADVICE = 'pass "latest", "best" or the path of a checkpoint.'
+# The time of each checkpoint, which identifies it, and its path; and messages about
+# checkpoints that cannot be listed.
+_Candidates: TypeAlias = tuple[list[tuple[str, str]], list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +57,226 @@ class Restored:
     batch: int | None
     logs: Mapping[str, Any]
     path: Path
+
+
+class Restorer:
+    """Restores the checkpoints of one series, and warns of those that it leaves out."""
+
+    def __init__(self, settings: Settings, series: Series, programs: Programs) -> None:
+        """Take what to restore from; nothing is read yet.
+
+        Args:
+            settings: The settings.
+            series: The series.
+            programs: The programs, which learn how a restored tree is sharded.
+        """
+        self._settings, self._series, self._programs = settings, series, programs
+
+    def shown(self, infos: Infos, left_out: list[LeftOut]) -> Infos:
+        """Return checkpoints with the paths that users know; warn of those left out."""
+        for error in left_out:
+            warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
+        shown = self._series.area.shown
+        return tuple(replace(info, path=shown(info.path)) for info in infos)
+
+    def latest(self) -> CheckpointInfo | None:
+        """Return the newest checkpoint, the slot included, or None."""
+        return next(reversed(self.shown(*self._series.by_age())), None)
+
+    def restore(
+        self, like: PyTree, which: Any, *, cast: bool, verify: bool
+    ) -> Restored | None:
+        """Load a checkpoint as `ModelCheckpoint.restore` does, after it has waited."""
+        check_like(like)
+        self._programs.note_shardings(like)
+        check_readable("which", which, _ADVICE)
+        load = functools.partial(self._load, like=like, cast=cast, verify=verify)
+        if is_url(which) or isinstance(which, CheckpointInfo):
+            return load(which)
+        if which not in ("latest", "best"):
+            return load(_path_of(which))
+        if which == "best":
+            self._settings.need_mode()
+        restored = self._first_whole(which, load)
+        if restored is not None:
+            return restored
+        if which == "best":
+            self._warn_of_no_value()
+        self._warn_of_others()
+        return None
+
+    def with_best_on_disk(self, state: CheckpointState) -> CheckpointState:
+        """Return a state whose best is the best on disk, after a save has failed."""
+        stored = {**plain_state(state), "best": None}
+        fresh = self._settings.new_state()
+        return resumed(fresh, stored, self._series.durable_best(None))
+
+    def _first_whole(
+        self, which: str, load: Callable[..., Restored]
+    ) -> Restored | None:
+        """Load the first checkpoint that is not damaged; warn of each that is.
+
+        Raises:
+            CheckpointCorruptError: If all are damaged.
+        """
+        candidates, told = self._candidates(which), set[str]()
+        errors: dict[str, CheckpointCorruptError] = {}
+        while True:
+            # All processes of a run go by what process 0 lists.
+            listed, problems = from_leader("restore", lambda: next(candidates))
+            for problem in sorted(set(problems) - told):
+                warnings.warn(problem, stacklevel=outside())
+            told.update(problems)
+            try:
+                for mark, path in listed:
+                    if mark not in errors:
+                        try:
+                            return load(path, mark=mark, damaged=errors)
+                        except CheckpointCorruptError as error:
+                            errors[mark] = error
+                            _warn_of_damage(error)
+            except CheckpointNotFoundError:
+                continue  # a writer has deleted it, and has saved a newer one
+            if errors:
+                raise next(iter(errors.values()))
+            return None
+
+    def _candidates(self, which: str) -> Iterator[_Candidates]:
+        """List the checkpoints to try to restore, in order; each step lists anew.
+
+        Raises:
+            CheckpointCorruptError: If none can be listed, and some are damaged.
+            CheckpointPathError: If one that may be of this filepath cannot be read.
+            CheckpointError: If checkpoints were deleted as fast as they were listed.
+        """
+        for _ in looks():
+            if which == "best":
+                infos, beside = self._series.listed()
+                infos = self._series.ranked(infos)
+            else:
+                infos, beside = self._series.by_age()
+                infos = infos[::-1]
+            ours = [e for e in beside if self._series.may_be_ours(e.path)]
+            for error in ours:
+                if isinstance(error, CheckpointPathError):
+                    raise error
+            damaged = [e for e in beside if isinstance(e, CheckpointCorruptError)]
+            if not infos and damaged:
+                raise damaged[0]
+            shown = self._series.area.shown
+            places = [(str(info.time), str(shown(info.path))) for info in infos]
+            told = [f"PASSED OVER: {e}" for e in damaged if e in ours]
+            others = [e for e in beside if isinstance(e, CheckpointPathError)]
+            yield places, told + [f"Left out: {e}" for e in others]
+        root = str(self._series.area.shown(self._series.root))
+        raise CheckpointError(
+            f"The checkpoints in {root!r} were deleted faster than they could be "
+            "loaded. Restore again, or keep more of them (max_to_keep)."
+        )
+
+    def _load(
+        self,
+        path: str | os.PathLike[str],
+        like: PyTree,
+        *,
+        cast: bool,
+        verify: bool,
+        mark: str | None = None,
+        damaged: Container[str] = (),
+    ) -> Restored:
+        """Load a checkpoint, in all processes or in none.
+
+        `mark` is the time of the checkpoint that was listed at the path; another one
+        there raises `CheckpointNotFoundError`, as does one without a record, which
+        would be loaded as plain Orbax's. `damaged` are the times of checkpoints whose
+        values do not count for the best.
+        """
+        shown = os.fspath(path)
+        where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
+        found, problem = None, None
+        try:
+            found = restore(path, like, cast=cast, verify=verify)
+            time = found.info and str(found.info.time)
+            if mark is not None and mark != time:
+                raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
+        except CheckpointError as error:
+            problem = error
+        gathered("restored", problem)  # raises the error of any process
+        assert found is not None
+        tree, info = found.tree, found.info
+        if like is not None:
+            # Again: a sharding in `like` may place a subtree.
+            self._programs.note_shardings(tree)
+        durable = from_leader("best", lambda: self._series.durable_best(info, damaged))
+        with unchecked():
+            state = resumed(self._settings.new_state(), info and info.state, durable)
+        state = as_arguments(state, lambda: leaves_of(tree))
+        return Restored(
+            tree=tree,
+            state=state,
+            epoch=info and info.epoch,  # there is none if plain Orbax wrote it
+            batch=info and info.batch,
+            logs=info.logs if info else {},
+            path=where,
+        )
+
+    def _warn_of_no_value(self) -> None:
+        """Warn if there are checkpoints, but none has a number for `monitor`."""
+        infos = self._series.listed()[0]
+        if not infos:
+            return
+        names = sorted({name for info in infos for name in info.logs})
+        advice = 'Their logs are empty. Pass logs, or restore(which="latest").'
+        if names:
+            advice = (
+                f"Their logs have: {', '.join(map(repr, names))}. Pass one of these as "
+                '`monitor`, or restore(which="latest").'
+            )
+        warnings.warn(
+            "No best checkpoint to restore: no checkpoint has a number for "
+            f"{self._settings.monitor!r}. {advice}",
+            stacklevel=outside(),
+        )
+
+    def _warn_of_others(self) -> None:
+        """Warn if there are only checkpoints of other filepaths or of plain Orbax."""
+        template, others = self._settings.template, self._series.others()
+        foreign = foreign_checkpoints(self._series.root)
+        if (others or foreign) and not self._series.listed()[0]:
+            kinds = {"other filepaths": others, "plain Orbax": foreign}
+            parts = [
+                f"checkpoints of {kind}: {', '.join(names)}"
+                for kind, names in kinds.items()
+                if names
+            ]
+            path = os.path.join(template.root, template.name)
+            warnings.warn(
+                f"No checkpoint of {path!r} to restore, but there are "
+                f"{' and '.join(parts)}. Restore one of those by its path, as in "
+                "restore(which=path).",
+                stacklevel=outside(),
+            )
+
+
+def _warn_of_damage(error: CheckpointCorruptError) -> None:
+    warnings.warn(
+        f"PASSED OVER: checkpoint {error.path!r} is damaged ({error.problem}). "
+        "restore tries the next one.",
+        stacklevel=outside(),
+    )
+
+
+def _path_of(which: Any) -> Path:
+    """Return the path that `which` names; refuse a word that is none.
+
+    Raises:
+        SettingError: If it is a name without a separator, and nothing of it is there.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(which)))
+    if (
+        isinstance(which, str)
+        and os.sep not in which
+        and not os.path.exists(path)  # False for a name that is too long, too
+    ):
+        raise SettingError("which", which, _ADVICE)
+    return path

@@ -19,25 +19,29 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._decision.direction import direction
-from flaxckpt._decision.logs import find, taken
-from flaxckpt._decision.scalars import flushed, improves, index, monitored
+from flaxckpt._decision.logs import find
+from flaxckpt._decision.scalars import index
 from flaxckpt._program.best_trees_checks import (
-    check_tree,
+    check_taken,
     checked_logs,
     form,
-    holds,
     is_array,
-    is_weak,
     leaves,
     lines,
     monitor_of,
     one_of,
 )
-from flaxckpt._program.best_trees_slots import put_in, put_in_program, zeros_like
+from flaxckpt._program.best_trees_slots import (
+    noted,
+    place_for,
+    put_in,
+    put_in_program,
+    zeros_like,
+)
 from flaxckpt._runtime.gone import Shown, check_there, shown
 from flaxckpt._runtime.unchecked import as_arguments, runs_unchecked, unchecked
 from flaxckpt._trees.ties import has_ties
-from flaxckpt.errors import MetricError, SettingError
+from flaxckpt.errors import SettingError
 
 _STATIC = {"static": True}
 
@@ -216,7 +220,7 @@ class Snapshot:
     def _taken(
         self, save: Any, tree: Any, logs: Mapping[str, Any], epoch: Any, batch: Any
     ) -> "Snapshot":
-        logs = self._check(save, tree, logs)
+        logs = check_taken(self, save, tree, logs)
         epoch = index("epoch", epoch)
         batch = -1 if batch is None else index("batch", batch)
         told = (self.values, self.order, save, epoch, batch, dict(logs))
@@ -226,7 +230,7 @@ class Snapshot:
         xp = jnp if traced else np
         if not traced and not bool(save):
             return self
-        value, is_better, at = _place(self, logs[self.monitor], xp)
+        value, is_better, at = place_for(self, logs[self.monitor], xp)
         take = is_better & xp.asarray(save, bool)
         if not traced and not take:
             return self
@@ -235,9 +239,9 @@ class Snapshot:
         old = (self.values, self.epochs, self.batches, self.order, self.logs)
         new = (value, epoch, batch, at_slot, dict(logs))
         if traced:
-            told = jax.lax.cond(take, _noted, lambda old, _: old, old, new)
+            told = jax.lax.cond(take, noted, lambda old, _: old, old, new)
         else:
-            told = _noted(old, new, np)
+            told = noted(old, new, np)
         values, epochs, batches, order, told_logs = told
         return Snapshot(
             trees=tuple(
@@ -321,75 +325,3 @@ class Snapshot:
                 f"of a member: 0 to {batched[0] - 1}.",
             )
         return jax.tree.map(lambda leaf: leaf[number], self)
-
-    def _check(
-        self, save: Any, tree: Any, logs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Check the arguments of `take`, and return the metrics in one form."""
-        if self.order.ndim != 1:
-            raise SettingError(
-                "snapshot",
-                Shown(f"<{self.order.shape[:-1]} members>"),
-                "it is that of an ensemble. Call take under vmap, as it was made.",
-            )
-        check_there("snapshot", leaves(self))
-        check_there("save", [("", save)])
-        check_there("tree", leaves(tree))
-        if np.shape(save) != ():
-            raise SettingError("save", save, "pass one truth value, of shape ().")
-        logs = taken(logs)
-        if self.monitor not in logs:
-            there = ", ".join(map(repr, logs or {})) or "none"
-            raise MetricError(
-                self.monitor, f"is what is compared, and is missing (there: {there})."
-            )
-        monitored(self.monitor, logs[self.monitor])
-        if set(logs) != set(self.logs):
-            raise SettingError(
-                "logs", sorted(logs), f"the snapshot was made for {sorted(self.logs)}."
-            )
-        logs = checked_logs(logs)
-        for name, old in self.logs.items():
-            kept, given = np.dtype(old.dtype), np.dtype(form(logs[name])[1])
-            if not holds(kept, given, is_weak=is_weak(logs[name])):
-                raise MetricError(
-                    name,
-                    f"is {given}, and the snapshot was made for {kept}. Give "
-                    "Snapshot.like logs of the dtypes to come.",
-                )
-        check_tree(tree, self.trees[0])
-        return logs
-
-
-def _place(snapshot: Snapshot, value: Any, xp: Any) -> tuple[Any, Any, Any]:
-    """Return a value as it is compared, whether it is among the best, and its slot.
-
-    The slot is the first empty one. If all are full, it is the slot of the worst value;
-    of several equal values, of the one that was taken last.
-    """
-    values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
-    empty = order < 0
-    is_full = ~xp.any(empty)
-    worst = xp.max(values) if snapshot.mode == "min" else xp.min(values)
-    last = xp.where(values == worst, order, -1)
-    at = xp.where(is_full, xp.argmax(last), xp.argmax(empty)).astype(np.int32)
-    with np.errstate(all="ignore"):
-        value = flushed(xp.asarray(value).astype(values.dtype), xp.where)
-    return value, improves(value, worst, is_full, snapshot.mode, 0.0, xp.where), at
-
-
-def _noted(old: Any, new: Any, xp: Any = jnp) -> Any:
-    """Return all that is kept beside the trees, with a new tree's in its slot."""
-
-    def put(old: Any, new: Any) -> Any:
-        old = xp.asarray(old)
-        return xp.where(hit, xp.asarray(new).astype(old.dtype), old)
-
-    *kept, order, logs = old
-    *given, hit, new_logs = new
-    with np.errstate(all="ignore"):
-        return (
-            *map(put, kept, given),
-            put(order, xp.max(xp.asarray(order)) + 1),
-            {name: put(value, new_logs[name]) for name, value in logs.items()},
-        )

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._decision.logs import Unusable, find, normalized
-from flaxckpt._runtime.gone import Shown
+from flaxckpt._decision.logs import Unusable, find, normalized, taken
+from flaxckpt._decision.scalars import monitored
+from flaxckpt._runtime.gone import Shown, check_there
 from flaxckpt._trees.ties import leaves_of
 from flaxckpt.errors import MetricError, SettingError
 
@@ -17,7 +18,51 @@ _ORDERED = (jnp.bool_, jnp.integer, jnp.floating)  # each holds the kinds before
 _SHOWN = 8  # leaves that an error lists
 
 
-def check_tree(tree: Any, old: Any) -> None:
+def check_taken(
+    snapshot: Any, save: Any, tree: Any, logs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Check the arguments of `Snapshot.take`, and return the metrics in one form.
+
+    Raises:
+        MetricError: As `Snapshot.take`.
+        SettingError: As `Snapshot.take`.
+    """
+    if snapshot.order.ndim != 1:
+        raise SettingError(
+            "snapshot",
+            Shown(f"<{snapshot.order.shape[:-1]} members>"),
+            "it is that of an ensemble. Call take under vmap, as it was made.",
+        )
+    check_there("snapshot", leaves(snapshot))
+    check_there("save", [("", save)])
+    check_there("tree", leaves(tree))
+    if np.shape(save) != ():
+        raise SettingError("save", save, "pass one truth value, of shape ().")
+    logs = taken(logs)
+    if snapshot.monitor not in logs:
+        there = ", ".join(map(repr, logs or {})) or "none"
+        raise MetricError(
+            snapshot.monitor, f"is what is compared, and is missing (there: {there})."
+        )
+    monitored(snapshot.monitor, logs[snapshot.monitor])
+    if set(logs) != set(snapshot.logs):
+        raise SettingError(
+            "logs", sorted(logs), f"the snapshot was made for {sorted(snapshot.logs)}."
+        )
+    logs = checked_logs(logs)
+    for name, old in snapshot.logs.items():
+        kept, given = np.dtype(old.dtype), np.dtype(form(logs[name])[1])
+        if not _holds(kept, given, is_weak=_is_weak(logs[name])):
+            raise MetricError(
+                name,
+                f"is {given}, and the snapshot was made for {kept}. Give "
+                "Snapshot.like logs of the dtypes to come.",
+            )
+    _check_tree(tree, snapshot.trees[0])
+    return logs
+
+
+def _check_tree(tree: Any, old: Any) -> None:
     """Check that a tree has the leaves of the tree that the snapshot was made for.
 
     Raises:
@@ -88,14 +133,14 @@ def _described(leaf: Any) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def holds(kept: Any, given: Any, *, is_weak: bool) -> bool:
+def _holds(kept: Any, given: Any, *, is_weak: bool) -> bool:
     """Tell whether a metric of the dtype `given` may be kept as `kept`."""
     if _rank(given) != _rank(kept) or is_weak:
         return _rank(given) <= _rank(kept)
     return np.can_cast(given, kept)
 
 
-def is_weak(value: Any) -> bool:
+def _is_weak(value: Any) -> bool:
     return getattr(value, "weak_type", not hasattr(value, "dtype"))
 
 

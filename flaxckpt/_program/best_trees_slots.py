@@ -1,13 +1,49 @@
-"""Slots of a `Snapshot`: written in a program or outside of one, and made empty."""
+"""Slots of a `Snapshot`: the one to fill, filling it, and making it empty."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._copies.memory_kinds import beside, is_offloaded, zeros
+from flaxckpt._decision.scalars import flushed, improves
 from flaxckpt._program.best_trees_checks import form
+
+
+def place_for(snapshot: Any, value: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Return a value as it is compared, whether it is among the best, and its slot.
+
+    The slot is the first empty one. If all are full, it is the slot of the worst value;
+    of several equal values, of the one that was taken last.
+    """
+    values, order = xp.asarray(snapshot.values), xp.asarray(snapshot.order)
+    empty = order < 0
+    is_full = ~xp.any(empty)
+    worst = xp.max(values) if snapshot.mode == "min" else xp.min(values)
+    last = xp.where(values == worst, order, -1)
+    at = xp.where(is_full, xp.argmax(last), xp.argmax(empty)).astype(np.int32)
+    with np.errstate(all="ignore"):
+        value = flushed(xp.asarray(value).astype(values.dtype), xp.where)
+    return value, improves(value, worst, is_full, snapshot.mode, 0.0, xp.where), at
+
+
+def noted(old: Any, new: Any, xp: Any = jnp) -> Any:
+    """Return all that is kept beside the trees, with a new tree's in its slot."""
+
+    def put(old: Any, new: Any) -> Any:
+        old = xp.asarray(old)
+        return xp.where(hit, xp.asarray(new).astype(old.dtype), old)
+
+    *kept, order, logs = old
+    *given, hit, new_logs = new
+    with np.errstate(all="ignore"):
+        return (
+            *map(put, kept, given),
+            put(order, xp.max(xp.asarray(order)) + 1),
+            {name: put(value, new_logs[name]) for name, value in logs.items()},
+        )
 
 
 def put_in_program(take: Any, new: Any, old: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import flaxckpt
-from flaxckpt import ModelCheckpoint, _model_checkpoint
+from flaxckpt import ModelCheckpoint, _restoring
 from flaxckpt._checkpoints import load as _load
 from flaxckpt._checkpoints import undisturbed as _undisturbed
 from flaxckpt._disk import exchange as _exchange
@@ -475,7 +475,7 @@ def test_loaded_too_late_for_ever_is_an_error_and_no_first_run(
         strike()
         return restore(*args, **kwargs)
 
-    monkeypatch.setattr(_model_checkpoint, "restore", late)
+    monkeypatch.setattr(_restoring, "restore", late)
     with pytest.raises(flaxckpt.CheckpointError, match="faster than they could be lo"):
         kept.restore()
 

@@ -398,12 +398,12 @@ def train_by_the_clock(directory):
         def clock():
             return time.monotonic() * (1 + 9 * index) + 1e6 * index
 
-        ckpt._interval = AgreedInterval(0.2, clock, channel=Channel("skewed"))
+        ckpt._triggers.interval = AgreedInterval(0.2, clock, channel=Channel("skewed"))
         state, saved = ckpt.init(), {}
         for batch in range(1_000_000):
             tree, loss = step(tree)
             state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
-            if ckpt._interval._calls == 0:
+            if ckpt._triggers.interval._calls == 0:
                 shard = tree["w"].addressable_data(0)
                 saved[str(batch + 1)] = np.asarray(shard).tobytes()
                 if len(saved) == 3:

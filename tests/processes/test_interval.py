@@ -30,7 +30,7 @@ def made(path, *args, **settings):
     """Make an object whose clock is set by hand, with an interval of 10 s."""
     ckpt = ModelCheckpoint(path, *args, save_interval_secs=10, **settings)
     clock = Clock()
-    ckpt._interval = Interval(10, clock)
+    ckpt._triggers.interval = Interval(10, clock)
     return ckpt, clock
 
 

@@ -83,7 +83,7 @@ IMPATIENT = """
     ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/best", save_on_preemption=True)
     ckpt.save({"w": np.zeros(1)}, epoch=0)
     print("ready", flush=True)
-    while ckpt._watch.signal is None:
+    while ckpt._triggers.watch.signal is None:
         time.sleep(0.01)
     print("told", flush=True)
     while True:  # a signal may go to another thread, which wakes nobody up
@@ -180,7 +180,7 @@ signal.raise_signal(number)""",
 signal.raise_signal(number)""",
     """one = made(); chained(); two = made()
 signal.raise_signal(number)
-assert two._watch.signal == one._watch.signal == number.name
+assert two._triggers.watch.signal == one._triggers.watch.signal == number.name
 signal.raise_signal(number)""",
     """before = signal.getsignal(number)
 ckpt = made(); ours = signal.getsignal(number); ckpt.close()
@@ -225,7 +225,7 @@ def test_a_signal_that_another_handler_was_set_for_is_watched_again(tmp_path, ha
     signal.signal(signal.SIGINT, signal.default_int_handler)
     two = ModelCheckpoint(tmp_path / "{epoch}", save_on_preemption="flag")
     signal.raise_signal(signal.SIGINT)
-    assert one._watch.signal == two._watch.signal == "SIGINT"
+    assert one._triggers.watch.signal == two._triggers.watch.signal == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     for ckpt in (one, two):

@@ -482,7 +482,7 @@ def test_a_program_that_was_ended_half_way_is_heard_of(tmp_path):
     run = jax.jit(lambda t, e: ckpt.update(ckpt.init(), t, None, e))
     run(tree, 0)
     ckpt.wait()
-    (stream,) = ckpt._streams
+    (stream,) = ckpt._programs._streams
 
     def come(device, epoch, values):
         scalars = {

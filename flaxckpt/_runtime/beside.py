@@ -1,0 +1,42 @@
+"""Problems that come up while an error is raised: none takes the error's place."""
+
+import warnings
+from collections.abc import Callable
+
+from flaxckpt._runtime.frames import outside
+from flaxckpt.errors import CheckpointError
+
+
+def warn_beside(error: BaseException, message: str) -> None:
+    """Warn while an error is raised; where a filter forbids it, add a note instead."""
+    try:
+        warnings.warn(message, stacklevel=outside())
+    except Warning:
+        error.add_note(f"And: {message}")
+
+
+def close_beside(error: BaseException, close: Callable[[], None]) -> None:
+    """Close while an error ends the loop; what goes wrong is told beside the error."""
+    said: set[str] = set()
+    is_closed = False
+    while not is_closed:
+        try:
+            close()
+            is_closed = True
+        except Warning as warning:  # raised where a filter makes warnings errors
+            notes = [f"And: {warning}", *getattr(warning, "__notes__", ())]
+            new = [note for note in notes if note not in said]
+            for note in new:
+                error.add_note(note)
+            said.update(new)
+            is_closed = not new  # some warnings come at every close
+        except CheckpointError as failure:
+            is_closed = True
+            if isinstance(error, CheckpointError):  # one traceback shows both
+                error.add_note(f"And: {failure}")
+            else:
+                warn_beside(
+                    error,
+                    "A save failed, too, while another error ended the loop: "
+                    f"{failure}",
+                )

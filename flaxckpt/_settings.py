@@ -1,0 +1,232 @@
+"""`Settings`: the arguments of `ModelCheckpoint`, each checked once."""
+
+import difflib
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from flaxckpt._checkpoints.retention import LatestN, PreservationPolicy
+from flaxckpt._decision.reserved import ADVICE as NO_RESERVED
+from flaxckpt._decision.reserved import is_reserved
+from flaxckpt._decision.scalars import is_real
+from flaxckpt._decision.state import CheckpointState
+from flaxckpt._decision.template import Template
+from flaxckpt._direct.frozen_files import Filter
+from flaxckpt._object_store.scratch import mirrored
+from flaxckpt._object_store.url import is_url
+from flaxckpt._processes.messages import are_several
+from flaxckpt._runtime.unchecked import as_arguments, unchecked
+from flaxckpt._trees.kinds_of_parts import Weights
+from flaxckpt._trees.ties import PyTree, leaves_of
+from flaxckpt.errors import SettingError
+
+_SWITCHES = ("save_weights_only", "overwrite", "sync", "compress", "stop_on_error")
+# What the error of an argument advises.
+_ADVICE = {
+    "verbose": "pass 0 or 1.",
+    "max_to_keep": "pass a number of checkpoints of at least 1, or None for all.",
+    "preserve": "pass a preservation policy, such as Orbax's LatestN(3).",
+    **dict.fromkeys(_SWITCHES, "pass True or False."),
+    "save_interval_secs": "pass a number of seconds above 0, or None.",
+    "weights": "pass a function from a tree to its weights.",
+    "snapshot": 'pass "auto", "device", "host" or "none".',
+    "engine": 'pass "auto" or "orbax".',
+    "max_in_flight": "pass a number of at least 1, or None.",
+    "save_on_preemption": 'pass True, False or "flag".',
+    "frozen": "pass a function of a leaf's path and the leaf, or a type of leaf.",
+}
+# Arguments of other libraries, and our arguments that do the same.
+_ELSEWHERE = {
+    "period": "save_freq",
+    "every_n_train_steps": "save_freq",
+    "every_n_epochs": "save_freq",
+    "save_interval_steps": "save_freq",
+    "train_time_interval": "save_interval_secs",
+    "save_top_k": "preserve",
+    "keep": "max_to_keep",
+    "keep_period": "preserve",
+    "preservation_policy": "preserve",
+    "dirpath": "filepath",
+    "filename": "filepath",
+    "directory": "filepath",
+    "best_mode": "mode",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+    """The arguments of a `ModelCheckpoint`, and what follows from them.
+
+    `ModelCheckpoint` describes the arguments, and the errors of those that cannot work.
+    """
+
+    filepath: str | os.PathLike[str]
+    monitor: str
+    verbose: int
+    save_best_only: bool
+    save_weights_only: bool
+    mode: str
+    save_freq: str | int
+    initial_value_threshold: float | None
+    min_delta: float
+    save_interval_secs: float | None
+    max_to_keep: int | None
+    preserve: PreservationPolicy | None
+    overwrite: bool
+    weights: Weights | None
+    save_last: bool | str
+    save_on_preemption: bool | str
+    sync: bool
+    snapshot: str
+    max_in_flight: int | None
+    compress: bool
+    engine: str
+    frozen: Filter | type | None
+    stop_on_error: bool
+    timeout_secs: float
+
+    def __post_init__(self) -> None:
+        need, secs, preserve = self._need, self.save_interval_secs, self.preserve
+        _ = self.template, self.fresh  # each checks the arguments that it is made of
+        need("verbose", self.verbose in (0, 1))
+        is_one = self.max_to_keep is None or preserve is None
+        need("max_to_keep", is_one, "pass it or `preserve`, not both.")
+        need("max_to_keep", _is_count(self.max_to_keep))
+        is_object = not isinstance(preserve, type)
+        is_policy = is_object and hasattr(preserve, "should_preserve")
+        need("preserve", preserve is None or is_policy)
+        for name in _SWITCHES:
+            need(name, isinstance(getattr(self, name), bool | np.bool_))
+        is_time = secs is None or (is_real(secs) and 0 < secs < np.inf)
+        need("save_interval_secs", is_time)
+        need("weights", self.weights is None or callable(self.weights))
+        need("snapshot", self.snapshot in ("auto", "device", "host", "none"))
+        need("engine", self.engine in ("auto", "orbax"))
+        need("max_in_flight", _is_count(self.max_in_flight))
+        need("save_on_preemption", self.save_on_preemption in (False, True, "flag"))
+        need("frozen", self.frozen is None or callable(self.frozen))
+        kind = "compressed files" if self.compress else "files in an object store"
+        is_linkable = self.frozen is None or not (self.compress or self.in_store)
+        need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
+        _ = self.slot
+        if are_several():
+            advice = "several processes store what is not compressed. Pass False."
+            need("compress", not self.compress, advice)
+            advice = 'several processes write shards by themselves. Pass "auto".'
+            need("engine", self.engine == "auto", advice)
+
+    def _need(self, name: str, is_right: bool, advice: str = "") -> None:
+        if not is_right:
+            raise SettingError(name, getattr(self, name), advice or _ADVICE[name])
+
+    # ---- what follows from them ------------------------------------------------------
+
+    @property
+    def in_store(self) -> bool:
+        """Whether the checkpoints are in an object store."""
+        return is_url(self.filepath)
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """The template of the checkpoints' paths; in a mirror for an object store."""
+        if not self.in_store:
+            return Template.parse(self.filepath)
+        url = os.fspath(self.filepath)
+        return Template.parse(mirrored(url), url)
+
+    @functools.cached_property
+    def fresh(self) -> CheckpointState:
+        """A new decision state; other states must agree with its settings."""
+        return self._state()
+
+    def new_state(self, beside: PyTree = None) -> CheckpointState:
+        """Return the decision state of a run that has seen nothing yet.
+
+        Args:
+            beside: Another argument of the programs that take the state.
+        """
+        with unchecked():
+            state = self._state()
+        return as_arguments(state, lambda: leaves_of(beside))
+
+    def _state(self) -> CheckpointState:
+        return CheckpointState.create(
+            monitor=self.monitor,
+            mode=self.mode,
+            save_best_only=self.save_best_only,
+            save_freq=self.save_freq,
+            initial_value_threshold=self.initial_value_threshold,
+            min_delta=self.min_delta,
+        )
+
+    def need_mode(self) -> None:
+        """Check that the direction of `monitor` is known.
+
+        Raises:
+            SettingError: If it is not.
+        """
+        advice = (
+            "whether this metric is better low or high is not known by its name. "
+            'Pass mode="min" or mode="max".'
+        )
+        self._need("monitor", self.fresh.mode != "auto", advice)
+
+    @functools.cached_property
+    def goes_by_best_alone(self) -> bool:
+        """Whether a check that finds no new best has nothing else to do."""
+        return (
+            bool(self.save_best_only and not self.save_last)
+            and self.save_interval_secs is None
+            and self.fresh.mode != "auto"
+            and not self.verbose
+            and not are_several()
+        )
+
+    @functools.cached_property
+    def by_epoch(self) -> bool:
+        """Whether a check is due at the end of an epoch."""
+        return self.save_freq == "epoch"
+
+    @functools.cached_property
+    def policy(self) -> PreservationPolicy | None:
+        """The policy by which checkpoints are kept; None keeps all."""
+        return self.preserve if self.max_to_keep is None else LatestN(self.max_to_keep)
+
+    @functools.cached_property
+    def slot(self) -> Path:
+        """The preferred path of the slot for `save_last` and for a preemption."""
+        given, need, root = self.save_last, self._need, Path(self.template.root)
+        name = given if isinstance(given, str) else "last"
+        is_name = name not in ("", ".", "..") and not {"/", "\0"} & {*name}
+        need("save_last", is_name, "pass True, or a file's name.")
+        need("save_last", not is_reserved(name), f"it is {NO_RESERVED}")
+        path, is_taken = root / name, self.template.text == str(root / name)
+        advice = f"the checkpoints themselves are saved at {str(path)!r}. Pass another "
+        need("save_last", not (given and is_taken), f"{advice}name.")
+        return root / "preempted" if is_taken else path
+
+    @property
+    def tell(self) -> Callable[[str], None] | None:
+        """Print what is decided and saved; None to be silent."""
+        return _print if self.verbose else None
+
+
+def unknown_argument(name: str) -> str:
+    """Return what an error says of an argument that `ModelCheckpoint` does not take."""
+    known = [field.name for field in fields(Settings)]
+    close = difflib.get_close_matches(name, known)
+    meant = _ELSEWHERE.get(name) or next(iter(close), "")
+    hint = f"Did you mean {meant!r}?" if meant else f"It takes {', '.join(known)}."
+    return f"ModelCheckpoint got an unknown argument {name!r}. {hint}"
+
+
+def _is_count(number: int | None) -> bool:
+    return number is None or (type(number) is int and number >= 1)
+
+
+def _print(message: str) -> None:
+    print(f"{message}\n", end="", flush=True)  # in one piece: other threads print, too

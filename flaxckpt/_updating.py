@@ -1,0 +1,187 @@
+"""`update` and `save`: from the loop's call to the save that it starts."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxckpt._checkpoints.series import Series
+from flaxckpt._decision.logs import Logs, taken
+from flaxckpt._decision.scalars import LARGEST
+from flaxckpt._decision.state import CheckpointState, check_state
+from flaxckpt._decision.step import is_no_better, tick
+from flaxckpt._program.traced_update import Programs, is_traced
+from flaxckpt._restoring import Restorer
+from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.gone import check_there
+from flaxckpt._runtime.traces import runs_in_trace
+from flaxckpt._runtime.unchecked import as_arguments, unchecked
+from flaxckpt._saving.advice import Advice
+from flaxckpt._saving.call import Entry
+from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.triggers import Triggers
+from flaxckpt._settings import Settings
+from flaxckpt._trees.ties import PyTree, leaves_of
+from flaxckpt.errors import CheckpointError, Preempted
+
+
+@dataclass(eq=False, repr=False)
+class Updater:
+    """The calls of `update` and `save`, each of which may start a save."""
+
+    settings: Settings
+    series: Series
+    saves: Saves
+    programs: Programs
+    restorer: Restorer
+    triggers: Triggers
+    advice: Advice
+    # The state that the last call replaced by another: the loop must not pass it again.
+    _stale: CheckpointState | None = None
+    _known: CheckpointState | None = None  # the state that the last call returned
+    _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
+    _never_due: bool | None = None  # True while no call was of a kind that can be due
+
+    def update(
+        self,
+        state: CheckpointState,
+        tree: PyTree,
+        logs: Logs | None,
+        epoch: int,
+        batch: int | None,
+        *,
+        force: bool,
+    ) -> CheckpointState:
+        """Decide whether to save, and start the save."""
+        self.saves.check()
+        preempted, late = self.triggers.is_newly_preempted(), self.triggers.is_late()
+        given = state
+        if not isinstance(state, CheckpointState):
+            check_state(state, self.settings.fresh)
+        if given is self._stale:
+            self.advice.of_stale()
+        state, due = tick(state, epoch, batch)
+        if due is np.False_ and force is False and not (preempted or late):
+            if self._never_due is None:
+                self._never_due = self.settings.by_epoch or batch is None
+            if self._is_new_to_trees:
+                self._is_new_to_trees = False
+                self.saves.compile_ahead(tree)
+            if given is self._known:
+                self._known = state
+            return state
+        self._never_due = False
+        self.saves.check_parent()
+        anyway = preempted or force is not False or due is not np.True_
+        if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
+            self._stale = None if self.settings.by_epoch else given
+            self._known = as_arguments(state, lambda: leaves_of(tree))
+            return self._known
+        check_state(state, self.settings.fresh)
+        check_there("force", [("", force)])
+        logs = taken(logs)
+        self.advice.of_no_best(logs)
+        if is_traced(tree, due, force, epoch, batch, logs, state):
+            state = self.programs.update(
+                given, state, due, tree, logs, epoch, batch, force
+            )
+            self.advice.of_left_out(logs)
+            return state
+        self.programs.finish()
+        with unchecked():
+            if state.save_best_only and self.saves.lost_best():
+                state = self.restorer.with_best_on_disk(state)
+            entry = Entry(bool(force), epoch, batch, logs, state)
+            if due or (late and self.triggers.is_comparable(logs)):
+                self.saves.decide(entry, now=preempted)
+            lasts = bool((due or late) and self.settings.save_last) or preempted
+            path = self.saves.start(tree, entry, lasts=lasts)
+        self.triggers.restart()
+        if preempted:
+            self._finish_preempted(path)
+        assert entry.state is not None
+        improved = entry.save is True and given.save_best_only and not force
+        counted = bool(due) and not self.settings.by_epoch
+        self._stale = given if improved or counted else None
+        self.advice.of_left_out(logs)
+        self._known = as_arguments(entry.state, lambda: leaves_of(tree))
+        return self._known
+
+    def _is_passed_over(
+        self,
+        given: CheckpointState,
+        state: CheckpointState,
+        logs: Any,
+        epoch: Any,
+        batch: Any,
+    ) -> bool:
+        """Tell by one comparison that a due check saves nothing.
+
+        Most due checks find no new best. False means that `update` has to look further.
+        """
+        counted = epoch, 0 if batch is None else batch
+        return (
+            self.settings.goes_by_best_alone
+            and given is self._known
+            and all(type(at) is int and 0 <= at < LARGEST for at in counted)
+            and is_no_better(state, logs)
+            and not self.saves.has_failed
+            and not runs_in_trace()
+        )
+
+    def save(
+        self,
+        tree: PyTree,
+        epoch: int,
+        batch: int | None,
+        logs: Logs | None,
+        state: CheckpointState | None,
+    ) -> Path:
+        """Save now, whatever the policy says; return the checkpoint's path or URL."""
+        self.saves.check()
+        self.saves.check_parent()
+        preempted = self.triggers.is_newly_preempted()
+        logs = taken(logs)
+        if is_traced(tree, epoch, batch, logs, state):
+            raise CheckpointError(
+                "save was called in a running JAX trace (jit, scan...). Call "
+                "update(..., force=True) there, which saves when the program runs."
+            )
+        if state is not None:
+            check_state(state, self.settings.fresh)
+        self.programs.finish()
+        with unchecked():
+            entry = Entry(True, epoch, batch, logs, state)
+            entry.by_hand = True
+            template = self.settings.template
+            path = Path(template.render(entry.epoch, entry.batch, logs))
+            self.saves.start(tree, entry, lasts=preempted)
+        self.triggers.restart()
+        if preempted:
+            self._finish_preempted(path)
+        self.advice.of_left_out(logs)
+        return self.series.area.shown(path)
+
+    def _finish_preempted(self, path: Path | None) -> None:
+        """Wait until the save is on disk, and tell the loop of the preemption."""
+        self.programs.reset()
+        self.saves.wait()
+        self.triggers.preempted = True
+        if self.settings.save_on_preemption is True:
+            latest = self.restorer.latest()
+            shown = path and self.series.area.shown(path)
+            if latest is not None and not latest.weights_only:
+                shown = latest.path
+            raise Preempted(self.triggers.signal, str(shown))
+
+    def warn_if_never_due(self) -> None:
+        """Warn if all calls of `update` were of a kind that is never due."""
+        if self._never_due and self.settings.save_interval_secs is None:
+            how = "without `batch`" if self.settings.by_epoch else "with `batch`"
+            warnings.warn(
+                "No check was ever due: with save_freq="
+                f"{self.settings.fresh.save_freq!r} only calls of update {how} count.",
+                stacklevel=outside(),
+            )
