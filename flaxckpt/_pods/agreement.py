@@ -11,7 +11,7 @@ from flaxckpt._copies.held import HostCopy
 from flaxckpt._decision.logs import Unusable, find
 from flaxckpt._processes.messages import process_index
 from flaxckpt._saving.call import Entry
-from flaxckpt._saving.queue import translated
+from flaxckpt._saving.job import translated
 from flaxckpt._trees.owned_shards import Shards
 from flaxckpt.errors import CheckpointError, MetricError
 

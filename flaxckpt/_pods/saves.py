@@ -47,7 +47,7 @@ from flaxckpt._processes.messages import Channel, Round, is_leader, process_coun
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Entry
 from flaxckpt._saving.contents import Parts, Save
-from flaxckpt._saving.queue import Job
+from flaxckpt._saving.job import Job
 from flaxckpt._saving.saves import Saves
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._saving.call import Entry
-from flaxckpt._saving.queue import Job
+from flaxckpt._saving.job import Job
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree

@@ -47,7 +47,8 @@ from flaxckpt._saving.contents import (
     Sent,
     refusal_of_nothing,
 )
-from flaxckpt._saving.queue import Job, Writer
+from flaxckpt._saving.job import Job
+from flaxckpt._saving.queue import JobQueue
 from flaxckpt._saving.report import SaveCounts
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.kinds_of_parts import Weights
@@ -104,7 +105,7 @@ class Saves:
         self._best_only, self._overwrite = best_only, overwrite
         self._free: deque[Any] = deque(maxlen=STRUCTURES)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=STRUCTURES)
-        self._writer = Writer()
+        self._writer = JobQueue()
         self._is_new_to_weights = True
         self._has_saved = self._has_told_reason = False
         self.has_failed = False
@@ -277,7 +278,7 @@ class Saves:
         self._writer.give_back(incoming.job)
 
     def fail(self, error: BaseException, *, ends: bool = False) -> None:
-        """Count a failed save, and keep its error as `Writer.fail` does."""
+        """Count a failed save, and keep its error as `JobQueue.fail` does."""
         self.counts.failed += 1
         self._writer.fail(error, self._shown(self._series.root), ends=ends)
 

@@ -25,7 +25,7 @@ from flaxckpt._direct import form as _form
 from flaxckpt._direct import forms as _forms
 from flaxckpt._direct import sources as _sources
 from flaxckpt._direct import write as _direct_write
-from flaxckpt._saving.queue import Writer
+from flaxckpt._saving.queue import JobQueue
 
 
 def names(infos):
@@ -785,7 +785,7 @@ def test_compressed(tmp_path, nothing_learnt):
     assert sizes[0] < 20_000 < 400_000 < sizes[1]
 
 
-# ---- what a writer remembers -------------------------------------------------------------
+# ---- what a queue remembers --------------------------------------------------------------
 
 
 def test_checkpoints_deleted_by_hand_do_not_confuse_retention(tmp_path):
@@ -817,7 +817,7 @@ def test_two_objects_of_one_series_see_each_other_s_saves(tmp_path):
 
 def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
     """A program that cannot be told of a full disk may go on for long."""
-    writer, held, kept = Writer(), [], type("Tree", (), {})
+    queue, held, kept = JobQueue(), [], type("Tree", (), {})
 
     def run():
         tree = kept()
@@ -825,15 +825,15 @@ def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for number in range(50):
-        job = writer.claim(None, 60)
+        job = queue.claim(None, 60)
         job.run, job.path = run, f"/p/{number}"
-        writer.submit(job)
+        queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="'/p/0' failed: OSError") as caught:
-        writer.wait()
+        queue.wait()
     assert len(caught.value.__notes__) == 20
     assert caught.value.__notes__[-1] == "And 30 more."
     assert not [tree for each in held if (tree := each()) is not None]
-    writer.close()
+    queue.close()
 
 
 def test_errors_that_compare_strangely(tmp_path):
@@ -849,28 +849,28 @@ def test_errors_that_compare_strangely(tmp_path):
         except Strange as error:
             raise Strange("second") from error
 
-    writer = Writer()
-    job = writer.claim(None, 1)
+    queue = JobQueue()
+    job = queue.claim(None, 1)
     job.run, job.path = run, "/p"
-    writer.submit(job)
+    queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="second"):
-        writer.close()
+        queue.close()
 
 
 def test_what_fails_after_a_save_stops_no_later_one():
     def fail():
         raise OSError("sweeping")
 
-    writer, done = Writer(), []
+    queue, done = JobQueue(), []
     for number in range(2):
-        job = writer.claim(None, 9)
+        job = queue.claim(None, 9)
         job.run, job.after = lambda number=number: done.append(number), fail
-        writer.submit(job)
+        queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="sweeping"):
-        writer.close()
-        writer.close()
+        queue.close()
+        queue.close()
     with contextlib.suppress(CheckpointWriteError):  # of what came after the first
-        writer.close()
+        queue.close()
     assert done == [0, 1]
 
 
