@@ -37,7 +37,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._object_store.scratch import mirrored
 from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._orbax.restore import foreign_checkpoints
-from flaxckpt._pods.saves import PodSaves
+from flaxckpt._pods.saves import PodSaver
 from flaxckpt._processes.clock import AgreedInterval, Interval
 from flaxckpt._processes.messages import (
     TIMEOUT_SECS,
@@ -58,8 +58,9 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.gone import check_there
 from flaxckpt._runtime.patience import looks
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.parts import SaverParts
+from flaxckpt._saving.saves import Saver
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.ties import PyTree, flatten, leaves_of
 from flaxckpt._trees.weights import default_weights
@@ -325,16 +326,16 @@ class ModelCheckpoint:
             frozen=stored_once,
             in_store=in_store,
         )
-        make = Saves
+        make = Saver
         if are_several():
-            make = functools.partial(PodSaves, timeout=float(timeout_secs))
+            make = functools.partial(PodSaver, timeout=float(timeout_secs))
             if compress:
                 advice = "several processes store what is not compressed. Pass False."
                 raise SettingError("compress", compress, advice)
             if engine != "auto":
                 advice = 'several processes write shards by themselves. Pass "auto".'
                 raise SettingError("engine", engine, advice)
-        self._saves = make(
+        parts = SaverParts(
             self._template,
             self._series,
             weights=weights or default_weights,
@@ -346,6 +347,7 @@ class ModelCheckpoint:
             overwrite=bool(overwrite),
             tell=_print if verbose else None,
         )
+        self._saves = make(parts)
         self.counts = self._saves.counts
         check_root(self._root)
         self.preempted = False
@@ -360,7 +362,7 @@ class ModelCheckpoint:
             bool(save_best_only and not save_last and save_interval_secs is None)
             and self._mode != "auto"
             and not self._saves.tells
-            and type(self._saves) is Saves
+            and type(self._saves) is Saver
         )
         self._is_warned = self._is_warned_of_best = False
         self._left_out: set[str] = set()  # names in logs that were warned of
@@ -485,20 +487,20 @@ class ModelCheckpoint:
         with unchecked():
             if state.save_best_only and self._saves.lost_best():
                 state = self._with_best_on_disk(state)
-            entry = Entry(bool(force), epoch, batch, logs, state)
+            call = Call(bool(force), epoch, batch, logs, state)
             if due or (late and self._is_comparable(logs)):
-                self._saves.decide(entry, now=preempted)
+                self._saves.decide(call, now=preempted)
             lasts = (bool(due or late) and self._save_last) or preempted
-            path = self._saves.start(tree, entry, lasts=lasts)
+            path = self._saves.start(tree, call, lasts=lasts)
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)
-        assert entry.state is not None
-        improved = entry.save is True and given.save_best_only and not force
+        assert call.state is not None
+        improved = call.saves and given.save_best_only and not force
         counted = bool(due) and not self._by_epoch
         self._stale = given if improved or counted else None
         self._warn_of_left_out(logs)
-        self._known = as_arguments(entry.state, lambda: leaves_of(tree))
+        self._known = as_arguments(call.state, lambda: leaves_of(tree))
         return self._known
 
     def _is_passed_over(
@@ -567,10 +569,10 @@ class ModelCheckpoint:
             check_state(state, self._fresh)
         self._finish_programs()
         with unchecked():
-            entry = Entry(True, epoch, batch, logs, state)
-            entry.by_hand = True
-            path = Path(self._template.render(entry.epoch, entry.batch, logs))
-            self._saves.start(tree, entry, lasts=preempted)
+            call = Call(True, epoch, batch, logs, state)
+            call.by_hand = True
+            path = Path(self._template.render(call.epoch, call.batch, logs))
+            self._saves.start(tree, call, lasts=preempted)
         self._restart_interval()
         if preempted:
             self._finish_preempted(path)

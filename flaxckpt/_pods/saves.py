@@ -25,7 +25,7 @@ import numpy as np
 from flaxckpt._checkpoints.series import Page
 from flaxckpt._checkpoints.write import learn_form, write_share
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.on_device import copy_on_device, unfilled
+from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import planned
 from flaxckpt._decision.scalars import monitored
@@ -37,7 +37,6 @@ from flaxckpt._pods.agreement import (
     SEVERAL,
     agree,
     in_process,
-    nothing,
     placed,
     summary,
     translated_for_all,
@@ -45,64 +44,101 @@ from flaxckpt._pods.agreement import (
 from flaxckpt._pods.learning import exchanged_with_all, one_path
 from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
 from flaxckpt._runtime.failures import space_told
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.contents import Parts, Save
+from flaxckpt._saving.arriving import Receiver
+from flaxckpt._saving.call import Call, Undecided
+from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.parts import SaverParts
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError, SettingError
 
 
-class PodSaves(Saves):
-    """The saves of one series by several processes."""
+class PodSaver:
+    """Saves the trees of one series, from several processes.
 
-    def __init__(self, *args: Any, timeout: float, **settings: Any) -> None:
+    Attributes:
+        counts: What became of the saves.
+        queue: The queue of jobs.
+    """
+
+    def __init__(self, parts: SaverParts, *, timeout: float) -> None:
         """Start nothing yet.
 
         Args:
-            *args: As for `Saves`.
+            parts: The parts, which a `Saver` has, too.
             timeout: How long to wait for another process, in seconds.
-            **settings: As for `Saves`.
 
         Raises:
             SettingError: If a setting works in one process only.
         """
         for name, allowed in ALLOWED.items():
-            if settings[name] not in allowed:
-                raise SettingError(
-                    name, settings[name], f"{SEVERAL} pass one of {allowed}."
-                )
+            value = getattr(parts, name)
+            if value not in allowed:
+                raise SettingError(name, value, f"{SEVERAL} pass one of {allowed}.")
         if not is_leader():
-            settings["tell"] = None
-        super().__init__(*args, **settings)
+            parts.report.tell = None
+        self._parts, self._series = parts, parts.series
+        self.queue, self.counts = parts.queue, parts.report.counts
+        self.wait, self.close = parts.queue.wait, parts.queue.close
+        self.check_parent = parts.check_parent
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
-        self.check = nothing  # `start` checks, at the same call in all processes
 
-    def decide(self, entry: Entry, *, now: bool) -> None:
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed."""
+        return self._parts.report.has_failed
+
+    @property
+    def tells(self) -> bool:
+        """Whether decisions are printed."""
+        return self._parts.report.tell is not None
+
+    def check(self) -> None:
+        """Do nothing: `start` checks, at the same call in all processes."""
+
+    def lost_best(self) -> bool:
+        """Return False: the processes would have to agree."""
+        return False
+
+    @property
+    def receiver(self) -> Receiver:
+        """What saves the trees of traced calls: nothing does.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError(
+            "update was called in a running JAX trace (jit, scan...), in one of "
+            f"{process_count()} processes: there, programs do not hand over what "
+            "they save. Carry a flaxckpt.Snapshot through the program and save it "
+            "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
+        )
+
+    def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that has the metric."""
-        state = entry.state
+        state = call.state
         assert state is not None
         value = None
         if state.save_best_only:
-            value = monitored(entry.metric, entry.logs.get(entry.metric, 0))
+            value = monitored(call.metric, call.logs.get(call.metric, 0))
         # Whether the metric is computed yet does not count: processes would differ.
-        can_wait = self._snapshot != "none" and not (now or entry.save)
+        can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:
-            entry.save = None
+            call.decision = Undecided()
         else:
-            entry.judge()
-            self.tell_decided(entry)
+            call.judge()
+            self._parts.report.decided(call)
 
-    def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
+    def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
         """Copy the tree, and have a job agree with the other processes and write.
 
         The call first waits until the save before is on disk, in all processes.
 
         Args:
             tree: What to save.
-            entry: The call.
+            call: The call.
             lasts: Whether to save the whole tree in the slot unless the series gets it.
 
         Returns:
@@ -112,54 +148,33 @@ class PodSaves(Saves):
             CheckpointError: As `ModelCheckpoint.update` does; also the error of another
                 process in the save before.
         """
-        path = None if entry.save is False else self._path(entry)
-        save = self._described(tree, entry, lasts=lasts, path=None)
-        for part in save.parts:
+        parts = self._parts
+        path = None if call.skips else parts.paths.known(call)
+        contents = parts.describer.describe(tree, None, skips=call.skips, lasts=lasts)
+        _take_up_scalars(contents, call)
+        for each in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
-            part.leaves = list(map(without_keys, part.leaves))
-        job, _ = self._claim(save, entry)  # waits for the save before
+            each.leaves = list(map(without_keys, each.leaves))
+        # This waits for the save before. No save supersedes another: processes would
+        # differ in which does.
+        job, _ = parts.claim(None, 1)
+        assert job is not None
         try:
-            self._writer.check()  # raises the error of any process in that save
-            for part in save.parts:
-                if not has_form(part.layout, part.leaves):
-                    self._learn(part.layout, part.leaves)
-            self._copy(save, entry, job, lasts=lasts)
+            self.queue.check()  # raises the error of any process in that save
+            for each in contents.trees:
+                if not has_form(each.layout, each.leaves):
+                    self._learn(each.layout, each.leaves)
+            self._copy(contents, call, job, lasts=lasts)
         except BaseException:
-            self._writer.give_back(job)
+            self.queue.give_back(job)
             raise
-        self._prepare(job, save, entry, path)
-        self._submit(job)
-        if self._snapshot == "none":
-            self._writer.wait()
+        parts.prepare(job, contents, call, path, write=self._write)
+        parts.submit(job)
+        if parts.snapshot == "none":
+            self.wait()
         return path
 
-    def plan(self, *_: Any, **__: Any) -> Parts:
-        """Refuse a traced call."""
-        raise CheckpointError(
-            "update was called in a running JAX trace (jit, scan...), in one of "
-            f"{process_count()} processes: there, programs do not hand over what "
-            "they save. Carry a flaxckpt.Snapshot through the program and save it "
-            "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
-        )
-
     # ---- on the loop's thread --------------------------------------------------------
-
-    def _key(self, save: Save, entry: Entry) -> Any:
-        """Return None: processes would differ in which save supersedes which."""
-
-    def _limit(self, save: Save) -> int:
-        return 1
-
-    def _take_up_scalars(self, save: Save, entry: Entry) -> None:
-        arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
-        for name, value in entry.scalars().items():
-            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
-                save.scalars.append(name)
-            else:  # a process in which it is not computed yet waits for it
-                entry.keep(name, np.asarray(value)[()])
-
-    def _check(self, path: Path) -> None:
-        """Check nothing here: process 0 checks the paths when it writes."""
 
     def _learn(self, layout: Any, leaves: list[Any]) -> None:
         """Have Orbax write a tree once, to learn the form of its files."""
@@ -193,7 +208,7 @@ class PodSaves(Saves):
         """
         if is_leader():
             try:
-                self._open(None)
+                self._parts.paths.open(None)
                 staging = self._series.area.staging()
                 directory = str(stack.enter_context(staging))
             except (OSError, CheckpointError) as error:
@@ -216,65 +231,56 @@ class PodSaves(Saves):
     def _translated(
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
-        return translated_for_all(error, self._shown(path or self._series.root))
+        return translated_for_all(error, self._parts.paths.shown(path))
 
-    def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
+    def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
-        state, memory = entry.state, job.memory
-        if entry.save is None and state is not None:  # the loop may donate the metric
-            entry.logs[entry.metric] = jnp.copy(entry.logs[entry.metric])
-        if entry.save is False and not lasts:
-            entry.copies = memory or Copies(None, [], [])
+        state, memory = call.state, job.memory
+        if isinstance(call.decision, Undecided):  # the loop may donate the metric
+            call.logs[call.metric] = jnp.copy(call.logs[call.metric])
+        if call.skips and not lasts:
+            call.copies = memory or Copies(None, [], [])
             return
-        leaves = save.leaves(entry)
-        if self._snapshot == "none":
-            entry.copies = Copies(None, [], leaves)
+        leaves = contents.leaves(call)
+        if self._parts.snapshot == "none":
+            call.copies = Copies(None, [], leaves)
             return
         plan = planned(leaves)
         has_memory = memory is not None and memory.plan is plan
-        is_on_device = has_memory or self._is_on_device(leaves)
+        is_on_device = has_memory or self._parts.is_on_device(leaves)
         if is_on_device and not has_memory:
             job.memory = memory = None  # freed before new memory is allocated
-        if entry.save is None and state is not None:
-            value = entry.logs[entry.metric]
+        if isinstance(call.decision, Undecided):
+            assert state is not None
+            value = call.logs[call.metric]
             best = state.best_value, state.has_best
             if is_on_device and plan.is_on_one_mesh(value, *best):
-                always = save.whole is not None
-                entry.copies = unfilled(leaves, plan)
-                entry.decide_on_device(state, value, leaves, memory, always=always)
+                call.judge_on_device(value)
+                call.copies = unfilled(leaves, plan)
+                fill(call.copies, leaves, memory, contents.wanted(call))
                 return
-            entry.judge()  # each process waits for its own value
-            self.tell_decided(entry)
-        if not (entry.save or lasts):
-            entry.copies = memory or Copies(None, [], [])
+            call.judge()  # each process waits for its own value
+            self._parts.report.decided(call)
+        if call.skips and not lasts:
+            call.copies = memory or Copies(None, [], [])
         elif is_on_device:
-            entry.copies = copy_on_device(leaves, memory, plan)
+            call.copies = copy_on_device(leaves, memory, plan)
         else:
-            entry.copies = self._on_host(save, entry, leaves, memory)
-
-    def _on_host(
-        self, save: Save, entry: Entry, leaves: list[Any], memory: Copies | None
-    ) -> Copies:
-        number = len(leaves) - len(save.scalars)
-        for name, value in zip(save.scalars, leaves[number:], strict=True):
-            entry.keep(name, np.asarray(value)[()])
-        save.scalars, leaves = [], leaves[:number]
-        copies = copied_to_host(leaves, memory)
-        copies.beside = list(map(placed, copies.beside, leaves))
-        return copies
+            call.copies = _on_host(contents, call, leaves, memory)
 
     # ---- in the background -----------------------------------------------------------
 
-    def _write(self, save: Save) -> None:
+    def _write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
-        settled: tuple[Entry, list[Page]] | None = None
+        shown = self._parts.paths.shown
+        settled: tuple[Call, list[Page]] | None = None
         try:
-            settled = self._settled(save)
+            settled = self._parts.publisher.settled(contents, _unchecked)
             pages = [] if settled is None else settled[1]
-            paths = ["the last" if p.in_slot else self._shown(p.path) for p in pages]
-            exchange.tell("check", summary(save.entries[-1], paths))
+            paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
+            exchange.tell("check", summary(contents.calls[-1], paths))
         except BaseException as error:
             exchange.tell("check", self._translated(error))
         if is_leader():
@@ -286,9 +292,9 @@ class PodSaves(Saves):
         self,
         exchange: Round,
         earlier: Round | None,
-        settled: tuple[Entry, list[Page]] | None,
+        settled: tuple[Call, list[Page]] | None,
     ) -> None:
-        index = 0
+        index, parts = 0, self._parts
 
         def together(
             written: Path, write: Callable[[], list[Share]]
@@ -308,11 +314,11 @@ class PodSaves(Saves):
             if earlier is not None:
                 earlier.forget()
             if settled is not None:
-                entry, pages = settled
-                self._open(pages[0].path)
-                self._targets(entry, lasts=any(page.in_slot for page in pages))
+                call, pages = settled
+                parts.paths.open(pages[0].path)
+                parts.paths.checked(call, lasts=any(page.in_slot for page in pages))
                 with self._series.area.turn:
-                    self._put(entry, pages, together)
+                    parts.publisher.put(call, pages, together)
         except BaseException as error:
             failure = self._translated(error)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
@@ -339,5 +345,32 @@ class PodSaves(Saves):
     def _space_told(
         self, page: Page, directory: Path
     ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self._shown(page.path), in_process()
+        shown, here = self._parts.paths.shown(page.path), in_process()
         return space_told(shown, page.layout.nbytes, directory, here)
+
+
+def _unchecked(path: Path) -> None:
+    """Check nothing: process 0 checks the paths when it writes."""
+
+
+def _take_up_scalars(contents: Contents, call: Call) -> None:
+    """Have scalars copied with the trees; fetch those on other devices."""
+    leaves = contents.trees[0].leaves
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    for name, value in call.scalars().items():
+        if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
+            contents.scalars.append(name)
+        else:  # a process in which it is not computed yet waits for it
+            call.keep(name, np.asarray(value)[()])
+
+
+def _on_host(
+    contents: Contents, call: Call, leaves: list[Any], memory: Copies | None
+) -> Copies:
+    number = len(leaves) - len(contents.scalars)
+    for name, value in zip(contents.scalars, leaves[number:], strict=True):
+        call.keep(name, np.asarray(value)[()])
+    contents.scalars, leaves = [], leaves[:number]
+    copies = copied_to_host(leaves, memory)
+    copies.beside = list(map(placed, copies.beside, leaves))
+    return copies

@@ -1,6 +1,13 @@
-"""`SaveCounts`: what a `ModelCheckpoint` counts of its saves."""
+"""What became of the saves: `SaveCounts`, and what `verbose` prints."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.paths import Paths
 
 
 @dataclass
@@ -28,3 +35,41 @@ class SaveCounts:
     delayed_secs: float = 0.0
     failed: int = 0
     linked_bytes: int = 0
+
+
+class Report:
+    """Counts the saves of one series, and prints what is decided and saved.
+
+    Attributes:
+        counts: What became of the saves.
+        has_failed: Whether a save has failed since `Saver.lost_best` last said so.
+        tell: Prints a message; None to be silent.
+    """
+
+    def __init__(self, paths: Paths, tell: Callable[[str], None] | None) -> None:
+        """Count nothing yet."""
+        self.counts, self.has_failed = SaveCounts(), False
+        self._paths, self.tell = paths, tell
+
+    def say(self, call: Call, message: str) -> None:
+        if self.tell is not None:
+            self.tell(f"Epoch {call.epoch + 1}: {message}")
+
+    def saving(self, call: Call, path: Path) -> None:
+        self.say(call, f"{call.news}saving model to {self._paths.shown(path)}")
+
+    def decided(self, call: Call) -> None:
+        """Print a decision as Keras does, or keep it for the message about the save."""
+        state = call.kept
+        if self.tell is None or state is None or not state.save_best_only:
+            return
+        before = np.asarray(call.before.best) if call.before is not None else np.nan
+        old = "None" if np.isnan(before) else f"{before:.5f}"
+        new = np.asarray(state.best)
+        if call.saves and new != before and not np.isnan(new):
+            call.news = f"{state.monitor} improved from {old} to {new:.5f}, "
+        elif not call.saves and call.metric in call.logs:
+            if np.isnan(float(call.logs[call.metric])):
+                self.say(call, f"{state.monitor} is nan, which is no improvement")
+            else:
+                self.say(call, f"{state.monitor} did not improve from {old}")

@@ -448,7 +448,7 @@ def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
         for epoch in range(5):
             ckpt.save(tree_of(epoch), epoch)
             ckpt.wait()
-            (memory,) = ckpt._saves._writer._memory
+            (memory,) = ckpt._saves.queue._memory
             places.add(tuple(x.unsafe_buffer_pointer() for x in memory.arrays))
         assert len(places) == 1
 
@@ -466,7 +466,7 @@ def test_a_check_that_does_not_save_leaves_the_copies_alone(
             logs = {"val_loss": jnp.float32(loss)}
             state = ckpt.update(state, tree_of(epoch), logs, epoch)
             assert arrived.wait(60)
-        assert len(ckpt._saves._writer._waiting) == 1
+        assert len(ckpt._saves.queue._waiting) == 1
         go.set()
         ckpt.wait()
         assert epoch_of(flaxckpt.load(tmp_path / "best")) == 1
@@ -535,7 +535,7 @@ def test_more_saves_than_allowed_wait_and_are_counted(tmp_path, monkeypatch):
         assert ckpt.counts.delayed_secs > 0.05
         ckpt.wait()
         assert names(ckpt.checkpoints) == list("123")
-        assert len(ckpt._saves._writer._memory) == 2
+        assert len(ckpt._saves.queue._memory) == 2
 
 
 def test_where_it_would_wait_for_the_disk_it_looks_at_the_metric(
@@ -690,11 +690,11 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
         threading.Timer(0.2, go.set).start()
         with monkeypatch.context() as patch:
 
-            def refuse(entry, message):
+            def refuse(call, message):
                 if "waited" in message:
                     raise BrokenPipeError
 
-            patch.setattr(ckpt._saves, "_say", refuse)
+            patch.setattr(ckpt._saves.report, "say", refuse)
             with pytest.raises(BrokenPipeError):
                 ckpt.save(tree_of(1), 1)
         ckpt.save(tree_of(2), 2)

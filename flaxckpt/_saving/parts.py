@@ -1,0 +1,226 @@
+"""`SaverParts`: what a saver is made of, in one process or in several."""
+
+import functools
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flaxckpt._checkpoints.series import Series
+from flaxckpt._copies.held import Copies
+from flaxckpt._copies.on_host import fits_on_device
+from flaxckpt._decision.template import Template
+from flaxckpt._direct.frozen_files import Frozen
+from flaxckpt._runtime.forks import use_threads
+from flaxckpt._saving.best_kept import BestKept
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.describe import Describer
+from flaxckpt._saving.job import Job
+from flaxckpt._saving.lines import Lines
+from flaxckpt._saving.paths import Paths
+from flaxckpt._saving.publish import Publisher
+from flaxckpt._saving.queue import JobQueue
+from flaxckpt._saving.report import Report
+from flaxckpt._trees.kinds_of_parts import Weights
+from flaxckpt.errors import CheckpointError
+
+
+class SaverParts:
+    """The parts of a saver, and the steps of a job, which all savers share.
+
+    Attributes:
+        series: The series to save in.
+        paths: Where the checkpoint of a call goes.
+        report: Counts the saves, and prints.
+        queue: Has the jobs, and the thread that runs them.
+        publisher: Writes what the jobs hold.
+        describer: Describes trees.
+        lines: Tells which saves may supersede which.
+        snapshot: Where to copy to.
+        max_in_flight: How many saves may be under way; None to go by their size.
+        frozen: Which leaves are frozen; None if none are.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        series: Series,
+        *,
+        weights: Weights,
+        weights_only: bool,
+        snapshot: str,
+        max_in_flight: int | None,
+        frozen: Frozen | None,
+        best_only: bool,
+        overwrite: bool,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            template: The template of the paths.
+            series: The series to save in.
+            weights: Picks the weights from a tree.
+            weights_only: Whether the series gets the weights alone.
+            snapshot: Where to copy to: `"auto"`, `"device"`, `"host"` or `"none"`.
+            max_in_flight: How many saves may be under way; None to go by their size.
+            frozen: Which leaves are frozen; None if none are.
+            best_only: Whether only improvements are saved, and no worse save replaces a
+                better checkpoint.
+            overwrite: Whether a worse save may replace a better one all the same.
+            tell: Prints what is decided and saved; None to be silent.
+        """
+        self.series, self.snapshot = series, snapshot
+        self.max_in_flight, self.frozen = max_in_flight, frozen
+        self.paths = Paths(template, series)
+        self.report = Report(self.paths, tell)
+        self.queue = JobQueue()
+        best_kept = None
+        if best_only:
+            best_kept = BestKept(
+                series, self.paths, self.report, self.queue, overwrite=overwrite
+            )
+        self.publisher = Publisher(
+            series,
+            self.paths,
+            self.report,
+            self.queue,
+            best_kept,
+            weights_only=weights_only,
+            frozen=frozen,
+        )
+        self.describer = Describer(weights, weights_only=weights_only, frozen=frozen)
+        self.lines = Lines(best_only=best_only, overwrite=overwrite)
+        weakref.finalize(self, self.queue.abandon)
+
+    def check_parent(self) -> None:
+        """Check that this process was not forked from one that saves.
+
+        Raises:
+            CheckpointLockedError: If it was forked from the one that made this object.
+            CheckpointError: If it was forked from another one that used JAX.
+        """
+        if self.queue.is_inherited:
+            raise self.series.area.inherited()
+        use_threads()
+
+    def is_on_device(self, leaves: list[Any]) -> bool:
+        """Tell whether leaves are to be copied on their devices."""
+        return self.snapshot == "device" or (
+            self.snapshot == "auto" and fits_on_device(leaves)
+        )
+
+    # ---- the steps of a job ----------------------------------------------------------
+
+    def claim(
+        self, key: Any, limit: int, *, waits: bool = True
+    ) -> tuple[Job | None, float]:
+        """Claim a job as `JobQueue.claim` does.
+
+        Returns:
+            The job, and the seconds that the call waited for it.
+        """
+        job, waited = self.queue.claim(key, limit, wait=False), 0.0
+        if job is None and waits:
+            start = time.perf_counter()
+            job = self.queue.claim(key, limit)
+            waited = time.perf_counter() - start
+            self.report.counts.delayed += 1
+            self.report.counts.delayed_secs += waited
+        return job, waited
+
+    def begin(
+        self, contents: Contents, call: Call, *, waits: bool = True
+    ) -> Job | None:
+        """Claim a job for contents, and note which of their leaves are frozen.
+
+        Args:
+            contents: What to save.
+            call: The call.
+            waits: Whether to wait if too many saves are under way.
+
+        Returns:
+            The job; None if the call does not wait and no job is free.
+        """
+        limit = self.max_in_flight or contents.limit()
+        job, waited = self.claim(contents.key(call), limit, waits=waits)
+        if job is None:
+            return None
+        try:
+            if waited:
+                self.report.say(call, f"waited {waited:.2f} s for the saves before")
+            may_stay = self.queue.is_idle() and self.series.may_write
+            self.describer.take_up_frozen(contents, call, may_stay=may_stay)
+        except BaseException:
+            self.queue.give_back(job)
+            raise
+        return job
+
+    def prepare(
+        self,
+        job: Job,
+        contents: Contents,
+        call: Call,
+        where: Path | None,
+        *,
+        memory: Copies | None = None,
+        write: Callable[[Contents], None] | None = None,
+    ) -> None:
+        """Set what a job becomes once the call's copies are filled.
+
+        Args:
+            job: The job, which this thread has claimed.
+            contents: What it writes.
+            call: The call, which has its copies.
+            where: The path that errors name; None for the root.
+            memory: What the next job may copy to; None for these copies.
+            write: Writes the contents; None for the publisher.
+        """
+        for tree in contents.trees:
+            tree.leaves = []  # the copies take their place
+        earlier: Contents | None = job.content
+        calls = [call] if earlier is None else [*earlier.calls, call]
+        content, copies = replace(earlier or contents, calls=calls), call.copies
+        assert copies is not None
+        if memory is None and self.snapshot != "none":
+            memory = copies.memory()
+        job.then = Job(
+            job.key,
+            self.paths.shown(where),
+            functools.partial(self._run, write or self.publisher.write, content),
+            self.series.area.sweep,
+            content,
+            memory,
+            is_filled=lambda: copies.is_filled,
+        )
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue, and drop the copies that it supersedes."""
+        content: Contents = job.then.content if job.then is not None else job.content
+        *earlier, call = content.calls
+        is_sure = call.saves or call.skips
+        self.queue.submit(job)
+        for each in earlier if is_sure else ():
+            each.copies = None  # superseded
+
+    def _run(self, write: Callable[[Contents], None], content: Contents) -> None:
+        try:
+            write(content)
+        except BaseException:
+            self.report.counts.failed += 1
+            self.report.has_failed = True
+            raise
+
+
+def refuse_processes() -> None:
+    """Refuse to save if there are several processes."""
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"This is one of {jax.process_count()} processes, which was not known when "
+            "the ModelCheckpoint was made. Make it after jax.distributed.initialize()."
+        )
