@@ -361,7 +361,7 @@ class ModelCheckpoint:
         self._is_plain = (  # a call that finds no new best has nothing else to do
             bool(save_best_only and not save_last and save_interval_secs is None)
             and self._mode != "auto"
-            and not self._saves.tells
+            and not verbose
             and type(self._saves) is Saver
         )
         self._is_warned = self._is_warned_of_best = False

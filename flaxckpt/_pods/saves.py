@@ -13,7 +13,6 @@ An error in any process is raised in all processes at the same call: the next du
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._checkpoints.series import Page
-from flaxckpt._checkpoints.write import learn_form, write_share
+from flaxckpt._checkpoints.write import write_share
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
@@ -31,7 +30,6 @@ from flaxckpt._copies.plan import planned
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._direct.form import Share
 from flaxckpt._direct.forms import has_form
-from flaxckpt._disk.alias import is_plain
 from flaxckpt._pods.agreement import (
     ALLOWED,
     SEVERAL,
@@ -41,7 +39,7 @@ from flaxckpt._pods.agreement import (
     summary,
     translated_for_all,
 )
-from flaxckpt._pods.learning import exchanged_with_all, one_path
+from flaxckpt._pods.learning import learn
 from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.arriving import Receiver
@@ -81,7 +79,7 @@ class PodSaver:
         self._parts, self._series = parts, parts.series
         self.queue, self.counts = parts.queue, parts.report.counts
         self.wait, self.close = parts.queue.wait, parts.queue.close
-        self.check_parent = parts.check_parent
+        self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
 
@@ -90,17 +88,8 @@ class PodSaver:
         """Whether a save has failed."""
         return self._parts.report.has_failed
 
-    @property
-    def tells(self) -> bool:
-        """Whether decisions are printed."""
-        return self._parts.report.tell is not None
-
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
-
-    def lost_best(self) -> bool:
-        """Return False: the processes would have to agree."""
-        return False
 
     @property
     def receiver(self) -> Receiver:
@@ -151,19 +140,20 @@ class PodSaver:
         parts = self._parts
         path = None if call.skips else parts.paths.known(call)
         contents = parts.describer.describe(tree, None, skips=call.skips, lasts=lasts)
-        _take_up_scalars(contents, call)
+        contents.take_up_scalars(call, waits=True)  # processes would differ in that
         for each in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
             each.leaves = list(map(without_keys, each.leaves))
         # This waits for the save before. No save supersedes another: processes would
         # differ in which does.
-        job, _ = parts.claim(None, 1)
+        job = self.queue.claim(None, 1)
         assert job is not None
+        parts.report.count_delay(job.waited)
         try:
             self.queue.check()  # raises the error of any process in that save
             for each in contents.trees:
                 if not has_form(each.layout, each.leaves):
-                    self._learn(each.layout, each.leaves)
+                    learn(self._channel.round(), parts, each.layout, each.leaves)
             self._copy(contents, call, job, lasts=lasts)
         except BaseException:
             self.queue.give_back(job)
@@ -176,62 +166,10 @@ class PodSaver:
 
     # ---- on the loop's thread --------------------------------------------------------
 
-    def _learn(self, layout: Any, leaves: list[Any]) -> None:
-        """Have Orbax write a tree once, to learn the form of its files."""
-        exchange, area = self._channel.round(), self._series.area
-        with contextlib.ExitStack() as stack:
-            exchanged = None
-            if area.is_mirror:
-                directory = stack.enter_context(one_path(exchange, None))
-                exchanged = functools.partial(exchanged_with_all, exchange)
-            else:
-                directory = self._shared_directory(exchange, stack)
-                if not is_plain(directory):
-                    directory = stack.enter_context(one_path(exchange, directory))
-            try:
-                learn_form(directory / "learnt", layout, leaves, exchanged)
-                exchange.tell("learnt", None)
-            except Exception as error:
-                failure = self._translated(error)
-                for subject in ("files", "learnt"):
-                    exchange.tell(subject, failure, again=True)
-                raise failure from error
-            exchange.hear_all("learnt")  # before the directory is deleted
-        if is_leader() and not area.is_mirror:
-            area.sweep()
-
-    def _shared_directory(self, exchange: Round, stack: contextlib.ExitStack) -> Path:
-        """Return a directory that process 0 makes and all processes see.
-
-        Raises:
-            CheckpointError: If process 0 cannot make it, or another does not see it.
-        """
-        if is_leader():
-            try:
-                self._parts.paths.open(None)
-                staging = self._series.area.staging()
-                directory = str(stack.enter_context(staging))
-            except (OSError, CheckpointError) as error:
-                exchange.tell("where", self._translated(error))
-            else:
-                exchange.tell("where", directory)
-        directory = Path(exchange.hear("where"))
-        exchange.tell("seen", directory.is_dir())
-        seen = exchange.hear_all("seen")
-        if not all(seen):
-            blind = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
-            raise CheckpointError(
-                f"{str(self._series.root)!r} is not the same directory in all "
-                f"processes: what process 0 has made there is not there in process "
-                f"{', '.join(blind)}. Save on a file system that all of them share, or "
-                "in an object store."
-            )
-        return directory
-
     def _translated(
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
-        return translated_for_all(error, self._parts.paths.shown(path))
+        return translated_for_all(error, self._parts.report.shown(path))
 
     def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
@@ -274,7 +212,7 @@ class PodSaver:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
-        shown = self._parts.paths.shown
+        shown = self._parts.report.shown
         settled: tuple[Call, list[Page]] | None = None
         try:
             settled = self._parts.publisher.settled(contents, _unchecked)
@@ -345,23 +283,12 @@ class PodSaver:
     def _space_told(
         self, page: Page, directory: Path
     ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self._parts.paths.shown(page.path), in_process()
+        shown, here = self._parts.report.shown(page.path), in_process()
         return space_told(shown, page.layout.nbytes, directory, here)
 
 
 def _unchecked(path: Path) -> None:
     """Check nothing: process 0 checks the paths when it writes."""
-
-
-def _take_up_scalars(contents: Contents, call: Call) -> None:
-    """Have scalars copied with the trees; fetch those on other devices."""
-    leaves = contents.trees[0].leaves
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    for name, value in call.scalars().items():
-        if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
-            contents.scalars.append(name)
-        else:  # a process in which it is not computed yet waits for it
-            call.keep(name, np.asarray(value)[()])
 
 
 def _on_host(

@@ -55,12 +55,12 @@ class TracedTrees:
 
     def contents(self, call: Call, path: Path | None, *, lasts: bool) -> Contents:
         """Return copies of the trees for one save, which empties them."""
-        series, slot = self._contents.series, self._contents.slot
-        is_shared = slot is series
-        series = _copied(series) if call.saves else None
-        if lasts:
-            slot = series if is_shared and call.saves else _copied(slot)
-        return Contents(series, slot if lasts else None, path)
+        traced = self._contents
+        series = _copied(traced.series) if call.saves else None
+        slot = _copied(traced.slot) if lasts else None
+        if slot is not None and series is not None and traced.slot is traced.series:
+            slot = series
+        return Contents(series, slot, path)
 
 
 @dataclass
@@ -83,18 +83,17 @@ class Arrival:
 
 
 class Receiver:
-    """Saves trees that come from within a running program."""
+    """Saves trees that come from within a running program.
+
+    Attributes:
+        tells: Whether decisions are printed.
+    """
 
     def __init__(self, parts: SaverParts) -> None:
         """Receive nothing yet."""
-        self._parts = parts
+        self._parts, self.tells = parts, parts.report.tell is not None
         self.tell_decided = parts.report.decided
         self.end_program = parts.queue.end_program
-
-    @property
-    def tells(self) -> bool:
-        """Whether decisions are printed."""
-        return self._parts.report.tell is not None
 
     def plan(
         self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
@@ -187,7 +186,7 @@ class Receiver:
     def fail(self, error: BaseException, *, ends: bool = False) -> None:
         """Count a failed save, and keep its error as `JobQueue.fail` does."""
         self._parts.report.counts.failed += 1
-        self._parts.queue.fail(error, self._parts.paths.shown(), ends=ends)
+        self._parts.queue.fail(error, self._parts.report.shown(), ends=ends)
 
 
 def _copied(tree: StoredTree | None) -> StoredTree:

@@ -79,22 +79,20 @@ class Contents:
             leaves += [scalars[name] for name in self.scalars]
         return leaves
 
-    def take_up_scalars(self, call: Call) -> None:
+    def take_up_scalars(self, call: Call, *, waits: bool = False) -> None:
         """Have scalars on devices copied with the trees; the loop may donate them.
 
-        A scalar on other devices than the tree is fetched, if it is computed already.
+        Args:
+            call: The call, which has the scalars.
+            waits: Whether to fetch each scalar that is on other devices than the tree,
+                and not only those that are computed already.
         """
+        arrays = [x for x in self.trees[0].leaves if isinstance(x, jax.Array)]
         self.scalars = []
-        scalars = call.scalars()
-        if not scalars:
-            return
-        leaves = self.trees[0].leaves
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-        for name, value in scalars.items():
-            beside = not arrays or value.sharding.device_set == (
-                arrays[0].sharding.device_set
-            )
-            if beside or is_unknown(value):
+        for name, value in call.scalars().items():
+            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
+                self.scalars.append(name)
+            elif not waits and (not arrays or is_unknown(value)):
                 self.scalars.append(name)
             else:
                 call.keep(name, fetched_value(value))

@@ -31,6 +31,7 @@ class Job:
         is_filled: Tells whether the copies are filled.
         holder: The thread that has claimed the job, or one of the values above.
         number: Its place among the waiting jobs.
+        waited: How long the call that has claimed it waited for it, in seconds.
     """
 
     key: Any = None
@@ -43,6 +44,7 @@ class Job:
     is_filled: Callable[[], bool] = bool
     holder: int = NOBODY
     number: int = 0
+    waited: float = 0.0
 
     def change(self) -> None:
         """Become the job `then`. If an interrupt ends this, it can be done again."""

@@ -1,7 +1,6 @@
 """`SaverParts`: what a saver is made of, in one process or in several."""
 
 import functools
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -77,22 +76,14 @@ class SaverParts:
         """
         self.series, self.snapshot = series, snapshot
         self.max_in_flight, self.frozen = max_in_flight, frozen
-        self.paths = Paths(template, series)
-        self.report = Report(self.paths, tell)
         self.queue = JobQueue()
+        self.report = Report(series, self.queue, tell)
+        self.paths = Paths(template, series)
         best_kept = None
         if best_only:
-            best_kept = BestKept(
-                series, self.paths, self.report, self.queue, overwrite=overwrite
-            )
+            best_kept = BestKept(series, self.report, overwrite=overwrite)
         self.publisher = Publisher(
-            series,
-            self.paths,
-            self.report,
-            self.queue,
-            best_kept,
-            weights_only=weights_only,
-            frozen=frozen,
+            series, self.paths, self.report, best_kept, weights_only, frozen
         )
         self.describer = Describer(weights, weights_only=weights_only, frozen=frozen)
         self.lines = Lines(best_only=best_only, overwrite=overwrite)
@@ -109,6 +100,18 @@ class SaverParts:
             raise self.series.area.inherited()
         use_threads()
 
+    def lost_best(self) -> bool:
+        """Tell, once, that a save has failed, so a state's best may not be on disk.
+
+        False while a save is under way, which may write that best; and in several
+        processes, which would have to agree.
+        """
+        is_one = jax.process_count() == 1
+        if not (self.report.has_failed and is_one) or self.queue.is_working():
+            return False
+        self.report.has_failed = False
+        return True
+
     def is_on_device(self, leaves: list[Any]) -> bool:
         """Tell whether leaves are to be copied on their devices."""
         return self.snapshot == "device" or (
@@ -116,23 +119,6 @@ class SaverParts:
         )
 
     # ---- the steps of a job ----------------------------------------------------------
-
-    def claim(
-        self, key: Any, limit: int, *, waits: bool = True
-    ) -> tuple[Job | None, float]:
-        """Claim a job as `JobQueue.claim` does.
-
-        Returns:
-            The job, and the seconds that the call waited for it.
-        """
-        job, waited = self.queue.claim(key, limit, wait=False), 0.0
-        if job is None and waits:
-            start = time.perf_counter()
-            job = self.queue.claim(key, limit)
-            waited = time.perf_counter() - start
-            self.report.counts.delayed += 1
-            self.report.counts.delayed_secs += waited
-        return job, waited
 
     def begin(
         self, contents: Contents, call: Call, *, waits: bool = True
@@ -148,12 +134,13 @@ class SaverParts:
             The job; None if the call does not wait and no job is free.
         """
         limit = self.max_in_flight or contents.limit()
-        job, waited = self.claim(contents.key(call), limit, waits=waits)
+        job = self.queue.claim(contents.key(call), limit, wait=waits)
         if job is None:
             return None
         try:
-            if waited:
-                self.report.say(call, f"waited {waited:.2f} s for the saves before")
+            self.report.count_delay(job.waited)
+            if job.waited:
+                self.report.say(call, f"waited {job.waited:.2f} s for the saves before")
             may_stay = self.queue.is_idle() and self.series.may_write
             self.describer.take_up_frozen(contents, call, may_stay=may_stay)
         except BaseException:
@@ -191,7 +178,7 @@ class SaverParts:
             memory = copies.memory()
         job.then = Job(
             job.key,
-            self.paths.shown(where),
+            self.report.shown(where),
             functools.partial(self._run, write or self.publisher.write, content),
             self.series.area.sweep,
             content,

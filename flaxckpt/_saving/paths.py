@@ -25,20 +25,12 @@ class Paths:
         """
         self.template, self._series = template, series
 
-    def shown(self, path: Path | None = None) -> str:
-        """Return a path as its users know it; without one, the root of the series."""
-        return str(self._series.area.shown(path or self._series.root))
-
     def open(self, path: Path | None) -> None:
         """Take the lock of the series, if it is not held, before `path` is written."""
         try:
             self._series.area.open()
         except OSError as error:
             raise CheckpointWriteError(str(path), in_one_line(error)) from error
-
-    def rendered(self, call: Call) -> Path:
-        """Return the path of a call whose metrics are all known."""
-        return Path(self.template.render(call.epoch, call.batch, call.logs))
 
     def known(self, call: Call) -> Path | None:
         """Return the path of a call; None if it shows a value still computed.
@@ -69,7 +61,7 @@ class Paths:
         at = [slot for slot in self._series.slots if f"{path}/".startswith(f"{slot}/")]
         if at and (slot := self._series.slot()) in at:
             raise CheckpointPathError(
-                self.shown(slot),
+                str(self._series.area.shown(slot)),
                 "is where the last state is kept. Pass another filepath, or another "
                 "name as save_last.",
             )

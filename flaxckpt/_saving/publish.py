@@ -1,6 +1,7 @@
 """`Publisher`: writes what jobs hold, on the thread of the queue."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,48 +15,39 @@ from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.best_kept import BestKept
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.job import nothing
 from flaxckpt._saving.paths import Paths
-from flaxckpt._saving.queue import JobQueue
 from flaxckpt._saving.report import Report
 
 
+@dataclass
 class Publisher:
-    """Puts checkpoints in their places, and deletes what retention does not keep."""
+    """Puts checkpoints in their places, and deletes what retention does not keep.
 
-    def __init__(
-        self,
-        series: Series,
-        paths: Paths,
-        report: Report,
-        queue: JobQueue,
-        best_kept: BestKept | None,
-        *,
-        weights_only: bool,
-        frozen: Frozen | None,
-    ) -> None:
-        """Write nothing yet.
+    Attributes:
+        series: The series.
+        paths: Its paths.
+        report: Counts what is saved, prints and warns.
+        best_kept: Places the saves; None if a save may replace a better one.
+        weights_only: Whether the series gets the weights alone.
+        frozen: Which leaves are frozen; None if none are.
+    """
 
-        Args:
-            series: The series.
-            paths: Its paths.
-            report: Prints and counts what is saved.
-            queue: Keeps warnings for the next call.
-            best_kept: Places the saves; None if a save may replace a better one.
-            weights_only: Whether the series gets the weights alone.
-            frozen: Which leaves are frozen; None if none are.
-        """
-        self._series, self._paths, self._report = series, paths, report
-        self._queue, self._best_kept = queue, best_kept
-        self._weights_only, self._frozen = weights_only, frozen
+    series: Series
+    paths: Paths
+    report: Report
+    best_kept: BestKept | None
+    weights_only: bool
+    frozen: Frozen | None
 
     def write(self, contents: Contents) -> None:
         """Write the last call that saves, and delete what retention does not keep.
 
         Nothing is deleted before the new checkpoint is in its place.
         """
-        settled = self.settled(contents, self._paths.check)
+        settled = self.settled(contents, self.paths.check)
         if settled is not None:
-            with self._series.area.turn:
+            with self.series.area.turn:
                 self.put(*settled)
 
     def settled(
@@ -88,16 +80,17 @@ class Publisher:
         if call.saves:
             path, tree = contents.path, contents.series
             if path is None:
-                path = self._paths.rendered(call)
+                template = self.paths.template
+                path = Path(template.render(call.epoch, call.batch, call.logs))
                 check(path)
-                self._report.saving(call, path)
+                self.report.saving(call, path)
             assert tree is not None
             own = leaves[: len(tree.layout.leaves)]
             pages.append(Page(path, False, tree.layout, own, tree.weights))
         tree = contents.slot
         if tree is not None and not (call.saves and tree is contents.series):
             own = leaves[len(leaves) - len(tree.layout.leaves) :]
-            slot = self._series.slot()
+            slot = self.series.slot()
             pages.append(Page(slot, True, tree.layout, own, tree.weights))
         return call, pages
 
@@ -105,15 +98,15 @@ class Publisher:
         """Take up what devices have decided, and return the call to write, if any."""
         for call in contents.calls:
             if call.take_up_flag():
-                self._report.decided(call)
+                self.report.decided(call)
                 if call.saves and contents.path is not None:
-                    self._report.saving(call, contents.path)
+                    self.report.saving(call, contents.path)
         wanted = [call for call in contents.calls if call.saves]
         if contents.slot is not None:
             wanted = wanted or contents.calls
-        self._report.counts.superseded += max(len(wanted) - 1, 0)
+        self.report.counts.superseded += max(len(wanted) - 1, 0)
         for call in wanted[:-1]:
-            self._report.say(call, "superseded by a newer one before it was written")
+            self.report.say(call, "superseded by a newer one before it was written")
         return wanted[-1] if wanted else None
 
     def put(
@@ -129,17 +122,17 @@ class Publisher:
             together: How several processes write each page; None for one process.
         """
         # The lock may have been deleted.
-        self._paths.open(pages[0].path if pages else None)
+        self.paths.open(pages[0].path if pages else None)
         state, logs = call.kept, plain_scalars(call.logs)
         step = call.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
         is_direct = True
         for page in pages:
-            placing = None
-            if self._best_kept is not None and not page.in_slot:
-                placing = self._best_kept.place(page, call, logs)
-            task = self._series.put(
+            settle = nothing
+            if self.best_kept is not None and not page.in_slot:
+                settle = self.best_kept.place(page, call, logs)
+            task = self.series.put(
                 page,
                 call.epoch,
                 call.batch,
@@ -147,31 +140,30 @@ class Publisher:
                 None if state is None else plain_state(state),
                 step=step,
                 time=call.time,
-                weights_only=self._weights_only and not page.in_slot,
+                weights_only=self.weights_only and not page.in_slot,
                 together=together,
             )
             if task is not None:
                 is_direct = is_direct and task.marks is not None
                 self._note_fault(page.path, task.fault)
-            if placing is not None and self._best_kept is not None:
-                self._best_kept.settle(page, placing)
-            shown = self._paths.shown(page.path)
-            self._report.say(call, f"finished saving model to {shown}")
+            settle()
+            shown = self.report.shown(page.path)
+            self.report.say(call, f"finished saving model to {shown}")
         if call.saves:
-            for problem in self._series.prune(resumable=not self._weights_only):
-                self._queue.warn(problem)
-        counts = self._report.counts
+            for problem in self.series.prune(resumable=not self.weights_only):
+                self.report.warn(problem)
+        counts = self.report.counts
         counts.saved += 1
         counts.direct += is_direct
         counts.by_orbax += not is_direct
-        if self._frozen is not None:
-            counts.linked_bytes = self._frozen.linked_bytes
+        if self.frozen is not None:
+            counts.linked_bytes = self.frozen.linked_bytes
 
     def _note_fault(self, path: Path, fault: Exception | None) -> None:
         if fault is not None:
-            self._series.may_write = False
-            self._queue.warn(
-                f"Orbax wrote {self._paths.shown(path)!r} after flaxckpt's direct way "
+            self.series.may_write = False
+            self.report.warn(
+                f"Orbax wrote {self.report.shown(path)!r} after flaxckpt's direct way "
                 f"had failed ({in_one_line(fault)}). Nothing is lost but time: Orbax "
                 "writes from now on. Please report it."
             )

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 import traceback
 import warnings
 from typing import Any
@@ -82,11 +83,12 @@ class JobQueue:
         with self._lock:
             for job in self._waiting:
                 if key is not None and job.key == key:
-                    job.holder = own
+                    job.waited, job.holder = 0.0, own
                     return job
-            if not wait and len(self._jobs) >= limit:
-                return None
+            waited = 0.0
             if len(self._jobs) >= limit:
+                if not wait:
+                    return None
                 if self._own():  # of another call, within which this one runs
                     raise CheckpointError(
                         "A save was asked for within another call of the same object, "
@@ -94,9 +96,11 @@ class JobQueue:
                         "flag there, and save from the loop."
                     )
                 self._start()
-            self._changed.wait_for(lambda: len(self._jobs) < limit)
+                start = time.perf_counter()
+                self._changed.wait_for(lambda: len(self._jobs) < limit)
+                waited = time.perf_counter() - start
             memory = self._memory.pop() if self._memory else None
-            job = Job(key, memory=memory, holder=own)
+            job = Job(key, memory=memory, holder=own, waited=waited)
             self._jobs.append(job)
             return job
 

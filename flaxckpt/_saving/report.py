@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flaxckpt._checkpoints.series import Series
 from flaxckpt._saving.call import Call
-from flaxckpt._saving.paths import Paths
+from flaxckpt._saving.queue import JobQueue
 
 
 @dataclass
@@ -38,25 +39,36 @@ class SaveCounts:
 
 
 class Report:
-    """Counts the saves of one series, and prints what is decided and saved.
+    """Counts the saves of one series, and prints and warns of what becomes of them.
 
     Attributes:
         counts: What became of the saves.
-        has_failed: Whether a save has failed since `Saver.lost_best` last said so.
+        has_failed: Whether a save has failed since `SaverParts.lost_best` last said so.
         tell: Prints a message; None to be silent.
+        warn: Keeps a warning for the next call.
     """
 
-    def __init__(self, paths: Paths, tell: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, series: Series, queue: JobQueue, tell: Callable[[str], None] | None
+    ) -> None:
         """Count nothing yet."""
         self.counts, self.has_failed = SaveCounts(), False
-        self._paths, self.tell = paths, tell
+        self._series, self.tell, self.warn = series, tell, queue.warn
+
+    def shown(self, path: Path | None = None) -> str:
+        """Return a path as its users know it; without one, the root of the series."""
+        return str(self._series.area.shown(path or self._series.root))
 
     def say(self, call: Call, message: str) -> None:
         if self.tell is not None:
             self.tell(f"Epoch {call.epoch + 1}: {message}")
 
     def saving(self, call: Call, path: Path) -> None:
-        self.say(call, f"{call.news}saving model to {self._paths.shown(path)}")
+        self.say(call, f"{call.news}saving model to {self.shown(path)}")
+
+    def count_delay(self, secs: float) -> None:
+        self.counts.delayed += secs > 0
+        self.counts.delayed_secs += secs
 
     def decided(self, call: Call) -> None:
         """Print a decision as Keras does, or keep it for the message about the save."""

@@ -367,11 +367,11 @@ def test_a_dropped_object_s_memory_is_let_go(tmp_path):
 
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.save({"w": jnp.zeros(2)}, 0)
-    writer = ckpt._saves.queue
+    queue = ckpt._saves.queue
     join(ckpt)
-    assert writer._memory
-    assert writer in _at_exit.UNHEARD
+    assert queue._memory
+    assert queue in _at_exit.UNHEARD
     del ckpt
     gc.collect()
-    assert not writer._memory
-    assert writer not in _at_exit.UNHEARD
+    assert not queue._memory
+    assert queue not in _at_exit.UNHEARD
