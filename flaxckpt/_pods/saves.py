@@ -141,19 +141,19 @@ class PodSaver:
         path = None if call.skips else parts.paths.known(call)
         contents = parts.describer.describe(tree, None, skips=call.skips, lasts=lasts)
         contents.take_up_scalars(call, waits=True)  # processes would differ in that
-        for each in contents.trees:
+        for stored in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
-            each.leaves = list(map(without_keys, each.leaves))
-        # This waits for the save before. No save supersedes another: processes would
-        # differ in which does.
+            stored.leaves = list(map(without_keys, stored.leaves))
+        # This waits for the save before. Without a key, no save supersedes another:
+        # processes would differ in which does.
         job = self.queue.claim(None, 1)
         assert job is not None
         parts.report.count_delay(job.waited)
         try:
             self.queue.check()  # raises the error of any process in that save
-            for each in contents.trees:
-                if not has_form(each.layout, each.leaves):
-                    learn(self._channel.round(), parts, each.layout, each.leaves)
+            for stored in contents.trees:
+                if not has_form(stored.layout, stored.leaves):
+                    learn(self._channel.round(), parts, stored.layout, stored.leaves)
             self._copy(contents, call, job, lasts=lasts)
         except BaseException:
             self.queue.give_back(job)

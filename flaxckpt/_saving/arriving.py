@@ -39,16 +39,16 @@ class TracedTrees:
 
     def __init__(self, contents: Contents) -> None:
         """Gather the leaves of what the call may save."""
-        found: dict[int, tuple[int, jax.Array]] = {}
+        sent: dict[int, tuple[int, jax.Array]] = {}
         for tree in contents.trees:
             for leaf in tree.leaves:
                 if isinstance(leaf, jax.Array):
-                    found.setdefault(id(leaf), (len(found), leaf))
-        self.sent = [leaf for _, leaf in found.values()]
+                    sent.setdefault(id(leaf), (len(sent), leaf))
+        self.sent = [leaf for _, leaf in sent.values()]
         self.kinds = [_kind_on_host(leaf) for leaf in self.sent]
         for tree in contents.trees:
             tree.leaves = [
-                FromDevice(found[id(leaf)][0]) if isinstance(leaf, jax.Array) else leaf
+                FromDevice(sent[id(leaf)][0]) if isinstance(leaf, jax.Array) else leaf
                 for leaf in tree.leaves
             ]
         self._contents = contents

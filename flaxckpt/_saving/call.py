@@ -116,16 +116,16 @@ class Call:
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
         """Return the scalars of logs and state on devices; the loop may donate them."""
-        found: dict[tuple[str, str], jax.Array] = {}
+        scalars: dict[tuple[str, str], jax.Array] = {}
         for name, value in self.logs.items():
             if isinstance(value, jax.Array) and not value.shape:
-                found["logs", name] = value
+                scalars["logs", name] = value
         is_open = isinstance(self.decision, Undecided)
         for name in LEAVES:
             value = getattr(self.state, name, None)
             if isinstance(value, jax.Array) and not (is_open and name in BEST):
-                found["state", name] = value  # the best is still to be decided
-        return found
+                scalars["state", name] = value  # the best is still to be decided
+        return scalars
 
     def keep(self, name: tuple[str, str], value: Any) -> None:
         """Replace one of `scalars` by a copy, which the loop cannot donate."""

@@ -69,7 +69,8 @@ class Describer:
             series = self._stored(picked, is_picked=True, is_traced=is_traced)
             self._warn_of_unknown(tree)
         contents = Contents(series, whole if lasts else None, path)
-        if self._frozen is not None and not any(each.frozen for each in contents.trees):
+        frozen = [index for stored in contents.trees for index in stored.frozen]
+        if self._frozen is not None and not frozen:
             raise self._frozen.refuse_all(tree)
         return contents
 

@@ -192,8 +192,8 @@ class SaverParts:
         *earlier, call = content.calls
         is_sure = call.saves or call.skips
         self.queue.submit(job)
-        for each in earlier if is_sure else ():
-            each.copies = None  # superseded
+        for superseded in earlier if is_sure else ():
+            superseded.copies = None
 
     def _run(self, write: Callable[[Contents], None], content: Contents) -> None:
         try:

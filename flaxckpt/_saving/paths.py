@@ -39,7 +39,7 @@ class Paths:
             TemplateError: If no values can fill in the template.
         """
         logs, is_known = dict(call.logs), True
-        for name in [find(logs, each) for each in self.template.fields]:
+        for name in [find(logs, field) for field in self.template.fields]:
             value = logs.get(name)
             if is_unknown(value):
                 logs[name], is_known = np.zeros(value.shape, value.dtype), False

@@ -233,12 +233,12 @@ class JobQueue:
 
     def _note(self, error: CheckpointError) -> None:
         """Keep an error, and clear its frames, which hold on to the trees."""
-        each: BaseException | None = error
+        cause: BaseException | None = error
         seen: set[int] = set()
-        while each is not None and id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            each = each.__cause__ or each.__context__
+        while cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         if len(self._errors) < _MOST_ERRORS:
             self._errors.append(error)
         else:
