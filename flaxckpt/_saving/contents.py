@@ -87,7 +87,8 @@ class Contents:
             waits: Whether to fetch each scalar that is on other devices than the tree,
                 and not only those that are computed already.
         """
-        arrays = [x for x in self.trees[0].leaves if isinstance(x, jax.Array)]
+        leaves = self.trees[0].leaves
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         self.scalars = []
         for name, value in call.scalars().items():
             if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
@@ -99,9 +100,9 @@ class Contents:
 
     def wanted(self, call: Call) -> Any:
         """Tell whether to copy, a bool or bool[]; a slot takes any state."""
-        decision = call.decision
-        by_device = isinstance(decision, OnDevice) and self.slot is None
-        return decision.flag if by_device else np.True_
+        if isinstance(call.decision, OnDevice) and self.slot is None:
+            return call.decision.flag
+        return np.True_
 
     def decided(self, call: Call) -> "Contents":
         """Return what to save of these contents, after the call was judged."""
