@@ -1,6 +1,5 @@
 """`ModelCheckpoint`: the facade over the decision, the saves and the series on disk."""
 
-import functools
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._direct.frozen_files import Filter, Frozen
 from flaxckpt._disk.info import CheckpointInfo
-from flaxckpt._pods.saves import PodSaves
+from flaxckpt._pods.saves import PodSaver
 from flaxckpt._processes.messages import TIMEOUT_SECS, are_several
 from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.best_trees_saved import to_save
@@ -27,12 +26,12 @@ from flaxckpt._runtime.beside import close_beside, warn_beside
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.advice import Advice
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.parts import SaverParts
+from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings, unknown_argument
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.ties import PyTree
-from flaxckpt._trees.weights import default_weights
 from flaxckpt._updating import Updater
 
 
@@ -168,7 +167,6 @@ class ModelCheckpoint:
         if unknown:
             raise TypeError(unknown_argument(next(iter(unknown))))
         self._settings = settings = Settings(**given)
-        stored_once = None if frozen is None else Frozen(frozen)
         self._series = Series(
             settings.template,
             settings.slot,
@@ -183,22 +181,11 @@ class ModelCheckpoint:
             policy=settings.policy,
             compress=bool(compress),
             may_write=engine == "auto",
-            frozen=stored_once,
+            frozen=None if frozen is None else Frozen(frozen),
         )
-        make = Saves
-        if are_several():
-            make = functools.partial(PodSaves, timeout=float(timeout_secs))
-        self._saves = make(
-            settings.template,
-            disk,
-            weights=weights or default_weights,
-            weights_only=bool(save_weights_only),
-            snapshot=snapshot,
-            max_in_flight=max_in_flight,
-            frozen=stored_once,
-            best_only=bool(save_best_only),
-            overwrite=bool(overwrite),
-            tell=settings.tell,
+        parts, timeout = SaverParts(settings, disk), float(timeout_secs)
+        self._saves = (
+            PodSaver(parts, timeout=timeout) if are_several() else Saver(parts)
         )
         self.counts = self._saves.counts
         check_root(self._series.root)

@@ -12,6 +12,7 @@ from flaxckpt._decision.logs import Logs, taken
 from flaxckpt._decision.scalars import LARGEST
 from flaxckpt._decision.state import CheckpointState, check_state
 from flaxckpt._decision.step import is_no_better, tick
+from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.traced_update import Programs, is_traced
 from flaxckpt._restoring import Restorer
 from flaxckpt._runtime.frames import outside
@@ -19,8 +20,8 @@ from flaxckpt._runtime.gone import check_there
 from flaxckpt._runtime.traces import runs_in_trace
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._saving.advice import Advice
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings
 from flaxckpt._trees.ties import PyTree, leaves_of
@@ -33,7 +34,7 @@ class Updater:
 
     settings: Settings
     series: Series
-    saves: Saves
+    saves: Saver | PodSaver
     programs: Programs
     restorer: Restorer
     triggers: Triggers
@@ -93,20 +94,20 @@ class Updater:
         with unchecked():
             if state.save_best_only and self.saves.lost_best():
                 state = self.restorer.with_best_on_disk(state)
-            entry = Entry(bool(force), epoch, batch, logs, state)
+            call = Call(bool(force), epoch, batch, logs, state)
             if due or (late and self.triggers.is_comparable(logs)):
-                self.saves.decide(entry, now=preempted)
+                self.saves.decide(call, now=preempted)
             lasts = bool((due or late) and self.settings.save_last) or preempted
-            path = self.saves.start(tree, entry, lasts=lasts)
+            path = self.saves.start(tree, call, lasts=lasts)
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)
-        assert entry.state is not None
-        improved = entry.save is True and given.save_best_only and not force
+        assert call.state is not None
+        improved = call.saves and given.save_best_only and not force
         counted = bool(due) and not self.settings.by_epoch
         self._stale = given if improved or counted else None
         self.advice.of_left_out(logs)
-        self._known = as_arguments(entry.state, lambda: leaves_of(tree))
+        self._known = as_arguments(call.state, lambda: leaves_of(tree))
         return self._known
 
     def _is_passed_over(
@@ -153,11 +154,11 @@ class Updater:
             check_state(state, self.settings.fresh)
         self.programs.finish()
         with unchecked():
-            entry = Entry(True, epoch, batch, logs, state)
-            entry.by_hand = True
+            call = Call(True, epoch, batch, logs, state)
+            call.by_hand = True
             template = self.settings.template
-            path = Path(template.render(entry.epoch, entry.batch, logs))
-            self.saves.start(tree, entry, lasts=preempted)
+            path = Path(template.render(call.epoch, call.batch, logs))
+            self.saves.start(tree, call, lasts=preempted)
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)

@@ -2,7 +2,7 @@
 
 import jax
 
-from flaxckpt._saving import call, saves
+from flaxckpt._saving import call, contents, paths
 
 
 def is_array(value):
@@ -11,5 +11,5 @@ def is_array(value):
 
 def take_metrics_for_unknown(patch):
     """Have a save ask a device for its metrics, with what sets a module's attribute."""
-    for module in (call, saves):
+    for module in (call, contents, paths):
         patch.setattr(module, "is_unknown", is_array)

@@ -1,6 +1,6 @@
 """Saves of several processes: they agree on each, and each writes its shards.
 
-`saves` has `PodSaves`, which stands in for `Saves` in several processes. `agreement`
-compares what the processes are about to write. `learning` gives Orbax the directory in
-which it shows them the form of its files, once for each structure.
+`saves` has `PodSaver`, which has the parts of a `Saver` and takes its place in several
+processes. `agreement` compares what the processes are about to write. `learning` has
+Orbax show them the form of its files, once for each structure.
 """

@@ -10,8 +10,8 @@ import numpy as np
 from flaxckpt._copies.held import HostCopy
 from flaxckpt._decision.logs import Unusable, find
 from flaxckpt._processes.messages import process_index
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.queue import translated
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.job import translated
 from flaxckpt._trees.owned_shards import Shards
 from flaxckpt.errors import CheckpointError, MetricError
 
@@ -20,10 +20,6 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "max_in_flight": (None, 1),
     "frozen": (None,),
 }
-
-
-def nothing() -> None:
-    return
 
 
 def placed(copy: Any, leaf: Any) -> Any:
@@ -35,14 +31,14 @@ def placed(copy: Any, leaf: Any) -> Any:
     return copy
 
 
-def summary(entry: Entry, paths: list[str]) -> dict[str, Any]:
+def summary(call: Call, paths: list[str]) -> dict[str, Any]:
     """Return what has to be the same in all processes."""
-    state, values = entry.kept, dict[str, Any]()
-    if state is not None and (name := find(entry.logs, state.monitor)) in entry.logs:
-        values[name] = _comparable(entry.logs[name])
+    state, values = call.kept, dict[str, Any]()
+    if state is not None and (name := find(call.logs, state.monitor)) in call.logs:
+        values[name] = _comparable(call.logs[name])
     return {
-        "epoch": entry.epoch,
-        "batch": entry.batch,
+        "epoch": call.epoch,
+        "batch": call.batch,
         "values": values,
         "paths": paths,
     }

@@ -13,7 +13,6 @@ An error in any process is raised in all processes at the same call: the next du
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,84 +22,111 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import learn_form, write_share
+from flaxckpt._checkpoints.together import write_share
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.on_device import copy_on_device, unfilled
+from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._direct.shares import Share
-from flaxckpt._disk.alias import is_plain
 from flaxckpt._pods.agreement import (
     ALLOWED,
     SEVERAL,
     agree,
     in_process,
-    nothing,
     placed,
     summary,
     translated_for_all,
 )
-from flaxckpt._pods.learning import exchanged_with_all, one_path
+from flaxckpt._pods.learning import learn
 from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
 from flaxckpt._runtime.failures import space_told
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.contents import Parts, Save
-from flaxckpt._saving.queue import Job
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.arriving import Receiver
+from flaxckpt._saving.call import Call, Undecided
+from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.job import Job
+from flaxckpt._saving.parts import SaverParts
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError, SettingError
 
 
-class PodSaves(Saves):
-    """The saves of one series by several processes."""
+class PodSaver:
+    """Saves the trees of one series, from several processes.
 
-    def __init__(self, *args: Any, timeout: float, **settings: Any) -> None:
+    Attributes:
+        counts: What became of the saves.
+        queue: The queue of jobs.
+    """
+
+    def __init__(self, parts: SaverParts, *, timeout: float) -> None:
         """Start nothing yet.
 
         Args:
-            *args: As for `Saves`.
+            parts: The parts, which a `Saver` has, too.
             timeout: How long to wait for another process, in seconds.
-            **settings: As for `Saves`.
 
         Raises:
             SettingError: If a setting works in one process only.
         """
         for name, allowed in ALLOWED.items():
-            if settings[name] not in allowed:
-                raise SettingError(
-                    name, settings[name], f"{SEVERAL} pass one of {allowed}."
-                )
+            value = getattr(parts, name)
+            if value not in allowed:
+                raise SettingError(name, value, f"{SEVERAL} pass one of {allowed}.")
         if not is_leader():
-            settings["tell"] = None
-        super().__init__(*args, **settings)
+            parts.report.tell = None
+        self._parts, self._series = parts, parts.series
+        self.queue, self.counts = parts.queue, parts.report.counts
+        self.wait, self.close = parts.queue.wait, parts.queue.close
+        self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
+        self.compile_ahead = parts.compile_ahead
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
-        self.check = nothing  # `start` checks, at the same call in all processes
 
-    def decide(self, entry: Entry, *, now: bool) -> None:
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed."""
+        return self._parts.report.has_failed
+
+    def check(self) -> None:
+        """Do nothing: `start` checks, at the same call in all processes."""
+
+    @property
+    def receiver(self) -> Receiver:
+        """What saves the trees of traced calls: nothing does.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError(
+            "update was called in a running JAX trace (jit, scan...), in one of "
+            f"{process_count()} processes: there, programs do not hand over what "
+            "they save. Carry a flaxckpt.Snapshot through the program and save it "
+            "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
+        )
+
+    def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that has the metric."""
-        state = entry.state
+        state = call.state
         assert state is not None
         value = None
         if state.save_best_only:
-            value = monitored(entry.metric, entry.logs.get(entry.metric, 0))
+            value = monitored(call.metric, call.logs.get(call.metric, 0))
         # Whether the metric is computed yet does not count: processes would differ.
-        can_wait = self._snapshot != "none" and not (now or entry.save)
+        can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:
-            entry.save = None
+            call.decision = Undecided()
         else:
-            entry.judge()
-            self.tell_decided(entry)
+            call.judge()
+            self._parts.report.decided(call)
 
-    def start(self, tree: PyTree, entry: Entry, *, lasts: bool) -> Path | None:
+    def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
         """Copy the tree, and have a job agree with the other processes and write.
 
         The call first waits until the save before is on disk, in all processes.
 
         Args:
             tree: What to save.
-            entry: The call.
+            call: The call.
             lasts: Whether to save the whole tree in the slot unless the series gets it.
 
         Returns:
@@ -110,170 +136,88 @@ class PodSaves(Saves):
             CheckpointError: As `ModelCheckpoint.update` does; also the error of another
                 process in the save before.
         """
-        path = None if entry.save is False else self._path(entry)
-        save = self._described(tree, entry, lasts=lasts, path=None)
-        for part in save.parts:
+        parts = self._parts
+        path = None if call.skips else parts.paths.known(call)
+        contents = parts.describer.describe(tree, None, skips=call.skips, lasts=lasts)
+        contents.take_up_scalars(call, waits=True)  # processes would differ in that
+        for stored in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
-            part.leaves = list(map(without_keys, part.leaves))
-        job, _ = self._claim(save, entry)  # waits for the save before
+            stored.leaves = list(map(without_keys, stored.leaves))
+        # This waits for the save before. Without a key, no save supersedes another:
+        # processes would differ in which does.
+        job = self.queue.claim(None, 1)
+        assert job is not None
+        parts.report.count_delay(job.waited)
         try:
-            self._writer.check()  # raises the error of any process in that save
-            for part in save.parts:
-                if not self._disk.way.forms.has(part.layout, part.leaves):
-                    self._learn(part.layout, part.leaves)
-            self._copy(save, entry, job, lasts=lasts)
+            self.queue.check()  # raises the error of any process in that save
+            for stored in contents.trees:
+                if not parts.disk.way.forms.has(stored.layout, stored.leaves):
+                    learn(self._channel.round(), parts, stored.layout, stored.leaves)
+            self._copy(contents, call, job, lasts=lasts)
         except BaseException:
-            self._writer.give_back(job)
+            self.queue.give_back(job)
             raise
-        self._prepare(job, save, entry, path)
-        self._submit(job)
-        if self._snapshot == "none":
-            self._writer.wait()
+        parts.prepare(job, contents, call, path, write=self._write)
+        parts.submit(job)
+        if parts.snapshot == "none":
+            self.wait()
         return path
 
-    def plan(self, *_: Any, **__: Any) -> Parts:
-        """Refuse a traced call."""
-        raise CheckpointError(
-            "update was called in a running JAX trace (jit, scan...), in one of "
-            f"{process_count()} processes: there, programs do not hand over what "
-            "they save. Carry a flaxckpt.Snapshot through the program and save it "
-            "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
-        )
-
     # ---- on the loop's thread --------------------------------------------------------
-
-    def _key(self, save: Save, entry: Entry) -> Any:
-        """Return None: processes would differ in which save supersedes which."""
-
-    def _limit(self, save: Save) -> int:
-        return 1
-
-    def _take_up_scalars(self, save: Save, entry: Entry) -> None:
-        arrays = [leaf for leaf in save.part.leaves if isinstance(leaf, jax.Array)]
-        for name, value in entry.scalars().items():
-            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
-                save.scalars.append(name)
-            else:  # a process in which it is not computed yet waits for it
-                entry.keep(name, np.asarray(value)[()])
-
-    def _check(self, path: Path) -> None:
-        """Check nothing here: process 0 checks the paths when it writes."""
-
-    def _learn(self, layout: Any, leaves: list[Any]) -> None:
-        """Have Orbax write a tree once, to learn the form of its files."""
-        exchange, area = self._channel.round(), self._series.area
-        with contextlib.ExitStack() as stack:
-            exchanged = None
-            if area.is_mirror:
-                directory = stack.enter_context(one_path(exchange, None))
-                exchanged = functools.partial(exchanged_with_all, exchange)
-            else:
-                directory = self._shared_directory(exchange, stack)
-                if not is_plain(directory):
-                    directory = stack.enter_context(one_path(exchange, directory))
-            try:
-                forms = self._disk.way.forms
-                learn_form(forms, directory / "learnt", layout, leaves, exchanged)
-                exchange.tell("learnt", None)
-            except Exception as error:
-                failure = self._translated(error)
-                for subject in ("files", "learnt"):
-                    exchange.tell(subject, failure, again=True)
-                raise failure from error
-            exchange.hear_all("learnt")  # before the directory is deleted
-        if is_leader() and not area.is_mirror:
-            area.sweep()
-
-    def _shared_directory(self, exchange: Round, stack: contextlib.ExitStack) -> Path:
-        """Return a directory that process 0 makes and all processes see.
-
-        Raises:
-            CheckpointError: If process 0 cannot make it, or another does not see it.
-        """
-        if is_leader():
-            try:
-                self._open(None)
-                staging = self._series.area.staging()
-                directory = str(stack.enter_context(staging))
-            except (OSError, CheckpointError) as error:
-                exchange.tell("where", self._translated(error))
-            else:
-                exchange.tell("where", directory)
-        directory = Path(exchange.hear("where"))
-        exchange.tell("seen", directory.is_dir())
-        seen = exchange.hear_all("seen")
-        if not all(seen):
-            blind = [str(index) for index, is_seen in enumerate(seen) if not is_seen]
-            raise CheckpointError(
-                f"{str(self._series.root)!r} is not the same directory in all "
-                f"processes: what process 0 has made there is not there in process "
-                f"{', '.join(blind)}. Save on a file system that all of them share, or "
-                "in an object store."
-            )
-        return directory
 
     def _translated(
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
-        return translated_for_all(error, self._shown(path or self._series.root))
+        return translated_for_all(error, self._parts.report.shown(path))
 
-    def _copy(self, save: Save, entry: Entry, job: Job, *, lasts: bool) -> None:
+    def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
-        state, memory = entry.state, job.memory
-        if entry.save is None and state is not None:  # the loop may donate the metric
-            entry.logs[entry.metric] = jnp.copy(entry.logs[entry.metric])
-        if entry.save is False and not lasts:
-            entry.copies = memory or Copies(None, [], [])
+        state, memory = call.state, job.memory
+        if isinstance(call.decision, Undecided):  # the loop may donate the metric
+            call.logs[call.metric] = jnp.copy(call.logs[call.metric])
+        if call.skips and not lasts:
+            call.copies = memory or Copies(None, [], [])
             return
-        leaves = save.leaves(entry)
-        if self._snapshot == "none":
-            entry.copies = Copies(None, [], leaves)
+        leaves = contents.leaves(call)
+        if self._parts.snapshot == "none":
+            call.copies = Copies(None, [], leaves)
             return
-        plan = self._plans.plan(leaves)
+        plan = self._parts.plans.plan(leaves)
         has_memory = memory is not None and memory.plan is plan
-        is_on_device = has_memory or self._is_on_device(leaves)
+        is_on_device = has_memory or self._parts.is_on_device(leaves)
         if is_on_device and not has_memory:
             job.memory = memory = None  # freed before new memory is allocated
-        if entry.save is None and state is not None:
-            value = entry.logs[entry.metric]
+        if isinstance(call.decision, Undecided):
+            assert state is not None
+            value = call.logs[call.metric]
             best = state.best_value, state.has_best
             if is_on_device and plan.is_on_one_mesh(value, *best):
-                always = save.whole is not None
-                entry.copies = unfilled(leaves, plan)
-                entry.decide_on_device(state, value, leaves, memory, always=always)
+                call.judge_on_device(value)
+                call.copies = unfilled(leaves, plan)
+                fill(call.copies, leaves, memory, contents.wanted(call))
                 return
-            entry.judge()  # each process waits for its own value
-            self.tell_decided(entry)
-        if not (entry.save or lasts):
-            entry.copies = memory or Copies(None, [], [])
+            call.judge()  # each process waits for its own value
+            self._parts.report.decided(call)
+        if call.skips and not lasts:
+            call.copies = memory or Copies(None, [], [])
         elif is_on_device:
-            entry.copies = copy_on_device(leaves, memory, plan)
+            call.copies = copy_on_device(leaves, memory, plan)
         else:
-            entry.copies = self._on_host(save, entry, leaves, memory)
-
-    def _on_host(
-        self, save: Save, entry: Entry, leaves: list[Any], memory: Copies | None
-    ) -> Copies:
-        number = len(leaves) - len(save.scalars)
-        for name, value in zip(save.scalars, leaves[number:], strict=True):
-            entry.keep(name, np.asarray(value)[()])
-        save.scalars, leaves = [], leaves[:number]
-        copies = copied_to_host(leaves, memory)
-        copies.beside = list(map(placed, copies.beside, leaves))
-        return copies
+            call.copies = _on_host(contents, call, leaves, memory)
 
     # ---- in the background -----------------------------------------------------------
 
-    def _write(self, save: Save) -> None:
+    def _write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
-        settled: tuple[Entry, list[Page]] | None = None
+        shown = self._parts.report.shown
+        settled: tuple[Call, list[Page]] | None = None
         try:
-            settled = self._settled(save)
+            settled = self._parts.publisher.settled(contents, _unchecked)
             pages = [] if settled is None else settled[1]
-            paths = ["the last" if p.in_slot else self._shown(p.path) for p in pages]
-            exchange.tell("check", summary(save.entries[-1], paths))
+            paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
+            exchange.tell("check", summary(contents.calls[-1], paths))
         except BaseException as error:
             exchange.tell("check", self._translated(error))
         if is_leader():
@@ -285,9 +229,9 @@ class PodSaves(Saves):
         self,
         exchange: Round,
         earlier: Round | None,
-        settled: tuple[Entry, list[Page]] | None,
+        settled: tuple[Call, list[Page]] | None,
     ) -> None:
-        index = 0
+        index, parts = 0, self._parts
 
         def together(
             written: Path, write: Callable[[], list[Share]]
@@ -307,11 +251,11 @@ class PodSaves(Saves):
             if earlier is not None:
                 earlier.forget()
             if settled is not None:
-                entry, pages = settled
-                self._open(pages[0].path)
-                self._targets(entry, lasts=any(page.in_slot for page in pages))
+                call, pages = settled
+                parts.paths.open(pages[0].path)
+                parts.paths.checked(call, lasts=any(page.in_slot for page in pages))
                 with self._series.area.claim.turn:
-                    self._put(entry, pages, together)
+                    parts.publisher.put(call, pages, together)
         except BaseException as error:
             failure = self._translated(error)
             for subject in (f"where {index}", f"where {index + 1}", "done"):
@@ -324,7 +268,7 @@ class PodSaves(Saves):
             place, area = exchange.hear(f"where {index}"), self._series.area
             try:
                 with area.share(place) as directory, self._space_told(page, directory):
-                    forms, what = self._disk.way.forms, (page.layout, page.leaves)
+                    forms, what = self._parts.disk.way.forms, (page.layout, page.leaves)
                     share = write_share(forms, directory, *what, sync=area.sync)
                 exchange.tell(f"share {index}", share)
             except BaseException as error:
@@ -337,5 +281,21 @@ class PodSaves(Saves):
     def _space_told(
         self, page: Page, directory: Path
     ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self._shown(page.path), in_process()
+        shown, here = self._parts.report.shown(page.path), in_process()
         return space_told(shown, page.layout.nbytes, directory, here)
+
+
+def _unchecked(path: Path) -> None:
+    """Check nothing: process 0 checks the paths when it writes."""
+
+
+def _on_host(
+    contents: Contents, call: Call, leaves: list[Any], memory: Copies | None
+) -> Copies:
+    number = len(leaves) - len(contents.scalars)
+    for name, value in zip(contents.scalars, leaves[number:], strict=True):
+        call.keep(name, np.asarray(value)[()])
+    contents.scalars, leaves = [], leaves[:number]
+    copies = copied_to_host(leaves, memory)
+    copies.beside = list(map(placed, copies.beside, leaves))
+    return copies

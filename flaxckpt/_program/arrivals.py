@@ -18,10 +18,9 @@ from flaxckpt._decision.state import LEAVES, CheckpointState, with_leaves
 from flaxckpt._program.call_host import call_host
 from flaxckpt._program.shards import Cut, Place, common, cut_of
 from flaxckpt._runtime.locks import new_lock
+from flaxckpt._saving.arriving import Arrival, Receiver, TracedTrees
 from flaxckpt._saving.at_exit import ending
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.contents import Incoming, Parts
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.call import Call
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError
 
@@ -33,14 +32,14 @@ class _Event:
     Attributes:
         mark: The scalars of the save, as bytes; the same on all devices.
         is_ready: Set once the save has memory to copy to, or has failed.
-        incoming: The save with its memory; None if it cannot be saved.
+        arrival: The save with its memory; None if it cannot be saved.
         error: What went wrong; None if nothing did.
         arrived: How many devices have handed their shards over.
     """
 
     mark: bytes
     is_ready: threading.Event = field(default_factory=threading.Event)
-    incoming: Incoming | None = None
+    arrival: Arrival | None = None
     error: BaseException | None = None
     arrived: int = 0
 
@@ -50,8 +49,8 @@ class Stream:
 
     def __init__(
         self,
-        saves: Saves,
-        parts: Parts,
+        receiver: Receiver,
+        trees: TracedTrees,
         logs: Logs,
         state: CheckpointState,
         places: Sequence[Place | None],
@@ -59,7 +58,7 @@ class Stream:
         stops: bool,
     ) -> None:
         """Take what all saves of the call have in common."""
-        self._saves, self._parts, self._logs = saves, parts, logs
+        self._receiver, self._trees, self._logs = receiver, trees, logs
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
         self._mesh = common([place.mesh for place in places if place is not None])
         self._specs = [PartitionSpec() if p is None else p.spec for p in places]
@@ -146,18 +145,18 @@ class Stream:
         self, scalars: PyTree, leaves: Sequence[np.ndarray[Any, Any]]
     ) -> np.int32:
         try:
-            incoming = self._begin(scalars)
-            if incoming is None:
+            arrival = self._begin(scalars)
+            if arrival is None:
                 return np.int32(0)
             try:
-                for target, leaf in zip(incoming.memory, leaves, strict=True):
+                for target, leaf in zip(arrival.memory, leaves, strict=True):
                     np.copyto(target, leaf)
-                self._saves.arrived(incoming)
+                self._receiver.arrived(arrival)
             except Exception as error:
-                self._saves.give_up(incoming)
+                self._receiver.give_up(arrival)
                 self._fail(error)
         except BaseException:  # an interrupt, which may come to the main thread
-            self._saves.give_up_all()
+            self._receiver.give_up_all()
             raise
         return np.int32(0)
 
@@ -177,22 +176,22 @@ class Stream:
             return np.int32(0)  # `wait` raises the error
         if is_first:
             try:
-                event.incoming = self._begin(scalars)
-                if event.incoming is not None:
-                    self._saves.hold(event.incoming)
+                event.arrival = self._begin(scalars)
+                if event.arrival is not None:
+                    self._receiver.hold(event.arrival)
             except BaseException as error:
                 event.error = error
             event.is_ready.set()
         event.is_ready.wait()
-        if event.incoming is None and event.error is not None:
+        if event.arrival is None and event.error is not None:
             # Raise on all devices: one that went on would wait for the others for ever.
             with self._guard:
                 event.arrived += 1
                 if event.arrived == len(cuts):
                     self._forget()
             raise ending(event.error)
-        if event.incoming is not None:
-            parts = zip(event.incoming.memory, cuts[number], shards, strict=True)
+        if event.arrival is not None:
+            parts = zip(event.arrival.memory, cuts[number], shards, strict=True)
             try:
                 for target, cut, shard in parts:
                     if cut is not None:
@@ -204,16 +203,16 @@ class Stream:
             if event.arrived < len(cuts):
                 return np.int32(0)
             self._events.pop(at, None)
-        if event.error is None and event.incoming is not None:
+        if event.error is None and event.arrival is not None:
             try:
-                self._saves.arrived(event.incoming)
+                self._receiver.arrived(event.arrival)
             except BaseException as error:
                 event.error = error
         if event.error is not None:
             # The other devices have gone on, so only the next save may end the program.
-            if event.incoming is not None:
-                self._saves.give_up(event.incoming)
-            self._saves.fail(event.error.with_traceback(None))
+            if event.arrival is not None:
+                self._receiver.give_up(event.arrival)
+            self._receiver.fail(event.error.with_traceback(None))
         return np.int32(0)
 
     def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
@@ -236,7 +235,7 @@ class Stream:
                     "over what they had begun to, and was run again. Call ckpt.wait() "
                     "in between; nothing is saved until then."
                 )
-                self._saves.fail(self._broken, ends=self._stops)
+                self._receiver.fail(self._broken, ends=self._stops)
                 raise self._broken
             self._events[at] = event
             self._calls[number] = at + 1
@@ -244,12 +243,12 @@ class Stream:
 
     def _forget(self) -> None:
         for event in self._events.values():
-            if event.incoming is not None:
-                self._saves.give_up(event.incoming)
+            if event.arrival is not None:
+                self._receiver.give_up(event.arrival)
         self._events.clear()
         self._calls.clear()
 
-    def _begin(self, scalars: PyTree) -> Incoming | None:
+    def _begin(self, scalars: PyTree) -> Arrival | None:
         """Take down the call, and claim memory for its leaves.
 
         Returns:
@@ -259,36 +258,36 @@ class Stream:
             CheckpointError: If this error, or an earlier one, is to end the program.
         """
         if self._stops:
-            self._saves.end_program()
+            self._receiver.end_program()
         try:
-            flags, entry = self._entry(scalars)
+            flags, call = self._call_of(scalars)
             lasts = bool(flags["lasts"])
-            return self._saves.expect(self._parts, entry, lasts=lasts)
+            return self._receiver.expect(self._trees, call, lasts=lasts)
         except Exception as error:
             self._fail(error)
             return None
 
-    def _entry(self, scalars: PyTree) -> tuple[Mapping[str, Any], Entry]:
+    def _call_of(self, scalars: PyTree) -> tuple[Mapping[str, Any], Call]:
         flags, at = scalars["flags"], scalars["at"]
         state = with_leaves(self._state, **scalars["state"])
-        entry = Entry(
+        call = Call(
             bool(flags["save"]),
             at["epoch"],
             at.get("batch"),
             {**self._logs, **scalars["logs"]},
             state,
         )
-        entry.before = with_leaves(state, **scalars["before"])
-        return flags, entry
+        call.before = with_leaves(state, **scalars["before"])
+        return flags, call
 
     def _tell(self, scalars: PyTree) -> np.int32:
-        flags, entry = self._entry(scalars)
+        flags, call = self._call_of(scalars)
         if flags["due"]:
-            self._saves.tell_decided(entry)
+            self._receiver.tell_decided(call)
         return np.int32(0)
 
     def _fail(self, error: BaseException) -> None:
         # Without the frames, which still run and hold views of the program's memory.
-        self._saves.fail(error.with_traceback(None), ends=self._stops)
+        self._receiver.fail(error.with_traceback(None), ends=self._stops)
         if self._stops:
             raise ending(error) from None

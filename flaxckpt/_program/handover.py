@@ -16,11 +16,12 @@ import numpy as np
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.scalars import index
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
+from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.arrivals import Stream
 from flaxckpt._program.shards import Place
 from flaxckpt._runtime.jax_internals import runtime_tokens
 from flaxckpt._saving.at_exit import before_end
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.saves import Saver
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt.errors import CheckpointError
@@ -44,7 +45,7 @@ def finish_programs() -> None:
 
 
 def stream_tree(
-    saves: Saves,
+    saves: Saver | PodSaver,
     tree: PyTree,
     logs: Logs | None,
     epoch: Any,
@@ -79,7 +80,7 @@ def stream_tree(
         saves come in the order of the calls.
 
     Raises:
-        CheckpointError: Within `shard_map` or `vmap`; and as `Saves.plan`.
+        CheckpointError: Within `shard_map` or `vmap`; and as `Receiver.plan`.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CheckpointError(
@@ -92,7 +93,8 @@ def stream_tree(
     if batch is not None:
         index("batch", batch)
     can_last = lasts is not np.False_
-    parts = saves.plan(tree, logs, batch, lasts=can_last)
+    receiver = saves.receiver
+    trees = receiver.plan(tree, logs, batch, lasts=can_last)
     logs = dict(logs or {})
     sent = {
         "flags": {"save": save, "lasts": lasts, "due": due},
@@ -117,9 +119,9 @@ def stream_tree(
     by_id = {
         id(leaf): place for leaf, place in zip(leaves_of(tree), places, strict=True)
     }
-    handed, parts.sent = parts.sent, []  # no value outlives its trace
+    handed, trees.sent = trees.sent, []  # no value outlives its trace
     leaf_places = [by_id.get(id(leaf)) for leaf in handed]
-    taking = Stream(saves, parts, kept, state, leaf_places, stops=stops)
+    taking = Stream(receiver, trees, kept, state, leaf_places, stops=stops)
     # A function that is differentiated may save, too.
     leaves = [jax.lax.stop_gradient(without_keys(leaf)) for leaf in handed]
     scalars = jax.lax.stop_gradient(scalars)
@@ -127,7 +129,7 @@ def stream_tree(
     token = jax.lax.cond(
         save, taking.hand_over, lambda *_: jnp.int32(0), scalars, leaves
     )
-    if saves.tells and before.save_best_only:
+    if receiver.tells and before.save_best_only:
         token += jax.lax.cond(save, lambda _: jnp.int32(0), taking.tell, scalars)
     return with_leaves(state, seen=state.seen + token), taking
 

@@ -13,12 +13,13 @@ from jax.sharding import NamedSharding
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._decision.step import judge
+from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.arrivals import Stream
 from flaxckpt._program.handover import finish_programs, stream_tree
 from flaxckpt._program.shards import Place, place_of
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.traces import runs_in_trace
-from flaxckpt._saving.saves import Saves
+from flaxckpt._saving.saves import Saver
 from flaxckpt._settings import Settings
 from flaxckpt._trees.ties import PyTree, flatten, leaves_of
 
@@ -26,7 +27,7 @@ from flaxckpt._trees.ties import PyTree, flatten, leaves_of
 class Programs:
     """The programs that call `update`."""
 
-    def __init__(self, settings: Settings, saves: Saves) -> None:
+    def __init__(self, settings: Settings, saves: Saver | PodSaver) -> None:
         """Take what the calls need; no program has been traced yet."""
         self._settings, self._saves = settings, saves
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()

@@ -43,11 +43,11 @@ def _finish() -> None:
             function()
         except Exception as error:
             _tell(error)
-    for writer in list(UNHEARD):
+    for queue in list(UNHEARD):
         is_closed = False
         while not is_closed:
             try:
-                writer.close()
+                queue.close()
                 is_closed = True
             except (CheckpointError, Warning) as error:  # each is raised once
                 _tell(error)

@@ -1,16 +1,14 @@
-"""One call that may save: its metrics, its state, and whether it saves.
-
-The decision may be a value that a device still computes.
-"""
+"""One call that may save: its metrics, its state, and whether it saves."""
 
 import datetime
-from typing import Any, TypeGuard, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
 import numpy as np
 
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.on_device import fill, verdict_of
+from flaxckpt._copies.on_device import verdict_of
 from flaxckpt._decision.logs import Logs, find
 from flaxckpt._decision.scalars import monitored, whole
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
@@ -19,33 +17,57 @@ from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._runtime.gone import is_gone
 
 
-class Entry:
+class Save:
+    """The call saves in the series."""
+
+
+class Skip:
+    """The call saves nothing in the series."""
+
+
+class Undecided:
+    """The decision needs a metric that a device still computes."""
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A device decides.
+
+    Attributes:
+        flag: Whether the call saves in the series, bool[].
+    """
+
+    flag: jax.Array
+
+
+Decision: TypeAlias = Save | Skip | Undecided | OnDevice
+
+
+class Call:
     """One call that saves, or may.
 
     Attributes:
-        save: Whether it saves; None before the decision, and a bool[] where a device
-            decides.
+        decision: Whether it saves in the series.
         before: The state before the decision.
         state: The state after the decision.
         news: The decision in words, with which the message about the save begins.
         kept: The state to record, with copies of arrays that the loop may donate.
         by_hand: Whether the call is `save`, which a better checkpoint makes way for.
-        line: Number of a line of saves, each of which is better than the one before. A
-            save supersedes saves of its line only. None where that does not count.
+        line: The number of its line; see `Lines`. None where that does not count.
         copies: Copies of the leaves to save, and of scalars on devices.
         frozen: The frozen ones among these leaves, by their positions.
     """
 
     def __init__(
         self,
-        save: bool | None,
+        saves: bool,
         epoch: Any,
         batch: Any,
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> None:
         """Take down the arguments of the call; `logs` are normalized already."""
-        self.save: Any = save
+        self.decision: Decision = Save() if saves else Skip()
         self.epoch = whole("epoch", epoch)
         self.batch = None if batch is None else whole("batch", batch)
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
@@ -56,7 +78,16 @@ class Entry:
         self.line: int | None = None
         self.copies: Copies | None = None
         self.frozen: dict[int, FrozenLeaf] = {}
-        self._verdict: Any = None  # of a device
+
+    @property
+    def saves(self) -> bool:
+        """Whether it is known that the call saves in the series."""
+        return isinstance(self.decision, Save)
+
+    @property
+    def skips(self) -> bool:
+        """Whether it is known that the call saves nothing in the series."""
+        return isinstance(self.decision, Skip)
 
     @property
     def unknown(self) -> jax.Array | None:
@@ -85,17 +116,16 @@ class Entry:
 
     def scalars(self) -> dict[tuple[str, str], jax.Array]:
         """Return the scalars of logs and state on devices; the loop may donate them."""
-        found: dict[tuple[str, str], jax.Array] = {}
+        scalars: dict[tuple[str, str], jax.Array] = {}
         for name, value in self.logs.items():
             if isinstance(value, jax.Array) and not value.shape:
-                found["logs", name] = value
+                scalars["logs", name] = value
+        is_open = isinstance(self.decision, Undecided)
         for name in LEAVES:
             value = getattr(self.state, name, None)
-            if isinstance(value, jax.Array) and (
-                name not in BEST or self.save is not None
-            ):
-                found["state", name] = value  # not the best, while a device decides
-        return found
+            if isinstance(value, jax.Array) and not (is_open and name in BEST):
+                scalars["state", name] = value  # the best is still to be decided
+        return scalars
 
     def keep(self, name: tuple[str, str], value: Any) -> None:
         """Replace one of `scalars` by a copy, which the loop cannot donate."""
@@ -109,7 +139,7 @@ class Entry:
     def judge(self) -> None:
         """Decide a due check now; wait for the metric if the decision needs it."""
         assert self.state is not None
-        forced, name = self.save, self.metric
+        forced, name = self.saves, self.metric
         if self.state.save_best_only:
             fetched = {name: fetched_value(getattr(self.state, name)) for name in BEST}
             self.before = self.state = with_leaves(self.state, **fetched)
@@ -117,44 +147,30 @@ class Entry:
                 self.logs[name] = fetched_value(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)
         self.kept = self.state
-        self.save = bool(save or forced)
+        self.decision = Save() if save or forced else Skip()
 
-    def decide_on_device(
-        self,
-        state: CheckpointState,
-        value: jax.Array,
-        leaves: list[Any],
-        into: Copies | None,
-        *,
-        always: bool,
-    ) -> None:
-        """Have the device decide a due check, and copy if there is something to save.
+    def judge_on_device(self, value: jax.Array) -> None:
+        """Have a device decide a due check; it computes the best of the states, too.
 
         Args:
-            state: The decision state after `tick`.
             value: The monitored value.
-            leaves: The leaves to copy to `copies`.
-            into: Earlier copies of the same plan, whose memory is used. They keep their
-                values if there is nothing to save. None for new memory.
-            always: Whether to copy even without a new best, for a slot, which takes any
-                state.
         """
-        assert self.copies is not None
-        self._verdict = verdict_of(state, value)
-        fill(self.copies, leaves, into, np.True_ if always else self._verdict[1])
-        self.take_verdict()
+        assert self.state is not None
+        bests, flag = verdict_of(self.state, value)
+        after, kept, before = (
+            with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
+            for best in bests
+        )
+        self.before, self.kept, self.state = before, kept, after
+        self.decision = OnDevice(flag)
 
-    def take_verdict(self) -> None:
-        """Take up the verdict of a device, once: `save` and the states."""
-        verdict = self._verdict
-        if self.save is None and verdict is not None and self.state is not None:
-            bests, save = verdict
-            after, kept, before = (
-                with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
-                for best in bests
-            )
-            self.before, self.kept, self.state = before, kept, after
-            self.save = save
+    def take_up_flag(self) -> bool:
+        """Wait for a device's decision; return False if no device decides."""
+        decision = self.decision
+        if not isinstance(decision, OnDevice):
+            return False
+        self.decision = Save() if decision.flag else Skip()
+        return True
 
 
 def is_unknown(value: Any) -> TypeGuard[jax.Array]:

@@ -5,24 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._saving.call import Entry
-from flaxckpt._saving.queue import Job
+from flaxckpt._saving.call import (
+    Call,
+    OnDevice,
+    Undecided,
+    fetched_value,
+    is_unknown,
+)
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
-from flaxckpt._trees.ties import PyTree
-from flaxckpt.errors import SettingError
 
 # By default, several saves may be under way where all their copies fit into this.
-SMALL_BYTES = 64 * 2**20
-MAX_IN_FLIGHT = 8
-STRUCTURES = 4  # so many structures of saved trees are remembered
+_SMALL_BYTES = 64 * 2**20
+_MAX_IN_FLIGHT = 8
 
 
 @dataclass
-class Part:
+class StoredTree:
     """A tree to write: the whole state, or its weights.
 
     Attributes:
@@ -39,135 +40,91 @@ class Part:
 
 
 @dataclass
-class Save:
-    """The trees that a job writes, from the last of its entries that saves.
+class Contents:
+    """The trees that a job writes, from the last of its calls that saves.
 
     Attributes:
-        part: The tree for the series.
-        whole: The tree for the slot; None for no slot. Where it is the same object as
-            `part`, the slot gets it only if the series does not.
+        series: The tree for the series; None if it gets nothing.
+        slot: The tree for the slot; None for no slot. If it is the same object as
+            `series`, the slot gets it only if the series does not.
         path: The path in the series; None if it is not known yet.
-        scalars: Names of the scalars to copy with the leaves; see `Entry.scalars`.
-        entries: The calls, the latest last.
+        scalars: Names of the scalars to copy with the leaves; see `Call.scalars`.
+        calls: The calls, the latest last.
     """
 
-    part: Part
-    whole: Part | None
+    series: StoredTree | None
+    slot: StoredTree | None
     path: Path | None
     scalars: list[tuple[str, str]] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @property
-    def parts(self) -> list[Part]:
-        """The trees to copy."""
-        if self.whole is None or self.whole is self.part:
-            return [self.part]
-        return [self.part, self.whole]
+    def trees(self) -> list[StoredTree]:
+        """The trees to copy, each once."""
+        slot = None if self.slot is self.series else self.slot
+        return [tree for tree in (self.series, slot) if tree is not None]
 
-    def leaves(self, entry: Entry) -> list[Any]:
+    def leaves(self, call: Call) -> list[Any]:
         """Return the leaves to copy, followed by the scalars on devices.
 
         A frozen leaf that is stored already is there as a `FrozenLeaf`, which no copy
         is made of.
         """
-        leaves = [leaf for part in self.parts for leaf in part.leaves]
-        for position, frozen in entry.frozen.items():
+        leaves = [leaf for tree in self.trees for leaf in tree.leaves]
+        for position, frozen in call.frozen.items():
             if frozen.digest:
                 leaves[position] = frozen
         if self.scalars:
-            scalars = entry.scalars()
+            scalars = call.scalars()
             leaves += [scalars[name] for name in self.scalars]
         return leaves
 
-
-@dataclass(frozen=True)
-class Sent:
-    """Stands for a leaf that a program hands over.
-
-    Attributes:
-        index: The leaf's position in `Parts.sent`.
-    """
-
-    index: int
-
-
-class Parts:
-    """The trees that a traced call may save.
-
-    Attributes:
-        sent: The values of the trace that the program hands over, each once.
-        kinds: Their shapes and dtypes, as the host gets them.
-    """
-
-    def __init__(self, part: Part, whole: Part | None) -> None:
-        """Gather the leaves.
+    def take_up_scalars(self, call: Call, *, waits: bool = False) -> None:
+        """Have scalars on devices copied with the trees; the loop may donate them.
 
         Args:
-            part: The tree for the series.
-            whole: The tree for the slot; None for no slot.
+            call: The call, which has the scalars.
+            waits: Whether to fetch each scalar that is on other devices than the tree,
+                and not only those that are computed already.
         """
-        found: dict[int, tuple[int, jax.Array]] = {}
-        for each in (part, whole):
-            for leaf in () if each is None else each.leaves:
-                if isinstance(leaf, jax.Array):
-                    found.setdefault(id(leaf), (len(found), leaf))
-        self.sent = [leaf for _, leaf in found.values()]
-        self.kinds = [_kind_on_host(leaf) for leaf in self.sent]
-        for each in (part, whole):
-            if each is not None:
-                each.leaves = [
-                    Sent(found[id(leaf)][0]) if isinstance(leaf, jax.Array) else leaf
-                    for leaf in each.leaves
-                ]
-        self._part, self._whole = part, whole
+        leaves = self.trees[0].leaves
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        self.scalars = []
+        for name, value in call.scalars().items():
+            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
+                self.scalars.append(name)
+            elif not waits and (not arrays or is_unknown(value)):
+                self.scalars.append(name)
+            else:
+                call.keep(name, fetched_value(value))
 
-    def copies(self) -> tuple[Part, Part | None]:
-        """Return copies of the parts, for one save."""
-        part = replace(self._part, leaves=list(self._part.leaves))
-        if self._whole is None:
-            return part, None
-        if self._whole is self._part:
-            return part, part
-        return part, replace(self._whole, leaves=list(self._whole.leaves))
+    def wanted(self, call: Call) -> Any:
+        """Tell whether to copy, a bool or bool[]; a slot takes any state."""
+        if isinstance(call.decision, OnDevice) and self.slot is None:
+            return call.decision.flag
+        return np.True_
 
+    def decided(self, call: Call) -> "Contents":
+        """Return what to save of these contents, after the call was judged."""
+        contents = replace(self, series=None) if call.skips else self
+        contents.take_up_scalars(call)
+        return contents
 
-@dataclass
-class Incoming:
-    """A save whose leaves a program is handing over.
+    def key(self, call: Call) -> Any:
+        """Return the key of a job: it supersedes a waiting job of an equal key."""
+        if call.skips:
+            where = line = None  # any later state supersedes it in the slot
+        elif self.path is None:
+            return None
+        elif isinstance(call.decision, OnDevice | Undecided) and self.slot is not None:
+            return None  # the device decides between the series and the slot
+        else:
+            where, line = self.path, call.line
+        trees = [tree for tree in (self.series, self.slot) if tree is not None]
+        layouts = [(tree.layout, tree.weights) for tree in trees]
+        return where, line, self.scalars, layouts
 
-    Attributes:
-        job: The job that writes it.
-        save: The trees.
-        entry: The call.
-        where: The path of the checkpoint or the slot; None if it is not known.
-        memory: The arrays to copy the leaves to.
-    """
-
-    job: Job
-    save: Save
-    entry: Entry
-    where: Path | None
-    memory: list[np.ndarray[Any, Any]]
-
-
-def refusal_of_nothing(tree: PyTree, *, is_picked: bool) -> SettingError:
-    """Make the error for a tree that has no values to save."""
-    is_short = tree is None or (isinstance(tree, dict | list | tuple) and not tree)
-    shown = tree if is_short else f"<{type(tree).__name__}>"
-    if is_picked:
-        advice = (
-            "these are the weights of the tree, and hold no array, number or text. "
-            "Pass save_weights_only=False, or a `weights` that picks some."
-        )
-        return SettingError("weights(tree)", shown, advice)
-    advice = (
-        "it holds no array, number or text, so a checkpoint of it would be empty. If "
-        "a filter made it, the filter matched nothing."
-    )
-    return SettingError("tree", shown, advice)
-
-
-def _kind_on_host(leaf: jax.Array) -> tuple[tuple[int, ...], Any]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return leaf.shape, np.dtype(leaf.dtype)
+    def limit(self) -> int:
+        """Return how many saves of this size may be under way by default."""
+        size = sum(tree.layout.nbytes for tree in self.trees)
+        return min(max(_SMALL_BYTES // max(size, 1), 1), _MAX_IN_FLIGHT)

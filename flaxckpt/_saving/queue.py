@@ -4,70 +4,33 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._direct.threads import stand_back
-from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import is_nested, outside
 from flaxckpt._runtime.locks import new_lock, unlock_all
 from flaxckpt._runtime.unchecked import stay_unchecked
 from flaxckpt._saving.at_exit import UNHEARD, ending
+from flaxckpt._saving.job import (
+    NOBODY,
+    PROGRAM,
+    QUEUE,
+    Job,
+    error_of,
+    nothing,
+    translated,
+)
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _IDLE_SECS = 2.0
 _MOST_ERRORS = 20
-# Holders of a job, besides the thread that has claimed it.
-_NOBODY, _WRITER, _PROGRAM = 0, -1, -2
 
 
-def _nothing() -> None:
-    return
-
-
-@dataclass(eq=False)
-class Job:
-    """A save that waits for its turn, or is under way.
-
-    Attributes:
-        key: Stands for what the job writes. A newer save with an equal key claims the
-            job while it waits. None if no save may.
-        path: The path that errors name.
-        run: Does the work.
-        after: What to do afterwards; `wait` does not wait for it.
-        content: What the job writes; a call that claims a waiting job adds to it.
-        memory: Copies whose memory the next job can use after this one; None for none.
-        then: The job that this one becomes once its copies are filled; None for none.
-        is_filled: Tells whether the copies are filled.
-        holder: The thread that has claimed the job, or one of the values above.
-        number: Its place among the waiting jobs.
-    """
-
-    key: Any = None
-    path: str = ""
-    run: Callable[[], None] = _nothing
-    after: Callable[[], None] = _nothing
-    content: Any = None
-    memory: Any = None
-    then: "Job | None" = None
-    is_filled: Callable[[], bool] = bool
-    holder: int = _NOBODY
-    number: int = 0
-
-    def change(self) -> None:
-        """Become the job `then`. If an interrupt ends this, it can be done again."""
-        then = self.then
-        if then is not None:
-            self.key, self.path, self.content = then.key, then.path, then.content
-            self.run, self.after, self.memory = then.run, then.after, then.memory
-            self.then = None
-
-
-class Writer:
-    """Run jobs in order on one background thread.
+class JobQueue:
+    """Runs jobs in order on one background thread.
 
     A call claims a job, fills it and submits it; `claim` bounds the number of jobs. The
     next call of `wait`, `check` or `close` raises the error of a failed job, once. The
@@ -78,7 +41,7 @@ class Writer:
     call has claimed a job and not submitted it, the next call of the same thread gives
     it back.
 
-    In a process that was forked from the one that made the writer, `wait`, `check` and
+    In a process that was forked from the one that made the queue, `wait`, `check` and
     `close` do nothing.
     """
 
@@ -120,11 +83,12 @@ class Writer:
         with self._lock:
             for job in self._waiting:
                 if key is not None and job.key == key:
-                    job.holder = own
+                    job.waited, job.holder = 0.0, own
                     return job
-            if not wait and len(self._jobs) >= limit:
-                return None
+            waited = 0.0
             if len(self._jobs) >= limit:
+                if not wait:
+                    return None
                 if self._own():  # of another call, within which this one runs
                     raise CheckpointError(
                         "A save was asked for within another call of the same object, "
@@ -132,15 +96,17 @@ class Writer:
                         "flag there, and save from the loop."
                     )
                 self._start()
-            self._changed.wait_for(lambda: len(self._jobs) < limit)
+                start = time.perf_counter()
+                self._changed.wait_for(lambda: len(self._jobs) < limit)
+                waited = time.perf_counter() - start
             memory = self._memory.pop() if self._memory else None
-            job = Job(key, memory=memory, holder=own)
+            job = Job(key, memory=memory, holder=own, waited=waited)
             self._jobs.append(job)
             return job
 
     def hold(self, job: Job) -> None:
         """Keep a claimed job for a program, whatever call the thread makes next."""
-        job.holder = _PROGRAM
+        job.holder = PROGRAM
 
     def submit(self, job: Job) -> None:
         """Put a claimed job into the queue."""
@@ -149,7 +115,7 @@ class Writer:
             self._start()  # first: if it fails, nothing has changed
             job.change()
             job.number = next(self._numbers)
-            job.holder = _NOBODY
+            job.holder = NOBODY
             self._changed.notify_all()
 
     def give_back(self, job: Job) -> None:
@@ -157,13 +123,13 @@ class Writer:
         if job.then is not None and job.then.is_filled():
             job.change()
         with self._lock:
-            if job.run is _nothing:
+            if job.run is nothing:
                 if job in self._jobs:
                     self._jobs.remove(job)
             else:
                 job.then = None
                 job.number = job.number or next(self._numbers)
-                job.holder = _NOBODY
+                job.holder = NOBODY
                 UNHEARD.add(self)
                 with contextlib.suppress(RuntimeError):  # `wait` tries again
                     self._start()
@@ -198,7 +164,7 @@ class Writer:
 
     @property
     def _waiting(self) -> list[Job]:
-        waiting = [job for job in self._jobs if job.holder == _NOBODY]
+        waiting = [job for job in self._jobs if job.holder == NOBODY]
         return sorted(waiting, key=lambda job: job.number)
 
     def wait(self) -> None:
@@ -267,12 +233,12 @@ class Writer:
 
     def _note(self, error: CheckpointError) -> None:
         """Keep an error, and clear its frames, which hold on to the trees."""
-        each: BaseException | None = error
+        cause: BaseException | None = error
         seen: set[int] = set()
-        while each is not None and id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            each = each.__cause__ or each.__context__
+        while cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         if len(self._errors) < _MOST_ERRORS:
             self._errors.append(error)
         else:
@@ -308,7 +274,7 @@ class Writer:
 
     def is_working(self) -> bool:
         """Tell whether a job waits for its turn or is under way."""
-        return any(job.holder in (_NOBODY, _WRITER) for job in self._jobs)
+        return any(job.holder in (NOBODY, QUEUE) for job in self._jobs)
 
     def _work(self) -> None:
         stand_back()
@@ -325,8 +291,8 @@ class Writer:
                     self._thread = None
                     return
                 job = self._waiting[0]
-                job.holder, self._is_busy = _WRITER, True
-            error = _error_of(job)
+                job.holder, self._is_busy = QUEUE, True
+            error = error_of(job)
             with self._lock:
                 if error is not None:
                     self._note(error)
@@ -347,32 +313,6 @@ class Writer:
             with self._lock:
                 self._note(translated(error, job.path))
                 UNHEARD.add(self)
-
-
-def _error_of(job: Job) -> CheckpointError | None:
-    """Run a job, and return its error."""
-    try:
-        job.run()
-    except BaseException as error:
-        return translated(error, job.path)
-    finally:
-        job.run, job.content = _nothing, None  # they hold on to trees
-    return None
-
-
-def translated(error: BaseException, path: str, where: str = "") -> CheckpointError:
-    """Return an error as one of flaxckpt's.
-
-    Args:
-        error: What went wrong.
-        path: The checkpoint that was to be written.
-        where: Text that follows the error in the message.
-    """
-    if isinstance(error, CheckpointError):
-        return error
-    failure = CheckpointWriteError(path, f"{in_one_line(error)}{where}")
-    failure.__cause__ = error
-    return failure
 
 
 def _briefly(error: CheckpointError) -> str:

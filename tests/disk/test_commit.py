@@ -52,9 +52,9 @@ def test_the_files_of_old_checkpoints_are_used_for_new_ones(tmp_path, files, set
             assert (flaxckpt.load(path)["w"] == epoch).all()
         assert len(set(places[3:])) == len(set(places[-3:])) <= 3
         # One directory beside the checkpoints, and none in the end.
-        writer = ckpt._saves._writer
-        with writer._changed:  # what is deleted after `wait` has returned
-            writer._changed.wait_for(lambda: not writer._is_busy)
+        queue = ckpt._saves.queue
+        with queue._changed:  # what is deleted after `wait` has returned
+            queue._changed.wait_for(lambda: not queue._is_busy)
         assert len([n for n in os.listdir(tmp_path) if n.startswith(".")]) == 2
     assert not [n for n in os.listdir(tmp_path) if n.startswith(".")]
 
@@ -118,9 +118,9 @@ def test_an_old_directory_that_is_a_link_is_not_written_over(tmp_path, files, go
         for epoch in range(3):
             ckpt.save(tree_of(epoch), epoch)
             ckpt.wait()
-        writer = ckpt._saves._writer
-        with writer._changed:  # what is deleted after `wait` has returned
-            writer._changed.wait_for(lambda: not writer._is_busy)
+        queue = ckpt._saves.queue
+        with queue._changed:  # what is deleted after `wait` has returned
+            queue._changed.wait_for(lambda: not queue._is_busy)
         (spare,) = (tmp_path / "runs").glob(".flaxckpt-*-*")
         (spare / gone).rename(elsewhere)
         (spare / gone).symlink_to(elsewhere)
@@ -253,7 +253,7 @@ def test_an_object_that_nobody_closed_leaves_no_spare(tmp_path, files):
     area = weakref.ref(ckpt._series.area)
     assert list(tmp_path.glob(".flaxckpt-*-*"))
     ckpt._saves.close()  # its thread would hold on to it for two seconds
-    thread = ckpt._saves._writer._thread
+    thread = ckpt._saves.queue._thread
     del ckpt
     if thread is not None:
         thread.join()

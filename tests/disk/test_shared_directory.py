@@ -352,9 +352,9 @@ def improve(ckpt, loss, state=None):
     state = ckpt.init() if state is None else state
     state = ckpt.update(state, tree_of(0), {"loss": loss}, epoch=0)
     ckpt.wait()
-    writer = ckpt._saves._writer
-    with writer._changed:  # what is deleted after `wait` has returned
-        writer._changed.wait_for(lambda: not writer._is_busy)
+    queue = ckpt._saves.queue
+    with queue._changed:  # what is deleted after `wait` has returned
+        queue._changed.wait_for(lambda: not queue._is_busy)
     return state
 
 

@@ -34,8 +34,9 @@ import flaxckpt
 from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._saving import call as _call
+from flaxckpt._saving import contents as _contents
+from flaxckpt._saving import paths as _paths
 from flaxckpt._saving import queue as _queue
-from flaxckpt._saving import saves as _saves
 
 PACKAGE = os.path.dirname(flaxckpt.__file__)
 DEADLINE_SECS = 60
@@ -208,7 +209,7 @@ def late(directory):
 
     def late_update():
         with contextlib.ExitStack() as stack:
-            for module in (_call, _saves):
+            for module in (_call, _contents, _paths):
                 patch = mock.patch.object(module, "is_unknown", is_array)
                 stack.enter_context(patch)
             call()
@@ -414,7 +415,7 @@ def go_on(run):
     run.ckpt.wait()
     assert_kept(run, "after the next save")
     assert len([t for t in threading.enumerate() if t.name == "flaxckpt"]) <= 1
-    assert not run.ckpt._saves._writer._jobs
+    assert not run.ckpt._saves.queue._jobs
     run.ckpt.close()
 
 

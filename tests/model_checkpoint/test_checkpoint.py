@@ -732,7 +732,7 @@ def test_a_failed_save_is_raised_at_the_next_call_and_only_there(tmp_path, call)
     state = run(ckpt, [0.5])
     with FullDisk():
         state = ckpt.update(state, BIG, {}, 1)
-        while not ckpt._saves._writer._errors:
+        while not ckpt._saves.queue._errors:
             time.sleep(0.01)
     calls = {
         "update": lambda: ckpt.update(state, TREE, {}, 2),

@@ -222,7 +222,7 @@ def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
     ckpt = ModelCheckpoint(tmp_path / "{epoch}", save_freq=5, save_on_preemption=True)
     ckpt.update(ckpt.init(), {"w": np.zeros(2)}, {}, 0)  # without a batch
     for message in ("one", "two"):
-        ckpt._saves._writer.warn(message)
+        ckpt._saves.queue.warn(message)
     os.kill(os.getpid(), interrupts.signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -247,7 +247,7 @@ def test_no_warning_takes_the_place_of_the_loop_s_error(tmp_path, monkeypatch):
             warnings.simplefilter("error")
             with pytest.raises(type(error), match="mine") as caught, ckpt:
                 ckpt.save({"w": np.zeros(2)}, 0)
-                ckpt._saves._writer.warn("three")
+                ckpt._saves.queue.warn("three")
                 raise error
         assert caught.value.__notes__[-2] == "And: three"
         assert "injected" in caught.value.__notes__[-1]
@@ -270,14 +270,14 @@ AT_END = """
     for ckpt in all:
         ckpt.save({"w": np.zeros(3)}, 0)
     for ckpt in all:
-        ckpt._saves._writer.warn("of something")
+        ckpt._saves.queue.warn("of something")
         is_saved = False
         while not is_saved:  # what was is raised first
             try:
                 is_saved = bool(ckpt.save({"w": np.zeros(3)}, 1))
             except (flaxckpt.CheckpointError, UserWarning):
                 pass
-        ckpt._saves._writer.warn("of something")
+        ckpt._saves.queue.warn("of something")
 """
 
 
@@ -305,7 +305,7 @@ def test_a_dropped_object_lets_lock_and_signals_go(tmp_path):
 
 def join(ckpt):
     """Wait for the thread that writes, which holds on to what it saves with."""
-    thread = ckpt._saves._writer._thread
+    thread = ckpt._saves.queue._thread
     if thread is not None:
         thread.join()
 
@@ -367,11 +367,11 @@ def test_a_dropped_object_s_memory_is_let_go(tmp_path):
 
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.save({"w": jnp.zeros(2)}, 0)
-    writer = ckpt._saves._writer
+    queue = ckpt._saves.queue
     join(ckpt)
-    assert writer._memory
-    assert writer in _at_exit.UNHEARD
+    assert queue._memory
+    assert queue in _at_exit.UNHEARD
     del ckpt
     gc.collect()
-    assert not writer._memory
-    assert writer not in _at_exit.UNHEARD
+    assert not queue._memory
+    assert queue not in _at_exit.UNHEARD

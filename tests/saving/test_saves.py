@@ -24,7 +24,7 @@ from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import learn as _learn
 from flaxckpt._direct import sources as _sources
 from flaxckpt._direct import write as _direct_write
-from flaxckpt._saving.queue import Writer
+from flaxckpt._saving.queue import JobQueue
 
 
 def names(infos):
@@ -446,7 +446,7 @@ def test_the_copies_of_one_save_are_used_by_the_next(tmp_path):
         for epoch in range(5):
             ckpt.save(tree_of(epoch), epoch)
             ckpt.wait()
-            (memory,) = ckpt._saves._writer._memory
+            (memory,) = ckpt._saves.queue._memory
             places.add(tuple(x.unsafe_buffer_pointer() for x in memory.arrays))
         assert len(places) == 1
 
@@ -464,7 +464,7 @@ def test_a_check_that_does_not_save_leaves_the_copies_alone(
             logs = {"val_loss": jnp.float32(loss)}
             state = ckpt.update(state, tree_of(epoch), logs, epoch)
             assert arrived.wait(60)
-        assert len(ckpt._saves._writer._waiting) == 1
+        assert len(ckpt._saves.queue._waiting) == 1
         go.set()
         ckpt.wait()
         assert epoch_of(flaxckpt.load(tmp_path / "best")) == 1
@@ -533,7 +533,7 @@ def test_more_saves_than_allowed_wait_and_are_counted(tmp_path, monkeypatch):
         assert ckpt.counts.delayed_secs > 0.05
         ckpt.wait()
         assert names(ckpt.checkpoints) == list("123")
-        assert len(ckpt._saves._writer._memory) == 2
+        assert len(ckpt._saves.queue._memory) == 2
 
 
 def test_where_it_would_wait_for_the_disk_it_looks_at_the_metric(
@@ -688,11 +688,11 @@ def test_a_message_that_cannot_be_printed_blocks_no_later_save(tmp_path, monkeyp
         threading.Timer(0.2, go.set).start()
         with monkeypatch.context() as patch:
 
-            def refuse(entry, message):
+            def refuse(call, message):
                 if "waited" in message:
                     raise BrokenPipeError
 
-            patch.setattr(ckpt._saves, "_say", refuse)
+            patch.setattr(ckpt._saves.report, "say", refuse)
             with pytest.raises(BrokenPipeError):
                 ckpt.save(tree_of(1), 1)
         ckpt.save(tree_of(2), 2)
@@ -775,7 +775,7 @@ def test_compressed(tmp_path):
     assert sizes[0] < 20_000 < 400_000 < sizes[1]
 
 
-# ---- what a writer remembers -------------------------------------------------------------
+# ---- what a queue remembers --------------------------------------------------------------
 
 
 def test_checkpoints_deleted_by_hand_do_not_confuse_retention(tmp_path):
@@ -807,7 +807,7 @@ def test_two_objects_of_one_series_see_each_other_s_saves(tmp_path):
 
 def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
     """A program that cannot be told of a full disk may go on for long."""
-    writer, held, kept = Writer(), [], type("Tree", (), {})
+    queue, held, kept = JobQueue(), [], type("Tree", (), {})
 
     def run():
         tree = kept()
@@ -815,15 +815,15 @@ def test_errors_hold_on_to_nothing_that_was_saved(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for number in range(50):
-        job = writer.claim(None, 60)
+        job = queue.claim(None, 60)
         job.run, job.path = run, f"/p/{number}"
-        writer.submit(job)
+        queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="'/p/0' failed: OSError") as caught:
-        writer.wait()
+        queue.wait()
     assert len(caught.value.__notes__) == 20
     assert caught.value.__notes__[-1] == "And 30 more."
     assert not [tree for each in held if (tree := each()) is not None]
-    writer.close()
+    queue.close()
 
 
 def test_errors_that_compare_strangely(tmp_path):
@@ -839,28 +839,28 @@ def test_errors_that_compare_strangely(tmp_path):
         except Strange as error:
             raise Strange("second") from error
 
-    writer = Writer()
-    job = writer.claim(None, 1)
+    queue = JobQueue()
+    job = queue.claim(None, 1)
     job.run, job.path = run, "/p"
-    writer.submit(job)
+    queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="second"):
-        writer.close()
+        queue.close()
 
 
 def test_what_fails_after_a_save_stops_no_later_one():
     def fail():
         raise OSError("sweeping")
 
-    writer, done = Writer(), []
+    queue, done = JobQueue(), []
     for number in range(2):
-        job = writer.claim(None, 9)
+        job = queue.claim(None, 9)
         job.run, job.after = lambda number=number: done.append(number), fail
-        writer.submit(job)
+        queue.submit(job)
     with pytest.raises(CheckpointWriteError, match="sweeping"):
-        writer.close()
-        writer.close()
+        queue.close()
+        queue.close()
     with contextlib.suppress(CheckpointWriteError):  # of what came after the first
-        writer.close()
+        queue.close()
     assert done == [0, 1]
 
 

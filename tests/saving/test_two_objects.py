@@ -120,7 +120,7 @@ def test_another_one_saves_while_one_is_writing(tmp_path, monkeypatch, moment):
     one.save(tree_of(2), 2)
     assert begun.wait(60)
     two.save(tree_of(3), 3)
-    thread = two._saves._writer._thread
+    thread = two._saves.queue._thread
     thread.join(0.5)
     go.set()
     one.wait()

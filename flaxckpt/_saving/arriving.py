@@ -1,0 +1,200 @@
+"""Trees that a running program hands over: `Receiver` claims memory, and saves them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxckpt._copies.held import Copies
+from flaxckpt._copies.on_host import memory_of_host
+from flaxckpt._decision.logs import Logs
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.contents import Contents, StoredTree
+from flaxckpt._saving.job import Job
+from flaxckpt._saving.parts import SaverParts, refuse_processes
+from flaxckpt._trees.ties import PyTree
+
+
+@dataclass(frozen=True)
+class FromDevice:
+    """Stands for a leaf that a program hands over.
+
+    Attributes:
+        index: The leaf's position in `TracedTrees.sent`.
+    """
+
+    index: int
+
+
+class TracedTrees:
+    """The trees that a traced call may save.
+
+    Attributes:
+        sent: The values of the trace that the program hands over, each once.
+        kinds: Their shapes and dtypes, as the host gets them.
+    """
+
+    def __init__(self, contents: Contents) -> None:
+        """Gather the leaves of what the call may save."""
+        sent: dict[int, tuple[int, jax.Array]] = {}
+        for tree in contents.trees:
+            for leaf in tree.leaves:
+                if isinstance(leaf, jax.Array):
+                    sent.setdefault(id(leaf), (len(sent), leaf))
+        self.sent = [leaf for _, leaf in sent.values()]
+        self.kinds = [_kind_on_host(leaf) for leaf in self.sent]
+        for tree in contents.trees:
+            tree.leaves = [
+                FromDevice(sent[id(leaf)][0]) if isinstance(leaf, jax.Array) else leaf
+                for leaf in tree.leaves
+            ]
+        self._contents = contents
+
+    def contents(self, call: Call, path: Path | None, *, lasts: bool) -> Contents:
+        """Return copies of the trees for one save, which empties them."""
+        traced = self._contents
+        series = _copied(traced.series) if call.saves else None
+        slot = _copied(traced.slot) if lasts else None
+        if slot is not None and series is not None and traced.slot is traced.series:
+            slot = series
+        return Contents(series, slot, path)
+
+
+@dataclass
+class Arrival:
+    """A save whose leaves a program is handing over.
+
+    Attributes:
+        job: The job that writes it.
+        contents: The trees.
+        call: The call.
+        where: The path of the checkpoint or the slot; None if it is not known.
+        memory: The arrays to copy the leaves to.
+    """
+
+    job: Job
+    contents: Contents
+    call: Call
+    where: Path | None
+    memory: list[np.ndarray[Any, Any]]
+
+
+class Receiver:
+    """Saves trees that come from within a running program.
+
+    Attributes:
+        tells: Whether decisions are printed.
+    """
+
+    def __init__(self, parts: SaverParts) -> None:
+        """Receive nothing yet."""
+        self._parts, self.tells = parts, parts.report.tell is not None
+        self.tell_decided = parts.report.decided
+        self.end_program = parts.queue.end_program
+
+    def plan(
+        self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
+    ) -> TracedTrees:
+        """Check a traced call, and describe the trees that it may save.
+
+        Args:
+            tree: What to save; its arrays are traced.
+            logs: The metrics; they may be traced.
+            batch: Zero-based batch; None at the end of an epoch.
+            lasts: Whether the call may save in the slot.
+
+        Raises:
+            CheckpointError: As `ModelCheckpoint.update` does.
+        """
+        refuse_processes()
+        sample = {
+            name: np.zeros(value.shape, value.dtype)[()]
+            if isinstance(value, jax.Array)
+            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+            else value
+            for name, value in (logs or {}).items()
+        }
+        in_batch = None if batch is None else 0
+        # This raises if no values can fill it in.
+        self._parts.paths.template.render(0, in_batch, sample)
+        return TracedTrees(
+            self._parts.describer.describe(tree, None, lasts=lasts, is_traced=True)
+        )
+
+    def expect(self, trees: TracedTrees, call: Call, *, lasts: bool) -> Arrival:
+        """Claim a job, and memory for the leaves that a program hands over.
+
+        It calls no JAX. It may wait for earlier saves. The caller must call `arrived`
+        or `give_up` afterwards.
+
+        Args:
+            trees: The trees that the traced call may save.
+            call: The call.
+            lasts: Whether to save the whole tree in the slot unless the series gets it.
+        """
+        parts = self._parts
+        parts.check_parent()
+        parts.lines.number(call)
+        path, slot = parts.paths.checked(call, lasts=lasts)
+        where = path if call.saves else slot
+        parts.paths.open(where)
+        contents = trees.contents(call, path, lasts=lasts)
+        if where is not None:
+            parts.report.decided(call)
+            parts.report.saving(call, where)
+        job = parts.begin(contents, call)
+        assert job is not None
+        try:
+            # Not the memory of a waiting save, which an error half-way would tear.
+            reuse = None if job.content else job.memory
+            memory = memory_of_host(trees.kinds, reuse)
+        except BaseException:
+            parts.queue.give_back(job)
+            raise
+        return Arrival(job, contents, call, where, memory)
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Submit the job of a save whose memory is filled."""
+        contents, memory = arrival.contents, arrival.memory
+        leaves = [
+            memory[leaf.index] if isinstance(leaf, FromDevice) else leaf
+            for tree in contents.trees
+            for leaf in tree.leaves
+        ]
+        arrival.call.copies = Copies(None, [], leaves)
+        reuse = Copies(None, [], memory)
+        self._parts.prepare(
+            arrival.job, contents, arrival.call, arrival.where, memory=reuse
+        )
+        self._parts.submit(arrival.job)
+
+    def hold(self, arrival: Arrival) -> None:
+        """Keep the job of a save whose shards several threads hand over."""
+        self._parts.queue.hold(arrival.job)
+
+    def give_up_all(self) -> None:
+        """Give up the saves that this thread has begun and not submitted."""
+        self._parts.queue.take_back()
+
+    def give_up(self, arrival: Arrival) -> None:
+        """Give up a save whose leaves have not come."""
+        self._parts.queue.give_back(arrival.job)
+
+    def fail(self, error: BaseException, *, ends: bool = False) -> None:
+        """Count a failed save, and keep its error as `JobQueue.fail` does."""
+        self._parts.report.counts.failed += 1
+        self._parts.queue.fail(error, self._parts.report.shown(), ends=ends)
+
+
+def _copied(tree: StoredTree | None) -> StoredTree:
+    assert tree is not None
+    return replace(tree, leaves=list(tree.leaves))
+
+
+def _kind_on_host(leaf: jax.Array) -> tuple[tuple[int, ...], Any]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return leaf.shape, np.dtype(leaf.dtype)

@@ -1,0 +1,171 @@
+"""`Describer`: what a call saves of a tree, described for the disk."""
+
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from flaxckpt._checkpoints.write import Way
+from flaxckpt._orbax.engine import storable
+from flaxckpt._runtime.frames import outside
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.contents import Contents, StoredTree
+from flaxckpt._trees.describe import describe
+from flaxckpt._trees.kinds_of_parts import Weights
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt._trees.stored_weights import weights_skeleton
+from flaxckpt._trees.ties import Flat, PyTree, flatten, leaves_of
+from flaxckpt._trees.weights import are_unknown, default_weights
+from flaxckpt.errors import SettingError
+
+_STRUCTURES = 4  # so many structures of saved trees are remembered
+
+
+class Describer:
+    """Describes the trees of one series, and remembers their structures."""
+
+    def __init__(self, weights: Weights, way: Way, *, weights_only: bool) -> None:
+        """Describe nothing yet.
+
+        Args:
+            weights: Picks the weights from a tree.
+            way: How the trees are written.
+            weights_only: Whether the series gets the weights alone.
+        """
+        self._weights, self._weights_only = weights, weights_only
+        self._forms, self._frozen = way.forms, way.frozen
+        self._free: deque[Any] = deque(maxlen=_STRUCTURES)
+        self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
+        self._is_new_to_weights = True
+
+    def describe(
+        self,
+        tree: PyTree,
+        path: Path | None,
+        *,
+        skips: bool = False,
+        lasts: bool,
+        is_traced: bool = False,
+    ) -> Contents:
+        """Describe what a call saves.
+
+        Args:
+            tree: What it was given.
+            path: The path in the series, as far as it is known.
+            skips: Whether the series gets nothing.
+            lasts: Whether the slot gets the whole tree.
+            is_traced: Whether the tree's arrays are traced.
+
+        Raises:
+            SettingError: If there is no value to save, or if no leaf is frozen.
+            UnsupportedLeafError: If a leaf cannot be saved.
+        """
+        whole = None
+        if lasts or not self._weights_only:
+            whole = self._stored(tree, is_traced=is_traced)
+        series = whole
+        if skips and lasts:
+            series = None
+        elif self._weights_only:
+            picked = self._weights(tree)
+            series = self._stored(picked, is_picked=True, is_traced=is_traced)
+            self._warn_of_unknown(tree)
+        contents = Contents(series, whole if lasts else None, path)
+        frozen = [index for stored in contents.trees for index in stored.frozen]
+        if self._frozen is not None and not frozen:
+            raise self._frozen.refuse_all(tree)
+        return contents
+
+    def leaves_ahead(self, tree: PyTree) -> list[Any]:
+        """Return the leaves of what the series gets of a tree.
+
+        None, if it takes a function of the user's, which is called for saves alone.
+        """
+        if not self._weights_only:
+            return leaves_of(tree)
+        is_ours = self._weights is default_weights
+        return leaves_of(default_weights(tree)) if is_ours else []
+
+    def _stored(
+        self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
+    ) -> StoredTree:
+        """Describe a tree; if `is_picked`, all of it is weights."""
+        flat = flatten(tree, self._free)
+        if flat.is_free and flat.key not in self._free:
+            self._free.append(flat.key)
+        layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        if all(leaf.is_from_like for leaf in layout.leaves):
+            raise _refusal_of_nothing(tree, is_picked=is_picked)
+        weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
+        frozen = [] if self._frozen is None else self._frozen.indices(tree)
+        return StoredTree(layout, leaves, weights, frozen)
+
+    def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
+        """Return where in a tree the weights are.
+
+        By default that depends on the layout only, so it is remembered. Layouts of one
+        structure share one skeleton object.
+        """
+        if self._weights is not default_weights:
+            return weights_skeleton(tree, self._weights, flat.leaves)
+        for known, skeleton in self._located:
+            if known.skeleton is layout.skeleton and known.leaves == layout.leaves:
+                return skeleton
+        skeleton = weights_skeleton(tree, self._weights, flat.leaves)
+        self._located.appendleft((layout, skeleton))
+        return skeleton
+
+    def _warn_of_unknown(self, tree: PyTree) -> None:
+        """Warn once if `default_weights` leaves nothing out of a tree."""
+        if self._is_new_to_weights and self._weights is default_weights:
+            self._is_new_to_weights = False
+            if are_unknown(tree):
+                warnings.warn(
+                    "save_weights_only=True leaves nothing out of this "
+                    f"{type(tree).__name__}: no optimizer's state, PRNG keys or "
+                    "metrics are known in it. Pass weights=lambda tree: tree if the "
+                    "whole tree is weights. Otherwise pass a function that picks the "
+                    "weights.",
+                    stacklevel=outside(),
+                )
+
+    def take_up_frozen(self, contents: Contents, call: Call, *, may_stay: bool) -> None:
+        """Note the frozen leaves of a save, once its job is claimed.
+
+        Args:
+            contents: What it saves.
+            call: The call, which gets the leaves.
+            may_stay: Whether a leaf that is stored already need not be copied. Another
+                save that is under way may change where it is stored.
+        """
+        if self._frozen is None:
+            return
+        call.frozen, first = {}, 0
+        for tree in contents.trees:
+            stays = may_stay and self._forms.has(tree.layout, tree.leaves)
+            for index in tree.frozen:
+                leaf = tree.layout.leaves[index]
+                if leaf.in_orbax and leaf.kind != "str":
+                    value = tree.leaves[index]
+                    call.frozen[first + index] = self._frozen.leaf(
+                        value, is_known=stays
+                    )
+            first += len(tree.leaves)
+
+
+def _refusal_of_nothing(tree: PyTree, *, is_picked: bool) -> SettingError:
+    """Make the error for a tree that has no values to save."""
+    is_short = tree is None or (isinstance(tree, dict | list | tuple) and not tree)
+    shown = tree if is_short else f"<{type(tree).__name__}>"
+    if is_picked:
+        advice = (
+            "these are the weights of the tree, and hold no array, number or text. "
+            "Pass save_weights_only=False, or a `weights` that picks some."
+        )
+        return SettingError("weights(tree)", shown, advice)
+    advice = (
+        "it holds no array, number or text, so a checkpoint of it would be empty. If "
+        "a filter made it, the filter matched nothing."
+    )
+    return SettingError("tree", shown, advice)
