@@ -186,12 +186,14 @@ class Area:
 
     def _clear_up(self) -> None:
         self._finish_replacements()
-        for entry in list(os.scandir(self._root)):
-            if entry.name.startswith(self._staging):
-                shutil.rmtree(entry.path, ignore_errors=True)  # fails on links, files
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-        self._trash.clear()
+        with self._sweeping:  # the last save's files may still be swept
+            for entry in list(os.scandir(self._root)):
+                if entry.name.startswith(self._staging):
+                    # This fails on links and files.
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+            self._trash.clear()
 
     @property
     def is_inherited(self) -> bool:
