@@ -177,6 +177,7 @@ def train(
                 state = train_step(state, digits.train, batches[batch])
                 last_state = last.update(last_state, state, None, epoch, batch)
                 if (epoch, batch) == kill_at:
+                    best.wait()  # a kill loses what is not on disk yet
                     tell(f"epoch {epoch + 1:2}: killed after batch {batch + 1}")
                     os.kill(os.getpid(), signal.SIGKILL)
             first_batch = 0

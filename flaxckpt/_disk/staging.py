@@ -40,12 +40,14 @@ class Staging:
 
     def clear_up(self) -> None:
         """Delete what a crash left behind."""
-        for entry in list(os.scandir(self._root)):
-            if entry.name.startswith(self._prefix):
-                shutil.rmtree(entry.path, ignore_errors=True)  # fails on links, files
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-        self.trash.clear()
+        with self._sweeping:  # the last save's files may still be swept
+            for entry in list(os.scandir(self._root)):
+                if entry.name.startswith(self._prefix):
+                    # This fails on links and files.
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+            self.trash.clear()
 
     @contextmanager
     def directory(self, *, reuse: Container[str] | None = None) -> Generator[Path]:

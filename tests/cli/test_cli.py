@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -40,6 +41,31 @@ def test_the_demo_is_killed_resumes_and_ends_where_it_would_have(tmp_path):
     assert 1 <= len([info for info in kept if info.path.name != "last"]) <= 4
     for info in kept:
         assert any(line.startswith(info.path.name) for line in lines)
+
+
+SLOW_DISK = """
+import sys, threading
+from pathlib import Path
+from flaxckpt._checkpoints import series
+from flaxckpt._cli import demo
+
+write = series.write_checkpoint
+
+def write_late(info, *args, **kwargs):
+    if info.path.name != "last":
+        threading.Event().wait(3)
+    write(info, *args, **kwargs)
+
+series.write_checkpoint = write_late
+demo.train(Path(sys.argv[1]), 2, (1, 10))
+"""
+
+
+def test_on_a_slow_disk_the_demo_is_killed_once_the_best_is_there(tmp_path):
+    result = command(tmp_path, code=SLOW_DISK)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    names = [info.path.name for info in flaxckpt.list_checkpoints(tmp_path)]
+    assert any(name.startswith("01-") for name in names)
 
 
 def test_a_directory_that_holds_something(tmp_path, capsys):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from subprocesses import program
 
 from flaxckpt import CheckpointLockedError, ModelCheckpoint
 from flaxckpt._disk import lock as _lock
+from flaxckpt._disk import staging as _staging
 
 
 def names(infos):
@@ -136,3 +139,31 @@ def test_what_another_writer_left_is_cleared_up_once_a_deleted_lock_is_taken_ane
         ckpt.wait()
         assert not leftover.exists()
         assert names(ckpt.checkpoints) == ["1", "2"]
+
+
+def test_a_lock_taken_anew_waits_for_what_is_being_swept(tmp_path, monkeypatch):
+    sweeping, rmtree = threading.Event(), shutil.rmtree
+
+    def slow(*args, **kwargs):
+        if not sweeping.is_set():
+            sweeping.set()
+            time.sleep(0.2)
+        rmtree(*args, **kwargs)
+
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(tree_of(0), epoch=0)
+        ckpt.wait()
+        area = ckpt._saves._series.area
+        (lock,) = tmp_path.glob(".flaxckpt-*.lock")
+        old = tmp_path / f"{lock.stem}-0123456789ab"
+        old.mkdir()
+        area._staging.trash.append(old)
+        monkeypatch.setattr(_staging.shutil, "rmtree", slow)
+        with futures.ThreadPoolExecutor() as pool:
+            swept = pool.submit(area.sweep, spare=False)
+            assert sweeping.wait(10)
+            lock.unlink()
+            area.open()
+            swept.result()
+        assert not old.exists()
+        ckpt.save(tree_of(1), epoch=1)
