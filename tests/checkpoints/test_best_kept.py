@@ -243,10 +243,10 @@ def test_its_path_is_not_missing_while_it_is_written(tmp_path, monkeypatch, exch
         assert found.pop("best") == 0.7
         assert [*found.values()] == [0.2]
         assert len(seen) >= 6
-        infos = ckpt._saves._disk._ledger.infos
+        infos = ckpt._saves._parts.disk._ledger.infos
         assert {str(info.path) for info in infos.values()} == {*infos}
         assert {*infos} == {str(info.path) for info in ckpt.checkpoints}
-        assert ckpt._saves._disk.best_value() == np.float32(0.2)
+        assert ckpt._saves._parts.disk.best_value() == np.float32(0.2)
     assert best_of(path) == 0.2
     assert not [each for each in tmp_path.iterdir() if "replaced" in each.name]
 
@@ -305,7 +305,7 @@ def test_one_by_hand_over_what_was_deleted_meanwhile(tmp_path):
             ckpt.save(tree_of(0.7), 1, logs={"val_loss": 0.7})
             ckpt.wait()
         assert there(tmp_path) == {"best": 0.7}
-        assert [*ckpt._saves._disk._ledger.infos] == [str(path)]
+        assert [*ckpt._saves._parts.disk._ledger.infos] == [str(path)]
         assert ckpt.best.logs == {"val_loss": 0.7}
 
 

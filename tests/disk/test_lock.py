@@ -153,7 +153,7 @@ def test_a_lock_taken_anew_waits_for_what_is_being_swept(tmp_path, monkeypatch):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         ckpt.save(tree_of(0), epoch=0)
         ckpt.wait()
-        area = ckpt._saves._series.area
+        area = ckpt._series.area
         (lock,) = tmp_path.glob(".flaxckpt-*.lock")
         old = tmp_path / f"{lock.stem}-0123456789ab"
         old.mkdir()

@@ -445,7 +445,7 @@ def test_a_slot_that_two_series_have_chosen_is_the_first_ones(s3):
             (written / "flaxckpt.json").write_text(record)
             page = SimpleNamespace(path=shared)
             with area.claim.turn:
-                own = b._saves._disk._put_in_slot(page, written, shared)
+                own = b._saves._parts.disk._put_in_slot(page, written, shared)
         area.sweep()
         assert own == page.path == b._series.slots[1]
         names = [key.split("/") for key in keys(s3) if f"{own.name}/" in key]
