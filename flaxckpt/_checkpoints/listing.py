@@ -12,9 +12,7 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointPathError
 
 
-def list_checkpoints(
-    directory: str | os.PathLike[str],
-) -> tuple[CheckpointInfo, ...]:
+def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[CheckpointInfo, ...]:
     """List the checkpoints in a directory and in the directories below it.
 
     Reads their records; changes nothing and needs no JAX device. Any process may call

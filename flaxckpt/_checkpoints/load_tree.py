@@ -129,11 +129,7 @@ def _converted(
 
 
 def _check_twins(
-    path: Path,
-    view: Layout,
-    plan: Plan,
-    twins: Sequence[Twin],
-    stored: Sequence[Any],
+    path: Path, view: Layout, plan: Plan, twins: Sequence[Twin], stored: Sequence[Any]
 ) -> None:
     """Check that what `like` shares was stored with equal values.
 
@@ -156,13 +152,7 @@ def _check_twins(
         )
 
 
-def _read_each(
-    path: Path,
-    layout: Layout,
-    asked: Plan,
-    *,
-    check: bool,
-) -> list[Any]:
+def _read_each(path: Path, layout: Layout, asked: Plan, *, check: bool) -> list[Any]:
     """Read each leaf once for each place, so that each place has an array to donate."""
     rounds: list[dict[int, int]] = []
     times: Counter[int] = Counter()
@@ -194,10 +184,7 @@ def _are_same(one: Any, other: Any) -> bool:
 
 
 def _warn_of_functions(
-    path: Path,
-    layout: Layout,
-    plan: Plan,
-    given: Sequence[Any] | None,
+    path: Path, layout: Layout, plan: Plan, given: Sequence[Any] | None
 ) -> None:
     """Warn of functions that are None in the loaded tree.
 

@@ -224,9 +224,7 @@ def plain_state(state: CheckpointState) -> dict[str, Any]:
 
 
 def resumed(
-    fresh: CheckpointState,
-    stored: Mapping[str, Any] | None,
-    durable: float | None,
+    fresh: CheckpointState, stored: Mapping[str, Any] | None, durable: float | None
 ) -> CheckpointState:
     """Return the state with which a run goes on from a checkpoint.
 
@@ -267,11 +265,7 @@ def _decides_alike(stored: Mapping[str, Any], state: CheckpointState) -> bool:
 
 
 def _check_settings(
-    monitor: str,
-    mode: str,
-    save_best_only: bool,
-    save_freq: Any,
-    min_delta: float,
+    monitor: str, mode: str, save_best_only: bool, save_freq: Any, min_delta: float
 ) -> None:
     if not isinstance(monitor, str) or not monitor:
         raise SettingError("monitor", monitor, "pass the name of a key in `logs`.")

@@ -79,11 +79,7 @@ def step(
     return judge(state, logs, due)
 
 
-def tick(
-    state: CheckpointState,
-    epoch: Any,
-    batch: Any,
-) -> tuple[CheckpointState, Any]:
+def tick(state: CheckpointState, epoch: Any, batch: Any) -> tuple[CheckpointState, Any]:
     """Count, and tell whether a check is due: the half of `step` that needs no metric.
 
     The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, except that a
@@ -123,9 +119,7 @@ def _counted(
 
 
 def judge(
-    state: CheckpointState,
-    logs: Mapping[str, Any] | None,
-    due: Any,
+    state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> tuple[CheckpointState, Any]:
     """Compare the metric if a check is due: the half of `step` that needs it."""
     if not state.save_best_only or not (isinstance(due, jax.Array) or due):

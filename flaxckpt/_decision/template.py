@@ -196,11 +196,7 @@ class Template:
         return all(re.fullmatch(own, part, re.DOTALL) for own, part in pairs)
 
     def _show(
-        self,
-        field: str,
-        spec: str,
-        conversion: str | None,
-        values: Mapping[str, Any],
+        self, field: str, spec: str, conversion: str | None, values: Mapping[str, Any]
     ) -> str:
         value = values[field]
         if isinstance(value, Unusable):

@@ -46,10 +46,7 @@ def own_chunks(
 
 
 def _cut(
-    parts: list[Piece],
-    value: Any,
-    start: tuple[int, ...],
-    chunk: tuple[int, ...],
+    parts: list[Piece], value: Any, start: tuple[int, ...], chunk: tuple[int, ...]
 ) -> Array:
     found = _within(parts, start, chunk)
     if found is not None:

@@ -221,11 +221,7 @@ def _sums(leaf: Leaf) -> tuple[str, ...]:
 
 
 def _read_parts(
-    store: "Values",
-    stored: ZarrArray,
-    bounds: Iterable[Bounds],
-    *,
-    check: bool,
+    store: "Values", stored: ZarrArray, bounds: Iterable[Bounds], *, check: bool
 ) -> tuple[dict[Bounds, Array], dict[int, str]]:
     """Read parts of an array, and each file at most once.
 

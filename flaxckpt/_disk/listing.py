@@ -177,9 +177,7 @@ def _candidates(
     return []
 
 
-def _sorted(
-    found: Iterable[CheckpointInfo | LeftOut],
-) -> tuple[Infos, list[LeftOut]]:
+def _sorted(found: Iterable[CheckpointInfo | LeftOut]) -> tuple[Infos, list[LeftOut]]:
     infos: list[CheckpointInfo] = []
     damaged: list[LeftOut] = []
     for each in found:

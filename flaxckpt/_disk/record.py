@@ -17,11 +17,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.open import NoFileError, is_there, read_small
 from flaxckpt._disk.record_fields import check_record, parse_record
 from flaxckpt._disk.table import parse_table
-from flaxckpt.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointPathError,
-)
+from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
 
 FORMAT = 1
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"

@@ -16,10 +16,7 @@ from flaxckpt._trees.owned_shards import Shards
 from flaxckpt.errors import CheckpointError, MetricError
 
 SEVERAL = "in several processes there is one way only:"
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "max_in_flight": (None, 1),
-    "frozen": (None,),
-}
+ALLOWED: dict[str, tuple[Any, ...]] = {"max_in_flight": (None, 1), "frozen": (None,)}
 
 
 def placed(copy: Any, leaf: Any) -> Any:
@@ -36,12 +33,7 @@ def summary(call: Call, paths: list[str]) -> dict[str, Any]:
     state, values = call.kept, dict[str, Any]()
     if state is not None and (name := find(call.logs, state.monitor)) in call.logs:
         values[name] = _comparable(call.logs[name])
-    return {
-        "epoch": call.epoch,
-        "batch": call.batch,
-        "values": values,
-        "paths": paths,
-    }
+    return {"epoch": call.epoch, "batch": call.batch, "values": values, "paths": paths}
 
 
 def _comparable(value: Any) -> Any:

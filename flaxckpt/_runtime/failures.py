@@ -16,10 +16,7 @@ from flaxckpt.errors import CheckpointError, CheckpointWriteError
 _HEAD, _TAIL = 220, 80  # characters that are kept of a long line
 _SHOWN = 5  # names of a long list
 _ADDED = re.compile(r"""\s*\[[a-z_ \[\]0-9]+=('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\]""")
-_SPACE = {
-    errno.ENOSPC: "No space left on device",
-    errno.EDQUOT: "Disk quota exceeded",
-}
+_SPACE = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 
 
 def in_one_line(error: BaseException) -> str:

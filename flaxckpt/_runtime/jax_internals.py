@@ -98,11 +98,7 @@ def callback_parts() -> tuple[Any, Any, Any]:
             "parts of flaxckpt.scan_in_chunks"
         )
         raise _lacking(error, lost) from error
-    return (
-        _IOEffect,
-        _callback_op_sharding,
-        prim_requires_devices_during_lowering,
-    )
+    return _IOEffect, _callback_op_sharding, prim_requires_devices_during_lowering
 
 
 def runtime_tokens() -> Any:

@@ -7,13 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxckpt._saving.call import (
-    Call,
-    OnDevice,
-    Undecided,
-    fetched_value,
-    is_unknown,
-)
+from flaxckpt._saving.call import Call, OnDevice, Undecided, fetched_value, is_unknown
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
 

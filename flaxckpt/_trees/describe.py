@@ -51,10 +51,7 @@ def describe(
     refused: list[tuple[str, str]] = []
     has_texts = False
     for value, path, in_equinox in zip(
-        flat.leaves,
-        structure.paths,
-        structure.in_equinox,
-        strict=True,
+        flat.leaves, structure.paths, structure.in_equinox, strict=True
     ):
         if type(value) in _ARRAY_TYPES:  # a short way: there may be many arrays
             leaf = _ARRAY_LEAVES.get((path, value.dtype, value.shape))

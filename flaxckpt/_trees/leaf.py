@@ -12,12 +12,7 @@ from flaxckpt._trees.skeleton import FROM_LIKE
 
 ARRAYS = ("jax", "numpy", "numpy_scalar")
 PLACED = "placed"  # wanted as it is stored, with a sharding from `like`
-SCALARS: dict[Any, str] = {
-    bool: "bool",
-    int: "int",
-    float: "float",
-    complex: "complex",
-}
+SCALARS: dict[Any, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}
 
 

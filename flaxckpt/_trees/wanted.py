@@ -79,10 +79,7 @@ def wanted_leaves(like: PyTree) -> list[Wanted]:
     wanted: list[Wanted] = []
     refused: list[tuple[str, str]] = []
     for value, path, in_equinox in zip(
-        flat.leaves,
-        structure.paths,
-        structure.in_equinox,
-        strict=True,
+        flat.leaves, structure.paths, structure.in_equinox, strict=True
     ):
         is_struct = isinstance(value, jax.ShapeDtypeStruct) or is_placement(value)
         kind = "" if is_struct else from_like(value, in_equinox=in_equinox)
