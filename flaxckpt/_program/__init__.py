@@ -5,8 +5,7 @@
 `best_trees_saved` puts its trees in the order in which they are saved. `chunked_scan`
 runs a scan in parts.
 
-`traced_update` is `update` within a program, and knows how the trees to save are
-sharded. It calls `handover`, which hands a tree from a running program to the host,
-shard by shard: `shards` says which part each device hands over, `call_host` calls
-Python, and `arrivals` puts the shards together.
+`traced_update` is `update` within a program, which hands a tree to the host, shard by
+shard: `shards` says which part each device hands over, `call_host` calls Python, and
+`arrivals` puts the shards together.
 """

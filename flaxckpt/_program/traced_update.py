@@ -1,27 +1,38 @@
-"""`update` under a trace: the programs that save, and how their trees are sharded."""
+"""`update` under a trace: a running program hands its tree to the host.
 
+The program decides, and hands its leaves to the host only if there is something to
+save. The host copies them, and the program goes on. If the leaves are sharded, each
+device hands over its own shards. Meanwhile the host calls no JAX, which could deadlock.
+"""
+
+import contextlib
 import functools
 import warnings
 import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from flaxckpt._decision.logs import Logs
-from flaxckpt._decision.state import CheckpointState
+from flaxckpt._decision.scalars import index
+from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._decision.step import judge
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.arrivals import Stream
-from flaxckpt._program.handover import finish_programs, stream_tree
 from flaxckpt._program.shards import Place, place_of
 from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.jax_internals import runtime_tokens
 from flaxckpt._runtime.traces import runs_in_trace
+from flaxckpt._saving.at_exit import before_end
 from flaxckpt._saving.saves import Saver
 from flaxckpt._settings import Settings
+from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree, flatten, leaves_of
+from flaxckpt.errors import CheckpointError
 
 
 class Programs:
@@ -54,40 +65,58 @@ class Programs:
     ) -> CheckpointState:
         """Update within the program that is being traced, after `tick`.
 
-        Args:
-            before: The state before `tick`.
-            state: The state after `tick`.
-            due: Whether a check is due, bool[].
-            tree: As for `ModelCheckpoint.update`, as are the other arguments.
-            logs: The metrics, normalized.
-            epoch: Zero-based epoch.
-            batch: Zero-based batch; None at the end of an epoch.
-            force: Whether to save in any case, bool[].
+        `before` is the state before `tick`; `state` and `due` are what `tick` returned.
+        `ModelCheckpoint.update` describes the other arguments.
 
         Returns:
-            The state to go on with.
+            The state to go on with. It depends on the handover, so saves come in the
+            order of the calls.
+
+        Raises:
+            CheckpointError: Within `shard_map` or `vmap`; and as `Receiver.plan`.
         """
         state, save = judge(state, logs, due)
-        state, stream = stream_tree(
-            self._saves,
-            tree,
-            logs,
-            epoch,
-            batch,
-            before=before,
-            state=state,
-            due=due,
-            save=save | force,
-            lasts=due if self._settings.save_last else np.False_,
-            places=self._places(tree),
+        lasts = due if self._settings.save_last else np.False_
+        save, places = save | force, self._places(tree)
+        _refuse_shard_map()
+        before_end(finish_programs)
+        index("epoch", epoch)
+        if batch is not None:
+            index("batch", batch)
+        receiver, logs = self._saves.receiver, dict(logs or {})
+        trees = receiver.plan(tree, logs, batch, lasts=lasts is not np.False_)
+        handed, trees.sent = trees.sent, []  # no value outlives its trace
+        sent_logs = _scalars_in(logs)
+        sent = {
+            "flags": {"save": save, "lasts": lasts, "due": due},
+            "at": {"epoch": epoch} | ({} if batch is None else {"batch": batch}),
+            "logs": sent_logs,
+            "state": {name: getattr(state, name) for name in LEAVES},
+            "before": {name: getattr(before, name) for name in BEST},
+        }
+        # A function that is differentiated may save, too.
+        scalars = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, sent))
+        leaves = [jax.lax.stop_gradient(without_keys(leaf)) for leaf in handed]
+        stream = Stream(
+            receiver,
+            trees,
+            _logs_on_host(logs, sent_logs),
+            state,
+            [places.get(id(leaf)) for leaf in handed],
             stops=bool(self._settings.stop_on_error),
         )
+        save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
+        token = jax.lax.cond(
+            save, stream.hand_over, lambda *_: jnp.int32(0), scalars, leaves
+        )
+        if receiver.tells and before.save_best_only:
+            token += jax.lax.cond(save, lambda _: jnp.int32(0), stream.tell, scalars)
         self._streams.add(stream)
         self._has_streamed = True
-        return state
+        return with_leaves(state, seen=state.seen + token)
 
-    def _places(self, tree: PyTree) -> list[Place | None]:
-        """Return how each leaf of a traced tree is sharded; None where not known."""
+    def _places(self, tree: PyTree) -> dict[int, Place | None]:
+        """Return by its id how each leaf is sharded; None where that is not known."""
         flat = flatten(tree)
         leaves, structure = flat.leaves, flat.key
         if self._shardings and structure not in self._shardings:
@@ -98,7 +127,8 @@ class Programs:
                 stacklevel=outside(),
             )
         known = self._shardings.get(structure, [None] * len(leaves))
-        return list(map(place_of, leaves, known))
+        places = map(place_of, leaves, known)
+        return dict(zip(map(id, leaves), places, strict=True))
 
     def finish(self) -> None:
         """Wait for the saves of running programs, before a save outside of them.
@@ -114,6 +144,69 @@ class Programs:
         self.finish()
         for stream in self._streams:
             stream.reset()
+
+
+def finish_programs() -> None:
+    """Wait for all that running programs have to hand over."""
+    # The caller sees the error of a failed program when it fetches the results.
+    try:
+        jax.effects_barrier()
+    except (jax.errors.JaxRuntimeError, ExceptionGroup):
+        # JAX never waits for the tokens after a failed one.
+        tokens = runtime_tokens()
+        for token in (
+            *tokens.current_tokens.values(),
+            *tokens.output_runtime_tokens.values(),
+        ):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                token.block_until_ready()
+        tokens.clear()
+
+
+def _refuse_shard_map() -> None:
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise CheckpointError(
+            "update was called within shard_map, where each device sees its own shards "
+            "only. Call it in the jitted function around it; flaxckpt.step may be "
+            "called here."
+        )
+
+
+def _scalars_in(logs: Logs) -> dict[str, jax.Array]:
+    """Return the metrics that the program hands over: scalars, and no PRNG keys."""
+    return {
+        name: value
+        for name, value in logs.items()
+        if isinstance(value, jax.Array)
+        and not value.shape
+        and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    }
+
+
+def _logs_on_host(logs: Logs, sent: Logs) -> Logs:
+    """Return the metrics without JAX arrays; None stands for each that is in `sent`."""
+    return {
+        name: None if name in sent else value
+        for name, value in logs.items()
+        if name in sent
+        or not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    }
+
+
+@jax.custom_batching.custom_vmap
+def _not_batched(save: jax.Array, values: PyTree) -> jax.Array:
+    """Return `save`; under `vmap`, raise if it or a value to save is batched."""
+    del values
+    return save
+
+
+@_not_batched.def_vmap
+def _refuse_batches(*_: Any) -> Any:
+    raise CheckpointError(
+        "update was called within vmap, where each member decides for itself. Carry a "
+        "flaxckpt.Snapshot, which each member fills with its best, and save it "
+        "afterwards with ckpt.save_snapshot(snapshot, member=i)."
+    )
 
 
 def is_traced(tree: PyTree, *values: PyTree) -> bool:
