@@ -176,54 +176,6 @@ _held: dict[str, Lease] = {}
 _guard = new_lock()
 
 
-def acquire_lease(objects: Objects, key: str, holder: Hashable) -> tuple[Lease, bool]:
-    """Take a lock, or share it if this process has it already.
-
-    After an interrupt the lock may be taken or not; repeat the call.
-
-    Args:
-        objects: The objects below the series' root.
-        key: The lock's key.
-        holder: The object that takes the lock; the same for `release_lease`.
-
-    Returns:
-        The lock, and whether to clear up what an earlier writer has left; True until
-        `is_cleared` is set.
-
-    Raises:
-        CheckpointError: As `Lease.take` does.
-    """
-    url = _url(objects, key)
-    with _guard:
-        lease = _held.get(url)
-        if lease is None or not lease.is_good or not lease.holders:
-            lease = _held[url] = Lease(objects, key)
-        lease.holders.add(holder)
-    lease.take()
-    return lease, not lease.is_cleared
-
-
-def release_lease(objects: Objects, key: str, holder: Hashable) -> None:
-    """Give a lock back; the last holder in this process also deletes the object.
-
-    Nothing happens if the holder does not have the lock.
-    """
-    lease = _held.get(_url(objects, key))
-    if lease is not None:
-        lease.holders.discard(holder)
-        if not lease.holders:
-            lease.end()
-
-
-def drop_lease(url: str, holder: Hashable) -> None:
-    """Give back the lock of a holder that is garbage-collected; wait for nothing."""
-    lease = _held.get(url)
-    if lease is not None:
-        lease.holders.discard(holder)
-        if not lease.holders:
-            lease.end_soon()
-
-
 class StoreLock:
     """The lock of a series in an object store, as one object takes it.
 
@@ -237,13 +189,29 @@ class StoreLock:
         Args:
             objects: The objects below the series' root.
         """
-        self._objects, self._holder = objects, object()
+        self._objects = objects
         self.lease: Lease | None = None
 
     def acquire(self, path: Path) -> bool:
-        """Take the lock, as `acquire_lease` does."""
-        self.lease, is_new = acquire_lease(self._objects, path.name, self._holder)
-        return is_new
+        """Take the lock, or share it if this process has it already.
+
+        After an interrupt the lock may be taken or not; repeat the call.
+
+        Returns:
+            Whether to clear up what an earlier writer has left; True until `settle`.
+
+        Raises:
+            CheckpointError: As `Lease.take` does.
+        """
+        url = _url(self._objects, path.name)
+        with _guard:
+            lease = _held.get(url)
+            if lease is None or not lease.is_good or not lease.holders:
+                lease = _held[url] = Lease(self._objects, path.name)
+            lease.holders.add(self)
+        lease.take()
+        self.lease = lease
+        return not lease.is_cleared
 
     def is_held(self, path: Path, at: str) -> bool:
         """Return True: the lease is checked at each change of the store."""
@@ -257,15 +225,27 @@ class StoreLock:
         self.lease.is_cleared = True
 
     def release(self, path: Path) -> None:
-        """Give the lock back."""
+        """Give the lock back; the last holder in this process also deletes the object.
+
+        Nothing happens if this object does not have the lock.
+        """
         self.lease = None
-        release_lease(self._objects, path.name, self._holder)
+        self._leave(_url(self._objects, path.name), Lease.end)
 
     def dropping(self, path: Path) -> Callable[[], None]:
-        """Return what gives the lock back after its owner is collected."""
-        return functools.partial(
-            drop_lease, _url(self._objects, path.name), self._holder
-        )
+        """Return what gives the lock back after its owner is collected.
+
+        That waits for nothing.
+        """
+        url = _url(self._objects, path.name)
+        return functools.partial(self._leave, url, Lease.end_soon)
+
+    def _leave(self, url: str, end: Callable[[Lease], None]) -> None:
+        lease = _held.get(url)
+        if lease is not None:
+            lease.holders.discard(self)
+            if not lease.holders:
+                end(lease)
 
 
 def _url(objects: Objects, key: str) -> str:
