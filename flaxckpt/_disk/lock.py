@@ -38,7 +38,7 @@ from flaxckpt.errors import CheckpointLockedError
 
 HEARTBEAT_SECS = 2.0
 WATCH_SECS = 3 * HEARTBEAT_SECS
-_LAST_SECS = 1.0  # the most that `release_lock` delays the interpreter's end
+_LAST_SECS = 1.0  # the most that `release` delays the interpreter's end
 
 
 @dataclass
@@ -64,148 +64,123 @@ _held: dict[Path, _Held] = {}
 _guard = new_lock()
 
 
-def acquire_lock(path: Path, holder: Hashable = None) -> bool:
-    """Take the lock, or share it if this process has it already.
+class FileLock:
+    """The lock of a series on a disk, as one object takes it; see `SeriesLock`."""
 
-    If the lock's file was deleted or replaced, this takes the lock anew, for all
-    holders: another process may have had it meanwhile.
+    def acquire(self, path: Path) -> bool:
+        """Take the lock, or share it if this process has it already.
 
-    Waits, for some `WATCH_SECS`, only if the file names an owner whose lock flock may
-    not show. After an interrupt the lock may be taken or not; repeat the call.
+        If the lock's file was deleted or replaced, this takes the lock anew, for all
+        holders: another process may have had it meanwhile.
 
-    Args:
-        path: The lock's file; its directory exists.
-        holder: The object that takes the lock; the same for `release_lock`.
+        Waits, for some `WATCH_SECS`, only if the file names an owner whose lock flock
+        may not show. After an interrupt the lock may be taken or not; repeat the call.
 
-    Returns:
-        Whether to clear up what an earlier writer has left; True until `settle_lock`.
+        Args:
+            path: The lock's file; its directory exists.
 
-    Raises:
-        CheckpointLockedError: If another process has the lock.
-        CheckpointPathError: If what is at `path` cannot be the lock, or not be opened.
-    """
-    with _guard:
+        Returns:
+            Whether to clear up what an earlier writer has left; True until `settle`.
+
+        Raises:
+            CheckpointLockedError: If another process has the lock.
+            CheckpointPathError: If what is at `path` cannot be the lock, or not be
+                opened.
+        """
+        with _guard:
+            held = _held.get(path)
+            if held is not None and not held.holders:
+                _let_go(path, held)  # an interrupt came before this
+                held = None
+            if held is None or not _is_at(path, held):
+                opened: list[io.FileIO] = []
+                lost = None if held is None else held.file
+                try:
+                    _take(path, opened)
+                    if held is None:
+                        held = _held[path] = _Held(opened[0], {self})
+                    else:
+                        held.file, held.is_cleared = opened[0], False
+                except BaseException:
+                    for file in opened:
+                        file.close()
+                    raise
+                if lost is not None:
+                    lost.close()
+            held.holders.add(self)
+            if held.heart is None:
+                heart = threading.Thread(
+                    target=_beat, args=(path, held), name="flaxckpt-lock", daemon=True
+                )
+                heart.start()
+                held.heart = heart
+            return not held.is_cleared
+
+    def is_held(self, path: Path, at: str | Path) -> bool:
+        """Tell whether this process has the lock, and its file is the one at a path.
+
+        Takes no lock: a signal handler may call this and wait for a save, which calls
+        this too.
+
+        Args:
+            path: The path by which the lock was acquired.
+            at: Where its file should be: `path`, or another path that leads there.
+        """
         held = _held.get(path)
-        if held is not None and not held.holders:
-            _let_go(path, held)  # an interrupt came before this
-            held = None
-        if held is None or not _is_at(path, held):
-            opened: list[io.FileIO] = []
-            lost = None if held is None else held.file
+        try:
+            return held is not None and _is_at(at, held)
+        except ValueError:  # another thread gives it back at this moment
+            return False
+
+    def settle(self, path: Path) -> None:
+        """Note that an earlier writer's leftovers are cleared up; needs the lock."""
+        _held[path].is_cleared = True
+
+    def release(self, path: Path) -> None:
+        """Give the lock back; the last holder in this process also deletes the file.
+
+        Nothing happens if this object does not have the lock. At the end of the
+        interpreter, `_guard` may belong to a thread that was stopped for ever. Then the
+        file stays, and the lock is free once the process has ended.
+        """
+        if not _guard.acquire(timeout=_LAST_SECS if sys.is_finalizing() else -1):
+            return
+        try:
+            held = _held.get(path)
+            if held is not None:
+                held.holders.discard(self)
+                if not held.holders:
+                    _let_go(path, held)
+        finally:
+            _guard.release()
+
+    def dropping(self, path: Path) -> Callable[[], None]:
+        """Return what gives the lock back after its owner is collected."""
+        return functools.partial(self.drop, path)
+
+    def drop(self, path: Path) -> None:
+        """Give the lock back after its owner is collected as garbage.
+
+        The collection may run at any moment, in any thread, so this waits for nothing.
+        If `_guard` is taken, the lock's heart gives the lock back.
+        """
+        held = _held.get(path)
+        if held is None:
+            return
+        held.holders.discard(self)
+        if not _guard._is_owned() and _guard.acquire(blocking=False):
             try:
-                _take(path, opened)
-                if held is None:
-                    held = _held[path] = _Held(opened[0], {holder})
-                else:
-                    held.file, held.is_cleared = opened[0], False
-            except BaseException:
-                for file in opened:
-                    file.close()
-                raise
-            if lost is not None:
-                lost.close()
-        held.holders.add(holder)
-        if held.heart is None:
-            heart = threading.Thread(
-                target=_beat, args=(path, held), name="flaxckpt-lock", daemon=True
-            )
-            heart.start()
-            held.heart = heart
-        return not held.is_cleared
-
-
-def holds_lock(path: Path, at: str | Path) -> bool:
-    """Tell whether this process has the lock, and its file is the one at a path.
-
-    Takes no lock: a signal handler may call this and wait for a save, which calls this
-    too.
-
-    Args:
-        path: The path by which the lock was acquired.
-        at: Where its file should be: `path`, or another path that leads there.
-    """
-    held = _held.get(path)
-    try:
-        return held is not None and _is_at(at, held)
-    except ValueError:  # another thread gives it back at this moment
-        return False
+                if not held.holders:
+                    _let_go(path, held)
+            finally:
+                _guard.release()
+        else:
+            held.wakes.set()
 
 
 def _is_at(path: str | Path, held: _Held) -> bool:
     """Tell whether the lock is not let go, and its file is the one at a path."""
     return not held.file.closed and is_still(path, held.file.fileno())
-
-
-def settle_lock(path: Path) -> None:
-    """Note that an earlier writer's leftovers are cleared up; the lock must be held."""
-    _held[path].is_cleared = True
-
-
-def release_lock(path: Path, holder: Hashable = None) -> None:
-    """Give the lock back; the last holder in this process also deletes the file.
-
-    Nothing happens if the holder does not have the lock. At the end of the interpreter,
-    `_guard` may belong to a thread that was stopped for ever. Then the file stays, and
-    the lock is free once the process has ended.
-    """
-    if not _guard.acquire(timeout=_LAST_SECS if sys.is_finalizing() else -1):
-        return
-    try:
-        held = _held.get(path)
-        if held is not None:
-            held.holders.discard(holder)
-            if not held.holders:
-                _let_go(path, held)
-    finally:
-        _guard.release()
-
-
-def drop_lock(path: Path, holder: Hashable) -> None:
-    """Give back the lock of a holder that is collected as garbage.
-
-    The collection may run at any moment, in any thread, so this waits for nothing. If
-    `_guard` is taken, the lock's heart gives the lock back.
-    """
-    held = _held.get(path)
-    if held is None:
-        return
-    held.holders.discard(holder)
-    if not _guard._is_owned() and _guard.acquire(blocking=False):
-        try:
-            if not held.holders:
-                _let_go(path, held)
-        finally:
-            _guard.release()
-    else:
-        held.wakes.set()
-
-
-class FileLock:
-    """The lock of a series on a disk, as one object takes it; see `SeriesLock`."""
-
-    def __init__(self) -> None:
-        """Take nothing yet."""
-        self._holder = object()
-
-    def acquire(self, path: Path) -> bool:
-        """Take the lock, as `acquire_lock` does."""
-        return acquire_lock(path, self._holder)
-
-    def is_held(self, path: Path, at: str) -> bool:
-        """Tell whether this process has the lock, as `holds_lock` does."""
-        return holds_lock(path, at)
-
-    def settle(self, path: Path) -> None:
-        """Note that the leftovers are cleared up."""
-        settle_lock(path)
-
-    def release(self, path: Path) -> None:
-        """Give the lock back."""
-        release_lock(path, self._holder)
-
-    def dropping(self, path: Path) -> Callable[[], None]:
-        """Return what gives the lock back after its owner is collected."""
-        return functools.partial(drop_lock, path, self._holder)
 
 
 def _let_go(path: Path, held: _Held) -> None:

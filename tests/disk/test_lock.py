@@ -98,7 +98,7 @@ def quick(monkeypatch):
 
 def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
     """Where the machines' kernels share no locks."""
-    path = tmp_path / "x.lock"
+    path, lock = tmp_path / "x.lock", _lock.FileLock()
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
     stop = threading.Event()
 
@@ -110,18 +110,18 @@ def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
     heart.start()
     try:
         with pytest.raises(CheckpointLockedError, match="process 7 on elsewhere"):
-            _lock.acquire_lock(path)
+            lock.acquire(path)
     finally:
         stop.set()
         heart.join()
-    assert _lock.acquire_lock(path)  # no sign of life any more
+    assert lock.acquire(path)  # no sign of life any more
     assert json.loads(path.read_text())["pid"] == os.getpid()
     before = path.stat().st_mtime_ns
     until = time.monotonic() + 10
     while path.stat().st_mtime_ns == before:
         assert time.monotonic() < until
         time.sleep(0.01)
-    _lock.release_lock(path)
+    lock.release(path)
     assert not path.exists()
 
 

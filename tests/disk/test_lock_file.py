@@ -18,17 +18,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flaxckpt._disk import lock as _lock
 from flaxckpt._disk import lock_file as _lock_file
-from flaxckpt._disk.lock import acquire_lock, drop_lock, holds_lock, release_lock
+from flaxckpt._disk.lock import FileLock
 from flaxckpt.errors import CheckpointLockedError
 
 HERE, NOBODY = socket.gethostname(), 2**22 + 1  # more than any process number
 OWN = {"host": HERE, "pid": os.getpid()}
-holders = st.sampled_from(HOLDERS := ("a", "b", None))
+locks = st.sampled_from(LOCKS := (FileLock(), FileLock(), FileLock()))
+lock, other = LOCKS[:2]
 
 
 def release_all(path):
-    for holder in HOLDERS:
-        release_lock(path, holder)
+    for each in LOCKS:
+        each.release(path)
     assert path not in _lock._held
 
 
@@ -51,18 +52,18 @@ class Holding(RuleBasedStateMachine):
         self.path = Path(tempfile.mkdtemp()) / "x.lock"
         self.holders, self.is_ours, self.is_settled = set(), False, False
 
-    @rule(holder=holders)
-    def acquire(self, holder):
+    @rule(lock=locks)
+    def acquire(self, lock):
         self.is_settled &= self.is_ours  # else another process may have left something
-        assert acquire_lock(self.path, holder) != self.is_settled
-        self.holders.add(holder)
+        assert lock.acquire(self.path) != self.is_settled
+        self.holders.add(lock)
         self.is_ours = True
 
-    @rule(holder=holders, give=st.sampled_from([release_lock, drop_lock]))
-    def give_back(self, holder, give):
+    @rule(lock=locks, give=st.sampled_from([FileLock.release, FileLock.drop]))
+    def give_back(self, lock, give):
         was_there = self.path.exists()
-        give(self.path, holder)
-        self.holders.discard(holder)
+        give(lock, self.path)
+        self.holders.discard(lock)
         if not self.holders:
             assert self.path.exists() == (was_there and not self.is_ours)
             self.is_ours = False
@@ -70,7 +71,7 @@ class Holding(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     @rule()
     def settle(self):
-        _lock.settle_lock(self.path)
+        lock.settle(self.path)
         self.is_settled = True
 
     @rule(is_replaced=st.booleans())
@@ -82,7 +83,7 @@ class Holding(RuleBasedStateMachine):
 
     @invariant()
     def is_held_by_its_holders(self):
-        assert holds_lock(self.path, self.path) == self.is_ours
+        assert lock.is_held(self.path, self.path) == self.is_ours
         assert (self.path in _lock._held) == bool(self.holders)
         assert not self.is_ours or json.loads(self.path.read_text()) == OWN
         assert not self.path.exists() or is_free(self.path) != self.is_ours
@@ -97,10 +98,12 @@ TestHolding = Holding.TestCase
 
 
 def test_the_lock_is_where_its_file_is_by_any_path(path, tmp_path):
-    acquire_lock(path)
+    lock.acquire(path)
     (tmp_path / "link").symlink_to(tmp_path)
-    assert holds_lock(path, tmp_path / "link/x.lock")
-    assert not any(holds_lock(path, tmp_path / at) for at in ("other", "x.lock/below"))
+    assert lock.is_held(path, tmp_path / "link/x.lock")
+    assert not any(
+        lock.is_held(path, tmp_path / at) for at in ("other", "x.lock/below")
+    )
 
 
 @contextlib.contextmanager
@@ -124,21 +127,21 @@ def guarded_elsewhere():
 
 @pytest.mark.parametrize("by_whom", ["this thread", "another thread"])
 def test_a_dropped_holder_waits_for_nothing_and_the_heart_gives_back(path, by_whom):
-    acquire_lock(path)
+    lock.acquire(path)
     heart = _lock._held[path].heart
     with _lock._guard if by_whom == "this thread" else guarded_elsewhere():
-        drop_lock(path, None)
+        lock.drop(path)
         assert path.exists()
     heart.join(60)
     assert not path.exists()
 
 
 def test_the_end_of_the_interpreter_waits_for_no_thread_that_stopped(path, monkeypatch):
-    acquire_lock(path)
+    lock.acquire(path)
     monkeypatch.setattr(_lock, "_LAST_SECS", 0)
     with guarded_elsewhere(), monkeypatch.context() as patch:
         patch.setattr(_lock, "sys", SimpleNamespace(is_finalizing=lambda: True))
-        release_lock(path)
+        lock.release(path)
         assert path.exists()
 
 
@@ -168,11 +171,11 @@ def test_a_lock_is_taken_unless_its_owner_s_heart_beats(
         monkeypatch.setattr(_lock_file.fcntl, "flock", Mock(side_effect=OSError))
     if when == "never":
         with pytest.raises(CheckpointLockedError) as caught:
-            acquire_lock(path)
+            lock.acquire(path)
         assert (caught.value.host, caught.value.pid) == owner
         assert path.read_text() == left
     else:
-        assert acquire_lock(path)
+        assert lock.acquire(path)
         assert json.loads(path.read_text()) == OWN
         assert clock.now == (0 if when == "now" else _lock.WATCH_SECS)
 
@@ -183,7 +186,7 @@ def test_an_interrupt_leaves_nothing_open_and_the_same_call_goes_on(
     path, monkeypatch, step, is_lost
 ):
     if is_lost:
-        acquire_lock(path, "a")
+        other.acquire(path)
         path.unlink()
     files, take, do = [], _lock._take, getattr(_lock, step)
 
@@ -194,11 +197,11 @@ def test_an_interrupt_leaves_nothing_open_and_the_same_call_goes_on(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(_lock, "_take", lambda *a: files.append(a[1]) or take(*a))
         patch.setattr(_lock, step, interrupted)
-        acquire_lock(path, "b")
+        lock.acquire(path)
     assert all(file.closed for opened in files for file in opened)
-    assert acquire_lock(path, "b")
-    release_lock(path, "b")
-    assert holds_lock(path, path) == path.exists() == is_lost
+    assert lock.acquire(path)
+    lock.release(path)
+    assert lock.is_held(path, path) == path.exists() == is_lost
 
 
 @pytest.mark.parametrize(("room", "step"), [(_lock_file, "made"), (_lock, "flock")])
@@ -214,8 +217,8 @@ def test_what_its_owner_takes_away_is_made_anew(path, monkeypatch, room, step):
             path.unlink()
 
     monkeypatch.setattr(room, step, late)
-    assert acquire_lock(path)
-    assert holds_lock(path, path)
+    assert lock.acquire(path)
+    assert lock.is_held(path, path)
 
 
 @pytest.mark.parametrize(
@@ -232,10 +235,10 @@ def test_another_user_s_lock_is_replaced_or_stays_and_nothing_is_left_beside_it(
         if step:
             patch.setattr(_lock.os if step == "rename" else _lock, step, fail)
         with contextlib.suppress(KeyboardInterrupt):
-            acquire_lock(path)
+            lock.acquire(path)
     assert os.listdir(path.parent) == ["x.lock"]
     assert json.loads(path.read_text()) == ({} if step else OWN)
-    assert holds_lock(path, path) == (error is not KeyboardInterrupt)
+    assert lock.is_held(path, path) == (error is not KeyboardInterrupt)
     assert is_free(path) == (error is KeyboardInterrupt)
 
 

@@ -23,7 +23,7 @@ from flaxckpt import (
     CheckpointPathError,
     ModelCheckpoint,
 )
-from flaxckpt._disk import lock as _lock
+from flaxckpt._disk.lock import FileLock
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="plays several users")
 HERE = socket.gethostname()
@@ -42,7 +42,8 @@ import absl.logging
 absl.logging.set_verbosity("fatal")
 import numpy as np
 import flaxckpt
-from flaxckpt._disk import lock as _lock
+from flaxckpt._disk.lock import FileLock
+lock = FileLock()
 uid, umask, saves = map(int, sys.argv[1:])
 tree = {"w": np.ones(3), "n": 1, "s": "text"}
 if saves:
@@ -135,7 +136,7 @@ def test_another_user_goes_on_after_a_kill(shared, bob, umask):
     alice = User(ALICE, umask, saves=False)
     try:
         lock = shared / f".flaxckpt-{hashlib.sha256(b'{epoch}').hexdigest()[:8]}.lock"
-        alice.run("from pathlib import Path; _lock.acquire_lock(Path(args[0]))", lock)
+        alice.run("from pathlib import Path; lock.acquire(Path(args[0]))", lock)
         assert bob.run(SAVE, shared, 1) == f"{alice.pid}\n"
     finally:
         alice.kill()
@@ -151,21 +152,17 @@ def test_a_lock_taken_over_is_the_new_owner_s(shared, bob):
     lock.chmod(0o644)
     code = """
     from pathlib import Path
-    from flaxckpt._disk import lock as _lock
     path = Path(args[0])
-    _lock.acquire_lock(path)
+    lock.acquire(path)
     print(path.stat().st_uid, path.read_text(), sorted(os.listdir(path.parent)))
     """
     owner = json.dumps({"host": HERE, "pid": bob.pid})
     try:
         assert bob.run(code, lock) == f"{BOB} {owner} ['x.lock']\n"
         with pytest.raises(CheckpointLockedError, match=f"process {bob.pid} on"):
-            _lock.acquire_lock(lock)
+            FileLock().acquire(lock)
     finally:
-        bob.run(
-            "from pathlib import Path; flaxckpt._disk.lock.release_lock(Path(args[0]))",
-            lock,
-        )
+        bob.run("from pathlib import Path; lock.release(Path(args[0]))", lock)
     assert not lock.exists()
 
 
@@ -179,19 +176,15 @@ def test_where_nobody_else_may_replace_the_lock_it_is_held_as_it_is(shared, bob)
     os.chown(shared, ALICE, GROUP)
     code = """
     from pathlib import Path
-    from flaxckpt._disk import lock as _lock
-    _lock.acquire_lock(Path(args[0]))
+    lock.acquire(Path(args[0]))
     print(sorted(os.listdir(Path(args[0]).parent)), flush=True)
     """
     try:
         assert bob.run(code, lock) == "['x.lock']\n"
         with pytest.raises(CheckpointLockedError):
-            _lock.acquire_lock(lock)
+            FileLock().acquire(lock)
     finally:
-        bob.run(
-            "from pathlib import Path; flaxckpt._disk.lock.release_lock(Path(args[0]))",
-            lock,
-        )
+        bob.run("from pathlib import Path; lock.release(Path(args[0]))", lock)
     assert lock.read_text() == "{}"
 
 
@@ -283,10 +276,10 @@ def test_what_is_no_lock_is_not_touched(tmp_path, kind):
     ],
 )
 def test_an_absurd_lock_is_that_of_nobody_known(tmp_path, content):
-    path = tmp_path / "x.lock"
+    path, lock = tmp_path / "x.lock", FileLock()
     path.write_bytes(content)
-    assert _lock.acquire_lock(path)
-    _lock.release_lock(path)
+    assert lock.acquire(path)
+    lock.release(path)
     assert not path.exists()
     # And while another process holds it, that is an error like any other.
     path.write_bytes(content)
@@ -297,18 +290,18 @@ def test_an_absurd_lock_is_that_of_nobody_known(tmp_path, content):
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(CheckpointLockedError, match="by another process"):
-            _lock.acquire_lock(path)
+            lock.acquire(path)
     finally:
         holder.communicate()
     assert path.read_bytes() == content
 
 
 def test_a_lock_that_is_replaced_while_it_is_held_is_left_alone(tmp_path):
-    path = tmp_path / "x.lock"
-    _lock.acquire_lock(path)
+    path, lock = tmp_path / "x.lock", FileLock()
+    lock.acquire(path)
     path.unlink()
     path.write_text("somebody else's")
-    _lock.release_lock(path)
+    lock.release(path)
     assert path.read_text() == "somebody else's"
 
 
@@ -320,9 +313,9 @@ def test_a_lock_that_its_own_user_cannot_write_is_replaced(shared, bob):
         path = Path(args[0])
         path.write_text("{}")
         path.chmod(0o444)
-        _lock.acquire_lock(path)
+        lock.acquire(path)
         print(path.read_text())
-        _lock.release_lock(path)
+        lock.release(path)
         """,
         shared / "x.lock",
     )

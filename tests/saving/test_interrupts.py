@@ -320,13 +320,13 @@ def test_a_dropped_object_finishes_what_it_saves_first(tmp_path, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
-    drop = _lock.drop_lock
+    drop = _lock.FileLock.drop
 
     def note(*args):
         drop(*args)
         gone.set()
 
-    monkeypatch.setattr(_lock, "drop_lock", note)
+    monkeypatch.setattr(_lock.FileLock, "drop", note)
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     for epoch in range(3):
         ckpt.save({"w": np.full(2, epoch)}, epoch)
