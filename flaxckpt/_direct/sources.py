@@ -8,7 +8,7 @@ import stat
 import weakref
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,20 +94,29 @@ def outlined(store: "Values", leaf: Leaf) -> tuple[ZarrArray, int | None]:
     return stored, None
 
 
-class Values(Protocol):
+class Values:
     """Where a checkpoint's arrays are read from."""
 
     def read(self, key: str) -> bytes:
         """Read a file, or a database's value of that key."""
-        ...
+        raise NotImplementedError
+
+    def has(self, key: str, nbytes: int | None) -> bool:
+        """Tell whether a file is there, with `nbytes` bytes if its size is known."""
+        raise NotImplementedError
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
         """Read a chunk into `values`; return its checksum if `check`, else nothing."""
-        ...
+        found, trailer = self.read(key), trailer_of(values.nbytes)
+        if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
+            raise OtherwiseError
+        raw_bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
+        return [checksum(values)] if check else []
 
     def ends(self, key: str) -> tuple[int, bytes, bytes]:
         """Return a file's size, its first `HEAD` bytes, and its last bytes."""
-        ...
+        found = self.read(key)
+        return len(found), found[:HEAD], found[-len(trailer_of(0)) :]
 
     def check_room(self, name: str, nbytes: int) -> None:
         """Check that an array can have `nbytes`, before it gets memory.
@@ -115,14 +124,9 @@ class Values(Protocol):
         Raises:
             OtherwiseError: If its files are smaller.
         """
-        ...
-
-    def has(self, key: str, nbytes: int | None) -> bool:
-        """Tell whether a file is there, with `nbytes` bytes if its size is known."""
-        ...
 
 
-class Files:
+class Files(Values):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
@@ -186,8 +190,8 @@ class Files:
         return self._directory / key
 
 
-class Sourced:
-    """Files in an object store."""
+class Sourced(Values):
+    """Files in an object store; `read_into` compares the size of what it sends."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -203,20 +207,11 @@ class Sourced:
             self._descriptions[key] = found
         return found
 
-    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        return _take_in(self.read(key), values, check=check)
-
-    def ends(self, key: str) -> tuple[int, bytes, bytes]:
-        return _ends(self.read(key))
-
-    def check_room(self, name: str, nbytes: int) -> None:
-        pass  # `read_into` compares the size of what the store sends
-
     def has(self, key: str, nbytes: int | None) -> bool:
         return len(self.read(key)) == nbytes or nbytes is None
 
 
-class Database:
+class Database(Values):
     def __init__(self, directory: Path) -> None:
         self._size = size_of(directory)  # which raises unless all files are plain
         try:
@@ -238,9 +233,6 @@ class Database:
         """Begin to read a key, for the next call of `read` with it."""
         self._coming[key] = self._store.read(key)
 
-    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        return _take_in(self.read(key), values, check=check)
-
     @functools.cached_property
     def _keys(self) -> frozenset[str]:
         return frozenset([key.decode() for key in self._result(self._store.list())])
@@ -255,9 +247,6 @@ class Database:
             raise OtherwiseError
         return bytes(found.value)
 
-    def ends(self, key: str) -> tuple[int, bytes, bytes]:
-        return _ends(self.read(key))
-
     def check_room(self, name: str, nbytes: int) -> None:
         if nbytes > _ROOM_BYTES and nbytes > self._size:
             raise OtherwiseError
@@ -271,16 +260,3 @@ class Database:
         except Exception as error:
             check_readable(self._directory)
             raise OtherwiseError from error
-
-
-def _take_in(found: bytes, values: Array, *, check: bool) -> list[str]:
-    """Copy a chunk's values from its file's content; see `Values.read_into`."""
-    trailer = trailer_of(values.nbytes)
-    if len(found) != values.nbytes + len(trailer) or not found.endswith(trailer):
-        raise OtherwiseError
-    raw_bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
-    return [checksum(values)] if check else []
-
-
-def _ends(found: bytes) -> tuple[int, bytes, bytes]:
-    return len(found), found[:HEAD], found[-len(trailer_of(0)) :]
