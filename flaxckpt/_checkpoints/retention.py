@@ -46,28 +46,18 @@ class LatestN:
         return [index >= first for index in range(len(checkpoints))]
 
 
-def best_of(
+def ranked(
     infos: Sequence[CheckpointInfo], monitor: str, mode: str, dtype: Any = "float32"
-) -> CheckpointInfo | None:
-    """Return the checkpoint with the best monitored value, the oldest of equals.
+) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints that have a number to compare, the best first.
 
     Args:
-        infos: Checkpoints, oldest first.
+        infos: Checkpoints, oldest first; of equals, the oldest comes first.
         monitor: Key in their logs.
         mode: `"min"` or `"max"`.
         dtype: The dtype in which the decision compares values. Of two values that are
             equal in this dtype, neither is better.
-
-    Returns:
-        The best; None if no checkpoint has a number to compare. NaN is no number.
     """
-    return next(iter(ranked(infos, monitor, mode, dtype)), None)
-
-
-def ranked(
-    infos: Sequence[CheckpointInfo], monitor: str, mode: str, dtype: Any = "float32"
-) -> tuple[CheckpointInfo, ...]:
-    """Return the checkpoints that have a number to compare, the best first."""
     sign = 1 if mode == "min" else -1
     values = [(monitored_value(info.logs, monitor, dtype), info) for info in infos]
     known = [(sign * value, info) for value, info in values if value is not None]

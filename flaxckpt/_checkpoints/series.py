@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.aside import bare, without_suffix
-from flaxckpt._checkpoints.retention import best_of, monitored_value, ranked
+from flaxckpt._checkpoints.retention import monitored_value, ranked
 from flaxckpt._decision.template import Template
 from flaxckpt._disk.area import Area
 from flaxckpt._disk.commit import DiskArea, tag_of
@@ -174,7 +174,7 @@ class Series:
         """Return the best of some checkpoints; None if there is nothing to compare."""
         if self.mode == "auto":
             return None
-        return best_of(infos, self.monitor, self.mode, self._dtype)
+        return next(iter(self.ranked(infos)), None)
 
     def ranked(self, infos: Sequence[CheckpointInfo]) -> Infos:
         """Return the checkpoints that have a number to compare, the best first."""

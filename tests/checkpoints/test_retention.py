@@ -10,7 +10,7 @@ from hypothesis import given
 from orbax.checkpoint import v1 as ocp
 
 from flaxckpt import CheckpointInfo, SettingError
-from flaxckpt._checkpoints.retention import LatestN, best_of, expired
+from flaxckpt._checkpoints.retention import LatestN, expired, ranked
 
 policies = ocp.training.preservation_policies
 EPOCH = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -29,8 +29,12 @@ def info(step, loss=None):
     )
 
 
+def best_of(infos, mode):
+    return next(iter(ranked(infos, "loss", mode)), None)
+
+
 def kept(infos, policy, mode="min"):
-    gone = expired(infos, policy, best_of(infos, "loss", mode))
+    gone = expired(infos, policy, best_of(infos, mode))
     return [each.step for each in infos if each not in gone]
 
 
@@ -85,9 +89,9 @@ def test_a_policy_must_answer_for_each():
 
 def test_nan_and_what_is_no_number_is_never_the_best():
     infos = [info(1, math.nan), info(2, "low"), info(3), info(4, 0.5), info(5, 0.5)]
-    assert best_of(infos, "loss", "min") is infos[3]
-    assert best_of(infos, "loss", "max") is infos[3]
-    assert best_of(infos[:3], "loss", "min") is None
+    assert best_of(infos, "min") is infos[3]
+    assert best_of(infos, "max") is infos[3]
+    assert best_of(infos[:3], "min") is None
 
 
 losses = st.one_of(st.none(), st.floats(), st.sampled_from([0.5, 1.0]))
@@ -98,11 +102,11 @@ losses = st.one_of(st.none(), st.floats(), st.sampled_from([0.5, 1.0]))
 )
 def test_retention_is_idempotent_and_keeps_newest_and_best(values, n, mode):
     infos = [info(step, value) for step, value in enumerate(values, start=1)]
-    best = best_of(infos, "loss", mode)
+    best = best_of(infos, mode)
     gone = expired(infos, LatestN(n), best)
     left = [each for each in infos if each not in gone]
     assert all(each in left for each in infos[-n:])
     assert best is None or best in left
     assert len(left) <= n + 1
-    assert expired(left, LatestN(n), best_of(left, "loss", mode)) == ()
-    assert best_of(left, "loss", mode) is best
+    assert expired(left, LatestN(n), best_of(left, mode)) == ()
+    assert best_of(left, mode) is best
