@@ -37,7 +37,9 @@ class Looks:
         """Begin with no kinds."""
         self._seen: deque[tuple[Any, ...]] = deque(maxlen=_REMEMBERED)
 
-    def check(self, written: Path, shown: Path, *what: Any) -> None:
+    def check(
+        self, written: Path, shown: Path, *what: Any, again: bool = False
+    ) -> None:
         """Check that a checkpoint is complete, unless one of its kind was checked.
 
         Reads values only of leaves whose files do not tell, as a restore would.
@@ -47,6 +49,7 @@ class Looks:
             shown: The checkpoint's place, for the error.
             *what: The way of writing, the tree's layout, and its leaves' placements.
                 They are equal for checkpoints that must have the same files.
+            again: Whether to check in any case.
 
         Raises:
             IncompleteError: If it is not complete.
@@ -55,7 +58,8 @@ class Looks:
         status = os.stat(above)
         # Another directory may have the inode of a deleted one, or its name.
         kind = (str(above), status.st_dev, status.st_ino, *what)
-        if kind in tuple(self._seen):  # a copy: another thread may append to it
+        # The tuple is a copy: another thread may append.
+        if kind in tuple(self._seen) and not again:
             return
         problem = _problem_of(written)
         if problem:

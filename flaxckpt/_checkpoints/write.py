@@ -114,8 +114,8 @@ def write_checkpoint(
     except IncompleteError as fault:
         if form is None:
             raise
-        task = save.write(None)
-        task.fault = fault
+        task = save.write(None, again=True)
+        task.fault = fault.with_traceback(None)  # the frames hold the tree
     return task
 
 
@@ -139,8 +139,13 @@ class _Save:
     earlier: Path | None
     commit: Commit
 
-    def write(self, form: OrbaxFiles | None) -> Task:
-        """Write the checkpoint; in a form, if there is one, and else by Orbax."""
+    def write(self, form: OrbaxFiles | None, *, again: bool = False) -> Task:
+        """Write the checkpoint; in a form, if there is one, and else by Orbax.
+
+        Args:
+            form: The form.
+            again: Whether a first try was incomplete; this one is looked at, too.
+        """
         path, frozen = self.checkpoint.info.path, self.way.frozen
         if frozen is not None:
             frozen.begin()
@@ -149,7 +154,7 @@ class _Save:
             written = directory / "new"
             task = self._write_tree(written, form)
             self._finish(written, task)
-            self._look(written, task)
+            self._look(written, task, again=again)
             place = self.commit(written, path)
         if frozen is not None:
             frozen.settle(place)
@@ -159,7 +164,11 @@ class _Save:
         """Have Orbax write the tree, over an old checkpoint's files if need be."""
         old = written.with_name("old")
         if written.is_dir():  # an old checkpoint, where the new one is to be
-            written.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():  # somebody reads it, on a network's file system
+                shutil.rmtree(written)
+            else:
+                written.rename(old)
 
         def write(state: Path) -> Fingerprints:
             """Write into the directory of the tree, which is empty."""
@@ -218,11 +227,10 @@ class _Save:
             link_frozen(form, draft, self.held, prints, frozen)
         return prints
 
-    def _look(self, written: Path, task: Task) -> None:
+    def _look(self, written: Path, task: Task, *, again: bool) -> None:
         way, frozen = self.way, self.way.frozen
         linked = frozen is not None and frozen.has_links
         kind = task.is_direct, self.is_database, way.compress, linked
         shown = way.area.shown(self.checkpoint.info.path)
-        way.looks.check(
-            written, shown, kind, self.checkpoint.layout, placements_of(self.held)
-        )
+        what = kind, self.checkpoint.layout, placements_of(self.held)
+        way.looks.check(written, shown, *what, again=again)

@@ -34,8 +34,9 @@ class Program:
         self._shardings = [kind[2] for kind in (*alone, *(pack[0] for pack in packs))]
         settings = {"keep_unused": True, "out_shardings": (self._shardings, None)}
         fill = jax.jit(_fill, **settings)
-        refill = jax.jit(_refill, donate_argnums=3, **settings)
-        self._jitted: tuple[Any, Any] = fill, refill
+        refill = jax.jit(_refill, donate_argnums=2, **settings)
+        refill_if = jax.jit(_refill_if, donate_argnums=2, **settings)
+        self._jitted: tuple[Any, Any, Any] = fill, refill, refill_if
         self._programs = self._jitted
         self._compiling = new_lock()
 
@@ -58,7 +59,9 @@ class Program:
             slot: Earlier copies of this program.
             is_wanted: Whether to copy, a bool or bool[]; if not, `slot` is returned.
         """
-        return self._call(1, alone, packs, is_wanted, slot, self._work)
+        if is_wanted is np.True_:
+            return self._call(1, alone, packs, slot, self._work)
+        return self._call(2, alone, packs, slot, self._work, is_wanted)
 
     def _call(self, which: int, *arguments: Any) -> list[jax.Array]:
         with self._compiling:
@@ -72,7 +75,10 @@ class Program:
         return self._jitted[which](*arguments)[0]
 
     def compile(self) -> None:
-        """Compile now, on this thread; a call on another thread waits for it."""
+        """Compile now, on this thread; a call on another thread waits for it.
+
+        A copy that a device decides on is compiled when it is first needed.
+        """
         # Without x64, JAX narrows 64-bit kinds.
         with self._compiling, jax.enable_x64(True):
             if self._programs is not self._jitted:
@@ -84,10 +90,10 @@ class Program:
                 for pack in self._packs
             ]
             work, slot = self._work, alone + joined
-            fill, refill = self._jitted
+            fill, refill, refill_if = self._jitted
             filled = fill.lower(alone, packs, work).compile()
-            refilled = refill.lower(alone, packs, np.True_, slot, work).compile()
-            self._programs = filled, refilled
+            refilled = refill.lower(alone, packs, slot, work).compile()
+            self._programs = filled, refilled, refill_if
 
     @functools.cached_property
     def _work(self) -> Any:
@@ -124,10 +130,21 @@ def _fill(
 def _refill(
     alone: list[jax.Array],
     packs: list[list[jax.Array]],
-    is_wanted: jax.Array,
     slot: list[jax.Array],
     work: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
+    del slot  # the copies take its memory
+    return _fill(alone, packs, work)
+
+
+def _refill_if(
+    alone: list[jax.Array],
+    packs: list[list[jax.Array]],
+    slot: list[jax.Array],
+    work: jax.Array,
+    is_wanted: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    # Not for each refill: on GPU the thread that calls a `cond` waits for the device.
     copies = jax.lax.cond(is_wanted, lambda: _copied(alone, packs), lambda: slot)
     return copies, jnp.sum(work * work)
 

@@ -70,7 +70,7 @@ class DiskArea:
         self.prefix = f"{HIDDEN_PREFIX}{tag_of(series[0])}-"
         self.claim = Claim(root, f"{self.prefix[:-1]}.lock", lock, shown)
         self._staging = Staging(root, self.prefix, self.claim)
-        self.staging, self.sweep = self._staging.directory, self._staging.sweep
+        self.staging = self._staging.directory
 
     def open(self, *clear_up: Callable[[], None]) -> None:
         """See `Area.open`.
@@ -96,6 +96,11 @@ class DiskArea:
     def _clear_up(self) -> None:
         self._finish_replacements()
         self._staging.clear_up()
+
+    def sweep(self, *, spare: bool = True) -> None:
+        """See `Area.sweep`."""
+        # Not the method of `Staging` itself: a job that holds this one keeps the claim.
+        self._staging.sweep(spare=spare)
 
     def close(self) -> None:
         """See `Area.close`."""

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flaxckpt._direct.form import Fingerprints
+from flaxckpt._runtime.failures import is_about_space
 from flaxckpt._runtime.quiet import quiet
+from flaxckpt._runtime.unchecked import unchecked
 from flaxckpt._trees.ties import PyTree
 
 with quiet():  # it logs when it is imported
@@ -78,11 +82,16 @@ async def _write(
 ) -> None:
     path = Path(await directory.await_creation())
     try:
-        task.fingerprints = write(path)
-    except OSError:  # Orbax would meet with it as well
-        raise
+        with unchecked():  # Orbax has a thread of its own for this
+            task.fingerprints = write(path)
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # Orbax would meet with it as well
     except Exception as fault:
-        task.fault = fault
+        if is_about_space(fault):
+            raise
+        # Without the frames, which hold the tree.
+        task.fault = fault.with_traceback(None)
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        await (await _begin_by_orbax(directory, task))
+        with unchecked():
+            await (await _begin_by_orbax(directory, task))

@@ -95,6 +95,11 @@ def _code_of(error: BaseException) -> int | None:
     return next((code for code, said in _SPACE.items() if said in text), None)
 
 
+def is_about_space(error: BaseException) -> bool:
+    """Tell whether an error says that the disk is full or the quota used up."""
+    return any(map(_code_of, _chain(error)))
+
+
 def _size(nbytes: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= size:

@@ -227,7 +227,7 @@ def test_updates_that_pass_over_are_those_that_do_not(save_freq, data):
                 save_freq=save_freq,
             )  # fmt: skip
             if not is_plain:
-                ckpt._is_plain = False
+                ckpt._settings.__dict__["goes_by_best_alone"] = False
             state, older = ckpt.init(), None
             for number, (logs, epoch, is_again) in enumerate(calls):
                 given = older if is_again and older is not None else state
