@@ -2,14 +2,15 @@
 
 Orbax logs through `absl.logging`, whose first call also gives Python's root logger a
 handler, after which a user's own `logging.basicConfig` does nothing. So while one of
-this package's calls to Orbax is under way, the lines of that call's threads do not
-reach `absl.logging`. No logger, handler, level or filter is touched, and absl logs the
-lines of all other threads as before.
+this package's calls to Orbax is under way, Orbax's lines on that call's threads do not
+reach `absl.logging`. No logger, handler, level or filter is touched, and absl logs all
+other lines as before.
 """
 
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Generator
 from typing import Any
@@ -51,7 +52,8 @@ class _Gate:
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         thread = threading.current_thread()
-        if not any(call.runs_on(thread) for call in tuple(self._calls)):
+        calls = tuple(self._calls)
+        if not (any(call.runs_on(thread) for call in calls) and _is_of_orbax()):
             self._through(*args, **kwargs)
 
     def open(self) -> None:
@@ -67,6 +69,14 @@ _log = _GATE.log  # one object, so that `is` recognizes it
 os.register_at_fork(after_in_child=_GATE.open)
 # absl reports the line that logs: it has to skip the frame of `_Gate.log`.
 absl.logging.ABSLLogger.register_frame_to_skip(__file__, "log")
+
+
+def _is_of_orbax() -> bool:
+    """Tell whether Orbax has called absl's function that is logging."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "absl.logging":
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "")[:6] == "orbax."
 
 
 @contextlib.contextmanager

@@ -126,8 +126,14 @@ def test_plain_orbax_takes_ours_for_whole(tmp_path, monkeypatch, files):
         assert "data files not found" not in result.stderr
 
 
-def test_other_threads_log_as_ever():
+def test_only_orbax_s_lines_of_a_call_are_dropped():
     said = []
+    of_orbax = {"__name__": "orbax.checkpoint.anything", "absl": absl}
+    exec("def error(message): absl.logging.error(message)", of_orbax)
+    error = of_orbax["error"]
+
+    def of_user(message):
+        absl.logging.error(message)
 
     class Handler(logging.Handler):
         def emit(self, record):
@@ -139,7 +145,7 @@ def test_other_threads_log_as_ever():
     def work():
         ready.set()
         other.wait(60)
-        absl.logging.warning("from a user's thread")
+        error("Orbax's, from a user's thread")
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -149,13 +155,15 @@ def test_other_threads_log_as_ever():
     try:
         absl.logging.set_verbosity(absl.logging.WARNING)
         with _quiet.quiet():
-            absl.logging.error("from the caller's")
-            own = threading.Thread(target=absl.logging.error, args=["of the call's"])
-            own.start()
-            own.join()
+            error("from the caller's")
+            for log in (error, of_user):
+                own = threading.Thread(target=log, args=["of a thread since"])
+                own.start()
+                own.join()
             with _quiet.quiet():
                 pass
-            absl.logging.error("from the caller's")
+            error("from the caller's")
+            absl.logging.error("a user's own line")
             other.set()
             worker.join()
         absl.logging.warning("after it")
@@ -166,8 +174,13 @@ def test_other_threads_log_as_ever():
         absl.logging.set_verbosity(verbosity)
         logger.removeHandler(handler)
     here = os.path.basename(__file__)
-    expected = ["from a user's thread", "after it", "asked for"]
-    assert said == [(message, here) for message in expected]
+    assert said == [
+        ("of a thread since", here),
+        ("a user's own line", here),
+        ("Orbax's, from a user's thread", "<string>"),
+        ("after it", here),
+        ("asked for", here),
+    ]
 
 
 def test_loads_on_several_threads_leave_the_warnings_filters(tmp_path):
