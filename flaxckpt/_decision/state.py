@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.direction import direction
+from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.logs import SURROGATES, has_surrogates, rounded
 from flaxckpt._decision.scalars import LARGEST, Scalar, array, is_real
 from flaxckpt._runtime.gone import check_there, shown
@@ -140,15 +140,8 @@ class CheckpointState:
             >>> state.mode
             'max'
         """
-        _check_settings(monitor, mode, save_best_only, save_freq, min_delta)
-        mode = mode if mode != "auto" else direction(monitor) or "auto"
-        if save_best_only and mode == "auto":
-            raise SettingError(
-                "monitor",
-                monitor,
-                "whether this metric is better low or high is not known by its name. "
-                'Pass mode="min" or mode="max".',
-            )
+        _check_settings(monitor, save_best_only, save_freq, min_delta)
+        mode = mode_of(monitor, mode, is_needed=save_best_only)
         if initial_value_threshold is not None:
             if not is_real(initial_value_threshold) or math.isnan(
                 initial_value_threshold
@@ -265,14 +258,12 @@ def _decides_alike(stored: Mapping[str, Any], state: CheckpointState) -> bool:
 
 
 def _check_settings(
-    monitor: str, mode: str, save_best_only: bool, save_freq: Any, min_delta: float
+    monitor: str, save_best_only: bool, save_freq: Any, min_delta: float
 ) -> None:
     if not isinstance(monitor, str) or not monitor:
         raise SettingError("monitor", monitor, "pass the name of a key in `logs`.")
     if has_surrogates(monitor):
         raise SettingError("monitor", monitor, f"it has {SURROGATES}")
-    if mode not in ("auto", "min", "max"):
-        raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
     if not isinstance(save_best_only, bool | np.bool_):
         raise SettingError("save_best_only", save_best_only, "pass True or False.")
     if save_freq != "epoch" and (
