@@ -128,7 +128,7 @@ class Updater:
             and given is self._known
             and all(type(at) is int and 0 <= at < LARGEST for at in counted)
             and is_no_better(state, logs)
-            and not self.saves.has_failed
+            and not self.saves.report.has_failed
             and not runs_in_trace()
         )
 

@@ -56,6 +56,7 @@ class PodSaver:
     Attributes:
         counts: What became of the saves.
         queue: The queue of jobs.
+        report: Counts and prints.
     """
 
     def __init__(self, parts: SaverParts, *, timeout: float) -> None:
@@ -75,17 +76,13 @@ class PodSaver:
         if not is_leader():
             parts.report.tell = None
         self._parts, self._series = parts, parts.series
-        self.queue, self.counts = parts.queue, parts.report.counts
+        self.queue, self.report = parts.queue, parts.report
+        self.counts = parts.report.counts
         self.wait, self.close = parts.queue.wait, parts.queue.close
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self.compile_ahead = parts.compile_ahead
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a save has failed."""
-        return self._parts.report.has_failed
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
@@ -117,7 +114,7 @@ class PodSaver:
             call.decision = Undecided()
         else:
             call.judge()
-            self._parts.report.decided(call)
+            self.report.decided(call)
 
     def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
         """Copy the tree, and have a job agree with the other processes and write.
@@ -147,7 +144,7 @@ class PodSaver:
         # processes would differ in which does.
         job = self.queue.claim(None, 1)
         assert job is not None
-        parts.report.count_delay(job.waited)
+        self.report.count_delay(job.waited)
         try:
             self.queue.check()  # raises the error of any process in that save
             for stored in contents.trees:
@@ -168,7 +165,7 @@ class PodSaver:
     def _translated(
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
-        return translated_for_all(error, self._parts.report.shown(path))
+        return translated_for_all(error, self.report.shown(path))
 
     def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
@@ -197,7 +194,7 @@ class PodSaver:
                 fill(call.copies, leaves, memory, contents.wanted(call))
                 return
             call.judge()  # each process waits for its own value
-            self._parts.report.decided(call)
+            self.report.decided(call)
         if call.skips and not lasts:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
@@ -211,7 +208,7 @@ class PodSaver:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
-        shown = self._parts.report.shown
+        shown = self.report.shown
         settled: tuple[Call, list[Page]] | None = None
         try:
             settled = self._parts.publisher.settled(contents, _unchecked)
@@ -281,7 +278,7 @@ class PodSaver:
     def _space_told(
         self, page: Page, directory: Path
     ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self._parts.report.shown(page.path), in_process()
+        shown, here = self.report.shown(page.path), in_process()
         return space_told(shown, page.layout.nbytes, directory, here)
 
 

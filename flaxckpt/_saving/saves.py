@@ -43,11 +43,6 @@ class Saver:
         self.close, self.lost_best = parts.queue.close, parts.lost_best
         self.compile_ahead = parts.compile_ahead
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether a save has failed since `lost_best` last said so."""
-        return self.report.has_failed
-
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that computes the metric.
 
