@@ -1,7 +1,7 @@
 """Whole checkpoints, and the series that a filepath names.
 
-`write` writes a checkpoint, `finish` its table and its record with the `versions`, and
-`together` does so by several processes. `looks` checks the first one of each kind.
+`write` writes a checkpoint, `finish` its table and its record, and `together` does so
+by several processes. `looks` checks the first one of each kind.
 `load` has the public functions: for them `load_tree` loads a tree, by `read_table` and
 by `read`, which reads leaves; `undisturbed` reads again if a writer interfered.
 `series` is all that one filepath has on disk, and `series_writer` writes it. For that,
