@@ -2,7 +2,7 @@
 
 `open` opens plain files only, and `vetting` checks the files that Orbax and TensorStore
 open. `fields`, `record_fields`, `table`, `zarr_json` and `owner` parse JSON. `record`
-reads and writes a checkpoint's record, `info` is its dataclass, and `listing` finds
+encodes and reads a checkpoint's record, `info` is its dataclass, and `listing` finds
 checkpoints by their records, and what a crash has left between two renames. `nested`
 refuses checkpoints inside checkpoints. `files` writes and syncs a directory's files.
 `alias` gives Orbax and TensorStore paths that they read correctly.
