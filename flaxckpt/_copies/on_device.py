@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._copies.held import Copies
+from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied
 from flaxckpt._copies.plan import Plan, kinds_of
 from flaxckpt._decision.state import CheckpointState
@@ -63,8 +63,7 @@ def fill(
             `into`, or any values without it.
     """
     assert copies.plan is not None
-    reuse = into is not None and into.plan is copies.plan
-    slots = iter(list(into.arrays)) if into is not None and reuse else None
+    slots = iter(list(into.arrays)) if fits(into, copies.plan) else None
     for batch in copies.plan.batches:
         alone, packs = batch.pick(leaves)
         # Each branch is one statement, since an interrupt may come between any two, and

@@ -23,7 +23,7 @@ import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._checkpoints.together import write_share
-from flaxckpt._copies.held import Copies
+from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._decision.scalars import monitored
@@ -180,7 +180,7 @@ class PodSaver:
             call.copies = Copies(None, [], leaves)
             return
         plan = self._parts.plans.plan(leaves)
-        has_memory = memory is not None and memory.plan is plan
+        has_memory = fits(memory, plan)
         is_on_device = has_memory or self._parts.is_on_device(leaves)
         if is_on_device and not has_memory:
             job.memory = memory = None  # freed before new memory is allocated
