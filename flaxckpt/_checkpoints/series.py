@@ -82,9 +82,7 @@ class Series:
         self.area.refresh()
         with self.area.claim.committing:  # so the listed names are on disk
             infos, damaged = list_below(template.root, template.depth)
-        return tuple(filter(self._is_own, infos)), [
-            self._shown(error) for error in damaged
-        ]
+        return tuple(filter(self._is_own, infos)), list(map(self._shown, damaged))
 
     def _is_own(self, info: CheckpointInfo) -> bool:
         """Tell whether a checkpoint is of this series.

@@ -86,5 +86,5 @@ class Copies:
 
 
 def fits(copies: Copies | None, plan: Plan) -> TypeGuard[Copies]:
-    """Tell whether there are copies of a plan, whose memory others of it can take."""
+    """Tell whether these are copies of the plan, so new ones can take their memory."""
     return copies is not None and copies.plan is plan

@@ -142,16 +142,10 @@ class CheckpointState:
         """
         _check_settings(monitor, save_best_only, save_freq, min_delta)
         mode = mode_of(monitor, mode, is_needed=save_best_only)
-        if initial_value_threshold is not None:
-            if not is_real(initial_value_threshold) or math.isnan(
-                initial_value_threshold
-            ):
-                raise SettingError(
-                    "initial_value_threshold",
-                    initial_value_threshold,
-                    "pass a number to improve on, or None for none.",
-                )
         threshold = initial_value_threshold
+        if threshold is not None and (not is_real(threshold) or math.isnan(threshold)):
+            advice = "pass a number to improve on, or None for none."
+            raise SettingError("initial_value_threshold", threshold, advice)
         dtype = jax.dtypes.canonicalize_dtype(np.float64)
         state = cls(
             best_value=rounded(0 if threshold is None else threshold, dtype),

@@ -46,11 +46,8 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     damaged: list[LeftOut] = []
     for _ in looks():
         look = _Look(known)
-        infos, damaged = _sorted(_find(Path(root), depth, look))
-        damaged, before = (
-            [error for error in damaged if str(error) in problems],
-            damaged,
-        )
+        infos, before = _sorted(_find(Path(root), depth, look))
+        damaged = [error for error in before if str(error) in problems]
         # While two checkpoints exchange names, a look may see one of them twice.
         twice, had = _doubles(infos), doubles
         doubles = twice

@@ -145,18 +145,16 @@ def normal(
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise RefusedError("an integer of more than 64 bits")
     elif isinstance(value, bytes):
-        return Leaf(path, "bytes", "uint8", (len(value),)), np.frombuffer(
-            value, np.uint8
-        )
+        leaf = Leaf(path, "bytes", "uint8", (len(value),))
+        return leaf, np.frombuffer(value, np.uint8)
     elif isinstance(value, str):
         return _text(path, str(value))
     else:
         for kind, name in SCALARS.items():
             if isinstance(value, kind):
-                stored = kind(value)
-                return Leaf(path, name), (
-                    np.asarray(stored) if name == "complex" else stored
-                )
+                number = kind(value)
+                stored = np.asarray(number) if name == "complex" else number
+                return Leaf(path, name), stored
         raise RefusedError(f"an object of type {type(value).__qualname__}")
     if not is_possible(leaf.shape):
         raise RefusedError(f"an array of shape {leaf.shape}, which is too large")
