@@ -115,7 +115,7 @@ class Settings:
         need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
         _ = self.slot
         if are_several():
-            advice = "several processes store what is not compressed. Pass False."
+            advice = "several processes store arrays without compression. Pass False."
             need("compress", not self.compress, advice)
             advice = 'several processes write shards by themselves. Pass "auto".'
             need("engine", self.engine == "auto", advice)

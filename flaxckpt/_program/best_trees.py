@@ -81,7 +81,7 @@ class Snapshot:
             empty slot.
         order: The order in which the trees were taken, i32[keep]; -1 in an empty slot.
         logs: The metrics, each of shape [keep].
-        monitor: Key in `logs` of the value to compare. Static, as is `mode`.
+        monitor: Key in `logs` of the value to compare. `monitor` and `mode` are static.
         mode: `"min"` or `"max"`.
     """
 
@@ -302,7 +302,7 @@ class Snapshot:
             )
         if not batched:
             raise SettingError(
-                "member", shown, "the snapshot is not one of an ensemble. Leave it out."
+                "member", shown, "the snapshot belongs to no ensemble. Leave it out."
             )
         try:
             number = -1 if member is None else operator.index(member)
@@ -312,7 +312,7 @@ class Snapshot:
             raise SettingError(
                 "member",
                 shown,
-                f"the snapshot is that of an ensemble of {batched[0]}. Pass the index "
+                f"the snapshot belongs to an ensemble of {batched[0]}. Pass the index "
                 f"of a member: 0 to {batched[0] - 1}.",
             )
         return jax.tree.map(lambda leaf: leaf[number], self)
