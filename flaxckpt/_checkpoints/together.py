@@ -101,7 +101,7 @@ def write_share(
     """Write this process's share of a checkpoint that process 0 begins and finishes.
 
     Args:
-        forms: The forms that are known, that of the tree among them.
+        forms: The known forms. The form of the tree is one of them.
         directory: Where to write the share.
         layout: The tree's layout.
         leaves: Its leaves.

@@ -96,7 +96,7 @@ def write_checkpoint(
         commit: Puts the written directory in its place; None for `way.commit`.
 
     Returns:
-        What tells who wrote the values.
+        The task, which tells whether flaxckpt or Orbax wrote the values.
 
     Raises:
         CheckpointWriteError: If something is missing from what was written.

@@ -2,7 +2,7 @@
 
 The files of such a leaf have a name in each checkpoint (a hard link). So each
 checkpoint is whole by itself, also for Orbax, and any may be deleted. A leaf is linked
-only if its digest is that of the stored leaf; otherwise it is written again.
+only if its digest equals the stored leaf's digest. Otherwise the leaf is written again.
 """
 
 import contextlib

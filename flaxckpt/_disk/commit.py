@@ -291,5 +291,5 @@ class DiskArea:
 
 
 def tag_of(series: str) -> str:
-    """Return what is short for a series' name in the names of files."""
+    """Return the tag that stands for a series' name in file names."""
     return hashlib.sha256(os.fsencode(series)).hexdigest()[:8]

@@ -139,7 +139,8 @@ def _find(
                 yield unreadable(directory, error)
             continue
         deeper: dict[Path, int | None] = {}
-        # Own names come first: they may be searched below, set-aside ones are not.
+        # Entries under their own names come first, because the search goes on below
+        # them. It does not go on below set-aside entries.
         for entry in sorted(entries, key=_is_set_aside):
             try:
                 for path, left_below in _candidates(directory, entry, below):

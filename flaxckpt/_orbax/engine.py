@@ -62,7 +62,7 @@ def write_tree(
         compress: Whether it compresses them.
 
     Returns:
-        The task, which tells who has written.
+        The task, which tells whether flaxckpt or Orbax wrote the values.
     """
 
     def tree() -> PyTree:

@@ -89,7 +89,7 @@ class PodSaver:
 
     @property
     def receiver(self) -> Receiver:
-        """What saves the trees of traced calls: nothing does.
+        """The receiver of traced calls, which several processes do not have.
 
         Raises:
             CheckpointError: Always.
@@ -108,7 +108,8 @@ class PodSaver:
         value = None
         if state.save_best_only:
             value = monitored(call.metric, call.logs.get(call.metric, 0))
-        # Whether the metric is computed yet does not count: processes would differ.
+        # Do not ask whether the metric is computed yet: the processes would get
+        # different answers.
         can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:
             call.decision = Undecided()
