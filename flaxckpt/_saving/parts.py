@@ -51,12 +51,7 @@ class SaverParts:
     """
 
     def __init__(self, settings: Settings, disk: SeriesWriter) -> None:
-        """Start nothing yet.
-
-        Args:
-            settings: The settings.
-            disk: Writes the series to save in.
-        """
+        """Start nothing yet."""
         series, frozen = disk.series, disk.way.frozen
         weights, weights_only = settings.weights, bool(settings.save_weights_only)
         best_only, overwrite = bool(settings.save_best_only), bool(settings.overwrite)
