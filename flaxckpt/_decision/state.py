@@ -265,11 +265,8 @@ def _check_settings(
         or not isinstance(save_freq, numbers.Integral)
         or not 1 <= int(save_freq) <= LARGEST
     ):
-        raise SettingError(
-            "save_freq",
-            save_freq,
-            'pass "epoch", or a number of batches of at least 1.',
-        )
+        advice = 'pass "epoch", or a number of batches of at least 1.'
+        raise SettingError("save_freq", save_freq, advice)
     if not is_real(min_delta) or not 0 <= min_delta < math.inf:
         raise SettingError("min_delta", min_delta, "pass a number of at least 0.")
 

@@ -270,13 +270,8 @@ class Stream:
     def _call_of(self, scalars: PyTree) -> tuple[Mapping[str, Any], Call]:
         flags, at = scalars["flags"], scalars["at"]
         state = with_leaves(self._state, **scalars["state"])
-        call = Call(
-            bool(flags["save"]),
-            at["epoch"],
-            at.get("batch"),
-            {**self._logs, **scalars["logs"]},
-            state,
-        )
+        logs = {**self._logs, **scalars["logs"]}
+        call = Call(bool(flags["save"]), at["epoch"], at.get("batch"), logs, state)
         call.before = with_leaves(state, **scalars["before"])
         return flags, call
 
