@@ -117,7 +117,7 @@ def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Con
 
 @contextlib.contextmanager
 def own_number() -> Generator[None]:
-    """Have Orbax give the saves in this context a number that no other save has.
+    """Have Orbax number flaxckpt's saves, in this context, apart from all other saves.
 
     Several threads of a save look its number up again. If another save has begun by
     then, they wait for signals under a number that gets none. The save fails or hangs.
@@ -134,7 +134,6 @@ def own_number() -> Generator[None]:
 @functools.cache
 def _teach_numbers() -> None:
     """Have Orbax's generator of numbers ask whose save it is."""
-    # pyright: reportMissingTypeStubs=false
     from orbax.checkpoint._src.futures import synchronization
 
     generator: Any = synchronization.OperationIdGenerator
