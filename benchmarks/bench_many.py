@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as v0
 
 import flaxckpt
-from flaxckpt._checkpoints import versions as _versions
+from flaxckpt._checkpoints import finish as _finish
 from flaxckpt._disk import record as _record
 
 absl.logging.set_verbosity(absl.logging.ERROR)
@@ -43,7 +43,7 @@ def fill(directory: Path, number: int) -> None:
             logs={"loss": 1.0 / (epoch + 1)},
             time=info.time + datetime.timedelta(microseconds=epoch),
         )
-        record = _record.encode_record(changed, _versions.versions(), table)
+        record = _record.encode_record(changed, _finish.versions(), table)
         (other / _record.RECORD_FILE).write_bytes(record)
 
 

@@ -3,7 +3,7 @@
 `CheckpointState` and `step` are the decision: they are pure, and need only JAX.
 `Snapshot` keeps the best trees in a program, and `scan_in_chunks` runs a scan in parts.
 `ModelCheckpoint` saves and restores through Orbax, which is imported when
-`ModelCheckpoint`, `load`, `load_weights` or `verify` is first looked up.
+`ModelCheckpoint`, `Restored`, `load`, `load_weights` or `verify` is first looked up.
 """
 
 import importlib

@@ -251,8 +251,8 @@ class ModelCheckpoint:
             tree: What to save: any pytree of arrays and scalars.
             logs: The current metrics; None for none.
             epoch: Zero-based epoch, an integer or i32[].
-            batch: Zero-based batch within the epoch, likewise; None at the end of an
-                epoch.
+            batch: Zero-based batch within the epoch, an integer or i32[]. None at the
+                end of an epoch.
             force: Whether to save in any case, bool[].
 
         Returns:
@@ -334,8 +334,8 @@ class ModelCheckpoint:
         """Wait until every save is on disk.
 
         The call also waits for the jitted programs with saves that this thread has
-        called; those of other threads must have ended. In a process that was forked
-        from the one that made the object, the call does nothing.
+        called. The programs of other threads must have ended. In a process that was
+        forked from the one that made the object, the call does nothing.
 
         Raises:
             CheckpointWriteError: If a save failed.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxckpt._checkpoints.retention import LatestN, PreservationPolicy
+from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.reserved import ADVICE as NO_RESERVED
 from flaxckpt._decision.reserved import is_reserved
 from flaxckpt._decision.scalars import is_real
@@ -114,7 +115,7 @@ class Settings:
         need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
         _ = self.slot
         if are_several():
-            advice = "several processes store what is not compressed. Pass False."
+            advice = "several processes store arrays without compression. Pass False."
             need("compress", not self.compress, advice)
             advice = 'several processes write shards by themselves. Pass "auto".'
             need("engine", self.engine == "auto", advice)
@@ -169,11 +170,7 @@ class Settings:
         Raises:
             SettingError: If it is not.
         """
-        advice = (
-            "whether this metric is better low or high is not known by its name. "
-            'Pass mode="min" or mode="max".'
-        )
-        self._need("monitor", self.fresh.mode != "auto", advice)
+        mode_of(self.monitor, self.mode)
 
     @functools.cached_property
     def goes_by_best_alone(self) -> bool:

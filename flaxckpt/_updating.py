@@ -43,7 +43,8 @@ class Updater:
     _stale: CheckpointState | None = None
     _known: CheckpointState | None = None  # the state that the last call returned
     _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
-    _never_due: bool | None = None  # True while no call was of a kind that can be due
+    # None before the first check of it; True while no call could be due.
+    _never_due: bool | None = None
 
     def update(
         self,
@@ -128,7 +129,7 @@ class Updater:
             and given is self._known
             and all(type(at) is int and 0 <= at < LARGEST for at in counted)
             and is_no_better(state, logs)
-            and not self.saves.has_failed
+            and not self.saves.report.has_failed
             and not runs_in_trace()
         )
 

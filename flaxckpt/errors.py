@@ -200,7 +200,7 @@ class LeafDifference(NamedTuple):
     Attributes:
         path: The leaf's path, such as `params/dense/kernel`.
         stored: What the checkpoint has, such as `float32[2,3]`, or `nothing`.
-        wanted: What `like` asks for, likewise.
+        wanted: What `like` asks for, in the form of `stored`.
     """
 
     path: str

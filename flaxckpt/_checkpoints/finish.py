@@ -1,10 +1,11 @@
 """Finishes a checkpoint whose tree is written: the table of leaves, and the record."""
 
+import functools
+import importlib.metadata
 import json
 from collections import deque
 from pathlib import Path
 
-from flaxckpt._checkpoints.versions import versions
 from flaxckpt._direct.form import Fingerprints
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.files import Draft
@@ -15,6 +16,19 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
 
 _REMEMBERED = 8
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that write a checkpoint."""
+    return {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # as in a bare source tree
+        return "unknown"
 
 
 class Tables:

@@ -132,11 +132,8 @@ class Rivals:
     def make_way(self, path: Path, kept: Path) -> bool:
         """Copy a checkpoint in an object store aside, for a save by hand.
 
-        It also stays at its path until the save is there.
-
-        Args:
-            path: The path.
-            kept: The place aside that `place` chose.
+        It goes to `kept`, the place that `place` chose, and also stays at its path
+        until the save is there.
 
         Returns:
             Whether it was still there.

@@ -82,9 +82,7 @@ class Series:
         self.area.refresh()
         with self.area.claim.committing:  # so the listed names are on disk
             infos, damaged = list_below(template.root, template.depth)
-        return tuple(filter(self._is_own, infos)), [
-            self._shown(error) for error in damaged
-        ]
+        return tuple(filter(self._is_own, infos)), list(map(self._shown, damaged))
 
     def _is_own(self, info: CheckpointInfo) -> bool:
         """Tell whether a checkpoint is of this series.
@@ -139,7 +137,7 @@ class Series:
                 continue
             if info is None:
                 free.append(place)
-            elif self._is_slot(info):
+            elif info.series == self.slot_name:
                 ours.append(info)
         if ours:
             return max(ours, key=lambda info: info.time).path
@@ -148,16 +146,14 @@ class Series:
     def slot_info(self) -> CheckpointInfo | None:
         """Return the record in this series' slot; None if there is no whole one."""
         info = self._of_slot(self.slot())
-        return info if info is not None and self._is_slot(info) else None
+        is_own = info is not None and info.series == self.slot_name
+        return info if is_own else None
 
     def _of_slot(self, path: Path) -> CheckpointInfo | None:
         try:
             return read_record(path)
         except CheckpointCorruptError:
             return None
-
-    def _is_slot(self, info: CheckpointInfo) -> bool:
-        return info.series == self.slot_name
 
     def by_age(self) -> tuple[Infos, list[LeftOut]]:
         """List the checkpoints and the slot, oldest first, and errors as `listed` does.

@@ -104,7 +104,8 @@ class SeriesWriter:
                 shares; see `write_together`. None if this process writes all.
 
         Returns:
-            What tells who wrote the values; None if several processes did.
+            The task, which tells whether flaxckpt or Orbax wrote the values; None if
+            several processes wrote them.
         """
         ledger, area = self._ledger, self.series.area
         ledger.refresh()

@@ -14,9 +14,8 @@ from flaxckpt._direct.form import OrbaxFiles
 from flaxckpt._direct.forms import Forms, held_values, placements_of
 from flaxckpt._direct.shares import Share, begin_shares, joined, write_own
 from flaxckpt._disk.files import Draft
-from flaxckpt._orbax.engine import ocp, orbax_context, with_key
+from flaxckpt._orbax.engine import ocp, orbax_context, own_number, with_key
 from flaxckpt._orbax.files import OURS
-from flaxckpt._orbax.own_number import own_number
 from flaxckpt._processes.messages import is_leader
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
@@ -102,7 +101,7 @@ def write_share(
     """Write this process's share of a checkpoint that process 0 begins and finishes.
 
     Args:
-        forms: The forms that are known, that of the tree among them.
+        forms: The known forms. The form of the tree is one of them.
         directory: Where to write the share.
         layout: The tree's layout.
         leaves: Its leaves.

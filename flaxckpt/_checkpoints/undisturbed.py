@@ -81,8 +81,9 @@ def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) ->
     """
     there = read_record(path)
     if there is None or not is_same(info, there):
-        when = "by one of plain Orbax" if there is None else f"at {there.time}"
-        problem = f"it was saved at {info.time}, and what is there now {when}"
+        now = "written by plain Orbax" if there is None else f"saved at {there.time}"
+        problem = f"the listed checkpoint was saved at {info.time}, and the checkpoint "
+        problem += f"there now was {now}"
         raise CheckpointNotFoundError(str(path), (), problem)
     return read(path)
 

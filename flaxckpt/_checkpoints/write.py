@@ -96,7 +96,7 @@ def write_checkpoint(
         commit: Puts the written directory in its place; None for `way.commit`.
 
     Returns:
-        What tells who wrote the values.
+        The task, which tells whether flaxckpt or Orbax wrote the values.
 
     Raises:
         CheckpointWriteError: If something is missing from what was written.
@@ -121,15 +121,11 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class _Save:
-    """One save.
+    """One save, with what `write_checkpoint` describes.
 
     Attributes:
-        checkpoint: What to write.
-        way: How to write it.
         held: The leaves that Orbax stores.
         is_database: Whether the arrays go into a database.
-        earlier: A checkpoint that may hold frozen leaves.
-        commit: Puts the written directory in its place.
     """
 
     checkpoint: Checkpoint

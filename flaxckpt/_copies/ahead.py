@@ -65,7 +65,7 @@ class Ahead:
 
 @functools.cache
 def _ending() -> threading.Event:
-    """Return what is set when the interpreter begins to end.
+    """Return the event that is set when the interpreter begins to end.
 
     Then Python waits for the threads of pools, before any function of `atexit`.
     """

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -83,3 +83,8 @@ class Copies:
             leaf = found[index] = values[at : at + size].reshape(kind[0])
             leaf.sharding = kind[2]
             at += size
+
+
+def fits(copies: Copies | None, plan: Plan) -> TypeGuard[Copies]:
+    """Tell whether these are copies of the plan, so new ones can take their memory."""
+    return copies is not None and copies.plan is plan

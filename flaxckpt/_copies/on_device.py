@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._copies.held import Copies
+from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied
 from flaxckpt._copies.plan import Plan, kinds_of
 from flaxckpt._decision.state import CheckpointState
@@ -59,12 +59,11 @@ def fill(
         copies: What `unfilled` returned for the leaves.
         leaves: Leaves of a tree.
         into: As for `copy_on_device`.
-        is_wanted: Whether to copy, a bool or bool[]; if not, `copies` get the values of
-            `into`, or any values without it.
+        is_wanted: Whether to copy, a bool or bool[]. If not, `copies` get the values of
+            `into`. Without `into` their values are undefined.
     """
     assert copies.plan is not None
-    reuse = into is not None and into.plan is copies.plan
-    slots = iter(list(into.arrays)) if into is not None and reuse else None
+    slots = iter(list(into.arrays)) if fits(into, copies.plan) else None
     for batch in copies.plan.batches:
         alone, packs = batch.pick(leaves)
         # Each branch is one statement, since an interrupt may come between any two, and
@@ -85,9 +84,9 @@ def verdict_of(state: CheckpointState, value: jax.Array) -> tuple[Any, Any]:
         value: The monitored value, a real scalar.
 
     Returns:
-        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. The
-        first two pairs are from after `judge`, since the training loop may donate one
-        of them; the third is from before.
+        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. `judge`
+        gave the first two pairs. There are two because the loop may donate one. The
+        third pair is older than `judge`.
     """
     before = jnp.copy(state.best_value), jnp.copy(state.has_best)
     state, save = judge(state, {state.monitor: value}, np.True_)

@@ -42,10 +42,8 @@ def _shards(array: jax.Array, old: Any) -> Shards:
 
 def _copy_of(values: Any, into: Any) -> Any:
     """Copy values, into the array `into` if its shape and dtype match."""
-    fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == (
-        values.shape,
-        values.dtype,
-    )
+    kind = values.shape, values.dtype
+    fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == kind
     copy: Any = into if fits else np.empty_like(values)
     np.copyto(copy, values)
     return copy

@@ -2,6 +2,8 @@
 
 import re
 
+from flaxckpt.errors import SettingError
+
 _LOWER = frozenset(
     """
     loss error err cost energy nll negative_log_likelihood neg_log_likelihood
@@ -39,6 +41,29 @@ _HIGHER = frozenset(
 _SPLITS = re.compile(r"^(?:val|valid|validation|test|eval|dev|train|training)[_\-.:/ ]")
 _COUNTER = re.compile(r"_\d+$")
 _NEGATIONS = frozenset("neg negative negated minus inverse inv non not".split())
+
+
+def mode_of(monitor: str, mode: str, *, is_needed: bool = True) -> str:
+    """Return the mode of a monitor: as given, or by the name if `mode` is `"auto"`.
+
+    Returns:
+        `"min"` or `"max"`; `"auto"` if the direction is neither known nor needed.
+
+    Raises:
+        SettingError: If `mode` is none of the three, or the direction is needed but not
+            known.
+    """
+    if mode not in ("auto", "min", "max"):
+        raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
+    known = mode if mode != "auto" else direction(monitor) or "auto"
+    if is_needed and known == "auto":
+        raise SettingError(
+            "monitor",
+            monitor,
+            "whether this metric is better low or high is not known by its name. "
+            'Pass mode="min" or mode="max".',
+        )
+    return known
 
 
 def direction(metric: str) -> str | None:

@@ -87,7 +87,7 @@ def is_real(value: Any) -> bool:
 
 
 def index(name: str, value: Any) -> Any:
-    """Return epoch or batch, checked; of a JAX array, shape and dtype are checked."""
+    """Check epoch or batch, and return it. Of a JAX array, check all but the value."""
     if type(value) is int and 0 <= value < LARGEST:
         return value
     if isinstance(value, jax.Array):

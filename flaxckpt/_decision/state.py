@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.direction import direction
+from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.logs import SURROGATES, has_surrogates, rounded
 from flaxckpt._decision.scalars import LARGEST, Scalar, array, is_real
 from flaxckpt._runtime.gone import check_there, shown
@@ -140,25 +140,12 @@ class CheckpointState:
             >>> state.mode
             'max'
         """
-        _check_settings(monitor, mode, save_best_only, save_freq, min_delta)
-        mode = mode if mode != "auto" else direction(monitor) or "auto"
-        if save_best_only and mode == "auto":
-            raise SettingError(
-                "monitor",
-                monitor,
-                "whether this metric is better low or high is not known by its name. "
-                'Pass mode="min" or mode="max".',
-            )
-        if initial_value_threshold is not None:
-            if not is_real(initial_value_threshold) or math.isnan(
-                initial_value_threshold
-            ):
-                raise SettingError(
-                    "initial_value_threshold",
-                    initial_value_threshold,
-                    "pass a number to improve on, or None for none.",
-                )
+        _check_settings(monitor, save_best_only, save_freq, min_delta)
+        mode = mode_of(monitor, mode, is_needed=save_best_only)
         threshold = initial_value_threshold
+        if threshold is not None and (not is_real(threshold) or math.isnan(threshold)):
+            advice = "pass a number to improve on, or None for none."
+            raise SettingError("initial_value_threshold", threshold, advice)
         dtype = jax.dtypes.canonicalize_dtype(np.float64)
         state = cls(
             best_value=rounded(0 if threshold is None else threshold, dtype),
@@ -265,14 +252,12 @@ def _decides_alike(stored: Mapping[str, Any], state: CheckpointState) -> bool:
 
 
 def _check_settings(
-    monitor: str, mode: str, save_best_only: bool, save_freq: Any, min_delta: float
+    monitor: str, save_best_only: bool, save_freq: Any, min_delta: float
 ) -> None:
     if not isinstance(monitor, str) or not monitor:
         raise SettingError("monitor", monitor, "pass the name of a key in `logs`.")
     if has_surrogates(monitor):
         raise SettingError("monitor", monitor, f"it has {SURROGATES}")
-    if mode not in ("auto", "min", "max"):
-        raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
     if not isinstance(save_best_only, bool | np.bool_):
         raise SettingError("save_best_only", save_best_only, "pass True or False.")
     if save_freq != "epoch" and (
@@ -280,11 +265,8 @@ def _check_settings(
         or not isinstance(save_freq, numbers.Integral)
         or not 1 <= int(save_freq) <= LARGEST
     ):
-        raise SettingError(
-            "save_freq",
-            save_freq,
-            'pass "epoch", or a number of batches of at least 1.',
-        )
+        advice = 'pass "epoch", or a number of batches of at least 1.'
+        raise SettingError("save_freq", save_freq, advice)
     if not is_real(min_delta) or not 0 <= min_delta < math.inf:
         raise SettingError("min_delta", min_delta, "pass a number of at least 0.")
 

@@ -2,7 +2,7 @@
 
 The files of such a leaf have a name in each checkpoint (a hard link). So each
 checkpoint is whole by itself, also for Orbax, and any may be deleted. A leaf is linked
-only if its digest is that of the stored leaf; otherwise it is written again.
+only if its digest equals the stored leaf's digest. Otherwise the leaf is written again.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ from flaxckpt._direct.chunks import digest_as_stored
 from flaxckpt._direct.form import Fingerprints, OrbaxFiles
 from flaxckpt._direct.read import read
 from flaxckpt._direct.sources import Files
-from flaxckpt._direct.zarr import READ, STATE, ZarrArray
+from flaxckpt._direct.zarr import STATE, ZarrArray
 from flaxckpt._disk.files import Draft, Stamp, stamp_of
 from flaxckpt._disk.record import read_leaves
 from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.leaf import ARRAYS
 from flaxckpt._trees.skeleton import key_of
 from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
 from flaxckpt.errors import CheckpointError, SettingError
@@ -273,7 +274,7 @@ def _adopt(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
     known = {leaf.stored_name: leaf for leaf in leaves}
     for stored in form.arrays:
         leaf = None if isinstance(stored, str) else known.get(stored.name)
-        if leaf is None or isinstance(stored, str) or leaf.kind not in READ:
+        if leaf is None or isinstance(stored, str) or leaf.kind not in ARRAYS:
             continue
         content = read(store, leaf)
         if content is None or content[0].with_keys(".") != stored:

@@ -15,7 +15,6 @@ from flaxckpt._direct.form import OrbaxFiles
 from flaxckpt._direct.sources import HEAD, Database, Files, Values
 from flaxckpt._direct.zarr import (
     DESCRIPTION,
-    READ,
     STATE,
     STRINGS,
     Bytes,
@@ -28,7 +27,7 @@ from flaxckpt._direct.zarr import (
     trailer_of,
 )
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import ARRAYS, Leaf
 
 
 def learn(
@@ -80,7 +79,7 @@ def learn(
 def _stored_array(name: str, leaf: Leaf, value: Any, store: Values) -> ZarrArray:
     """Read how Orbax has stored an array; raise if the way is not known here."""
     # Orbax may have been given another dtype than the leaf's own.
-    dtype = leaf.dtype if leaf.kind in READ else dtype_of(value)
+    dtype = leaf.dtype if leaf.kind in ARRAYS else dtype_of(value)
     if not name:  # the leaf is the whole tree; its files are among Orbax's own
         raise OtherwiseError
     stored = parsed(name, store.read(below(name, DESCRIPTION)), dtype)

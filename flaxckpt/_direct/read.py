@@ -39,7 +39,6 @@ from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointPathError
 
 Bounds: TypeAlias = tuple[tuple[int, int], ...]  # start and stop on each axis
-TIMES = "_CHECKPOINT_METADATA"
 
 
 class Reader:

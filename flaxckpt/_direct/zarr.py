@@ -25,8 +25,6 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 STATE = "state"  # the directory in a checkpoint that holds the tree
 DESCRIPTION = "zarr.json"  # of an array, beside its chunks
 STRINGS = f"{STATE}/_strings.json"
-READ = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
-_ARRAYS = (*READ, "bytes")
 NUMBERS = ("bool", "int", "float")
 DTYPES = {  # the dtypes in which Orbax stores leaves that have none of their own
     "bool": "bool",

@@ -6,7 +6,7 @@ import socket
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flaxckpt._disk.open import real
 from flaxckpt._runtime.locks import new_lock
@@ -58,7 +58,12 @@ os.register_at_fork(after_in_child=_SHARED.clear)
 
 
 class Claim:
-    """One object's right to change a series."""
+    """One object's right to change a series.
+
+    Attributes:
+        turn: Held while the series is changed; other objects in this process wait.
+        committing: Held while a checkpoint is put in its place and not yet synced.
+    """
 
     def __init__(self, root: Path, name: str, lock: SeriesLock, shown: str) -> None:
         """Describe the right; take nothing yet.
@@ -83,7 +88,8 @@ class Claim:
             self._lock.release(self._path)
         self._path = path
         with _SHARING:
-            self._shared = _SHARED.setdefault(str(path), _Shared())
+            shared = self._shared = _SHARED.setdefault(str(path), _Shared())
+        self.turn, self.committing = shared.turn, shared.committing
         weakref.finalize(self, self._lock.dropping(path))
 
     @property
@@ -100,16 +106,6 @@ class Claim:
     def changes(self) -> int:
         """How often this process has changed the series."""
         return self._shared.changes
-
-    @property
-    def turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Held while the series is changed; other objects in this process wait."""
-        return self._shared.turn
-
-    @property
-    def committing(self) -> contextlib.AbstractContextManager[Any]:
-        """Held while a checkpoint is put in its place and not yet synced."""
-        return self._shared.committing
 
     def take(self, *clear_up: Callable[[], None]) -> None:
         """Take the lock, and clear up what a crash left behind.

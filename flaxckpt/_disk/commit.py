@@ -22,6 +22,7 @@ from flaxckpt._disk.area import OccupiedError
 from flaxckpt._disk.claim import Claim, SeriesLock
 from flaxckpt._disk.exchange import IN_THE_WAY, replace, swap
 from flaxckpt._disk.files import sync_path
+from flaxckpt._disk.listing import all_set_aside
 from flaxckpt._disk.lock import FileLock
 from flaxckpt._disk.nested import refuse_around, refuse_inside
 from flaxckpt._disk.open import is_there, real
@@ -34,7 +35,6 @@ from flaxckpt._disk.record import (
     read_record,
     set_aside,
 )
-from flaxckpt._disk.replaced import all_set_aside
 from flaxckpt._disk.staging import Staging
 from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointError, CheckpointPathError
@@ -296,5 +296,5 @@ class DiskArea:
 
 
 def tag_of(series: str) -> str:
-    """Return what is short for a series' name in the names of files."""
+    """Return the tag that stands for a series' name in file names."""
     return hashlib.sha256(os.fsencode(series)).hexdigest()[:8]

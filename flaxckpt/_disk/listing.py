@@ -1,10 +1,10 @@
-"""Find the checkpoints below a directory by their records."""
+"""Find the checkpoints below a directory, and those that were set aside there."""
 
 import dataclasses
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,11 +46,8 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     damaged: list[LeftOut] = []
     for _ in looks():
         look = _Look(known)
-        infos, damaged = _sorted(_find(Path(root), depth, look))
-        damaged, before = (
-            [error for error in damaged if str(error) in problems],
-            damaged,
-        )
+        infos, before = _sorted(_find(Path(root), depth, look))
+        damaged = [error for error in before if str(error) in problems]
         # While two checkpoints exchange names, a look may see one of them twice.
         twice, had = _doubles(infos), doubles
         doubles = twice
@@ -142,7 +139,8 @@ def _find(
                 yield unreadable(directory, error)
             continue
         deeper: dict[Path, int | None] = {}
-        # Own names come first: they may be searched below, set-aside ones are not.
+        # Entries under their own names come first, because the search goes on below
+        # them. It does not go on below set-aside entries.
         for entry in sorted(entries, key=_is_set_aside):
             try:
                 for path, left_below in _candidates(directory, entry, below):
@@ -187,3 +185,38 @@ def _sorted(found: Iterable[CheckpointInfo | LeftOut]) -> tuple[Infos, list[Left
             damaged.append(each)
     infos.sort(key=lambda info: (info.time, str(info.path)))
     return tuple(infos), damaged
+
+
+def all_set_aside(root: Path, depth: int) -> Generator[Path]:
+    """Yield what is set aside in `root`, and up to `depth` directories below it."""
+    for directory in _directories(root, depth):
+        names = [entry.name for entry in _entries(directory)]
+        for name in sorted(names):
+            if name.startswith(REPLACED_PREFIX) and name != REPLACED_PREFIX:
+                yield directory / name
+
+
+def _directories(root: Path, depth: int) -> Generator[Path]:
+    """Yield `root` and the directories up to `depth` below it that are not ours.
+
+    A directory that cannot be read is yielded, but not searched.
+    """
+    left = [(root, depth)]
+    while left:
+        directory, below = left.pop()
+        yield directory
+        for entry in _entries(directory) if below > 0 else []:
+            try:
+                is_directory = entry.is_dir()
+            except OSError:  # a link that leads in a circle
+                continue
+            if is_directory and not entry.name.startswith(HIDDEN_PREFIX):
+                left.append((Path(entry.path), below - 1))
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as iterator:
+            return list(iterator)
+    except OSError:
+        return []

@@ -1,4 +1,4 @@
-"""Write and read the record inside each checkpoint, and read its table of leaves.
+"""Encode and read the record inside each checkpoint, and read its table of leaves.
 
 A checkpoint is a directory that plain Orbax can load. It also holds two small JSON
 files of ours: every listing reads the record, and a restore reads the table of leaves.

@@ -3,7 +3,7 @@
 import datetime
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from flaxckpt._disk.fields import (
     INT32,
@@ -19,7 +19,6 @@ from flaxckpt._disk.fields import (
 )
 from flaxckpt._trees.skeleton import INT64
 
-Skeleton: TypeAlias = Any
 _YEAR = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
 LAST_TIME = _YEAR - datetime.datetime.resolution  # leaves room for later times
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -36,11 +36,7 @@ class Object(NamedTuple):
 
 
 class Objects:
-    """The objects below one URL; a key is what follows the URL and a slash.
-
-    Attributes:
-        url: The URL.
-    """
+    """The objects below one URL; a key is what follows the URL and a slash."""
 
     def __init__(self, url: str) -> None:
         """Open the store, without a request.

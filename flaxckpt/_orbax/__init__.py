@@ -1,8 +1,8 @@
 """The one folder that imports Orbax.
 
-`engine` has Orbax write a tree: Orbax calls the `state_handler`, which writes directly
-or has Orbax write, and the save has its `own_number` among Orbax's. `restore` has Orbax
-read leaves of a checkpoint of flaxckpt's. `recognize` finds checkpoints of plain Orbax,
-and `foreign` has Orbax read them. `files` names the files of leaves, and checks the
-names before Orbax opens the files.
+`engine` has Orbax write a tree, and numbers flaxckpt's saves apart from all others.
+Orbax calls the `state_handler`, which writes directly or has Orbax write. `restore` has
+Orbax read leaves of a checkpoint of flaxckpt's. `recognize` finds checkpoints of plain
+Orbax, and `foreign` has Orbax read them. `files` names the files of leaves, and checks
+the names before Orbax opens the files.
 """

@@ -4,8 +4,10 @@ This uses the free functions of Orbax's v1 API, each on one directory, and none 
 Orbax's managers. flaxckpt itself does listing, retention and replacement.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,16 @@ from flaxckpt._direct.form import Fingerprints
 from flaxckpt._direct.forms import thawed
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import plainly
-from flaxckpt._orbax.own_number import own_number
-from flaxckpt._orbax.state_handler import StateHandler, Task
+from flaxckpt._orbax.state_handler import StateHandler, Task, v1
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.ties import PyTree
 
-with quiet():  # it logs when it is imported
-    from orbax.checkpoint import v1
 # Orbax annotates its paths with a class of its own, but takes any path.
 ocp: Any = v1
+_HAS_OWN = contextvars.ContextVar("flaxckpt_saves_by_orbax", default=False)
+_OWN = -1  # Orbax counts from 0
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def write_tree(
         compress: Whether it compresses them.
 
     Returns:
-        The task, which tells who has written.
+        The task, which tells whether flaxckpt or Orbax wrote the values.
     """
 
     def tree() -> PyTree:
@@ -112,3 +113,32 @@ def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Con
     context.array.saving.enable_post_merge_validation = False
     context.memory.deepcopy_host_arrays = False
     return context
+
+
+@contextlib.contextmanager
+def own_number() -> Generator[None]:
+    """Have Orbax number flaxckpt's saves, in this context, apart from all other saves.
+
+    Several threads of a save look its number up again. If another save has begun by
+    then, they wait for signals under a number that gets none. The save fails or hangs.
+    Orbax's counter stays as it is for the user's saves.
+    """
+    _teach_numbers()
+    token = _HAS_OWN.set(True)
+    try:
+        yield
+    finally:
+        _HAS_OWN.reset(token)
+
+
+@functools.cache
+def _teach_numbers() -> None:
+    """Have Orbax's generator of numbers ask whose save it is."""
+    from orbax.checkpoint._src.futures import synchronization
+
+    generator: Any = synchronization.OperationIdGenerator
+    following, current = generator.next_operation_id, generator.get_current_operation_id
+    generator.next_operation_id = lambda: _OWN if _HAS_OWN.get() else following()
+    generator.get_current_operation_id = lambda: (
+        str(_OWN) if _HAS_OWN.get() else current()
+    )

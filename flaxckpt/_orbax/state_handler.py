@@ -51,11 +51,11 @@ class StateHandler(v1.handlers.CheckpointableHandler[Task, None]):
         return _write(directory, checkpointable, checkpointable.write)
 
     async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
-        """Load nothing: for that, Orbax's own handler is registered."""
+        """Load nothing: Orbax's own handler loads."""
         raise NotImplementedError
 
     async def metadata(self, directory: Any) -> Any:
-        """Read nothing, likewise."""
+        """Read nothing: Orbax's own handler reads metadata."""
         raise NotImplementedError
 
     def is_handleable(self, checkpointable: Any) -> bool:

@@ -56,9 +56,9 @@ def agree(summaries: Sequence[dict[str, Any]]) -> None:
         if len({repr(value) for value in values}) > 1:
             raise MetricError(
                 name,
-                f"differs between processes: {_listed(values)}. The decision has to be "
-                "the same in all of them. Pass a value of all of them: one that a "
-                "jitted function has computed from sharded arrays, or "
+                f"differs between processes: {_listed(values)}. All processes must "
+                "decide alike. Pass a value that all processes share: the result of a "
+                "jitted function on sharded arrays, or "
                 "jax.experimental.multihost_utils.process_allgather(value).mean().",
             )
     for name in ("epoch", "batch", "paths"):

@@ -25,14 +25,7 @@ _GAP = 16  # other threads may open files meanwhile, and get the lowest numbers
 def learn(
     exchange: Round, parts: SaverParts, layout: Layout, leaves: list[Any]
 ) -> None:
-    """Have Orbax write a tree once, to learn the form of its files.
-
-    Args:
-        exchange: The messages of all processes.
-        parts: The parts of this process's saver.
-        layout: The tree's layout.
-        leaves: Its leaves.
-    """
+    """Have Orbax write a tree once, to learn the form of its files."""
     area = parts.series.area
     with contextlib.ExitStack() as stack:
         exchanged = None

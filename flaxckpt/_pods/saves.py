@@ -23,7 +23,7 @@ import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._checkpoints.together import write_share
-from flaxckpt._copies.held import Copies
+from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._decision.scalars import monitored
@@ -56,6 +56,7 @@ class PodSaver:
     Attributes:
         counts: What became of the saves.
         queue: The queue of jobs.
+        report: Counts and prints.
     """
 
     def __init__(self, parts: SaverParts, *, timeout: float) -> None:
@@ -75,24 +76,20 @@ class PodSaver:
         if not is_leader():
             parts.report.tell = None
         self._parts, self._series = parts, parts.series
-        self.queue, self.counts = parts.queue, parts.report.counts
+        self.queue, self.report = parts.queue, parts.report
+        self.counts = parts.report.counts
         self.wait, self.close = parts.queue.wait, parts.queue.close
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self.compile_ahead = parts.compile_ahead
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether a save has failed."""
-        return self._parts.report.has_failed
-
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
 
     @property
     def receiver(self) -> Receiver:
-        """What saves the trees of traced calls: nothing does.
+        """The receiver of traced calls, which several processes do not have.
 
         Raises:
             CheckpointError: Always.
@@ -111,13 +108,14 @@ class PodSaver:
         value = None
         if state.save_best_only:
             value = monitored(call.metric, call.logs.get(call.metric, 0))
-        # Whether the metric is computed yet does not count: processes would differ.
+        # Do not ask whether the metric is computed yet: the processes would get
+        # different answers.
         can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:
             call.decision = Undecided()
         else:
             call.judge()
-            self._parts.report.decided(call)
+            self.report.decided(call)
 
     def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
         """Copy the tree, and have a job agree with the other processes and write.
@@ -147,7 +145,7 @@ class PodSaver:
         # processes would differ in which does.
         job = self.queue.claim(None, 1)
         assert job is not None
-        parts.report.count_delay(job.waited)
+        self.report.count_delay(job.waited)
         try:
             self.queue.check()  # raises the error of any process in that save
             for stored in contents.trees:
@@ -168,7 +166,7 @@ class PodSaver:
     def _translated(
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
-        return translated_for_all(error, self._parts.report.shown(path))
+        return translated_for_all(error, self.report.shown(path))
 
     def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
@@ -183,7 +181,7 @@ class PodSaver:
             call.copies = Copies(None, [], leaves)
             return
         plan = self._parts.plans.plan(leaves)
-        has_memory = memory is not None and memory.plan is plan
+        has_memory = fits(memory, plan)
         is_on_device = has_memory or self._parts.is_on_device(leaves)
         if is_on_device and not has_memory:
             job.memory = memory = None  # freed before new memory is allocated
@@ -197,7 +195,7 @@ class PodSaver:
                 fill(call.copies, leaves, memory, contents.wanted(call))
                 return
             call.judge()  # each process waits for its own value
-            self._parts.report.decided(call)
+            self.report.decided(call)
         if call.skips and not lasts:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
@@ -211,7 +209,7 @@ class PodSaver:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
         self._round, pages = exchange, list[Page]()
-        shown = self._parts.report.shown
+        shown = self.report.shown
         settled: tuple[Call, list[Page]] | None = None
         try:
             settled = self._parts.publisher.settled(contents, _unchecked)
@@ -281,7 +279,7 @@ class PodSaver:
     def _space_told(
         self, page: Page, directory: Path
     ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self._parts.report.shown(page.path), in_process()
+        shown, here = self.report.shown(page.path), in_process()
         return space_told(shown, page.layout.nbytes, directory, here)
 
 

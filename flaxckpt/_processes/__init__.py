@@ -1,5 +1,6 @@
 """Messages between the processes of a run, and signals from the system.
 
-`messages` exchanges values with time-outs. `clock` tells all processes at the same call
-when an interval is over. `preemption` remembers SIGTERM and SIGINT until the loop asks.
+`messages` tells how many processes there are and which one leads, and exchanges values
+with time-outs. `clock` tells when an interval is over; of several processes, it tells
+all at the same call. `preemption` remembers SIGTERM and SIGINT until the loop asks.
 """

@@ -153,10 +153,10 @@ class Stream:
                     np.copyto(target, leaf)
                 self._receiver.arrived(arrival)
             except Exception as error:
-                self._receiver.give_up(arrival)
+                self._receiver.give_back(arrival.job)
                 self._fail(error)
         except BaseException:  # an interrupt, which may come to the main thread
-            self._receiver.give_up_all()
+            self._receiver.take_back()
             raise
         return np.int32(0)
 
@@ -178,7 +178,7 @@ class Stream:
             try:
                 event.arrival = self._begin(scalars)
                 if event.arrival is not None:
-                    self._receiver.hold(event.arrival)
+                    self._receiver.hold(event.arrival.job)
             except BaseException as error:
                 event.error = error
             event.is_ready.set()
@@ -211,7 +211,7 @@ class Stream:
         if event.error is not None:
             # The other devices have gone on, so only the next save may end the program.
             if event.arrival is not None:
-                self._receiver.give_up(event.arrival)
+                self._receiver.give_back(event.arrival.job)
             self._receiver.fail(event.error.with_traceback(None))
         return np.int32(0)
 
@@ -244,7 +244,7 @@ class Stream:
     def _forget(self) -> None:
         for event in self._events.values():
             if event.arrival is not None:
-                self._receiver.give_up(event.arrival)
+                self._receiver.give_back(event.arrival.job)
         self._events.clear()
         self._calls.clear()
 
@@ -270,13 +270,8 @@ class Stream:
     def _call_of(self, scalars: PyTree) -> tuple[Mapping[str, Any], Call]:
         flags, at = scalars["flags"], scalars["at"]
         state = with_leaves(self._state, **scalars["state"])
-        call = Call(
-            bool(flags["save"]),
-            at["epoch"],
-            at.get("batch"),
-            {**self._logs, **scalars["logs"]},
-            state,
-        )
+        logs = {**self._logs, **scalars["logs"]}
+        call = Call(bool(flags["save"]), at["epoch"], at.get("batch"), logs, state)
         call.before = with_leaves(state, **scalars["before"])
         return flags, call
 

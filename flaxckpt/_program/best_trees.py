@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.direction import direction
+from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.logs import find
 from flaxckpt._decision.scalars import index
 from flaxckpt._program.best_trees_checks import (
@@ -81,7 +81,7 @@ class Snapshot:
             empty slot.
         order: The order in which the trees were taken, i32[keep]; -1 in an empty slot.
         logs: The metrics, each of shape [keep].
-        monitor: Key in `logs` of the value to compare. Static, as is `mode`.
+        monitor: Key in `logs` of the value to compare. `monitor` and `mode` are static.
         mode: `"min"` or `"max"`.
     """
 
@@ -141,16 +141,7 @@ class Snapshot:
         monitor = monitor_of(logs) if monitor is None else find(logs, monitor)
         if monitor not in logs:
             raise SettingError("monitor", monitor, f"pass {one_of(logs)}.")
-        if mode not in ("auto", "min", "max"):
-            raise SettingError("mode", mode, 'pass "auto", "min" or "max".')
-        known = direction(monitor) if mode == "auto" else mode
-        if known is None:
-            raise SettingError(
-                "monitor",
-                monitor,
-                "whether this metric is better low or high is not known by its name. "
-                'Pass mode="min" or mode="max".',
-            )
+        mode = mode_of(monitor, mode)
         if has_ties(tree):
             raise SettingError(
                 "tree",
@@ -179,7 +170,7 @@ class Snapshot:
             order=none.copy(),
             logs={name: np.zeros(keep, form(logs[name])[1]) for name in logs},
             monitor=monitor,
-            mode=known,
+            mode=mode,
         )
         return as_arguments(snapshot)
 
@@ -311,7 +302,7 @@ class Snapshot:
             )
         if not batched:
             raise SettingError(
-                "member", shown, "the snapshot is not one of an ensemble. Leave it out."
+                "member", shown, "the snapshot belongs to no ensemble. Leave it out."
             )
         try:
             number = -1 if member is None else operator.index(member)
@@ -321,7 +312,7 @@ class Snapshot:
             raise SettingError(
                 "member",
                 shown,
-                f"the snapshot is that of an ensemble of {batched[0]}. Pass the index "
+                f"the snapshot belongs to an ensemble of {batched[0]}. Pass the index "
                 f"of a member: 0 to {batched[0] - 1}.",
             )
         return jax.tree.map(lambda leaf: leaf[number], self)

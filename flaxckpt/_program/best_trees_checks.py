@@ -31,7 +31,7 @@ def check_taken(
         raise SettingError(
             "snapshot",
             Shown(f"<{snapshot.order.shape[:-1]} members>"),
-            "it is that of an ensemble. Call take under vmap, as it was made.",
+            "the snapshot belongs to an ensemble. Call take under vmap.",
         )
     check_there("snapshot", leaves(snapshot))
     check_there("save", [("", save)])
@@ -41,9 +41,8 @@ def check_taken(
     logs = taken(logs)
     if snapshot.monitor not in logs:
         there = ", ".join(map(repr, logs or {})) or "none"
-        raise MetricError(
-            snapshot.monitor, f"is what is compared, and is missing (there: {there})."
-        )
+        problem = f"is the metric to compare, and `logs` lack it (keys there: {there})."
+        raise MetricError(snapshot.monitor, problem)
     monitored(snapshot.monitor, logs[snapshot.monitor])
     if set(logs) != set(snapshot.logs):
         raise SettingError(

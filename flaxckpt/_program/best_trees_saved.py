@@ -42,8 +42,9 @@ def to_save(
     if len(set(paths)) < len(paths):
         raise TemplateError(
             template.label,
-            f"the snapshot holds {len(paths)} trees, and one would replace "
-            "another. Put {epoch} into it, or what else tells them apart.",
+            f"the snapshot holds {len(paths)} trees, and one would replace another. "
+            "Put {epoch} into the filepath, or another field that tells the trees "
+            "apart.",
         )
     return entries
 
@@ -53,14 +54,14 @@ def _check_for_members(settings: Settings) -> None:
     if "member" not in settings.template.fields:
         raise TemplateError(
             settings.template.label,
-            "the members of an ensemble would replace each other. Put {member} "
-            "into it.",
+            "the members of an ensemble would replace each other. Put {member} into "
+            "the filepath.",
         )
     if settings.policy is not None:
         number = settings.max_to_keep
         raise SettingError(
             "preserve" if number is None else "max_to_keep",
             "<a policy>" if number is None else number,
-            "the members of an ensemble count as one series, of which it would "
-            "keep so many in all. A snapshot's `keep` holds that many of each.",
+            "all members of an ensemble share one series, and this setting limits the "
+            "series. To keep N trees of each member, pass keep=N to Snapshot.like.",
         )

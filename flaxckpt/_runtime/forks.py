@@ -22,10 +22,10 @@ def use_threads() -> None:
     parent = _facts.get("parent")
     if parent is not None:
         raise CheckpointError(
-            f"This process was forked from process {parent}, where JAX or TensorStore "
-            "had started threads, and would wait for them for ever: it can neither "
-            'save nor load checkpoints. Start it by multiprocessing\'s "spawn" or '
-            f'"forkserver" method, or save and load in process {parent}.'
+            f"JAX or TensorStore had started threads in process {parent}, and this "
+            "process was forked from it. This process has none of these threads, so "
+            "it can neither save nor load checkpoints. Start it by multiprocessing's "
+            f'"spawn" or "forkserver" method, or save and load in process {parent}.'
         )
     _facts["used"] = 1
 

@@ -14,8 +14,8 @@ from jax.core import Tracer
 from flaxckpt.errors import SettingError
 
 GONE = (
-    "was deleted or donated: its values are gone, as are those of what a jitted "
-    "function takes by donate_argnums. Pass what that returns, or a copy made before."
+    "was deleted or donated, so its values are gone. A jitted function donates its "
+    "donate_argnums. Pass the function's result, or a copy made before the call."
 )
 
 

@@ -19,7 +19,7 @@ def has_backends() -> bool:
 
     It imports nothing, because it is called before every fork.
 
-    Lost without it: a process that was forked from one which used JAX, but not this
+    Without this name, a process that was forked from one which used JAX, but not this
     package, is not refused, and may wait for JAX's threads for ever.
     """
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
@@ -27,10 +27,11 @@ def has_backends() -> bool:
 
 
 def device_order(sharding: jax.sharding.Sharding) -> Any:
-    """Return a sharding's devices in order: one program can copy what has them equal.
+    """Return a sharding's devices in order.
 
-    Lost without it: the arrays of each sharding are copied by a program of their own,
-    and a tree with several shardings waits for a metric that a device still computes.
+    One program can copy all arrays whose devices are equal. Without this name, the
+    arrays of each sharding are copied by a program of their own, and a tree with
+    several shardings waits for a metric that a device still computes.
     """
     return getattr(sharding, "_device_assignment", sharding)
 
@@ -38,7 +39,7 @@ def device_order(sharding: jax.sharding.Sharding) -> Any:
 def entered_mesh() -> Any:
     """Return the mesh of the caller's `with mesh:`; None if there is none.
 
-    Lost without it: a `PartitionSpec` in `like` needs `jax.set_mesh`.
+    Without this name, a `PartitionSpec` in `like` needs `jax.set_mesh`.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src.mesh import thread_resources
@@ -51,7 +52,7 @@ def distributed_state() -> Any:
     """Return the number, index and client of this process, and start no backend.
 
     Raises:
-        CheckpointError: Without it, in several processes, which then cannot save.
+        CheckpointError: Without this name, several processes cannot save or load.
     """
     try:
         from jax._src.distributed import global_state
@@ -64,7 +65,7 @@ def weakly_typed(value: jax.Array) -> jax.Array:
     """Return a traced value with the weak type that a Python number has.
 
     Raises:
-        CheckpointError: Without it: `scan_in_chunks` takes no such carry.
+        CheckpointError: Without this name, `scan_in_chunks` takes no such carry.
     """
     try:
         from jax._src.lax.lax import _convert_element_type
@@ -85,8 +86,8 @@ def callback_parts() -> tuple[Any, Any, Any]:
         set of the primitives that are lowered for known devices.
 
     Raises:
-        CheckpointError: Without one of them: `update` in jit cannot save on CPU, unless
-            the program's devices are known.
+        CheckpointError: Without one of these names, `update` in jit cannot save on CPU,
+            unless the program's devices are known.
     """
     try:
         from jax._src.callback import _callback_op_sharding, _IOEffect
@@ -107,8 +108,8 @@ def runtime_tokens() -> Any:
     `effects_barrier` stops at the token of a failed program, and keeps it.
 
     Raises:
-        CheckpointError: Without it, after a program has failed: it is not known when
-            the other programs have handed over what they save.
+        CheckpointError: Without this name, after a program has failed, it is not known
+            when the other programs have handed over what they save.
     """
     try:
         from jax._src.dispatch import runtime_tokens

@@ -2,7 +2,7 @@
 
 from jax.extend.core import get_opaque_trace_state
 
-# The state of JAX's transformations while none runs; Flax NNX asks for it likewise.
+# JAX's state while no transformation runs. Flax NNX asks JAX for it in the same way.
 _OUTSIDE = get_opaque_trace_state(convention="nnx")
 
 

@@ -93,7 +93,9 @@ class Receiver:
         """Receive nothing yet."""
         self._parts, self.tells = parts, parts.report.tell is not None
         self.tell_decided = parts.report.decided
-        self.end_program = parts.queue.end_program
+        queue = parts.queue
+        self.end_program, self.hold = queue.end_program, queue.hold
+        self.give_back, self.take_back = queue.give_back, queue.take_back
 
     def plan(
         self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
@@ -127,8 +129,8 @@ class Receiver:
     def expect(self, trees: TracedTrees, call: Call, *, lasts: bool) -> Arrival:
         """Claim a job, and memory for the leaves that a program hands over.
 
-        It calls no JAX. It may wait for earlier saves. The caller must call `arrived`
-        or `give_up` afterwards.
+        It calls no JAX. It may wait for earlier saves. Afterwards the caller must call
+        `arrived`, or `give_back` with the job.
 
         Args:
             trees: The trees that the traced call may save.
@@ -170,18 +172,6 @@ class Receiver:
             arrival.job, contents, arrival.call, arrival.where, memory=reuse
         )
         self._parts.submit(arrival.job)
-
-    def hold(self, arrival: Arrival) -> None:
-        """Keep the job of a save whose shards several threads hand over."""
-        self._parts.queue.hold(arrival.job)
-
-    def give_up_all(self) -> None:
-        """Give up the saves that this thread has begun and not submitted."""
-        self._parts.queue.take_back()
-
-    def give_up(self, arrival: Arrival) -> None:
-        """Give up a save whose leaves have not come."""
-        self._parts.queue.give_back(arrival.job)
 
     def fail(self, error: BaseException, *, ends: bool = False) -> None:
         """Count a failed save, and keep its error as `JobQueue.fail` does."""

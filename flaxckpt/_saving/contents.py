@@ -61,8 +61,8 @@ class Contents:
     def leaves(self, call: Call) -> list[Any]:
         """Return the leaves to copy, followed by the scalars on devices.
 
-        A frozen leaf that is stored already is there as a `FrozenLeaf`, which no copy
-        is made of.
+        A frozen leaf that is stored already comes as a `FrozenLeaf`. The save does not
+        copy it.
         """
         leaves = [leaf for tree in self.trees for leaf in tree.leaves]
         for position, frozen in call.frozen.items():

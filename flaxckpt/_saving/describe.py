@@ -80,7 +80,8 @@ class Describer:
     def leaves_ahead(self, tree: PyTree) -> list[Any]:
         """Return the leaves of what the series gets of a tree.
 
-        None, if it takes a function of the user's, which is called for saves alone.
+        Return no leaves if the user's function picks them: only saves call that
+        function.
         """
         if not self._weights_only:
             return leaves_of(tree)

@@ -51,12 +51,7 @@ class SaverParts:
     """
 
     def __init__(self, settings: Settings, disk: SeriesWriter) -> None:
-        """Start nothing yet.
-
-        Args:
-            settings: The settings.
-            disk: Writes the series to save in.
-        """
+        """Start nothing yet."""
         series, frozen = disk.series, disk.way.frozen
         weights, weights_only = settings.weights, bool(settings.save_weights_only)
         best_only, overwrite = bool(settings.save_best_only), bool(settings.overwrite)
@@ -91,8 +86,8 @@ class SaverParts:
     def lost_best(self) -> bool:
         """Tell, once, that a save has failed, so a state's best may not be on disk.
 
-        False while a save is under way, which may write that best; and in several
-        processes, which would have to agree.
+        Return False while a save is under way, because it may write that best. Return
+        False in several processes, because they would have to agree.
         """
         is_one = jax.process_count() == 1
         if not (self.report.has_failed and is_one) or self.queue.is_working():

@@ -17,12 +17,7 @@ class Paths:
     """The paths of one series, in the series and in the slot."""
 
     def __init__(self, template: Template, series: Series) -> None:
-        """Touch nothing.
-
-        Args:
-            template: The template of the paths.
-            series: The series.
-        """
+        """Touch nothing."""
         self.template, self._series = template, series
 
     def open(self, path: Path | None) -> None:

@@ -12,7 +12,7 @@ save. The writing thread learns the decision later.
 
 from pathlib import Path
 
-from flaxckpt._copies.held import Copies
+from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import Plan
@@ -42,11 +42,6 @@ class Saver:
         self.check, self.wait = parts.queue.check, parts.queue.wait
         self.close, self.lost_best = parts.queue.close, parts.lost_best
         self.compile_ahead = parts.compile_ahead
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a save has failed since `lost_best` last said so."""
-        return self.report.has_failed
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that computes the metric.
@@ -131,7 +126,7 @@ class Saver:
                 plan.is_on_one_mesh(value, state.best_value, state.has_best)
                 and not _is_torn(job, plan)
                 and (
-                    _has_memory(job, plan)
+                    fits(job.memory, plan)
                     or (job.content is None and self._parts.is_on_device(leaves))
                 )
             ):
@@ -152,7 +147,7 @@ class Saver:
             call.copies = Copies(None, [], leaves)
         elif call.copies is None:  # otherwise a device decides
             plan = self._parts.plans.plan(leaves)
-            has_memory = _has_memory(job, plan)
+            has_memory = fits(job.memory, plan)
             if has_memory or self._parts.is_on_device(leaves):
                 if not has_memory or _is_torn(job, plan):
                     job.memory = None  # freed before new memory is allocated
@@ -165,11 +160,6 @@ class Saver:
         self._parts.prepare(job, contents, call, where)
         if call.copies.plan is not None:
             fill(call.copies, leaves, job.memory, contents.wanted(call))
-
-
-def _has_memory(job: Job, plan: Plan) -> bool:
-    """Tell whether a job has the memory of earlier copies of the plan."""
-    return job.memory is not None and job.memory.plan is plan
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

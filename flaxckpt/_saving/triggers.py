@@ -79,7 +79,10 @@ class Triggers:
         return str(self.watch and self.watch.signal)
 
     def late_signal(self) -> str:
-        """Return what to warn of if a signal has come and no state was saved for it."""
+        """Return a warning if a signal came and no state was saved for it.
+
+        Otherwise return an empty text.
+        """
         if not self.is_newly_preempted():
             return ""
         return (

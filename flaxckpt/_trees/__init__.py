@@ -2,12 +2,11 @@
 
 `describe` turns a tree into a `Layout` (in `layout`) of `Leaf`s (in `leaf`). It uses
 `structure`, which walks the tree and builds its `skeleton`; `ties` flattens each shared
-part of the tree once, `names` spells the leaves' names for the store, and `values`
-tells values from functions. `wanted` describes what a tree asks for, whose shardings
-`placing` resolves; `match` compares a stored layout with that, and `convert` converts
-each loaded leaf to the wanted one.
-`weights` finds the weights in a tree and `stored_weights` finds them in a stored tree,
-both by the rules in `kinds_of_parts`. `owned_shards` returns the parts of a leaf that
-this process stores. `digest` fingerprints leaves, by a checksum or by the sum in
-`digest_formula`.
+part of the tree once, and `names` spells the leaves' names for the store. `wanted`
+describes what a tree asks for, whose shardings `placing` resolves; `match` compares a
+stored layout with that, and `convert` converts each loaded leaf to the wanted one.
+`weights` picks the weights from a tree. `stored_weights` finds where they are in a tree
+that is stored, and in one that plain Orbax wrote. Both go by the rules in
+`kinds_of_parts`. `owned_shards` returns the parts of a leaf that this process stores.
+`digest` fingerprints leaves, by a checksum or by the sum in `digest_formula`.
 """

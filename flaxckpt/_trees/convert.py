@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._trees.describe import as_it_is, impl_of
+from flaxckpt._trees.describe import impl_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
 from flaxckpt._trees.wanted import Wanted
 
@@ -22,7 +22,7 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         OverflowError: If `cast` is to make a Python integer of an infinity.
     """
     kind = want.leaf.kind
-    own: Callable[[Any], Any] = want.type or as_it_is
+    own: Callable[[Any], Any] = want.type or (lambda value: value)
     if 0 in have.shape:
         value = _empty(have)
     if have.kind == "bytes":

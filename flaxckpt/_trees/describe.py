@@ -1,6 +1,7 @@
 """Description of a tree: its layout, and its leaves in forms that the store takes."""
 
 import functools
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,20 @@ from flaxckpt._trees.names import is_in_pointer, spelled
 from flaxckpt._trees.skeleton import is_possible
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import Flat, PyTree, flatten
-from flaxckpt._trees.values import is_function, is_value
 from flaxckpt.errors import UnsupportedLeafError
+
+_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, str, bytes)
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.MethodWrapperType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    functools.partial,
+    np.ufunc,
+    type,
+)
 
 
 def describe(
@@ -88,14 +101,22 @@ class RefusedError(Exception):
 
 
 def from_like(value: Any, *, in_equinox: bool) -> str:
-    """Return the kind of a leaf that is not a value; "" for a value."""
-    if in_equinox and not is_value(value):
+    """Return the kind of a leaf that is not a value; "" for a value.
+
+    A `function` is a function or a class, and not an object with state. A leaf of an
+    Equinox module is `static` unless it is an array, a number or text, or has
+    `__jax_array__`. Equinox's own serialisation stores the arrays and numbers of a
+    module, too, and takes everything else from the module that it is given.
+    """
+    if isinstance(value, _VALUES):
+        return ""
+    if in_equinox and not hasattr(value, "__jax_array__"):
         return "static"
-    return "function" if is_function(value) else ""
-
-
-def as_it_is(value: Any) -> Any:
-    return value
+    # A function that JAX has transformed has `__wrapped__`.
+    is_function = isinstance(value, _FUNCTIONS) or (
+        callable(value) and hasattr(value, "__wrapped__")
+    )
+    return "function" if is_function else ""
 
 
 def normal(
@@ -124,18 +145,16 @@ def normal(
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise RefusedError("an integer of more than 64 bits")
     elif isinstance(value, bytes):
-        return Leaf(path, "bytes", "uint8", (len(value),)), np.frombuffer(
-            value, np.uint8
-        )
+        leaf = Leaf(path, "bytes", "uint8", (len(value),))
+        return leaf, np.frombuffer(value, np.uint8)
     elif isinstance(value, str):
         return _text(path, str(value))
     else:
         for kind, name in SCALARS.items():
             if isinstance(value, kind):
-                stored = kind(value)
-                return Leaf(path, name), (
-                    np.asarray(stored) if name == "complex" else stored
-                )
+                number = kind(value)
+                stored = np.asarray(number) if name == "complex" else number
+                return Leaf(path, name), stored
         raise RefusedError(f"an object of type {type(value).__qualname__}")
     if not is_possible(leaf.shape):
         raise RefusedError(f"an array of shape {leaf.shape}, which is too large")

@@ -5,8 +5,8 @@ The digest of an array in one chunk is the checksum of that chunk: the 64-bit XX
 third of the other kind.
 
 The other kind does not depend on how an array is sharded. It takes the array's bits in
-words of 64 bits along the last axis. To each word it adds the word's own upper half; if
-an element has 64 bits or more, exclusive or takes the place of this addition. It then
+words of 64 bits along the last axis. To each word it adds the word's own upper half. If
+an element has 64 bits or more, it combines the two by exclusive or instead. It then
 multiplies each word by a coefficient for the word's index, and sums modulo 2**64.
 The coefficient is the product, over the axes, of an odd pseudo-random number for the
 index along that axis. So

@@ -17,7 +17,7 @@ from flaxckpt._trees.kinds_of_parts import (
     is_said_beside,
 )
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import ARRAYS, Leaf
 from flaxckpt._trees.skeleton import (
     Skeleton,
     children_in,
@@ -110,7 +110,7 @@ def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, boo
 
 def _sample(leaf: Leaf) -> Any:
     """Return an example of an array or number leaf; None for text, bytes and keys."""
-    if leaf.kind in ("jax", "numpy", "numpy_scalar"):
+    if leaf.kind in ARRAYS:
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
     return {"bool": False, "int": 0, "float": 0.0, "complex": 0j}.get(leaf.kind)
 

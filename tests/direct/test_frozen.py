@@ -18,8 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import finish as _finish
 from flaxckpt._checkpoints import series_writer as _series_writer
-from flaxckpt._checkpoints import versions as _versions
 from flaxckpt._disk.record import encode_record, read_record
 from flaxckpt._trees.digest import digests
 
@@ -145,7 +145,7 @@ def test_a_restart_links_to_what_an_earlier_version_has_digested(tmp_path):
     table["digests"] = digests(list(tree_of(7, 1).values()))
     text = json.dumps(table).encode()
     (path / "flaxckpt_leaves.json").write_bytes(text)
-    record = encode_record(read_record(path), _versions.versions(), text)
+    record = encode_record(read_record(path), _finish.versions(), text)
     (path / "flaxckpt.json").write_bytes(record)
     assert_holds(path, 7, 1)
     with opened(tmp_path) as ckpt:

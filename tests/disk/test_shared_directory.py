@@ -772,11 +772,11 @@ def test_it_runs_from_a_source_tree(shared, bob):
     import importlib.metadata as metadata
     def version(name):
         raise metadata.PackageNotFoundError(name)
-    flaxckpt._checkpoints.versions.versions.cache_clear()
+    flaxckpt._checkpoints.finish.versions.cache_clear()
     with mock.patch.object(metadata, "version", version):
         with flaxckpt.ModelCheckpoint(args[0] + "/x") as ckpt:
             path = ckpt.save({"w": np.ones(3)}, 0)
-    flaxckpt._checkpoints.versions.versions.cache_clear()
+    flaxckpt._checkpoints.finish.versions.cache_clear()
     print(flaxckpt.load(path)["w"].sum())
     """
     assert bob.run(code, shared) == "3.0\n"
