@@ -14,6 +14,7 @@ from flaxckpt._trees.skeleton import INT64, is_possible
 
 INT32 = 2**31
 _SHOWN = 60
+_END = b"\n}"  # of a record
 
 
 class MalformedError(ValueError):
@@ -36,16 +37,33 @@ def parse_json(data: bytes) -> Any:
         raise MalformedError(str(error)) from error
 
 
-def checksum(fields: Mapping[str, Any]) -> str:
-    """Return the checksum of a record's fields."""
-    return hashlib.sha256(_dumped(fields)).hexdigest()
-
-
 def signed(fields: Mapping[str, Any]) -> bytes:
     """Return a record as JSON whose last field is the checksum of the others."""
     text = _dumped(fields)
-    last = f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}'
-    return text.removesuffix(b"\n}") + last.encode()
+    return text.removesuffix(_END) + _last(hashlib.sha256(text).hexdigest())
+
+
+def is_signed(record: bytes, fields: Mapping[str, Any], checksum: str) -> bool:
+    """Tell whether a record's fields have this checksum.
+
+    Args:
+        record: The record as it was read. If it ends as `signed` wrote it, what is
+            before the checksum need not be encoded anew.
+        fields: Its fields without the checksum.
+        checksum: The checksum that it holds.
+    """
+    try:
+        text = record.removesuffix(_last(checksum)) + _END
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    if hashlib.sha256(text).hexdigest() == checksum:
+        return True
+    return hashlib.sha256(_dumped(fields)).hexdigest() == checksum
+
+
+def _last(checksum: str) -> bytes:
+    """Return the end of a record, from the comma before its last field."""
+    return f',\n "sha256": "{checksum}"'.encode() + _END
 
 
 def _dumped(fields: Mapping[str, Any]) -> bytes:

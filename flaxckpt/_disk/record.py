@@ -193,19 +193,18 @@ def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
     None if the checkpoint is gone by now: one that a writer deletes is not damaged.
     """
     for _ in range(2):
-        if not is_checkpoint(path):
-            return None
         try:
             return _read_fields(path)
         except CheckpointCorruptError:
-            continue
-    return _read_fields(path) if is_checkpoint(path) else None
+            if not is_checkpoint(path):
+                return None
+    return _read_fields(path)
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """Read the record's fields, and check them and their checksum."""
     try:
-        record = read_small(located(path) / RECORD_FILE, _RECORD_BYTES)
+        record = _read_at(path)
     except NoFileError as error:
         raise CheckpointCorruptError(
             str(path), f"its record cannot be read ({error})"
@@ -227,6 +226,14 @@ def _read_fields(path: Path) -> dict[str, Any]:
         raise CheckpointCorruptError(
             str(path), f"its record does not parse ({error})"
         ) from error
+
+
+def _read_at(path: Path) -> bytes:
+    """Read the record of the checkpoint at `path`, or of the one set aside from it."""
+    try:  # first, since there it nearly always is
+        return read_small(f"{path}/{RECORD_FILE}", _RECORD_BYTES)
+    except NoFileError:
+        return read_small(located(path) / RECORD_FILE, _RECORD_BYTES)
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from flaxckpt._disk.fields import (
     INT32,
     MalformedError,
     bool_in,
-    checksum,
     fail,
     int_in,
+    is_signed,
     mapping_in,
     parse_json,
     shown,
@@ -39,7 +39,7 @@ def parse_record(data: bytes) -> tuple[dict[str, Any], bool]:
     recorded = text_in(fields, "sha256")
     del fields["sha256"]
     try:
-        return fields, checksum(fields) == recorded
+        return fields, is_signed(data, fields, recorded)
     except (RecursionError, ValueError) as error:
         raise MalformedError(str(error)) from error
 

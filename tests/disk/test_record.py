@@ -178,13 +178,18 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
         assert "not parse (format is" in problem(read_record, tmp_path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("name", ["epoch", "logs", "series", "state", "versions"])
-def test_a_record_with_one_field_changed_is_not_what_was_written(tmp_path, name):
+def test_a_record_with_one_field_changed_is_not_what_was_written(
+    tmp_path, name, indent
+):
     record = json.loads(encoded())
-    other = json.dumps({**record, name: "another"}).encode()
+    other = json.dumps({**record, name: "another"}, indent=indent).encode()
     assert "not what was written" in problem(read_record, put(tmp_path, other))
     assert _record.series_in(other.decode()) is None
-    put(tmp_path, json.dumps(record).encode())  # spelled in another way, it is whole
+    spelled = json.dumps(record, indent=indent).encode()  # in another way, or not
+    put(tmp_path, spelled)
+    assert (spelled == encoded()) == (indent == 1)
     assert _record.is_of(tmp_path, "{epoch}")
     assert not _record.is_of(tmp_path, "{batch}")
 
