@@ -14,10 +14,9 @@ from flaxckpt._direct.form import OrbaxFiles
 from flaxckpt._direct.forms import Forms, held_values, placements_of
 from flaxckpt._direct.shares import Share, begin_shares, joined, write_own
 from flaxckpt._disk.files import Draft
-from flaxckpt._orbax.engine import ocp, orbax_context, own_number, with_key
+from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context, with_key
 from flaxckpt._orbax.files import OURS
 from flaxckpt._processes.messages import is_leader
-from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt.errors import CheckpointError
@@ -64,7 +63,7 @@ def learn_form(
     if exchanged is not None:
         context.multiprocessing.primary_host = None
         context.array.saving.use_replica_parallel = False  # it needs one directory
-    with own_number(), quiet(), context:
+    with calls_of_orbax(context):
         ocp.save(directory, layout.fill_for_orbax(keyed))
     if exchanged is not None:
         for name, content in exchanged(_small_files(directory)).items():

@@ -7,6 +7,7 @@ Orbax's managers. flaxckpt itself does listing, retention and replacement.
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flaxckpt._direct.forms import thawed
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import plainly
 from flaxckpt._orbax.state_handler import StateHandler, Task, v1
+from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
@@ -28,8 +30,8 @@ from flaxckpt._trees.ties import PyTree
 
 # Orbax annotates its paths with a class of its own, but takes any path.
 ocp: Any = v1
-_HAS_OWN = contextvars.ContextVar("flaxckpt_saves_by_orbax", default=False)
-_OWN = -1  # Orbax counts from 0
+_NUMBER = contextvars.ContextVar("flaxckpt_calls_of_orbax", default=0)  # 0: not ours
+_NUMBERS = itertools.count(-1, -1)  # Orbax counts from 0
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def write_tree(
     registry = v1.handlers.local_registry(include_global_registry=False)
     registry.add(StateHandler, checkpointable_name=STATE)
     context.checkpointables.registry = registry
-    with quiet(), own_number(), context, plainly(directory) as plain:
+    with calls_of_orbax(context), plainly(directory) as plain:
         ocp.save_checkpointables(plain, {STATE: task})
     return task
 
@@ -116,29 +118,39 @@ def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Con
 
 
 @contextlib.contextmanager
-def own_number() -> Generator[None]:
-    """Have Orbax number flaxckpt's saves, in this context, apart from all other saves.
+def calls_of_orbax(context: v1.Context) -> Generator[None]:
+    """Call Orbax with these settings, without its log lines, and under a new number.
 
-    Several threads of a save look its number up again. If another save has begun by
-    then, they wait for signals under a number that gets none. The save fails or hangs.
-    Orbax's counter stays as it is for the user's saves.
+    Orbax numbers its operations, and looks the current number up again in several
+    threads. If another operation has begun by then, it waits for signals under a number
+    that gets none, and fails or hangs. So flaxckpt's operations have numbers of their
+    own, and Orbax's counter stays as it is for the user's operations.
     """
     _teach_numbers()
-    token = _HAS_OWN.set(True)
+    number = next(_NUMBERS)
+    token = _NUMBER.set(number)
     try:
-        yield
+        with quiet(), context:
+            yield
     finally:
-        _HAS_OWN.reset(token)
+        _NUMBER.reset(token)
+        if not are_several():  # the other processes may still look
+            _forget_signals(number)
 
 
 @functools.cache
 def _teach_numbers() -> None:
-    """Have Orbax's generator of numbers ask whose save it is."""
+    """Have Orbax's generator of numbers ask whose operation it is."""
     from orbax.checkpoint._src.futures import synchronization
 
     generator: Any = synchronization.OperationIdGenerator
     following, current = generator.next_operation_id, generator.get_current_operation_id
-    generator.next_operation_id = lambda: _OWN if _HAS_OWN.get() else following()
-    generator.get_current_operation_id = lambda: (
-        str(_OWN) if _HAS_OWN.get() else current()
-    )
+    generator.next_operation_id = lambda: _NUMBER.get() or following()
+    generator.get_current_operation_id = lambda: str(_NUMBER.get() or current())
+
+
+def _forget_signals(number: int) -> None:
+    """Delete what Orbax has noted for a number that it will not see again."""
+    from orbax.checkpoint._src.futures import future
+
+    future.AwaitableSignalsContract.remove_all_awaitable_signals(str(number))

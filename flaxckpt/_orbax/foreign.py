@@ -15,11 +15,10 @@ from flaxckpt._disk.alias import plainly
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt._disk.vetting import check_plain, check_readable
-from flaxckpt._orbax.engine import ocp, orbax_context
+from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context
 from flaxckpt._orbax.recognize import is_item, items_of
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import outside
-from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.stored_weights import is_weights_name
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import (
@@ -163,7 +162,7 @@ def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
         return ocp.checkpointables_metadata(plain).metadata[name]
 
     try:
-        with quiet(), orbax_context(), plainly(path) as plain:
+        with calls_of_orbax(orbax_context()), plainly(path) as plain:
             try:
                 return read(plain, jax.tree.map(_placed_form, described(plain)))
             except (ValueError, TypeError, KeyError):

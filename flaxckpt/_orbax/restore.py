@@ -14,10 +14,9 @@ import numpy as np
 from flaxckpt._disk.alias import plainly
 from flaxckpt._disk.record import located
 from flaxckpt._disk.vetting import check_plain, check_readable
-from flaxckpt._orbax.engine import ocp, orbax_context
+from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context
 from flaxckpt._orbax.files import check_names, complete, data_files
 from flaxckpt._runtime.failures import in_one_line, listed
-from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, key_dtype
 from flaxckpt._trees.wanted import Wanted
@@ -35,7 +34,7 @@ def read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> A
         check_names(path, [layout.leaves[index] for index in wanted])
         needed = sum(layout.leaves[index].nbytes for index in wanted)
         check_plain(path, needed, layout.nbytes)
-        with quiet(), orbax_context(), plainly(located(path)) as plain:
+        with calls_of_orbax(orbax_context()), plainly(located(path)) as plain:
             tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError, CheckpointError):

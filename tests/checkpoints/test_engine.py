@@ -2,11 +2,13 @@
 
 import errno
 import warnings
+from concurrent import futures
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1
+from orbax.checkpoint._src.futures import future
 
 import flaxckpt
 from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
@@ -159,3 +161,33 @@ def test_engine_orbax_writes_all_of_it(tmp_path, kind):
 def test_engine_is_one_of_two(tmp_path):
     with pytest.raises(SettingError, match='pass "auto" or "orbax"'):
         ModelCheckpoint(tmp_path, engine="direct")
+
+
+@pytest.mark.parametrize("engine", ["auto", "orbax"])
+def test_a_user_s_own_saves_by_orbax_go_on_beside(tmp_path, engine):
+    def save_by_orbax():
+        for number in range(20):
+            v1.save_async(tmp_path / f"own-{number}", small_tree(number)).result()
+
+    with futures.ThreadPoolExecutor() as pool:
+        saved = pool.submit(save_by_orbax)
+        with ModelCheckpoint(tmp_path / "ours/{epoch}", engine=engine) as ckpt:
+            for epoch in range(20):
+                ckpt.save(small_tree(epoch), epoch)
+                ckpt.wait()
+                if epoch % 5 == 0:
+                    ckpt.restore()
+        saved.result(timeout=120)
+    for number in range(20):
+        found = v1.load(tmp_path / f"own-{number}")
+        for name, value in small_tree(number).items():
+            np.testing.assert_array_equal(found[name], value)
+
+
+def test_orbax_keeps_nothing_of_a_save_that_is_over(tmp_path):
+    contract = future.AwaitableSignalsContract.get_awaitable_signals_from_contract
+    with ModelCheckpoint(tmp_path / "{epoch}", engine="orbax") as ckpt:
+        for epoch in range(3):
+            ckpt.save({"text": "some", **small_tree(epoch)}, epoch)
+        ckpt.wait()
+    assert not any(contract(str(-number)) for number in range(1, 1000))
