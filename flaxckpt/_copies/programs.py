@@ -32,7 +32,8 @@ class Program:
         """
         self._alone, self._packs = alone, packs
         self._shardings = [kind[2] for kind in (*alone, *(pack[0] for pack in packs))]
-        settings = {"keep_unused": True, "out_shardings": (self._shardings, None)}
+        settings: dict[str, Any] = {"keep_unused": True}
+        settings["out_shardings"] = self._shardings, None
         fill = jax.jit(_fill, **settings)
         refill = jax.jit(_refill, donate_argnums=2, **settings)
         refill_if = jax.jit(_refill_if, donate_argnums=2, **settings)

@@ -51,6 +51,7 @@ class Area(Protocol):
 
     def shown(self, path: Path) -> Path:
         """Return a path as users see it in messages."""
+        ...
 
     def staging(
         self, *, reuse: Container[str] | None = None
@@ -62,6 +63,7 @@ class Area(Protocol):
                 one with an old checkpoint at `new`, to be written over. `sweep` then
                 keeps one for the next save. None for an empty directory.
         """
+        ...
 
     def meeting_place(self, written: Path, target: Path) -> str:
         """Return where other processes write their shares of a checkpoint.
@@ -70,6 +72,7 @@ class Area(Protocol):
             written: The directory that process 0 is writing.
             target: Its place once it is whole.
         """
+        ...
 
     def share(self, place: str) -> contextlib.AbstractContextManager[Path]:
         """Return a directory for this process's share of a checkpoint.
@@ -77,6 +80,7 @@ class Area(Protocol):
         Args:
             place: What `meeting_place` returned in process 0.
         """
+        ...
 
     def commit(
         self, written: Path, target: Path, *, only_over: str | None = None

@@ -22,9 +22,11 @@ class SeriesLock(Protocol):
 
     def acquire(self, path: Path) -> bool:
         """Take it; return whether to clear up what an earlier writer has left."""
+        ...
 
     def is_held(self, path: Path, at: str) -> bool:
         """Tell whether this process has it, and what is at `at` is still the lock."""
+        ...
 
     def settle(self, path: Path) -> None:
         """Note that what an earlier writer has left is cleared up."""
@@ -34,6 +36,7 @@ class SeriesLock(Protocol):
 
     def dropping(self, path: Path) -> Callable[[], None]:
         """Return the function that gives it back after its owner is collected."""
+        ...
 
 
 class _Shared:

@@ -61,7 +61,7 @@ def distributed_state() -> Any:
     return global_state
 
 
-def weakly_typed(value: jax.Array) -> jax.Array:
+def weakly_typed(value: jax.Array) -> Any:
     """Return a traced value with the weak type that a Python number has.
 
     Raises:
