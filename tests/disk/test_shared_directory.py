@@ -333,7 +333,7 @@ except flaxckpt.CheckpointLockedError as error:
     print(error.pid)
 if "close" in args:
     ckpt.close()
-_lock.kept = ckpt
+lock.kept = ckpt
 """
 
 
@@ -392,7 +392,7 @@ def test_who_finds_another_writer_in_a_run_that_was_deleted_is_told(tmp_path, ot
         assert other.run(BEST, path, 0.1).strip() == "saved"
         with pytest.raises(CheckpointLockedError, match=f"by process {other.pid}"):
             improve(ckpt, 0.4, state)
-        other.run("_lock.kept.close()")
+        other.run("lock.kept.close()")
         improve(ckpt, 0.4, state)
         assert flaxckpt.list_checkpoints(path)[0].logs["loss"] == 0.1
 
