@@ -113,6 +113,46 @@ def test_only_one_folder_knows_orbax():
         assert module in ARRAYS or "tensorstore" not in known, module
 
 
+CHANGES = {
+    "add", "append", "appendleft", "clear", "discard", "pop", "popleft", "remove",
+    "set", "setdefault", "update", "enter", "acquire",
+}  # fmt: skip
+
+
+def changed_in(module):
+    """The names of a module that its functions change."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    names, changed = set(), set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = (n for target in targets for n in ast.walk(target))
+            names |= {n.id for n in found if isinstance(n, ast.Name)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attr)):
+                changed |= {name} if attr in CHANGES else set()
+            case ast.Call(func=ast.Name(id="next"), args=[ast.Name(id=name), *_]):
+                changed.add(name)
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
+                changed.add(name)
+            case ast.Global(names=some):
+                changed |= {*some}
+            case ast.withitem(context_expr=ast.Name(id=name)):
+                changed.add(name)
+    return changed & names
+
+
+def test_the_design_lists_the_state_of_the_process():
+    text = (Path(__file__).parents[1] / "docs/design.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `_")]
+    for module in MODULES:
+        here = f"`{module.replace('.', '/')}`"
+        listed = "".join(row for row in rows if here in row)
+        for name in changed_in(module):
+            assert f"`{name}`" in listed, f"{module} changes {name}"
+
+
 @pytest.mark.parametrize(
     ("layer", "allowed"),
     [

@@ -14,6 +14,7 @@ from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
 from flaxckpt._disk.info import CheckpointInfo, Loaded
 from flaxckpt._disk.record import read_record
+from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.stored_weights import plain_weights
@@ -92,9 +93,9 @@ def restore(
     """Load a tree and its record, as `load` does."""
     check_like(like)
 
-    def read(where: Path) -> Loaded:
-        info = _info_of(path, where)
-        layout, _ = read_table(where)
+    def read(where: Place) -> Loaded:
+        info = _info_of(path, where.path)
+        layout, _ = read_table(where.path)
         tree = load_tree(where, layout, None, like, cast=cast, check=verify)
         return Loaded(tree, info)
 
@@ -147,9 +148,9 @@ def load_weights(
     """
     check_like(like)
 
-    def read(where: Path) -> Loaded:
-        info = _info_of(path, where)
-        layout, weights = read_table(where)
+    def read(where: Place) -> Loaded:
+        info = _info_of(path, where.path)
+        layout, weights = read_table(where.path)
         if layout is not None and weights is None:
             raise CheckpointError(
                 f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
@@ -195,17 +196,17 @@ def verify(path: str | os.PathLike[str]) -> None:
     undisturbed(path, _verify)
 
 
-def _verify(path: Path) -> None:
-    layout, _ = read_table(path)
+def _verify(place: Place) -> None:
+    layout, _ = read_table(place.path)
     if layout is None:
         raise CheckpointError(
-            f"Checkpoint {str(path)!r} was written by plain Orbax, which records no "
-            "digests: there is nothing to check it by. Load it, to see if it can be "
+            f"Checkpoint {str(place.path)!r} was written by plain Orbax, which records "
+            "no digests: there is nothing to check it by. Load it, to see if it can be "
             "read."
         )
     for indices in batches(layout.leaves):
         wanted = {index: on_host(layout.leaves[index]) for index in indices}
-        read(path, layout, wanted, check=True)
+        read(place, layout, wanted, check=True)
 
 
 def batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:

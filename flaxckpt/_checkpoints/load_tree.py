@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from flaxckpt._checkpoints.read import check_table, read
+from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import storable
 from flaxckpt._orbax.foreign import naming_items, read_foreign
 from flaxckpt._runtime.failures import in_one_line
@@ -35,7 +36,7 @@ Plan: TypeAlias = Sequence[tuple[int | None, Wanted]]
 
 
 def load_tree(
-    path: Path,
+    place: Place,
     layout: Layout | None,
     part: Skeleton | Callable[[Layout], Skeleton],
     like: PyTree,
@@ -48,6 +49,7 @@ def load_tree(
     The layout is None if plain Orbax wrote the checkpoint. The part is a skeleton, a
     function that finds it in the layout, or None for the whole tree.
     """
+    path = place.path
     values: list[Any] | None = None
     if layout is None:
         foreign = read_foreign(path, like, weights_only=callable(part))
@@ -66,7 +68,7 @@ def load_tree(
     except CheckpointMismatchError as error:
         if values is None:
             # The difference may come from a wrong table of leaves.
-            check_table(path, layout, layout.leaves)
+            check_table(place, layout, layout.leaves)
         raise naming_items(path, error) from None
     flat = flatten(like)
     given = None if like is None else flat.leaves
@@ -74,7 +76,7 @@ def load_tree(
     asked = [(i if i is None else sources[i], want) for i, want in plan]
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     if values is None:
-        stored = _read_each(path, layout, asked, check=check)
+        stored = _read_each(place, layout, asked, check=check)
     else:
         stored = [None if i is None else values[i] for i, _ in asked]
     leaves = _converted(path, view, plan, stored, given, cast=cast)
@@ -152,7 +154,7 @@ def _check_twins(
         )
 
 
-def _read_each(path: Path, layout: Layout, asked: Plan, *, check: bool) -> list[Any]:
+def _read_each(place: Place, layout: Layout, asked: Plan, *, check: bool) -> list[Any]:
     """Read each leaf once for each place, so that each place has an array to donate."""
     rounds: list[dict[int, int]] = []
     times: Counter[int] = Counter()
@@ -165,7 +167,7 @@ def _read_each(path: Path, layout: Layout, asked: Plan, *, check: bool) -> list[
     results: list[Any] = [None] * len(asked)
     for positions in rounds or [{}]:
         wanted = {index: asked[position][1] for index, position in positions.items()}
-        values = read(path, layout, wanted, check=check)
+        values = read(place, layout, wanted, check=check)
         for index, position in positions.items():
             results[position] = values[index]
     return results

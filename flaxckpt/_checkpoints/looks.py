@@ -17,6 +17,7 @@ from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._direct.read import Reader
 from flaxckpt._direct.threads import give_way
 from flaxckpt._disk.record import RECORD_FILE, read_record
+from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.files import NEEDED
 from flaxckpt._processes.messages import are_several
 from flaxckpt._trees.leaf import Leaf
@@ -99,7 +100,7 @@ def _problem_of(written: Path) -> str:
             raise CheckpointCorruptError(str(written), "files are missing")
         for batch in batches(layout.leaves) if doubtful else ():
             wanted = {i: on_host(doubtful[i]) for i in batch if i in doubtful}
-            read(written, layout, wanted, check=True)
+            read(Place(written), layout, wanted, check=True)
     except CheckpointCorruptError as error:
         names = [leaf.name for leaf in doubtful.values()]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

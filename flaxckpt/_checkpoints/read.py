@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +10,9 @@ import jax
 from flaxckpt._direct.read import Reader
 from flaxckpt._disk.record import LEAVES_FILE, located
 from flaxckpt._disk.vetting import check_plain
-from flaxckpt._object_store.source import source_of
+from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import with_key
-from flaxckpt._orbax.files import complete, data_files, is_database, leaf_files
+from flaxckpt._orbax.files import data_files, is_database, leaf_files
 from flaxckpt._orbax.restore import read_by_orbax
 from flaxckpt._processes.messages import are_several, gathered
 from flaxckpt._runtime.failures import listed
@@ -29,7 +28,7 @@ _READ_THREADS = 8
 _TASK_LEAVES, _TASK_BYTES = 64, 2**20  # that a thread reads in one go, at most
 
 
-def check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
+def check_table(place: Place, layout: Layout, leaves: Iterable[Leaf]) -> None:
     """Check that leaves are stored with the shapes and dtypes of the table of leaves.
 
     Orbax would return whatever it finds.
@@ -37,10 +36,11 @@ def check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
     Raises:
         CheckpointCorruptError: If some are not; names them.
     """
-    if source_of(path) is not None:
+    if place.source is not None:
         return  # a check alone fetches nothing from an object store
+    path = place.path
     check_plain(path, layout.nbytes, layout.nbytes)
-    reader = _reader(path, layout)
+    reader = _reader(place, layout)
     if reader is None:
         return
     wrong = [leaf for leaf in leaves if reader.contradicts(leaf)]
@@ -54,12 +54,12 @@ def check_table(path: Path, layout: Layout, leaves: Iterable[Leaf]) -> None:
         )
 
 
-def _reader(path: Path, layout: Layout) -> Reader | None:
+def _reader(place: Place, layout: Layout) -> Reader | None:
     """Return a checkpoint's `Reader`; None if Orbax is to try and to tell the error."""
-    if is_database(path):
-        check_plain(path, held=layout.nbytes)
+    if is_database(place.path):
+        check_plain(place.path, held=layout.nbytes)
     try:
-        return Reader(located(path), source_of(path))
+        return Reader(located(place.path), place.source)
     except CheckpointPathError:
         raise
     except (OSError, ValueError):
@@ -67,7 +67,7 @@ def _reader(path: Path, layout: Layout) -> Reader | None:
 
 
 def read(
-    path: Path, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
+    place: Place, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
 ) -> list[Any]:
     """Read the wanted leaves of a checkpoint, each onto its wanted sharding.
 
@@ -79,27 +79,28 @@ def read(
             what was saved; names the leaves and their files.
     """
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
-    values, damaged, unchecked = _read_files(path, layout, read, wanted, check=check)
+    values, damaged, unchecked = _read_files(place, layout, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}
     if others:
-        check_table(path, layout, others.values())
-        by_orbax = read_by_orbax(path, layout, {i: wanted[i] for i in others})
+        check_table(place, layout, others.values())
+        by_orbax = read_by_orbax(place, layout, {i: wanted[i] for i in others})
         values |= {index: by_orbax[index] for index in others}
     if check:
         unchecked |= others
         damaged += _differing(unchecked, values)
     if damaged:
-        complete(path)
+        place.complete()
         names = listed([leaf.name for leaf in damaged])
-        files = listed(data_files(located(path), damaged))
+        files = listed(data_files(located(place.path), damaged))
         raise CheckpointCorruptError(
-            str(path), f"not what was saved: {names} (in one of the files {files})"
+            str(place.path),
+            f"not what was saved: {names} (in one of the files {files})",
         )
     return [values.get(index) for index in range(len(layout.leaves))]
 
 
 def _read_files(
-    path: Path,
+    place: Place,
     layout: Layout,
     leaves: Mapping[int, Leaf],
     wanted: Mapping[int, Wanted],
@@ -112,7 +113,7 @@ def _read_files(
         The values that could be read, the leaves that are damaged, and the leaves that
         are still to be checked.
     """
-    reader = _reader(path, layout)
+    reader = _reader(place, layout)
     if reader is None:
         return {}, [], {}
     known = dict(leaves)

@@ -15,7 +15,7 @@ from flaxckpt._disk.record import (
     located,
     read_record,
 )
-from flaxckpt._object_store.source import fetched
+from flaxckpt._object_store.source import Place, fetched
 from flaxckpt._object_store.url import check_readable, is_url
 from flaxckpt._orbax.recognize import entries, foreign_checkpoints, is_ours, is_readable
 from flaxckpt._runtime.forks import use_threads
@@ -34,7 +34,7 @@ _DIRECTORIES = 100  # that it looks into at each level
 
 
 @runs_unchecked
-def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
+def undisturbed(path: str | os.PathLike[str], read: Callable[[Place], T]) -> T:
     """Read a checkpoint; read again if a writer replaces or deletes it meanwhile.
 
     For example, one program evaluates the checkpoints that another program writes. A
@@ -53,7 +53,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
         found = _found(path)
         before = _stamp(found)
         try:
-            result = _shallow(found, read)
+            result = _shallow(Place(found), read)
         except (CheckpointCorruptError, CheckpointNotFoundError, OSError):
             if _stamp(found) == before and _stays(found):
                 raise
@@ -63,29 +63,29 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     raise _replaced_too_often(path)
 
 
-def _shallow(path: Path, read: Callable[[Path], T]) -> T:
+def _shallow(place: Place, read: Callable[[Place], T]) -> T:
     """Read a checkpoint; a tree that is nested too deeply for Python is an error."""
     try:
-        return read(path)
+        return read(place)
     except RecursionError as error:
         raise CheckpointCorruptError(
-            str(path), "its tree is nested more deeply than can be read"
+            str(place.path), "its tree is nested more deeply than can be read"
         ) from error
 
 
-def _read_listed(info: CheckpointInfo, read: Callable[[Path], T], path: Path) -> T:
+def _read_listed(info: CheckpointInfo, read: Callable[[Place], T], place: Place) -> T:
     """Read a checkpoint if its record is still `info`.
 
     Raises:
         CheckpointNotFoundError: If another checkpoint, or none, is at `path`.
     """
-    there = read_record(path)
+    there = read_record(place.path)
     if there is None or not is_same(info, there):
         now = "written by plain Orbax" if there is None else f"saved at {there.time}"
         problem = f"the listed checkpoint was saved at {info.time}, and the checkpoint "
         problem += f"there now was {now}"
-        raise CheckpointNotFoundError(str(path), (), problem)
-    return read(path)
+        raise CheckpointNotFoundError(str(place.path), (), problem)
+    return read(place)
 
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
@@ -107,13 +107,13 @@ def _files_of(path: Path) -> list[str]:
     return [f"{directory}/{name}" for directory, _, names in found for name in names]
 
 
-def _from_store(url: str, read: Callable[[Path], T]) -> T:
+def _from_store(url: str, read: Callable[[Place], T]) -> T:
     """Read a checkpoint in an object store, as `undisturbed` does."""
     for _ in looks():
         with fetched(url) as source:
             try:
                 source.begin()
-                return _shallow(_found(source.directory), read)
+                return _shallow(Place(_found(source.directory), source), read)
             except CheckpointError as error:
                 kinds = CheckpointCorruptError, CheckpointNotFoundError
                 if isinstance(error, kinds) and source.is_replaced():

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from flaxckpt._disk.record import LEAVES_FILE, RECORD_FILE
@@ -80,20 +81,26 @@ class Source:
 def fetched(url: str) -> Generator[Source]:
     """Yield a checkpoint to read; its files on the disk go at the end of the block."""
     with scratch() as directory:
-        source = Source(url, directory)
-        try:
-            _SOURCES[source.directory] = source
-            yield source
-        finally:
-            _SOURCES.pop(source.directory, None)
+        yield Source(url, directory)
 
 
-def source_of(path: Path) -> Source | None:
-    """Return the source whose directory is `path`; None for a checkpoint on a disk."""
-    return _SOURCES.get(path)
+@dataclass(frozen=True)
+class Place:
+    """Where a reader finds a checkpoint.
 
+    Attributes:
+        path: Its directory. For a checkpoint in a store, the directory of the files
+            that are on the disk by now.
+        source: Downloads the other files; None for a checkpoint on a disk.
+    """
 
-_SOURCES: dict[Path, Source] = {}
+    path: Path
+    source: Source | None = None
+
+    def complete(self) -> None:
+        """Download all files of a checkpoint in a store."""
+        if self.source is not None:
+            self.source.complete()
 
 
 def _found(bucket: Objects, path: str) -> str:

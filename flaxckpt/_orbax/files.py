@@ -7,7 +7,6 @@ from pathlib import Path
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.open import is_inside, is_there
 from flaxckpt._disk.record import LEAVES_FILE, RECORD_FILE, located
-from flaxckpt._object_store.source import source_of
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointCorruptError
 
@@ -59,10 +58,3 @@ def leaf_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
             found += path.glob("state/_strings.json")
         found = found or [*path.glob("state/*.ocdbt"), *path.glob("state/**/d/*")]
     return [str(file.relative_to(path)) for file in sorted(found)]
-
-
-def complete(path: Path) -> None:
-    """Download all of a checkpoint in an object store, if `path` is its directory."""
-    source = source_of(path)
-    if source is not None:
-        source.complete()

@@ -4,7 +4,6 @@ Orbax's exceptions do not leave this folder.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ import numpy as np
 from flaxckpt._disk.alias import plainly
 from flaxckpt._disk.record import located
 from flaxckpt._disk.vetting import check_plain, check_readable
+from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context
-from flaxckpt._orbax.files import check_names, complete, data_files
+from flaxckpt._orbax.files import check_names, data_files
 from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, key_dtype
@@ -23,14 +23,15 @@ from flaxckpt._trees.wanted import Wanted
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError
 
 
-def read_by_orbax(path: Path, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
+def read_by_orbax(place: Place, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
     """Have Orbax read the leaves in `wanted`; return a list of all leaves, in order."""
+    path = place.path
     asked = [
         _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
         for index, leaf in enumerate(layout.leaves)
     ]
     try:
-        complete(path)
+        place.complete()
         check_names(path, [layout.leaves[index] for index in wanted])
         needed = sum(layout.leaves[index].nbytes for index in wanted)
         check_plain(path, needed, layout.nbytes)
