@@ -332,7 +332,7 @@ def test_more_settings_that_cannot_work():
         ({"tree": {"w": jnp.zeros(2, int)}}, SettingError, r"\['w'\]: is int32\[2\]"),
         ({"tree": {}}, SettingError, r"\['w'\]: is nothing"),
         ({"tree": {"w": jnp.zeros(2), "v": 0}}, SettingError, r"\['v'\]: .* nothing"),
-        ({"logs": {"x": 0.0}}, MetricError, "'loss'.*missing.*'x'"),
+        ({"logs": {"x": 0.0}}, MetricError, "'loss'.*lack it.*'x'"),
         ({"logs": {"loss": 0.0}}, SettingError, r"made for \['loss', 'x'\]"),
         ({"logs": {"loss": np.zeros(2), "x": 0.0}}, MetricError, "must be a scalar"),
         ({"logs": {"loss": 0.0, "x": np.zeros(2)}}, MetricError, "keeps scalars"),
