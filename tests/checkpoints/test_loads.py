@@ -76,7 +76,7 @@ def test_a_listed_checkpoint_that_plain_orbax_has_replaced(tmp_path):
         ckpt.save({"w": np.zeros(2)}, epoch=0)
     (listed,) = flaxckpt.list_checkpoints(tmp_path)
     ocp.save(tmp_path / "best", {"w": np.ones(2)}, overwrite=True)
-    with pytest.raises(CheckpointNotFoundError, match="by one of plain Orbax"):
+    with pytest.raises(CheckpointNotFoundError, match="written by plain Orbax"):
         flaxckpt.load(listed)
 
 
