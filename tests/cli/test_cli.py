@@ -46,17 +46,17 @@ def test_the_demo_is_killed_resumes_and_ends_where_it_would_have(tmp_path):
 SLOW_DISK = """
 import sys, threading
 from pathlib import Path
-from flaxckpt._checkpoints import series
+from flaxckpt._checkpoints import series_writer
 from flaxckpt._cli import demo
 
-write = series.write_checkpoint
+write = series_writer.write_checkpoint
 
 def write_late(info, *args, **kwargs):
     if info.path.name != "last":
         threading.Event().wait(3)
     write(info, *args, **kwargs)
 
-series.write_checkpoint = write_late
+series_writer.write_checkpoint = write_late
 demo.train(Path(sys.argv[1]), 2, (1, 10))
 """
 

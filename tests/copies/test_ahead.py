@@ -284,7 +284,7 @@ def run(code, directory):
 def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
     (told,) = run(
         f"""
-        left = len(ckpt._saves._ahead._kinds) // 64 - number
+        left = len(ckpt._saves._parts._ahead._kinds) // 64 - number
         import atexit
         begun_at = number
         atexit.register(lambda: print(left > 20, number <= begun_at + 1))
