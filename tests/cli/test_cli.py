@@ -51,10 +51,10 @@ from flaxckpt._cli import demo
 
 write = series_writer.write_checkpoint
 
-def write_late(info, *args, **kwargs):
-    if info.path.name != "last":
+def write_late(checkpoint, *args, **kwargs):
+    if checkpoint.info.path.name != "last":
         threading.Event().wait(3)
-    write(info, *args, **kwargs)
+    return write(checkpoint, *args, **kwargs)
 
 series_writer.write_checkpoint = write_late
 demo.train(Path(sys.argv[1]), 2, (1, 10))
