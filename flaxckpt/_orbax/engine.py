@@ -129,13 +129,14 @@ def calls_of_orbax(context: v1.Context) -> Generator[None]:
     _teach_numbers()
     number = next(_NUMBERS)
     token = _NUMBER.set(number)
-    try:
-        with quiet(), context:
-            yield
-    finally:
-        _NUMBER.reset(token)
-        if not are_several():  # the other processes may still look
-            _forget_signals(number)
+    with quiet():
+        try:
+            with context:
+                yield
+        finally:
+            _NUMBER.reset(token)
+            if not are_several():  # the other processes may still look
+                _forget_signals(number)
 
 
 @functools.cache
