@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict promotion, and a Hypothesis profile, for all tests."""
+"""What holds for all tests: devices, strict promotion, Hypothesis, and no known form."""
 
 import os
 
@@ -10,6 +10,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import absl.logging
 import hypothesis
 import jax
+import pytest
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it also raises
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,3 +27,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("flaxckpt")
 
 pytest_plugins = ["object_stores"]
+
+
+@pytest.fixture(autouse=True)
+def _no_known_form():
+    """Have Orbax write each test's first tree, as in a new process."""
+    from flaxckpt._direct.forms import shared_forms
+
+    shared_forms.cache_clear()

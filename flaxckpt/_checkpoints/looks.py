@@ -91,7 +91,7 @@ def _problem_of(written: Path) -> str:
         if read_record(written) is None or layout is None:
             raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
         reader, turn = Reader(written), time.perf_counter()
-        reader.expect(leaf for leaf in layout.leaves if leaf.in_orbax)
+        reader.expect((leaf for leaf in layout.leaves if leaf.in_orbax), values=False)
         for index, leaf in enumerate(layout.leaves):
             turn = give_way(turn)
             if leaf.in_orbax and not reader.holds(leaf):

@@ -25,6 +25,7 @@ from flaxckpt._trees.wanted import Wanted
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 _READ_THREADS = 8
+_THREAD_BYTES = 4 * 2**20
 _TASK_LEAVES, _TASK_BYTES = 64, 2**20  # that a thread reads in one go, at most
 
 
@@ -134,8 +135,12 @@ def _read_files(
         reader.expect(known[index] for index in indices)
         return list(map(read, indices))
 
-    # More threads than cores compete for the cache, and are no faster.
+    # More threads than cores compete for the cache, and are no faster. For small values
+    # in a database, they compete for the interpreter's lock.
     threads = min(_READ_THREADS, os.cpu_count() or 1)
+    if is_database(place.path):
+        nbytes = sum(leaf.nbytes for leaf in known.values())
+        threads = min(threads, 1 + nbytes // _THREAD_BYTES)
     tasks = _tasks(known)
     with unchecked_pool(threads, "flaxckpt-read") as pool:
         read_in_tasks = itertools.chain.from_iterable(pool.map(read_all, tasks))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flaxckpt._disk.record import is_checkpoint, read_leaves
 from flaxckpt._orbax.engine import storable
+from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, key_dtype
@@ -14,6 +15,7 @@ from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt.errors import CheckpointCorruptError
 
 
+@paused_collector()
 def read_table(path: Path) -> tuple[Layout | None, Skeleton]:
     """Read a checkpoint's table of leaves: the layout, and where in it the weights are.
 

@@ -9,7 +9,13 @@ from typing import Any, TypeAlias
 from flaxckpt._checkpoints.finish import Tables, finish
 from flaxckpt._checkpoints.looks import IncompleteError, Looks, shared_looks
 from flaxckpt._direct.form import Fingerprints, OrbaxFiles
-from flaxckpt._direct.forms import Forms, held_values, placements_of, thawed
+from flaxckpt._direct.forms import (
+    Forms,
+    held_values,
+    placements_of,
+    shared_forms,
+    thawed,
+)
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf, adopt_frozen, link_frozen
 from flaxckpt._direct.write import fingerprints_of, write_values
 from flaxckpt._direct.zarr import STATE
@@ -57,7 +63,7 @@ class Way:
         compress: Whether to compress the arrays.
         frozen: Where frozen leaves are stored; None if no leaf is frozen.
         may_write: Whether values may be written straight from memory, not by Orbax.
-        forms: The forms in which Orbax has written the series' trees.
+        forms: The forms in which Orbax has written trees.
         tables: The tables of leaves.
         looks: The kinds of checkpoints that were checked before.
     """
@@ -66,7 +72,7 @@ class Way:
     compress: bool = False
     frozen: Frozen | None = None
     may_write: bool = True
-    forms: Forms = field(default_factory=Forms)
+    forms: Forms = field(default_factory=shared_forms)
     tables: Tables = field(default_factory=Tables)
     looks: Looks = field(default_factory=shared_looks)
 

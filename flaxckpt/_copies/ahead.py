@@ -1,8 +1,8 @@
-"""Programs that copy a large tree, compiled in the background before the first save.
+"""Programs that copy a tree, compiled in the background before they are needed.
 
 The first two calls that save would compile them otherwise: a program that copies into
-new memory, and one that copies into the memory of an earlier save. A tree with few
-arrays has one program of each, which is not worth a thread.
+new memory, and one that copies into the memory of an earlier save. Before the first
+save, only a large tree is worth a thread: one with few arrays has one program of each.
 """
 
 import functools
@@ -48,7 +48,19 @@ class Ahead:
             and not isinstance(leaf, Tracer)
             and leaf.sharding is not None
         ]
-        if len(kinds) <= MOST_TOGETHER or kinds == self._kinds or are_several():
+        if len(kinds) > MOST_TOGETHER:
+            self._start(kinds)
+
+    def compile_next(self, plan: Plan) -> None:
+        """Have the programs compiled that copy into the memory of a plan's copies.
+
+        Args:
+            plan: The plan of copies that were made in new memory.
+        """
+        self._start([kind for kind in plan.kinds if kind is not None])
+
+    def _start(self, kinds: list[Kind]) -> None:
+        if not kinds or kinds == self._kinds or are_several():
             return
         use_threads()
         ending, self._kinds = _ending(), kinds

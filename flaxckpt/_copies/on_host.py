@@ -1,5 +1,6 @@
 """Copies in host memory, and a check that devices have room for another copy."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,23 +70,30 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
 
     A device that reports no memory limit counts as having room.
     """
-    needed: dict[Any, int] = {}
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not is_offloaded(leaf.sharding):
-            for device in leaf.sharding.addressable_devices:
-                size = leaf.nbytes // len(leaf.sharding.device_set)
-                if leaf.is_fully_replicated:
-                    size = leaf.nbytes
-                needed[device] = needed.get(device, 0) + size
-    for device, size in needed.items():
-        stats: Mapping[str, int] = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-            # A step's activations are not in use now, but will need room again.
-            peak = stats.get("peak_bytes_in_use", 0) - stats.get("bytes_in_use", 0)
-            if size > free - max(peak, 0):
-                return False
-    return True
+    arrays = [
+        leaf
+        for leaf in leaves
+        if isinstance(leaf, jax.Array) and not is_offloaded(leaf.sharding)
+    ]
+    kinds = {leaf.sharding for leaf in arrays}
+    devices = {device for kind in kinds for device in kind.addressable_devices}
+    stats = {device: device.memory_stats() or {} for device in devices}
+    if not any("bytes_limit" in found for found in stats.values()):
+        return True
+    needed = dict.fromkeys(devices, 0)
+    for leaf in arrays:
+        parts = 1 if leaf.is_fully_replicated else len(leaf.sharding.device_set)
+        for device in leaf.sharding.addressable_devices:
+            needed[device] += leaf.nbytes // parts
+    return all(needed[device] <= _room(found) for device, found in stats.items())
+
+
+def _room(stats: Mapping[str, int]) -> float:
+    """Return the bytes that a device has room for, by its statistics of memory."""
+    used = stats.get("bytes_in_use", 0)
+    # A step's activations are not in use now, but will need room again.
+    peak = max(stats.get("peak_bytes_in_use", 0) - used, 0)
+    return stats.get("bytes_limit", math.inf) - used - peak
 
 
 def _is_key(dtype: Any) -> bool:

@@ -16,6 +16,7 @@ import jax
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.programs import Kind, Program, kind_of, program
+from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.jax_internals import device_order
 
 MOST_TOGETHER = 64
@@ -138,6 +139,7 @@ class Plans:
         return plan
 
 
+@paused_collector()
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
     return [kind_of(leaf) if isinstance(leaf, jax.Array) else None for leaf in leaves]
@@ -151,6 +153,11 @@ def _nbytes(kind: Kind | None) -> int:
 def _is_small(shape: Any, dtype: Any, sharding: Any) -> bool:
     return (
         isinstance(sharding, jax.sharding.SingleDeviceSharding)
-        and str(dtype) in _PACKED
         and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
+        and _is_packed(dtype)
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _is_packed(dtype: Any) -> bool:
+    return str(dtype) in _PACKED

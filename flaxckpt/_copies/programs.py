@@ -39,10 +39,12 @@ class Program:
         refill_if = jax.jit(_refill_if, donate_argnums=2, **settings)
         self._jitted: tuple[Any, Any, Any] = fill, refill, refill_if
         self._programs = self._jitted
+        self._has_filled = False
         self._compiling = new_lock()
 
     def fill(self, alone: list[Any], packs: list[list[Any]]) -> list[jax.Array]:
         """Copy into new memory."""
+        self._has_filled = True
         return self._call(0, alone, packs, self._work)
 
     def refill(
@@ -78,7 +80,8 @@ class Program:
     def compile(self) -> None:
         """Compile now, on this thread; a call on another thread waits for it.
 
-        A copy that a device decides on is compiled when it is first needed.
+        What `fill` has compiled is not compiled again. A copy that a device decides on
+        is compiled when it is first needed.
         """
         # Without x64, JAX narrows 64-bit kinds.
         with self._compiling, jax.enable_x64(True):
@@ -92,9 +95,10 @@ class Program:
             ]
             work, slot = self._work, alone + joined
             fill, refill, refill_if = self._jitted
-            filled = fill.lower(alone, packs, work).compile()
-            refilled = refill.lower(alone, packs, slot, work).compile()
-            self._programs = filled, refilled, refill_if
+            if not self._has_filled:
+                fill = fill.lower(alone, packs, work).compile()
+            refill = refill.lower(alone, packs, slot, work).compile()
+            self._programs = fill, refill, refill_if
 
     @functools.cached_property
     def _work(self) -> Any:

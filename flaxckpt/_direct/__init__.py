@@ -1,7 +1,7 @@
 """Orbax's format, written and read straight from memory.
 
 A `form` is how Orbax has stored one tree structure. `learn` finds the form in what
-Orbax has written, and `forms` remembers the forms of a series. `write` writes new
+Orbax has written, and `forms` remembers the forms. `write` writes new
 values in a form, and `shares` does so where several processes write; `read` reads them
 from one of the `sources`. `zarr` parses Zarr 3's descriptions, and `chunks` cuts leaves
 into chunks. `frozen_files` links files of leaves that do not change. `threads` leaves

@@ -1,5 +1,6 @@
-"""The forms in which Orbax has written the trees of one series."""
+"""The forms in which Orbax has written trees."""
 
+import functools
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._direct.learn import learn
 from flaxckpt._trees.layout import Layout
 
-_REMEMBERED = 8
+_REMEMBERED = 16
 
 
 class Forms:
@@ -53,6 +54,16 @@ class Forms:
         if form is not None:
             self._known.appendleft((layout, placements_of(held), form))
         return form
+
+
+@functools.cache
+def shared_forms() -> Forms:
+    """Return the forms that all series of this process remember together.
+
+    Orbax writes equal trees in one form, so it writes a tree once for the process, and
+    not once for each series.
+    """
+    return Forms()
 
 
 def held_values(layout: Layout, leaves: list[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """A checkpoint's arrays are read straight into memory, and their chunks checked."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,14 +93,20 @@ class Reader:
             return True
         return (found.shape, found.dtype) != array_of(leaf)
 
-    def expect(self, leaves: Iterable[Leaf]) -> None:
-        """Begin to read the descriptions that `holds` will read.
+    def expect(self, leaves: Iterable[Leaf], *, values: bool = True) -> None:
+        """Begin to read what `read` will read, or without `values` what `holds` will.
 
         A database answers many requests in hardly more time than one request.
         """
-        for leaf in leaves:
-            if isinstance(self._store, Database) and not leaf.is_text:
-                self._store.expect(below(leaf.stored_name, DESCRIPTION))
+        if not isinstance(self._store, Database):
+            return
+        arrays = [leaf for leaf in leaves if not leaf.is_text]
+        self._store.expect(below(leaf.stored_name, DESCRIPTION) for leaf in arrays)
+        for leaf in arrays if values else []:
+            with contextlib.suppress(*UNREADABLE):  # `read` tells the problem
+                stored = stored_of(self._store, leaf)
+                if stored is not None and stored.is_one_chunk:
+                    self._store.expect(key for key, _ in stored.keys())
 
     def holds(self, leaf: Leaf) -> bool:
         """Tell whether all files of a leaf are there, with the sizes they should have.
@@ -288,6 +295,12 @@ def read(
         stored = stored_of(store, leaf)
         if stored is None:
             return None
+        if stored.is_one_chunk:
+            nbytes = math.prod(stored.shape) * stored.dtype.itemsize
+            store.check_room(stored.name, nbytes)
+            values = aligned(stored.shape, stored.dtype)
+            [(key, _)] = stored.keys()
+            return stored, values, tuple(store.read_into(key, values, check=check))
         whole = tuple((0, size) for size in stored.shape)
         parts, sums = _read_parts(store, stored, [whole], check=check)
     except CheckpointPathError:

@@ -6,7 +6,7 @@ import math
 import os
 import stat
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,9 @@ class Database(Values):
         self._store = self._result(tensorstore.KvStore.open(spec))
         self._coming: dict[str, Any] = {}
 
-    def expect(self, key: str) -> None:
-        """Begin to read a key, for the next call of `read` with it."""
-        self._coming[key] = self._store.read(key)
+    def expect(self, keys: Iterable[str]) -> None:
+        """Begin to read values; each stays in memory until `read_into` has taken it."""
+        self._coming |= {key: self._store.read(key) for key in keys}
 
     @functools.cached_property
     def _keys(self) -> frozenset[str]:
@@ -242,10 +242,16 @@ class Database(Values):
         return key in self._keys
 
     def read(self, key: str) -> bytes:
-        found = self._result(self._coming.pop(key, None) or self._store.read(key))
+        found = self._result(self._coming.get(key) or self._store.read(key))
         if found.state != "value":
             raise OtherwiseError
         return bytes(found.value)
+
+    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
+        try:
+            return super().read_into(key, values, check=check)
+        finally:
+            self._coming.pop(key, None)
 
     def check_room(self, name: str, nbytes: int) -> None:
         if nbytes > _ROOM_BYTES and nbytes > self._size:

@@ -40,7 +40,7 @@ def parse_json(data: bytes) -> Any:
 def signed(fields: Mapping[str, Any]) -> bytes:
     """Return a record as JSON whose last field is the checksum of the others."""
     text = _dumped(fields)
-    return text.removesuffix(_END) + _last(hashlib.sha256(text).hexdigest())
+    return text.removesuffix(_END) + _last(_sum(text))
 
 
 def is_signed(record: bytes, fields: Mapping[str, Any], checksum: str) -> bool:
@@ -52,18 +52,18 @@ def is_signed(record: bytes, fields: Mapping[str, Any], checksum: str) -> bool:
         fields: Its fields without the checksum.
         checksum: The checksum that it holds.
     """
-    try:
-        text = record.removesuffix(_last(checksum)) + _END
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    if hashlib.sha256(text).hexdigest() == checksum:
-        return True
-    return hashlib.sha256(_dumped(fields)).hexdigest() == checksum
+    text = record.removesuffix(_last(checksum)) + _END
+    return checksum == _sum(text) or checksum == _sum(_dumped(fields))
 
 
 def _last(checksum: str) -> bytes:
     """Return the end of a record, from the comma before its last field."""
-    return f',\n "sha256": "{checksum}"'.encode() + _END
+    # It may have a lone surrogate, where somebody else wrote it.
+    return f',\n "sha256": "{checksum}"'.encode(errors="surrogatepass") + _END
+
+
+def _sum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def _dumped(fields: Mapping[str, Any]) -> bytes:

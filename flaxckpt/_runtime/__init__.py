@@ -6,5 +6,6 @@ forked processes that would hang, and `locks` makes locks that neither a fork no
 interrupt leaves locked. `unchecked` leaves JAX's debugging checks out of the package's
 own copies, and `gone` finds deleted arrays. `quiet` keeps Orbax's log lines from the
 console, `failures` puts an error in one line, and `beside` adds problems to an error
-that is being raised. `patience` says how often a reader looks again.
+that is being raised. `patience` says how often a reader looks again, and `collector`
+pauses Python's.
 """

@@ -82,12 +82,14 @@ class Contents:
                 and not only those that are computed already.
         """
         leaves = self.trees[0].leaves
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        array = next((leaf for leaf in leaves if isinstance(leaf, jax.Array)), None)
         self.scalars = []
         for name, value in call.scalars().items():
-            if arrays and value.sharding.device_set == arrays[0].sharding.device_set:
+            if array is not None and (
+                value.sharding.device_set == array.sharding.device_set
+            ):
                 self.scalars.append(name)
-            elif not waits and (not arrays or is_unknown(value)):
+            elif not waits and (array is None or is_unknown(value)):
                 self.scalars.append(name)
             else:
                 call.keep(name, fetched_value(value))

@@ -7,6 +7,7 @@ from typing import Any
 
 from flaxckpt._checkpoints.write import Way
 from flaxckpt._orbax.engine import storable
+from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
@@ -39,6 +40,7 @@ class Describer:
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._is_new_to_weights = True
 
+    @paused_collector()
     def describe(
         self,
         tree: PyTree,

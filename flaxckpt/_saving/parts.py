@@ -45,6 +45,7 @@ class SaverParts:
         describer: Describes trees.
         lines: Tells which saves may supersede which.
         plans: Tells how to copy leaves.
+        ahead: Compiles the programs that copy.
         snapshot: Where to copy to.
         max_in_flight: How many saves may be under way; None to go by their size.
         frozen: Which leaves are frozen; None if none are.
@@ -57,7 +58,7 @@ class SaverParts:
         best_only, overwrite = bool(settings.save_best_only), bool(settings.overwrite)
         self.disk, self.series, self.frozen = disk, series, frozen
         self.snapshot, self.max_in_flight = settings.snapshot, settings.max_in_flight
-        self.queue, self.plans, self._ahead = JobQueue(), Plans(), Ahead()
+        self.queue, self.plans, self.ahead = JobQueue(), Plans(), Ahead()
         self.report = Report(series, self.queue, settings.tell)
         self.paths = Paths(settings.template, series)
         best_kept = None
@@ -109,7 +110,7 @@ class SaverParts:
         """
         if self.snapshot in ("auto", "device"):
             with contextlib.suppress(Exception):  # the save raises what is wrong
-                self._ahead.compile(self.describer.leaves_ahead(tree))
+                self.ahead.compile(self.describer.leaves_ahead(tree))
 
     # ---- the steps of a job ----------------------------------------------------------
 

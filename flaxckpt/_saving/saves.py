@@ -160,6 +160,8 @@ class Saver:
         self._parts.prepare(job, contents, call, where)
         if call.copies.plan is not None:
             fill(call.copies, leaves, job.memory, contents.wanted(call))
+            if job.memory is None:
+                self._parts.ahead.compile_next(call.copies.plan)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

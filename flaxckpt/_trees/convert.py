@@ -1,12 +1,13 @@
 """Conversion of loaded values to the wanted kinds: keys, numbers, texts, arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._trees.describe import impl_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
 from flaxckpt._trees.wanted import Wanted
@@ -14,6 +15,8 @@ from flaxckpt._trees.wanted import Wanted
 
 def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     """Convert a loaded value to the wanted form; `match` has compared the two kinds.
+
+    An array for `want.sharding` is returned as it is, and `place` puts it there.
 
     Raises:
         ValueError: If a Python number does not fit the wanted dtype exactly, and `cast`
@@ -54,9 +57,22 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         return np.asarray(value)
     if kind == "numpy_scalar":
         return np.asarray(value)[()]
-    if want.sharding is not None:
-        return jax.device_put(value, want.sharding)
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    is_left = want.sharding is not None or isinstance(value, jax.Array)
+    return value if is_left else jnp.asarray(value)
+
+
+@paused_collector()
+def place(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
+    """Put converted leaves onto the shardings of those that want one, in one call."""
+    shardings = {
+        position: want.sharding
+        for position, want in wanted.items()
+        if want.sharding is not None and want.leaf.kind == "jax"
+    }
+    arrays = [leaves[position] for position in shardings]
+    placed = jax.device_put(arrays, list(shardings.values()))
+    for position, array in zip(shardings, placed, strict=True):
+        leaves[position] = array
 
 
 def _empty(leaf: Leaf) -> Any:

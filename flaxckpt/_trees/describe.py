@@ -184,10 +184,16 @@ def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
 
 
 def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        impl = "" if isinstance(value, jax.ShapeDtypeStruct) else impl_of(value)
-        return Leaf(path, "key", str(value.dtype), tuple(value.shape), impl)
-    return Leaf(path, "jax", str(value.dtype), tuple(value.shape))
+    kind, name = _kind_of(value.dtype)
+    is_known = kind == "key" and not isinstance(value, jax.ShapeDtypeStruct)
+    impl = impl_of(value) if is_known else ""
+    return Leaf(path, kind, name, tuple(value.shape), impl)
+
+
+@functools.lru_cache(maxsize=64)
+def _kind_of(dtype: Any) -> tuple[str, str]:
+    """Return the kind of JAX arrays of a dtype, and its name."""
+    return "key" if jnp.issubdtype(dtype, jax.dtypes.prng_key) else "jax", str(dtype)
 
 
 _NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds hold more than their elements

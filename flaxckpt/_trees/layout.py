@@ -100,7 +100,8 @@ class Layout:
             if node is None:
                 return None
             if isinstance(node, int):
-                leaves.append(replace(self.leaves[node], path=path))
+                leaf = self.leaves[node]
+                leaves.append(leaf if leaf.path == path else replace(leaf, path=path))
                 sources.append(node)
                 return len(leaves) - 1
             pairs = children_in(node)

@@ -125,5 +125,5 @@ FROM_LIKE = ("static", "function")  # kinds of leaves that are not stored
 
 def is_possible(shape: Sequence[int]) -> bool:
     """Tell whether an array can have a shape; empty axes count as one element."""
-    size = math.prod(max(size, 1) for size in shape)
+    size = math.prod([size or 1 for size in shape])
     return len(shape) <= _RANK and size <= INT64 // _ITEM_BYTES

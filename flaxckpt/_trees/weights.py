@@ -69,7 +69,7 @@ def are_unknown(tree: PyTree) -> bool:
 
 def _pick_known(node: PyTree) -> Picked | None:
     """Pick as `_pick` does, and at once if the structure was all weights before."""
-    if role_of(node) or is_train_state(node):
+    if isinstance(node, jax.Array) or role_of(node) or is_train_state(node):
         return _pick(node)
     flat = flatten(node)
     kind = flat.key, tuple(map(_kind_of, flat.leaves))
