@@ -112,7 +112,9 @@ def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
     tree = jax.device_put(tree_of(70))
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         ckpt.save(tree, 0)
+    wait()
     _programs.program.cache_clear()
+    compiled.clear()
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         found = ckpt.restore(structs(tree))
         wait()
@@ -120,6 +122,20 @@ def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
         ckpt.save(found.tree, 1)
         assert len(count) == before
     assert compiled == [f"{NAME}_0"] * 2
+
+
+@pytest.mark.parametrize("number", [1, 70])
+def test_the_first_save_has_the_programs_of_the_second_compiled(
+    tmp_path, compiled, count, number
+):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(3):
+            ckpt.save(jax.device_put(tree_of(number, first=epoch + 1)), epoch)
+            wait()
+            before, known = len(count), len(compiled)
+            ckpt.save(jax.device_put(tree_of(number, first=epoch + 1)), epoch)
+            assert len(count) == before
+            assert len(compiled) == known == (epoch + 1) * (1 + number // 64)
 
 
 def test_weights_alone_are_known_too(tmp_path, compiled, count):
@@ -284,7 +300,7 @@ def run(code, directory):
 def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
     (told,) = run(
         f"""
-        left = len(ckpt._saves._parts._ahead._kinds) // 64 - number
+        left = len(ckpt._saves._parts.ahead._kinds) // 64 - number
         import atexit
         begun_at = number
         atexit.register(lambda: print(left > 20, number <= begun_at + 1))
