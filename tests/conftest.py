@@ -29,6 +29,14 @@ hypothesis.settings.load_profile("flaxckpt")
 pytest_plugins = ["object_stores"]
 
 
+if "FLAXCKPT_TEST_ENGINE" in os.environ:  # orbax: the direct way is off
+    from flaxckpt import ModelCheckpoint
+
+    ModelCheckpoint.__init__.__kwdefaults__["engine"] = os.environ[
+        "FLAXCKPT_TEST_ENGINE"
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _no_known_form():
     """Have Orbax write each test's first tree, as in a new process."""
