@@ -40,7 +40,6 @@ class Describer:
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._is_new_to_weights = True
 
-    @paused_collector()
     def describe(
         self,
         tree: PyTree,
@@ -97,7 +96,8 @@ class Describer:
         flat = flatten(tree, self._free)
         if flat.is_free and flat.key not in self._free:
             self._free.append(flat.key)
-        layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        with paused_collector():
+            layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if all(leaf.is_from_like for leaf in layout.leaves):
             raise _refusal_of_nothing(tree, is_picked=is_picked)
         weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)

@@ -591,6 +591,7 @@ def test_an_archived_best_is_nothing_to_beat(tmp_path):
     assert there(tmp_path) == {"best": 0.5, "best-of-the-first": 0.05}
 
 
+@pytest.mark.direct
 def test_a_best_that_restore_has_passed_over_is_nothing_to_beat(tmp_path):
     for path, losses in (("a/{epoch}", [0.5, 0.1]), ("b/{epoch}", [0.5])):
         train(tmp_path / path, losses)

@@ -293,12 +293,15 @@ def test_one_bit_of_any_leaf_shows(tmp_path, monkeypatch, written, wanted):
         for epoch in range(1 if written == "by Orbax" else 3):
             path = ckpt.save(tree, epoch)
             ckpt.wait()
+    if written == "database" and not ckpt.counts.direct:
+        pytest.skip("Orbax's database has no shard's bytes in one piece")
     assert bool(ckpt.counts.linked_bytes) == (written == "linked")
     table = json.loads((path / "flaxckpt_leaves.json").read_bytes())
     marks = {leaf["path"][0]: d for leaf, d in zip(table["leaves"], table["digests"])}  # noqa: B905
-    of_parts = {name for name, mark in marks.items() if mark.startswith("sum:")}
-    assert of_parts == {"several", "text"}
-    assert all(marks[name].startswith("xxh3:") for name in set(MANY) - of_parts)
+    if ckpt.counts.direct:
+        of_parts = {name for name, mark in marks.items() if mark.startswith("sum:")}
+        assert of_parts == {"several", "text"}
+        assert all(marks[name].startswith("xxh3:") for name in set(MANY) - of_parts)
     like = {"plain": None, "same": tree}.get(wanted, tree)
     if wanted == "otherwise":
         spread = {"one": ("y", "x"), "several": (None, "y"), "keys": ("x",)}
@@ -352,6 +355,7 @@ def test_what_only_orbax_can_read_is_verified(tmp_path, axes):
     assert bits(flaxckpt.load(path, like, verify=False)) != bits(tree)
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("file", ["files", "database"])
 def test_the_error_names_the_files_of_the_leaf(tmp_path, monkeypatch, file):
     monkeypatch.setattr(_write, "_LARGE_LEAF", 0 if file == "files" else 2**40)
@@ -399,6 +403,7 @@ def test_a_number_is_not_taken_for_one_of_another_kind(tmp_path):
         flaxckpt.verify(path)
 
 
+@pytest.mark.direct
 def test_keys_of_another_shape_and_strange_texts_are_damage(tmp_path):
     tree = {"key": jax.random.key(1), "text": "\U0001f600", "w": jnp.zeros(2**20)}
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:

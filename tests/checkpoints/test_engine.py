@@ -49,6 +49,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("kind", TREES)
 @pytest.mark.parametrize(
     ("owner", "name"), CALLS, ids=lambda x: getattr(x, "__name__", x)
@@ -93,6 +94,7 @@ def assert_is(info, tree):
             np.testing.assert_array_equal(found[name], value)
 
 
+@pytest.mark.direct
 def test_orbax_writes_a_tree_once_for_the_process(tmp_path):
     for name, counts in (("one", (1, 1)), ("other", (2, 0))):
         with ModelCheckpoint(tmp_path / name / "{epoch}") as ckpt:
@@ -102,6 +104,7 @@ def test_orbax_writes_a_tree_once_for_the_process(tmp_path):
             assert (ckpt.counts.direct, ckpt.counts.by_orbax) == counts
 
 
+@pytest.mark.direct
 def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
     tmp_path, monkeypatch
 ):
@@ -125,6 +128,7 @@ def test_a_wrong_byte_that_the_first_look_finds_costs_no_checkpoint(
         assert_is(info, large_tree)
 
 
+@pytest.mark.direct
 def test_an_error_of_the_disk_is_an_error_of_the_save(tmp_path, monkeypatch):
     """Orbax would meet with it as well."""
 

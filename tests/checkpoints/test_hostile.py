@@ -181,6 +181,7 @@ def leaf_of(table, name):
 # ---- memory that nothing was read into -----------------------------------------------------
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("chunk", [[-6, 8], [6, -8], [-6, -8], [-1, -1], [0, 8], [7, 8],
                                    [6, 16], [6], [6, 8, 1], [6.5, 8], [True, 8],
                                    ["6", 8], [4, 8], [2**70, 8]])  # fmt: skip

@@ -391,6 +391,7 @@ def test_a_state_that_moves_between_slot_and_series_is_not_missed(
     )
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("first", ["record", "values"])
 def test_deleted_by_hand_at_any_step_is_not_damaged(tmp_path, monkeypatch, first):
     """File by file, as rm does: a record may go before the table of leaves."""

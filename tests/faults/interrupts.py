@@ -118,7 +118,8 @@ class Run:
 
     def make(self):
         path = self.directory / self.template
-        return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
+        engine = os.environ.get("FLAXCKPT_TEST_ENGINE", "auto")
+        return flaxckpt.ModelCheckpoint(path, "loss", engine=engine, **self.settings)
 
     def _write(self, *args, **kwargs):
         self._arrived.set()

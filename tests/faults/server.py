@@ -77,7 +77,8 @@ class Scenario:
 
             _write._LARGE_LEAF = 0
         path = os.path.join(directory, self.template)
-        return flaxckpt.ModelCheckpoint(path, "loss", **self.settings)
+        engine = os.environ.get("FLAXCKPT_TEST_ENGINE", "auto")
+        return flaxckpt.ModelCheckpoint(path, "loss", engine=engine, **self.settings)
 
 
 def is_frozen(path, leaf):

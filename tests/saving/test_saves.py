@@ -706,6 +706,7 @@ def large_tree(epoch):
     return {"big": jnp.full((1024, 1024), epoch, jnp.float32), "n": epoch}
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("make", [tree_of, large_tree], ids=["database", "files"])
 def test_orbax_writes_the_first_and_reads_them_all(tmp_path, make):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
@@ -726,6 +727,7 @@ def test_orbax_writes_the_first_and_reads_them_all(tmp_path, make):
         assert ckpt.counts.by_orbax == 2
 
 
+@pytest.mark.direct
 def test_shards_are_written_as_orbax_does(tmp_path):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     specs = [("x", "y"), ("y", None), (None, "x"), (None, None)]
@@ -760,6 +762,7 @@ def test_where_orbax_writes_otherwise_it_goes_on_writing(tmp_path, monkeypatch):
     assert [epoch_of(flaxckpt.load(i.path)) for i in ckpt.checkpoints] == [0, 1, 2]
 
 
+@pytest.mark.direct
 def test_compressed(tmp_path):
     tree = {"w": jnp.zeros(100_000)}
     sizes = []

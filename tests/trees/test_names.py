@@ -623,6 +623,7 @@ FAULTS_OF_THE_DIRECT_WAY = {  # Orbax writes all of it
 }
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_not_there_is_not_acknowledged(tmp_path, monkeypatch, fault):
     patch, tree, at, how = FAULTS[fault]
@@ -654,6 +655,7 @@ def test_what_is_not_there_is_not_acknowledged(tmp_path, monkeypatch, fault):
     )
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("fault", FAULTS_OF_THE_DIRECT_WAY)
 def test_what_the_direct_way_leaves_out_orbax_writes(tmp_path, monkeypatch, fault):
     patch, tree, how = FAULTS_OF_THE_DIRECT_WAY[fault]
@@ -682,6 +684,7 @@ def test_the_error_says_what_is_missing(tmp_path, monkeypatch):
     assert flaxckpt.list_checkpoints(tmp_path) == ()
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("tree", [TREE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("way", WAYS)
 def test_one_looks_once_and_reads_no_values(tmp_path, monkeypatch, way, tree):
@@ -730,6 +733,7 @@ def test_one_looks_again_at_another_path(tmp_path, monkeypatch):
     assert not save(moved)
 
 
+@pytest.mark.direct
 def test_a_damaged_file_is_still_found_when_it_is_read(tmp_path):
     tree = {"/": jnp.arange(300_000.0)}
     with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
