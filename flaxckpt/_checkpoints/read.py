@@ -44,6 +44,10 @@ def check_table(place: Place, layout: Layout, leaves: Iterable[Leaf]) -> None:
     reader = _reader(place, layout)
     if reader is None:
         return
+    leaves = list(leaves)
+    arrays = [leaf for leaf in leaves if leaf.in_orbax and not leaf.is_text]
+    if arrays and not reader.describes_any(arrays):
+        return  # Orbax is to tell what is wrong, if anything is
     wrong = [leaf for leaf in leaves if reader.contradicts(leaf)]
     if wrong:
         names = listed([leaf.name for leaf in wrong])

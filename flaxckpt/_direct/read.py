@@ -78,6 +78,17 @@ class Reader:
         except UNREADABLE:
             return False
 
+    def describes_any(self, leaves: Iterable[Leaf]) -> bool:
+        """Tell whether an array has a description in Zarr 3.
+
+        None has one in a checkpoint that an Orbax of another format has written.
+        """
+        for leaf in leaves:
+            with contextlib.suppress(*UNREADABLE):
+                if self._store.has(below(leaf.stored_name, DESCRIPTION), None):
+                    return True
+        return False
+
     def contradicts(self, leaf: Leaf) -> bool:
         """Tell whether a leaf is missing, or stored with another shape or dtype."""
         if not leaf.in_orbax:
