@@ -91,11 +91,12 @@ def _problem_of(written: Path) -> str:
         if read_record(written) is None or layout is None:
             raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
         reader, turn = Reader(written), time.perf_counter()
-        reader.expect((leaf for leaf in layout.leaves if leaf.in_orbax), values=False)
-        for index, leaf in enumerate(layout.leaves):
-            turn = give_way(turn)
-            if leaf.in_orbax and not reader.holds(leaf):
-                doubtful[index] = leaf
+        held = {i: leaf for i, leaf in enumerate(layout.leaves) if leaf.in_orbax}
+        with reader.expecting(held.values(), values=False):
+            for index, leaf in held.items():
+                turn = give_way(turn)
+                if not reader.holds(leaf):
+                    doubtful[index] = leaf
         if doubtful and are_several():  # all processes would have to read
             raise CheckpointCorruptError(str(written), "files are missing")
         for batch in batches(layout.leaves) if doubtful else ():

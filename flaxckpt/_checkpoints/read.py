@@ -136,8 +136,8 @@ def _read_files(
         return reader.read_onto(leaf, place, check=check)
 
     def read_all(indices: list[int]) -> list[tuple[Any, bool | None]]:
-        reader.expect(known[index] for index in indices)
-        return list(map(read, indices))
+        with reader.expecting(known[index] for index in indices):
+            return list(map(read, indices))
 
     # More threads than cores compete for the cache, and are no faster. For small values
     # in a database, they compete for the interpreter's lock.

@@ -38,9 +38,9 @@ class Program:
         refill = jax.jit(_refill, donate_argnums=2, **settings)
         refill_if = jax.jit(_refill_if, donate_argnums=2, **settings)
         self._jitted: tuple[Any, Any, Any] = fill, refill, refill_if
-        self._programs = self._jitted
+        self._programs: list[Any] = [*self._jitted]
         self._has_filled = False
-        self._compiling = new_lock()
+        self._compiling = [new_lock() for _ in self._programs]
 
     def fill(self, alone: list[Any], packs: list[list[Any]]) -> list[jax.Array]:
         """Copy into new memory."""
@@ -67,7 +67,7 @@ class Program:
         return self._call(2, alone, packs, slot, self._work, is_wanted)
 
     def _call(self, which: int, *arguments: Any) -> list[jax.Array]:
-        with self._compiling:
+        with self._compiling[which]:
             program = self._programs[which]
         try:
             return program(*arguments)[0]
@@ -78,27 +78,29 @@ class Program:
         return self._jitted[which](*arguments)[0]
 
     def compile(self) -> None:
-        """Compile now, on this thread; a call on another thread waits for it.
+        """Compile now, on this thread; a call on another thread that needs it waits.
 
         What `fill` has compiled is not compiled again. A copy that a device decides on
         is compiled when it is first needed.
         """
-        # Without x64, JAX narrows 64-bit kinds.
-        with self._compiling, jax.enable_x64(True):
-            if self._programs is not self._jitted:
-                return
-            alone = [_struct(kind) for kind in self._alone]
-            packs = [[_struct(kind) for kind in pack] for pack in self._packs]
-            joined = [
-                _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
-                for pack in self._packs
-            ]
-            work, slot = self._work, alone + joined
-            fill, refill, refill_if = self._jitted
+        alone = [_struct(kind) for kind in self._alone]
+        packs = [[_struct(kind) for kind in pack] for pack in self._packs]
+        joined = [
+            _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
+            for pack in self._packs
+        ]
+        work, slot = self._work, alone + joined
+        with self._compiling[0]:
             if not self._has_filled:
-                fill = fill.lower(alone, packs, work).compile()
-            refill = refill.lower(alone, packs, slot, work).compile()
-            self._programs = fill, refill, refill_if
+                self._compile(0, alone, packs, work)
+        with self._compiling[1]:
+            self._compile(1, alone, packs, slot, work)
+
+    def _compile(self, which: int, *arguments: Any) -> None:
+        if self._programs[which] is self._jitted[which]:
+            with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
+                lowered = self._jitted[which].lower(*arguments)
+                self._programs[which] = lowered.compile()
 
     @functools.cached_property
     def _work(self) -> Any:

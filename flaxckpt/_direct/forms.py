@@ -1,16 +1,16 @@
 """The forms in which Orbax has written trees."""
 
 import functools
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 from flaxckpt._direct.form import OrbaxFiles
 from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._direct.learn import learn
+from flaxckpt._processes.messages import are_several
 from flaxckpt._trees.layout import Layout
 
-_REMEMBERED = 16
+_REMEMBERED = 64
 
 
 class Forms:
@@ -18,9 +18,8 @@ class Forms:
 
     def __init__(self) -> None:
         """Know no form yet."""
-        self._known: deque[tuple[Layout, list[Any], OrbaxFiles]] = deque(
-            maxlen=_REMEMBERED
-        )
+        # Replaced as a whole, since several threads look into it.
+        self._known: tuple[tuple[Layout, list[Any], OrbaxFiles], ...] = ()
 
     def find(
         self, layout: Layout, held: list[Any], *, is_database: bool
@@ -32,11 +31,17 @@ class Forms:
             held: The leaves that Orbax stores.
             is_database: Whether the arrays go into a database.
         """
-        placements = placements_of(held)
-        for known, placed, form in tuple(self._known):
-            if (known, placed, form.is_database) == (layout, placements, is_database):
-                return form
+        asked = layout, placements_of(held), is_database
+        for known in self._known:
+            if (*known[:2], known[2].is_database) == asked:
+                self._note(known)
+                return known[2]
         return None
+
+    def _note(self, known: tuple[Layout, list[Any], OrbaxFiles]) -> None:
+        """Note a form as the one used last."""
+        others = [each for each in self._known if each is not known]
+        self._known = known, *others[: _REMEMBERED - 1]
 
     def has(self, layout: Layout, leaves: list[Any]) -> bool:
         """Tell whether a tree has a form with a file for each array.
@@ -51,18 +56,26 @@ class Forms:
     ) -> OrbaxFiles | None:
         """Learn the form of a checkpoint that Orbax has just written; see `learn`."""
         form = learn(directory, layout, held, leads=leads)
-        if form is not None:
-            self._known.appendleft((layout, placements_of(held), form))
+        if form is not None and not self.find(
+            layout, held, is_database=form.is_database
+        ):
+            self._note((layout, placements_of(held), form))
         return form
+
+
+def forms_of_series() -> Forms:
+    """Return the forms that a new series goes by.
+
+    Orbax writes equal trees in one form. So it writes a tree once for a process, and
+    not once for each series. If there are several processes, a series has forms of its
+    own, because all processes must know the same forms at each of its saves.
+    """
+    return Forms() if are_several() else shared_forms()
 
 
 @functools.cache
 def shared_forms() -> Forms:
-    """Return the forms that all series of this process remember together.
-
-    Orbax writes equal trees in one form, so it writes a tree once for the process, and
-    not once for each series.
-    """
+    """Return the forms that the series of this process share."""
     return Forms()
 
 

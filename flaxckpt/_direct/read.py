@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -104,20 +104,33 @@ class Reader:
             return True
         return (found.shape, found.dtype) != array_of(leaf)
 
-    def expect(self, leaves: Iterable[Leaf], *, values: bool = True) -> None:
-        """Begin to read what `read` will read, or without `values` what `holds` will.
+    @contextlib.contextmanager
+    def expecting(
+        self, leaves: Iterable[Leaf], *, values: bool = True
+    ) -> Generator[None]:
+        """Read at once what the block will `read`, or without `values` what it `holds`.
 
         A database answers many requests in hardly more time than one request.
         """
         if not isinstance(self._store, Database):
+            yield
             return
         arrays = [leaf for leaf in leaves if not leaf.is_text]
-        self._store.expect(below(leaf.stored_name, DESCRIPTION) for leaf in arrays)
-        for leaf in arrays if values else []:
-            with contextlib.suppress(*UNREADABLE):  # `read` tells the problem
-                stored = stored_of(self._store, leaf)
-                if stored is not None and stored.is_one_chunk:
-                    self._store.expect(key for key, _ in stored.keys())
+        if values:
+            arrays = arrays[: self._store.most_at_once]
+        keys = [below(leaf.stored_name, DESCRIPTION) for leaf in arrays]
+        try:
+            self._store.expect(keys)
+            for leaf in arrays if values else []:
+                with contextlib.suppress(*UNREADABLE):  # `read` tells the problem
+                    stored = stored_of(self._store, leaf)
+                    if stored is not None and stored.is_one_chunk:
+                        [(key, _)] = stored.keys()
+                        keys.append(key)
+                        self._store.expect([key])
+            yield
+        finally:
+            self._store.forget(keys)
 
     def holds(self, leaf: Leaf) -> bool:
         """Tell whether all files of a leaf are there, with the sizes they should have.

@@ -43,6 +43,7 @@ from flaxckpt._trees.digest import checksum
 from flaxckpt._trees.leaf import Leaf, key_numbers
 
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
+_AHEAD_BYTES = 2**30  # that a thread may have in memory before it looks at them
 _MANIFEST_BYTES = 64 * 2**20
 HEAD = 64  # bytes at the beginning of a file that `ends` returns
 _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
@@ -229,9 +230,19 @@ class Database(Values):
         self._store = self._result(tensorstore.KvStore.open(spec))
         self._coming: dict[str, Any] = {}
 
+    @property
+    def most_at_once(self) -> int:
+        """How many values to expect at most; each may be as large as the database."""
+        return _AHEAD_BYTES // max(self._size, 1)
+
     def expect(self, keys: Iterable[str]) -> None:
-        """Begin to read values; each stays in memory until `read_into` has taken it."""
+        """Begin to read values; they stay in memory until they are forgotten."""
         self._coming |= {key: self._store.read(key) for key in keys}
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop expected values."""
+        for key in keys:
+            self._coming.pop(key, None)
 
     @functools.cached_property
     def _keys(self) -> frozenset[str]:
@@ -246,12 +257,6 @@ class Database(Values):
         if found.state != "value":
             raise OtherwiseError
         return bytes(found.value)
-
-    def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:
-        try:
-            return super().read_into(key, values, check=check)
-        finally:
-            self._coming.pop(key, None)
 
     def check_room(self, name: str, nbytes: int) -> None:
         if nbytes > _ROOM_BYTES and nbytes > self._size:

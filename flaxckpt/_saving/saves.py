@@ -10,7 +10,10 @@ a device still computes, the device decides, and copies only if there is somethi
 save. The writing thread learns the decision later.
 """
 
+import contextlib
 from pathlib import Path
+
+import numpy as np
 
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import fill, unfilled
@@ -159,9 +162,11 @@ class Saver:
                 call.copies = copied_to_host(leaves, into)
         self._parts.prepare(job, contents, call, where)
         if call.copies.plan is not None:
-            fill(call.copies, leaves, job.memory, contents.wanted(call))
-            if job.memory is None:
-                self._parts.ahead.compile_next(call.copies.plan)
+            wanted = contents.wanted(call)
+            fill(call.copies, leaves, job.memory, wanted)
+            if job.memory is None and wanted is np.True_:
+                with contextlib.suppress(Exception):  # the copies are there
+                    self._parts.ahead.compile_next(call.copies.plan)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

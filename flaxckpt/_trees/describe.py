@@ -185,8 +185,9 @@ def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
 
 def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
     kind, name = _kind_of(value.dtype)
-    is_known = kind == "key" and not isinstance(value, jax.ShapeDtypeStruct)
-    impl = impl_of(value) if is_known else ""
+    impl = ""
+    if kind == "key" and not isinstance(value, jax.ShapeDtypeStruct):
+        impl = impl_of(value)
     return Leaf(path, kind, name, tuple(value.shape), impl)
 
 

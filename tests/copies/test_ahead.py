@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
+from flaxckpt._copies import ahead as _ahead
 from flaxckpt._copies import programs as _programs
 from flaxckpt._copies.ahead import Ahead
 from flaxckpt._copies.programs import Program
@@ -136,6 +137,39 @@ def test_the_first_save_has_the_programs_of_the_second_compiled(
             ckpt.save(jax.device_put(tree_of(number, first=epoch + 1)), epoch)
             assert len(count) == before
             assert len(compiled) == known == (epoch + 1) * (1 + number // 64)
+
+
+def test_a_save_does_not_fail_for_want_of_a_thread(tmp_path, monkeypatch):
+    def no_thread(*args):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_ahead, "unchecked_pool", no_thread)
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": jnp.ones(3)}, 0)
+    assert ckpt.counts.saved == 1
+
+
+def test_a_copy_to_new_memory_does_not_wait_for_the_other_program(monkeypatch):
+    array, original = jnp.ones(1001), Program._compile
+    program = Program((_programs.kind_of(array),), ())
+    program.fill([array], [])
+    begun, go = threading.Event(), threading.Event()
+
+    def compile(self, *arguments):
+        begun.set()
+        assert go.wait(60)
+        original(self, *arguments)
+
+    monkeypatch.setattr(Program, "_compile", compile)
+    thread = threading.Thread(target=program.compile)
+    thread.start()
+    assert begun.wait(60)
+    copies = program.fill([array], [])  # while the other one is compiled
+    assert not go.is_set()
+    go.set()
+    thread.join()
+    (again,) = program.refill([array + 1], [], copies, np.True_)
+    np.testing.assert_array_equal(again, array + 1)
 
 
 def test_weights_alone_are_known_too(tmp_path, compiled, count):
