@@ -11,7 +11,6 @@ directory takes it over by putting a new file in its place.
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,10 +152,6 @@ class FileLock:
                     _let_go(path, held)
         finally:
             _guard.release()
-
-    def dropping(self, path: Path) -> Callable[[], None]:
-        """Return what gives the lock back after its owner is collected."""
-        return functools.partial(self.drop, path)
 
     def drop(self, path: Path) -> None:
         """Give the lock back after its owner is collected as garbage.
