@@ -78,7 +78,8 @@ class Template:
             name = _escaped(name)
         else:
             # A field's name or spec may hold separators: only literal text is a path.
-            cut = raw[: _first_field(raw)].rfind("/") + 1
+            first = raw.replace("{{", "\0\0").index("{")
+            cut = raw[:first].rfind("/") + 1
             root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
             name = _without_empty_names(raw[cut:].rstrip("/"))
         names = _outline(name).split("/")
@@ -321,19 +322,6 @@ def _without_empty_names(name: str) -> str:
             shown = f"{field}!{conversion}" if conversion else field
             parts.append(f"{{{shown}:{spec}}}" if spec else f"{{{shown}}}")
     return "".join(parts)
-
-
-def _first_field(text: str) -> int:
-    """Return the index of the first field's opening brace, or the length of `text`."""
-    position = 0
-    while position < len(text):
-        if text.startswith(("{{", "}}"), position):
-            position += 2
-        elif text[position] == "{":
-            return position
-        else:
-            position += 1
-    return len(text)
 
 
 def _plain(literal: str) -> str:
