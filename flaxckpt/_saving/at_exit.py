@@ -44,11 +44,10 @@ def _finish() -> None:
         except Exception as error:
             _tell(error)
     for queue in list(UNHEARD):
-        is_closed = False
-        while not is_closed:
+        while True:
             try:
                 queue.close()
-                is_closed = True
+                break
             except (CheckpointError, Warning) as error:  # each is raised once
                 _tell(error)
 
