@@ -208,8 +208,7 @@ class Template:
             )
         try:
             if spec or conversion:
-                numbers = {key: values[key] for key in self.fields}
-                numbers = {key: _number(each) for key, each in numbers.items()}
+                numbers = {key: _number(values[key]) for key in self.fields}
                 spec = _FORMATTER.vformat(spec, (), numbers)
                 value = _FORMATTER.convert_field(_number(value), conversion)
                 text = _FORMATTER.format_field(value, spec)

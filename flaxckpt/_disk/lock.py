@@ -148,8 +148,7 @@ class FileLock:
             held = _held.get(path)
             if held is not None:
                 held.holders.discard(self)
-                if not held.holders:
-                    _let_go(path, held)
+                _let_go(path, held)
         finally:
             _guard.release()
 
@@ -165,8 +164,7 @@ class FileLock:
         held.holders.discard(self)
         if not _guard._is_owned() and _guard.acquire(blocking=False):
             try:
-                if not held.holders:
-                    _let_go(path, held)
+                _let_go(path, held)
             finally:
                 _guard.release()
         else:
@@ -179,7 +177,9 @@ def _is_at(path: str | Path, held: _Held) -> bool:
 
 
 def _let_go(path: Path, held: _Held) -> None:
-    """Give back a lock that has no holders; repeat the call after an interrupt."""
+    """Give back a lock if it has no holders; repeat the call after an interrupt."""
+    if held.holders:
+        return
     if not held.file.closed:
         with contextlib.suppress(OSError):  # closing the file frees the lock anyway
             if is_still(path, held.file.fileno()):
@@ -278,8 +278,7 @@ def _beat(path: Path, held: _Held) -> None:
             held.wakes.clear()
             if not held.holders and not held.file.closed:
                 with _guard:
-                    if not held.holders:
-                        _let_go(path, held)
+                    _let_go(path, held)
         else:
             with contextlib.suppress(OSError, ValueError):  # it is closed by now
                 os.utime(held.file.fileno())

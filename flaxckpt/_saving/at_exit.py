@@ -26,13 +26,9 @@ _BEFORE_END: list[Callable[[], None]] = []
 UNHEARD: set[Any] = set()
 
 
-def _forget() -> None:
-    """Forget the parent's jobs in a forked process, which has none of its threads."""
-    UNHEARD.clear()
-    _BEFORE_END.clear()
-
-
-os.register_at_fork(after_in_child=_forget)
+# A forked process, which has none of its parent's threads, forgets the parent's jobs.
+os.register_at_fork(after_in_child=UNHEARD.clear)
+os.register_at_fork(after_in_child=_BEFORE_END.clear)
 
 
 def _finish() -> None:

@@ -64,8 +64,7 @@ def plain_weights(layout: Layout) -> Skeleton:
 
 def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, bool]:
     """Pick by names as `_pick` does, and tell whether it is from a `TrainState`."""
-    pairs = children_in(node)
-    fields = {str(name): child for name, child in pairs}
+    fields = {str(name): child for name, child in children_in(node)}
     if not isinstance(node, dict) or "dict" not in node:
         return node, False
     is_beside = {
