@@ -98,12 +98,11 @@ class Restorer:
         if which == "best":
             self._settings.need_mode()
         restored = self._first_whole(which, load)
-        if restored is not None:
-            return restored
-        if which == "best":
-            self._warn_of_no_value()
-        self._warn_of_others()
-        return None
+        if restored is None:
+            if which == "best":
+                self._warn_of_no_value()
+            self._warn_of_others()
+        return restored
 
     def with_best_on_disk(self, state: CheckpointState) -> CheckpointState:
         """Return a state whose best is the best on disk, after a save has failed."""

@@ -60,11 +60,10 @@ class Ledger:
         """Note a new checkpoint."""
         replaced = self.infos.pop(str(info.path), None)
         self.infos[str(info.path)] = info
-        if self._best is not None:
-            if replaced is self._best:
-                self._best = None
-            else:
-                self._best = self._series.best_of((self._best, info))
+        if replaced is self._best:
+            self._best = None
+        elif self._best is not None:
+            self._best = self._series.best_of((self._best, info))
 
     def rename(self, paths: Mapping[str, Path]) -> None:
         """Note that checkpoints have other paths now."""
@@ -86,9 +85,7 @@ class Ledger:
         if self._series.mode == "auto":
             return None
         if self._best is None or not self._best.path.exists():
-            gone = [path for path, i in self.infos.items() if not i.path.exists()]
-            for path in gone:
-                del self.infos[path]
+            self.infos = {path: i for path, i in self.infos.items() if i.path.exists()}
             self._best = self._series.best_of(tuple(self.infos.values()))
         return self._best
 

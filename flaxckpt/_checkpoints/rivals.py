@@ -140,15 +140,13 @@ class Rivals:
         """
         ledger = self._ledger
         ledger.refresh()
+        is_moved = True
         try:
             self._series.area.move(path, kept)
         except FileNotFoundError:
             is_moved = False
-            ledger.drop(str(path))
-        else:
-            is_moved = True
-            info = ledger.drop(str(path))
-            if info is not None:
-                ledger.infos[str(kept)] = replace(info, path=kept)
+        info = ledger.drop(str(path))
+        if is_moved and info is not None:
+            ledger.infos[str(kept)] = replace(info, path=kept)
         ledger.settle()
         return is_moved

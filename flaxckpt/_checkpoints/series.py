@@ -146,8 +146,7 @@ class Series:
     def slot_info(self) -> CheckpointInfo | None:
         """Return the record in this series' slot; None if there is no whole one."""
         info = self._of_slot(self.slot())
-        is_own = info is not None and info.series == self.slot_name
-        return info if is_own else None
+        return info if info and info.series == self.slot_name else None
 
     def _of_slot(self, path: Path) -> CheckpointInfo | None:
         try:

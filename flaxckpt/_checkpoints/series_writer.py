@@ -1,9 +1,8 @@
 """Writes the checkpoints of a series, and deletes those that are not to be kept."""
 
-import datetime
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,29 +76,14 @@ class SeriesWriter:
         self.rivals = Rivals(series, self._ledger)
 
     def record(
-        self,
-        page: Page,
-        epoch: int,
-        batch: int | None,
-        logs: Mapping[str, Any],
-        state: Mapping[str, Any] | None,
-        *,
-        step: int,
-        time: datetime.datetime,
-        weights_only: bool,
-        together: Together | None = None,
+        self, page: Page, info: CheckpointInfo, together: Together | None = None
     ) -> Task | None:
         """Write a checkpoint and put it in its place. The area must be open.
 
         Args:
             page: What to write.
-            epoch: Its zero-based epoch.
-            batch: Its zero-based batch; None at the end of an epoch.
-            logs: Its scalar metrics.
-            state: Its decision state, as plain values.
-            step: The count that retention goes by.
-            time: When the caller asked for it.
-            weights_only: Whether it holds only the weights.
+            info: Its record, with the time when the caller asked for it. The time that
+                is written is later than that of all checkpoints of the series.
             together: Has the other processes write their shares, and returns all
                 shares; see `write_together`. None if this process writes all.
 
@@ -109,18 +93,7 @@ class SeriesWriter:
         """
         ledger, area = self._ledger, self.series.area
         ledger.refresh()
-        info = CheckpointInfo(
-            path=page.path,
-            epoch=epoch,
-            batch=batch,
-            step=step,
-            logs=logs,
-            time=ledger.later(time),
-            weights_only=weights_only,
-            series=self.series.slot_name if page.in_slot else self.series.name,
-            state=state,
-            saved_as=self.series.saved_as(page.path),
-        )
+        info = replace(info, time=ledger.later(info.time))
         what = Checkpoint(info, page.layout, page.leaves, page.weights)
         commit = functools.partial(self._put_in_slot, page) if page.in_slot else None
         earlier = Path(next(reversed(ledger.infos))) if ledger.infos else None

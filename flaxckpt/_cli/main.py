@@ -54,10 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(directory: Path | None, epochs: int) -> int:
-    if directory is not None:
-        problem = _problem(directory)
-        if problem:
-            return _fail(f"directory {str(directory)!r} {problem}", 2)
+    if directory is not None and (problem := _problem(directory)):
+        return _fail(f"directory {str(directory)!r} {problem}", 2)
     try:
         from flaxckpt._cli import demo as demo
     except ModuleNotFoundError as error:

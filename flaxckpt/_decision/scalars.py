@@ -1,5 +1,6 @@
 """Arithmetic on scalars that gives the same bits in Python, NumPy and XLA."""
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Callable
@@ -95,11 +96,8 @@ def index(name: str, value: Any) -> Any:
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
             return value
     else:
-        try:
+        with contextlib.suppress(TypeError):
             value = operator.index(value)
-        except TypeError:
-            pass
-        else:
             if 0 <= value < LARGEST:
                 return value
     raise _not_an_index(name, value)
@@ -122,6 +120,14 @@ def whole(name: str, value: Any) -> int:
     if isinstance(value, bool | np.bool_):
         raise _not_an_index(name, value)
     return operator.index(index(name, value))
+
+
+def as_number(value: Any, *, otherwise: int) -> int:
+    """Return an argument's value as an int, or `otherwise` if it is no integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return otherwise
 
 
 def array(leaf: Scalar) -> Any:

@@ -78,7 +78,8 @@ class Template:
             name = _escaped(name)
         else:
             # A field's name or spec may hold separators: only literal text is a path.
-            cut = raw[: _first_field(raw)].rfind("/") + 1
+            first = raw.replace("{{", "\0\0").index("{")
+            cut = raw[:first].rfind("/") + 1
             root = os.path.abspath(os.path.expanduser(_plain(raw[:cut]) or "."))
             name = _without_empty_names(raw[cut:].rstrip("/"))
         names = _outline(name).split("/")
@@ -207,8 +208,7 @@ class Template:
             )
         try:
             if spec or conversion:
-                numbers = {key: values[key] for key in self.fields}
-                numbers = {key: _number(each) for key, each in numbers.items()}
+                numbers = {key: _number(values[key]) for key in self.fields}
                 spec = _FORMATTER.vformat(spec, (), numbers)
                 value = _FORMATTER.convert_field(_number(value), conversion)
                 text = _FORMATTER.format_field(value, spec)
@@ -321,19 +321,6 @@ def _without_empty_names(name: str) -> str:
             shown = f"{field}!{conversion}" if conversion else field
             parts.append(f"{{{shown}:{spec}}}" if spec else f"{{{shown}}}")
     return "".join(parts)
-
-
-def _first_field(text: str) -> int:
-    """Return the index of the first field's opening brace, or the length of `text`."""
-    position = 0
-    while position < len(text):
-        if text.startswith(("{{", "}}"), position):
-            position += 2
-        elif text[position] == "{":
-            return position
-        else:
-            position += 1
-    return len(text)
 
 
 def _plain(literal: str) -> str:

@@ -89,9 +89,8 @@ def _stored_array(name: str, leaf: Leaf, value: Any, store: Values) -> ZarrArray
 
 
 def _compare(ends: tuple[int, bytes, bytes], chunk: Bytes) -> None:
-    size, head, tail = ends
     trailer = trailer_of(chunk.nbytes)
-    if (size, head, tail) != (
+    if ends != (
         chunk.nbytes + len(trailer),
         (chunk[:HEAD].tobytes() + trailer)[:HEAD],
         trailer,

@@ -9,7 +9,7 @@ from flaxckpt._direct.threads import writing_pool
 from flaxckpt._direct.write import write_file
 from flaxckpt._direct.zarr import STATE, ZarrArray
 from flaxckpt._disk.files import Draft
-from flaxckpt._trees.digest import Digest, combined, digest_of
+from flaxckpt._trees.digest import Digest, combined, digest_of, digest_of_sum
 from flaxckpt._trees.owned_shards import pieces
 
 # A leaf's digest as a number, and the position and checksum of each file of the leaf.
@@ -82,9 +82,6 @@ def joined(form: OrbaxFiles, shares: Sequence[Sequence[Share]]) -> Fingerprints:
     """
     digests, sums = list[str](), list[Sequence[str]]()
     for stored, parts in zip(form.arrays, zip(*shares, strict=True), strict=True):
-        digested = Digest()
-        for total, _ in parts:
-            digested.add(total)
         written = [file for _, own_files in parts for file in own_files]
         files = dict(map(tuple, written))
         number = 0 if isinstance(stored, str) else sum(1 for _ in stored.keys())
@@ -94,5 +91,6 @@ def joined(form: OrbaxFiles, shares: Sequence[Sequence[Share]]) -> Fingerprints:
             )
         sums.append([files[position] for position in range(number)])
         is_one_chunk = isinstance(stored, ZarrArray) and stored.is_one_chunk
-        digests.append(digest_of(files[0]) if is_one_chunk else digested.text)
+        summed = digest_of_sum(sum(total for total, _ in parts))
+        digests.append(digest_of(files[0]) if is_one_chunk else summed)
     return digests, sums

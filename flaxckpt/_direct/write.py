@@ -42,7 +42,9 @@ def write_values(
     for path, content in form.contents_for(values, f"{STATE}/"):
         draft.write(path, [content])
     if form.is_database:
-        return _write_database(form, directory / STATE, values), []
+        with plainly(directory / STATE) as plain:
+            database = tensorstore.KvStore.open(database_at(plain)).result()
+            return _write_into(database, form, values), []
     return _write_files(form, draft, values, frozen)
 
 
@@ -59,14 +61,6 @@ def fingerprints_of(form: OrbaxFiles, values: Sequence[Any]) -> Fingerprints:
             chunks = [checksum(chunk) for _, _, chunk in chunks_of(stored, value)]
         sums.append(chunks if whole is None else [whole])
     return digests, sums
-
-
-def _write_database(
-    form: OrbaxFiles, directory: Path, values: Sequence[Any]
-) -> list[str]:
-    with plainly(directory) as plain:
-        database = tensorstore.KvStore.open(database_at(plain)).result()
-        return _write_into(database, form, values)
 
 
 def _write_into(database: Any, form: OrbaxFiles, values: Sequence[Any]) -> list[str]:

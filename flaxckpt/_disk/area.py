@@ -37,9 +37,10 @@ class Area(Protocol):
 
     def close(self) -> None:
         """Sweep, and give the lock back; after an interrupt, call it again."""
+        self.claim.close(self.sweep)
 
     def refresh(self, *paths: Path) -> None:
-        """Fetch what other processes changed in a store.
+        """Fetch what other processes changed in a store; a listing reads a disk.
 
         Args:
             *paths: The checkpoints to fetch; all if none are given.

@@ -34,9 +34,8 @@ class SeriesLock(Protocol):
     def release(self, path: Path) -> None:
         """Give it back."""
 
-    def dropping(self, path: Path) -> Callable[[], None]:
-        """Return the function that gives it back after its owner is collected."""
-        ...
+    def drop(self, path: Path) -> None:
+        """Give it back after its owner is collected, and wait for nothing."""
 
 
 class _Shared:
@@ -93,7 +92,7 @@ class Claim:
         with _SHARING:
             shared = self._shared = _SHARED.setdefault(str(path), _Shared())
         self.turn, self.committing = shared.turn, shared.committing
-        weakref.finalize(self, self._lock.dropping(path))
+        weakref.finalize(self, self._lock.drop, path)
 
     @property
     def is_taken(self) -> bool:

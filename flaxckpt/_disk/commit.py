@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxckpt._disk.area import OccupiedError
+from flaxckpt._disk.area import Area, OccupiedError
 from flaxckpt._disk.claim import Claim, SeriesLock
 from flaxckpt._disk.exchange import IN_THE_WAY, replace, swap
 from flaxckpt._disk.files import sync_path
@@ -40,7 +40,7 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointError, CheckpointPathError
 
 
-class DiskArea:
+class DiskArea(Area):
     """Where one series of checkpoints is written on a disk; see `Area`."""
 
     is_mirror = False
@@ -83,7 +83,7 @@ class DiskArea:
         root = real(self._root)
         refuse_inside(root, (root, *root.parents))
         self._make(self._root)
-        self.claim.take(self._clear_up, *clear_up)
+        self.claim.take(self._finish_replacements, self._staging.clear_up, *clear_up)
 
     def _spare_others(self, path: Path) -> None:
         """Check that what is at a path has no other checkpoint in it.
@@ -93,21 +93,10 @@ class DiskArea:
         if not self._mirrors:
             refuse_around(path)
 
-    def _clear_up(self) -> None:
-        self._finish_replacements()
-        self._staging.clear_up()
-
     def sweep(self, *, spare: bool = True) -> None:
         """See `Area.sweep`."""
         # Not the method of `Staging` itself: a job that holds this one keeps the claim.
         self._staging.sweep(spare=spare)
-
-    def close(self) -> None:
-        """See `Area.close`."""
-        self.claim.close(self.sweep)
-
-    def refresh(self, *paths: Path) -> None:
-        """Do nothing: a listing reads the disk."""
 
     def meeting_place(self, written: Path, target: Path) -> str:
         """Return the directory that process 0 is writing."""
@@ -132,10 +121,7 @@ class DiskArea:
         self._make(target.parent)
         self.claim.count_change()
         with self.claim.committing:
-            if only_over is None:
-                replaces = self._commit_over(written, target)
-            else:
-                replaces = self._commit_over_own(written, target, only_over)
+            replaces = self._put(written, target, only_over)
             try:
                 self._sync_directory(target.parent)
                 self._sync_directory(written.parent)
@@ -143,24 +129,14 @@ class DiskArea:
                 self._take_back(written, target, replaces=replaces)
                 raise
 
-    def _commit_over(self, written: Path, target: Path) -> bool:
-        """Give a directory its name; tell whether another directory had the name."""
-        try:
-            os.rename(written, target)
-        except OSError as error:
-            if error.errno not in IN_THE_WAY:
-                raise
-            replace(written, target, self._sync_directory)
-            return True
-        return False
+    def _put(self, written: Path, target: Path, own: str | None) -> bool:
+        """Give a directory its name; tell whether another directory had the name.
 
-    def _commit_over_own(self, written: Path, target: Path, own: str) -> bool:
-        """Give a directory its name, if the name is free or has a checkpoint of `own`.
-
-        Other processes may want the name, too. A rename never replaces their
-        checkpoint, and only this process changes a checkpoint of `own`. Where
-        directories cannot be exchanged, another series may set its checkpoint aside for
-        a moment: the name looks free, but is still taken.
+        With `own`, the name must be free or have a checkpoint of that series. Other
+        processes may want the name, too. A rename never replaces their checkpoint, and
+        only this process changes a checkpoint of `own`. Where directories cannot be
+        exchanged, another series may set its checkpoint aside for a moment: the name
+        looks free, but is still taken.
         """
         aside = set_aside(target)
         try:
@@ -169,16 +145,16 @@ class DiskArea:
             if error.errno not in IN_THE_WAY:
                 raise
         else:
-            if not os.path.lexists(aside) or is_of(aside, own):
+            if own is None or not os.path.lexists(aside) or is_of(aside, own):
                 return False
             os.rename(target, written)
             raise OccupiedError(target)
-        if not is_of(target, own):
+        if own is not None and not is_of(target, own):
             raise OccupiedError(target)
         try:
             replace(written, target, self._sync_directory)
         except OSError as error:
-            if error.errno in IN_THE_WAY:  # another series has taken the name
+            if own is not None and error.errno in IN_THE_WAY:  # another has taken it
                 raise OccupiedError(target) from error
             raise
         return True

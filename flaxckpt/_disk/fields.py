@@ -88,17 +88,11 @@ def int_in(fields: Mapping[str, Any], name: str, low: int, high: int) -> int:
 
 
 def bool_in(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if type(value) is not bool:
-        fail(f"{name} is {shown(value)}")
-    return value
+    return _typed(bool, fields.get(name), name)
 
 
 def text_in(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if type(value) is not str:
-        fail(f"{name} is {shown(value)}")
-    return value
+    return _typed(str, fields.get(name), name)
 
 
 def list_in(fields: Mapping[str, Any], name: str) -> list[Any]:
@@ -112,7 +106,11 @@ def items_in(value: Any, name: str, length: int | None = None) -> list[Any]:
 
 
 def mapping_in(value: Any, name: str) -> dict[str, Any]:
-    if type(value) is not dict:
+    return _typed(dict, value, name)
+
+
+def _typed(kind: type, value: Any, name: str) -> Any:
+    if type(value) is not kind:
         fail(f"{name} is {shown(value)}")
     return value
 

@@ -16,6 +16,7 @@ from flaxckpt._disk.record import (
     is_checkpoint,
     located,
     read_record,
+    set_aside,
 )
 from flaxckpt._runtime.patience import looks, pause
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
@@ -110,8 +111,7 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 def _was_seen(path: Path) -> bool:
     """Tell whether anything is at a path, or set aside from it."""
-    aside = path.parent / f"{REPLACED_PREFIX}{path.name}"
-    return os.path.lexists(path) or os.path.lexists(aside)
+    return os.path.lexists(path) or os.path.lexists(set_aside(path))
 
 
 def _find(

@@ -11,7 +11,6 @@ directory takes it over by putting a new file in its place.
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,14 +148,9 @@ class FileLock:
             held = _held.get(path)
             if held is not None:
                 held.holders.discard(self)
-                if not held.holders:
-                    _let_go(path, held)
+                _let_go(path, held)
         finally:
             _guard.release()
-
-    def dropping(self, path: Path) -> Callable[[], None]:
-        """Return what gives the lock back after its owner is collected."""
-        return functools.partial(self.drop, path)
 
     def drop(self, path: Path) -> None:
         """Give the lock back after its owner is collected as garbage.
@@ -170,8 +164,7 @@ class FileLock:
         held.holders.discard(self)
         if not _guard._is_owned() and _guard.acquire(blocking=False):
             try:
-                if not held.holders:
-                    _let_go(path, held)
+                _let_go(path, held)
             finally:
                 _guard.release()
         else:
@@ -184,7 +177,9 @@ def _is_at(path: str | Path, held: _Held) -> bool:
 
 
 def _let_go(path: Path, held: _Held) -> None:
-    """Give back a lock that has no holders; repeat the call after an interrupt."""
+    """Give back a lock if it has no holders; repeat the call after an interrupt."""
+    if held.holders:
+        return
     if not held.file.closed:
         with contextlib.suppress(OSError):  # closing the file frees the lock anyway
             if is_still(path, held.file.fileno()):
@@ -283,8 +278,7 @@ def _beat(path: Path, held: _Held) -> None:
             held.wakes.clear()
             if not held.holders and not held.file.closed:
                 with _guard:
-                    if not held.holders:
-                        _let_go(path, held)
+                    _let_go(path, held)
         else:
             with contextlib.suppress(OSError, ValueError):  # it is closed by now
                 os.utime(held.file.fileno())

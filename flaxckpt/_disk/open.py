@@ -102,14 +102,13 @@ def read_small(path: str | os.PathLike[str], limit_bytes: int = SMALL_BYTES) -> 
     """
     descriptor = open_file(path)
     try:
-        size = os.fstat(descriptor).st_size
-        if size > limit_bytes:
+        left = os.fstat(descriptor).st_size
+        if left > limit_bytes:
             raise NoFileError(
-                f"{os.path.basename(path)} has {size} bytes, and may have at most "
+                f"{os.path.basename(path)} has {left} bytes, and may have at most "
                 f"{limit_bytes}"
             )
         parts: list[bytes] = []
-        left = size
         while left and (part := os.read(descriptor, left)):
             parts.append(part)
             left -= len(part)

@@ -4,6 +4,7 @@ A checkpoint is a directory that plain Orbax can load. It also holds two small J
 files of ours: every listing reads the record, and a restore reads the table of leaves.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -21,8 +22,9 @@ from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointP
 
 FORMAT = 1
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
-_ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each checkpoint of Orbax
+ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each checkpoint of Orbax
 _RECORD_BYTES = 64 * 2**20  # the most that a record may have
+_OF_INFO = {each.name for each in dataclasses.fields(CheckpointInfo)} - {"path"}
 
 
 def encode_record(
@@ -127,7 +129,7 @@ def holds_checkpoint(directory: Path) -> bool:
 
 def _is_taken(path: Path) -> bool:
     """Tell whether a checkpoint, also one of plain Orbax, is in this very directory."""
-    return holds_checkpoint(path) or is_there(path / _ORBAX_FILE)
+    return holds_checkpoint(path) or is_there(path / ORBAX_FILE)
 
 
 def read_leaves(path: Path) -> dict[str, Any]:
@@ -173,18 +175,7 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     fields = _read_fields_of_one(path)
     if fields is None:
         return None
-    return CheckpointInfo(
-        path=path,
-        epoch=fields["epoch"],
-        batch=fields["batch"],
-        step=fields["step"],
-        logs=fields["logs"],
-        time=fields["time"],
-        weights_only=fields["weights_only"],
-        series=fields["series"],
-        state=fields["state"],
-        saved_as=fields.get("saved_as"),
-    )
+    return CheckpointInfo(path=path, **{n: fields[n] for n in _OF_INFO & fields.keys()})
 
 
 def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
@@ -204,13 +195,7 @@ def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
 def _read_fields(path: Path) -> dict[str, Any]:
     """Read the record's fields, and check them and their checksum."""
     try:
-        record = _read_at(path)
-    except NoFileError as error:
-        raise CheckpointCorruptError(
-            str(path), f"its record cannot be read ({error})"
-        ) from error
-    try:
-        fields, is_whole = parse_record(record)
+        fields, is_whole = parse_record(_read_at(path))
         if fields["format"] > FORMAT:
             raise CheckpointCorruptError(
                 str(path),
@@ -222,6 +207,10 @@ def _read_fields(path: Path) -> dict[str, Any]:
                 str(path), "its record is not what was written"
             )
         return check_record(fields)
+    except NoFileError as error:
+        raise CheckpointCorruptError(
+            str(path), f"its record cannot be read ({error})"
+        ) from error
     except MalformedError as error:
         raise CheckpointCorruptError(
             str(path), f"its record does not parse ({error})"

@@ -36,7 +36,7 @@ class Staging:
         self._sweeping = new_lock()
         # Finalizers run from the newest to the oldest: this one before the claim's own,
         # which gives back the lock.
-        weakref.finalize(claim, _discard, self.trash, os.getpid())
+        weakref.finalize(claim, discard, self.trash, os.getpid())
 
     def clear_up(self) -> None:
         """Delete what a crash left behind."""
@@ -97,8 +97,8 @@ class Staging:
                 del self.trash[0]
 
 
-def _discard(trash: list[Path], owner: int) -> None:
-    """Delete the directories that an area left because nobody closed it."""
+def discard(trash: list[Path], owner: int) -> None:
+    """Delete directories that nobody has deleted; in their own process alone."""
     if owner == os.getpid():
         for path in trash:
             shutil.rmtree(path, ignore_errors=True)

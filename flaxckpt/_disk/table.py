@@ -143,9 +143,8 @@ class _Skeleton:
 def _check_leaf(leaf: Any) -> None:
     mapping_in(leaf, "a leaf")
     path, kind = list_in(leaf, "path"), leaf.get("kind")
-    for each in path:
-        if type(each) is not str:
-            fail(f"a leaf's path is {shown(path)}")
+    if any(type(each) is not str for each in path):
+        fail(f"a leaf's path is {shown(path)}")
     if "stored" in leaf:
         _check_stored(leaf, len(path))
     if kind in _ARRAYS:

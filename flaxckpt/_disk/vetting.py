@@ -48,12 +48,10 @@ def check_plain(path: Path, needed: int = 0, held: int | None = None) -> None:
             ):
                 raise NoFileError(f"{entry.name} has {size} bytes")
             total += size
-    except NoFileError as error:
+    except (NoFileError, OSError) as error:
+        if isinstance(error, OSError) and not is_damage(error):
+            raise unreadable(path, error) from error
         raise CheckpointCorruptError(str(path), str(error)) from error
-    except OSError as error:
-        if is_damage(error):
-            raise CheckpointCorruptError(str(path), str(error)) from error
-        raise unreadable(path, error) from error
     if needed > total * _PACKING:
         raise CheckpointCorruptError(
             str(path), f"arrays of {needed} bytes cannot be in files of {total}"

@@ -75,12 +75,12 @@ def parse_texts(data: bytes) -> dict[str, str]:
 def _chunk_of(shape: tuple[int, ...], setting: Mapping[str, Any]) -> tuple[int, ...]:
     """Check the shape of the chunks of an array, or of the parts of a chunk."""
     chunk = shape_in(setting, "chunk_shape")
-    if len(chunk) != len(shape) or any(
-        not 0 < part <= max(size, 1) for part, size in zip(chunk, shape, strict=True)
+    pairs = list(zip(shape, chunk, strict=False))
+    if (
+        len(chunk) != len(shape)
+        or not all(0 < part <= max(size, 1) for size, part in pairs)
+        or math.prod(-(-size // part) for size, part in pairs) > _CHUNKS
     ):
-        fail(f"an array of shape {shown(shape)} has chunks of {shown(chunk)}")
-    pairs = zip(shape, chunk, strict=True)
-    if math.prod(-(-size // part) for size, part in pairs) > _CHUNKS:
         fail(f"an array of shape {shown(shape)} has chunks of {shown(chunk)}")
     return chunk
 

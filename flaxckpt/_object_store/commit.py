@@ -25,7 +25,7 @@ from pathlib import Path
 
 from etils import epath
 
-from flaxckpt._disk.area import OccupiedError
+from flaxckpt._disk.area import Area, OccupiedError
 from flaxckpt._disk.commit import DiskArea
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
 from flaxckpt._object_store.lease import StoreLock
@@ -44,7 +44,7 @@ _MOVING = new_lock()
 _KNOWN: defaultdict[Path, set[str]] = defaultdict(set)  # names with a record here
 
 
-class StoreArea:
+class StoreArea(Area):
     """Where one series in an object store is written; see `Area`.
 
     `commit` uploads a checkpoint, and then puts its record alone in the mirror.
@@ -69,10 +69,6 @@ class StoreArea:
     def open(self) -> None:
         """See `Area.open`."""
         self._mirror.open(self._clear_up)
-
-    def close(self) -> None:
-        """See `Area.close`."""
-        self.claim.close(self.sweep)
 
     def refresh(self, *paths: Path) -> None:
         """See `Area.refresh`: update the mirror from the store."""

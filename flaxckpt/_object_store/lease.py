@@ -8,7 +8,6 @@ does not change, its owner has died. The watch compares no clocks.
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -230,18 +229,14 @@ class StoreLock:
         Nothing happens if this object does not have the lock.
         """
         self.lease = None
-        self._leave(_url(self._objects, path.name), Lease.end)
+        self._leave(path, Lease.end)
 
-    def dropping(self, path: Path) -> Callable[[], None]:
-        """Return what gives the lock back after its owner is collected.
+    def drop(self, path: Path) -> None:
+        """Give the lock back after its owner is collected, and wait for nothing."""
+        self._leave(path, Lease.end_soon)
 
-        That waits for nothing.
-        """
-        url = _url(self._objects, path.name)
-        return functools.partial(self._leave, url, Lease.end_soon)
-
-    def _leave(self, url: str, end: Callable[[Lease], None]) -> None:
-        lease = _held.get(url)
+    def _leave(self, path: Path, end: Callable[[Lease], None]) -> None:
+        lease = _held.get(_url(self._objects, path.name))
         if lease is not None:
             lease.holders.discard(self)
             if not lease.holders:
@@ -252,6 +247,7 @@ def _url(objects: Objects, key: str) -> str:
     return f"{objects.url}/{key}"
 
 
+@atexit.register
 def _release_all() -> None:
     """Give all locks back at exit, so that no other process has to wait for them."""
     for lease in list(_held.values()):
@@ -259,15 +255,8 @@ def _release_all() -> None:
             lease.end()
 
 
-atexit.register(_release_all)
-
-
-def _forget() -> None:
-    """Let go, in a forked process, of the locks of its parent."""
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget)
+# A forked process lets go of the locks of its parent.
+os.register_at_fork(after_in_child=_held.clear)
 
 
 def _fields(found: Object) -> dict[str, Any]:

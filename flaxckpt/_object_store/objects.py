@@ -191,10 +191,10 @@ class Objects:
 def _of_environment(**names: Sequence[str]) -> Mapping[str, str]:
     """Return for each name the first of its variables that is set, if any."""
     found = {
-        key: filter(None, map(os.environ.get, each)) for key, each in names.items()
+        key: next(filter(None, map(os.environ.get, each)), "")
+        for key, each in names.items()
     }
-    firsts = {key: next(each, "") for key, each in found.items()}
-    return {key: value for key, value in firsts.items() if value}
+    return {key: value for key, value in found.items() if value}
 
 
 def _range(directory: str) -> tensorstore.KvStore.KeyRange:

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flaxckpt._disk.staging import discard
 from flaxckpt._object_store.url import split_url
 from flaxckpt.errors import TemplateError
 
@@ -51,7 +52,7 @@ def _base(process: int) -> Path:
     base = Path(tempfile.mkdtemp(prefix=_BASE))
     while _locked(base) is None or not base.is_dir():  # another process has deleted it
         base = Path(tempfile.mkdtemp(prefix=_BASE))
-    atexit.register(_delete, base, process)
+    atexit.register(discard, [base], process)
     return base
 
 
@@ -68,11 +69,6 @@ def _locked(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _delete(base: Path, process: int) -> None:
-    if os.getpid() == process:
-        shutil.rmtree(base, ignore_errors=True)
 
 
 def url_of(path: Path) -> str:

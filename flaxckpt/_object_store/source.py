@@ -5,14 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flaxckpt._disk.record import LEAVES_FILE, RECORD_FILE
+from flaxckpt._disk.record import LEAVES_FILE, ORBAX_FILE, RECORD_FILE
 from flaxckpt._object_store.objects import Objects
 from flaxckpt._object_store.pointer import CURRENT, Pointer
 from flaxckpt._object_store.scratch import scratch
 from flaxckpt._object_store.url import split_url
 from flaxckpt.errors import CheckpointCorruptError, CheckpointNotFoundError
-
-_ORBAX_FILE = "_CHECKPOINT_METADATA"
 
 
 class Source:
@@ -120,7 +118,7 @@ def _found(bucket: Objects, path: str) -> str:
                 f"{bucket.url}/{path}", "what points to its files does not parse"
             )
         return key[: key.index(CURRENT)] + at
-    if bucket.read(f"{path}/{_ORBAX_FILE}").content is not None:
+    if bucket.read(f"{path}/{ORBAX_FILE}").content is not None:
         return path
     beside = "/".join([*parts[:-1], CURRENT])
     names = [key.rpartition("/")[2] for key in bucket.keys_below(beside)]

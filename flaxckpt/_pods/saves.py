@@ -12,7 +12,6 @@ An error in any process is raised in all processes at the same call: the next du
 `save`, `wait` or `close`.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,12 +261,16 @@ class PodSaver:
         exchange.tell("done", None)
 
     def _follow(self, exchange: Round, pages: Sequence[Page]) -> None:
+        shown, area, who = self.report.shown, self._series.area, in_process()
         for index, page in enumerate(pages):
-            place, area = exchange.hear(f"where {index}"), self._series.area
+            place = exchange.hear(f"where {index}")
             try:
-                with area.share(place) as directory, self._space_told(page, directory):
+                with (
+                    area.share(place) as here,
+                    space_told(shown(page.path), page.layout.nbytes, here, who),
+                ):
                     forms, what = self._parts.disk.way.forms, (page.layout, page.leaves)
-                    share = write_share(forms, directory, *what, sync=area.sync)
+                    share = write_share(forms, here, *what, sync=area.sync)
                 exchange.tell(f"share {index}", share)
             except BaseException as error:
                 exchange.tell(f"share {index}", self._translated(error, page.path))
@@ -275,12 +278,6 @@ class PodSaver:
         if pages:
             self.counts.saved += 1
             self.counts.direct += 1
-
-    def _space_told(
-        self, page: Page, directory: Path
-    ) -> contextlib.AbstractContextManager[None]:
-        shown, here = self.report.shown(page.path), in_process()
-        return space_told(shown, page.layout.nbytes, directory, here)
 
 
 def _unchecked(path: Path) -> None:

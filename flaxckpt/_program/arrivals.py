@@ -261,8 +261,7 @@ class Stream:
             self._receiver.end_program()
         try:
             flags, call = self._call_of(scalars)
-            lasts = bool(flags["lasts"])
-            return self._receiver.expect(self._trees, call, lasts=lasts)
+            return self._receiver.expect(self._trees, call, lasts=bool(flags["lasts"]))
         except Exception as error:
             self._fail(error)
             return None

@@ -7,10 +7,9 @@ all slots on as they are.
 """
 
 import numbers
-import operator
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jax.core import Tracer
 
 from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.logs import find
-from flaxckpt._decision.scalars import index
+from flaxckpt._decision.scalars import as_number, index
 from flaxckpt._program.best_trees_checks import (
     check_taken,
     checked_logs,
@@ -234,7 +233,8 @@ class Snapshot:
         else:
             told = noted(old, new, np)
         values, epochs, batches, order, told_logs = told
-        return Snapshot(
+        return replace(
+            self,
             trees=tuple(
                 put(take & at_slot[slot], tree, old)
                 for slot, old in enumerate(self.trees)
@@ -244,8 +244,6 @@ class Snapshot:
             batches=batches,
             order=order,
             logs=told_logs,
-            monitor=self.monitor,
-            mode=self.mode,
         )
 
     @runs_unchecked
@@ -304,10 +302,7 @@ class Snapshot:
             raise SettingError(
                 "member", shown, "the snapshot belongs to no ensemble. Leave it out."
             )
-        try:
-            number = -1 if member is None else operator.index(member)
-        except TypeError:
-            number = -1
+        number = as_number(member, otherwise=-1)
         if not 0 <= number < batched[0]:
             raise SettingError(
                 "member",

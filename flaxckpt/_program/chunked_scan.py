@@ -5,7 +5,6 @@ So a loop can save without a callback in the program, and without slots.
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxckpt._copies.memory_kinds import copied, is_offloaded
+from flaxckpt._decision.scalars import as_number
 from flaxckpt._runtime.jax_internals import weakly_typed
 from flaxckpt._runtime.unchecked import unchecked, unguarded
 from flaxckpt._trees.ties import PyTree
@@ -190,10 +190,7 @@ def _run(
 
 
 def _number(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
+    number = as_number(value, otherwise=least - 1)
     if isinstance(value, bool) or number < least:
         raise SettingError(name, value, f"pass a number of steps of at least {least}.")
     return number

@@ -18,25 +18,21 @@ def warn_beside(error: BaseException, message: str) -> None:
 def close_beside(error: BaseException, close: Callable[[], None]) -> None:
     """Close while an error ends the loop; what goes wrong is told beside the error."""
     said: set[str] = set()
-    is_closed = False
-    while not is_closed:
+    while True:
         try:
-            close()
-            is_closed = True
+            return close()
         except Warning as warning:  # raised where a filter makes warnings errors
             notes = [f"And: {warning}", *getattr(warning, "__notes__", ())]
             new = [note for note in notes if note not in said]
             for note in new:
                 error.add_note(note)
             said.update(new)
-            is_closed = not new  # some warnings come at every close
+            if not new:  # some warnings come at every close
+                return
         except CheckpointError as failure:
-            is_closed = True
             if isinstance(error, CheckpointError):  # one traceback shows both
-                error.add_note(f"And: {failure}")
-            else:
-                warn_beside(
-                    error,
-                    "A save failed, too, while another error ended the loop: "
-                    f"{failure}",
-                )
+                return error.add_note(f"And: {failure}")
+            return warn_beside(
+                error,
+                f"A save failed, too, while another error ended the loop: {failure}",
+            )

@@ -62,7 +62,7 @@ def space_told(
 
 
 def _lack_of_space(error: BaseException, nbytes: int, directory: Path) -> str | None:
-    code = next(filter(None, map(_code_of, _chain(error))), None)
+    code = next(filter(None, map(_code_of, chain_of(error))), None)
     if code is None:
         return None
     problem = f"{_SPACE[code]}: it needs about {_size(nbytes)}"
@@ -78,7 +78,8 @@ def _lack_of_space(error: BaseException, nbytes: int, directory: Path) -> str | 
     return f"{problem}, and {_size(free)} are free on {str(directory)!r}"
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from, each once."""
     seen: set[int] = set()
     each: BaseException | None = error
     while each is not None and id(each) not in seen:
@@ -97,7 +98,7 @@ def _code_of(error: BaseException) -> int | None:
 
 def is_about_space(error: BaseException) -> bool:
     """Tell whether an error says that the disk is full or the quota used up."""
-    return any(map(_code_of, _chain(error)))
+    return any(map(_code_of, chain_of(error)))
 
 
 def _size(nbytes: int) -> str:

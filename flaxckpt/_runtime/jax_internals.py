@@ -7,6 +7,7 @@ goes on working, `import flaxckpt` first of all.
 
 import contextlib
 import sys
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -54,11 +55,10 @@ def distributed_state() -> Any:
     Raises:
         CheckpointError: Without this name, several processes cannot save or load.
     """
-    try:
+    with _needed("several processes cannot save or load"):
         from jax._src.distributed import global_state
-    except ImportError as error:
-        raise _lacking(error, "several processes cannot save or load") from error
-    return global_state
+
+        return global_state
 
 
 def weakly_typed(value: jax.Array) -> Any:
@@ -67,14 +67,12 @@ def weakly_typed(value: jax.Array) -> Any:
     Raises:
         CheckpointError: Without this name, `scan_in_chunks` takes no such carry.
     """
-    try:
+    with _needed(
+        "scan_in_chunks takes no Python number in its carry. Give each a dtype, as in "
+        "jnp.float32(0)"
+    ):
         from jax._src.lax.lax import _convert_element_type
-    except ImportError as error:
-        lost = (
-            "scan_in_chunks takes no Python number in its carry. Give each a dtype, as "
-            "in jnp.float32(0)"
-        )
-        raise _lacking(error, lost) from error
+
     return _convert_element_type(value, value.dtype, weak_type=True)
 
 
@@ -89,16 +87,14 @@ def callback_parts() -> tuple[Any, Any, Any]:
         CheckpointError: Without one of these names, `update` in jit cannot save on CPU,
             unless the program's devices are known.
     """
-    try:
+    with _needed(
+        "update within jit cannot save on several CPU devices without the shardings of "
+        "the tree. Pass init(like=...), or call update between the parts of "
+        "flaxckpt.scan_in_chunks"
+    ):
         from jax._src.callback import _callback_op_sharding, _IOEffect
         from jax._src.dispatch import prim_requires_devices_during_lowering
-    except ImportError as error:
-        lost = (
-            "update within jit cannot save on several CPU devices without the "
-            "shardings of the tree. Pass init(like=...), or call update between the "
-            "parts of flaxckpt.scan_in_chunks"
-        )
-        raise _lacking(error, lost) from error
+
     return _IOEffect, _callback_op_sharding, prim_requires_devices_during_lowering
 
 
@@ -111,18 +107,21 @@ def runtime_tokens() -> Any:
         CheckpointError: Without this name, after a program has failed, it is not known
             when the other programs have handed over what they save.
     """
-    try:
+    with _needed(
+        "nothing can wait for the saves of other programs after one has failed. Start "
+        "the process again"
+    ):
         from jax._src.dispatch import runtime_tokens
+
+        return runtime_tokens
+
+
+@contextlib.contextmanager
+def _needed(lost: str) -> Generator[None]:
+    """Raise an error that says what is lost if an import in the block fails."""
+    try:
+        yield
     except ImportError as error:
-        lost = (
-            "nothing can wait for the saves of other programs after one has failed. "
-            "Start the process again"
-        )
-        raise _lacking(error, lost) from error
-    return runtime_tokens
-
-
-def _lacking(error: ImportError, lost: str) -> CheckpointError:
-    return CheckpointError(
-        f"JAX {jax.__version__} lacks what flaxckpt needs here ({error}): {lost}."
-    )
+        raise CheckpointError(
+            f"JAX {jax.__version__} lacks what flaxckpt needs here ({error}): {lost}."
+        ) from error

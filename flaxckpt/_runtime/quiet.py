@@ -18,48 +18,41 @@ from typing import Any
 import absl.logging
 
 
-class _Call:
-    """One of this package's calls to Orbax, which works on several threads."""
-
-    def __init__(self) -> None:
-        self._others = set(threading.enumerate()) - {threading.current_thread()}
-
-    def runs_on(self, thread: threading.Thread) -> bool:
-        """Tell whether a thread is the caller's, or one that has started since."""
-        return thread not in self._others
-
-
 class _Gate:
-    """A replacement for `absl.logging.log`, which all of absl's functions call."""
+    """A replacement for `absl.logging.log`, which all of absl's functions call.
+
+    It keeps the threads that do not belong to each of this package's calls to Orbax. A
+    call runs on the caller's thread and on those that have started since.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._calls: list[_Call] = []
+        self._others: list[set[threading.Thread]] = []
         self._through: Any = absl.logging.log
 
-    def enter(self, call: _Call) -> None:
+    def enter(self, others: set[threading.Thread]) -> None:
         with self._guard:
-            self._calls.append(call)
+            self._others.append(others)
             if absl.logging.log is not _log:
                 self._through = absl.logging.log
                 absl.logging.log = _log
 
-    def leave(self, call: _Call) -> None:
+    def leave(self, others: set[threading.Thread]) -> None:
         with self._guard:
-            self._calls.remove(call)
-            if not self._calls and absl.logging.log is _log:
+            self._others.remove(others)
+            if not self._others and absl.logging.log is _log:
                 absl.logging.log = self._through
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         thread = threading.current_thread()
-        calls = tuple(self._calls)
-        if not (any(call.runs_on(thread) for call in calls) and _is_of_orbax()):
+        is_ours = any(thread not in others for others in tuple(self._others))
+        if not (is_ours and _is_of_orbax()):
             self._through(*args, **kwargs)
 
     def open(self) -> None:
         """Forget all calls: in a forked process, none of them is under way."""
         self._guard = threading.Lock()
-        self._calls.clear()
+        self._others.clear()
         if absl.logging.log is _log:
             absl.logging.log = self._through
 
@@ -88,12 +81,12 @@ def quiet() -> Generator[None]:
     if _is_wanted():
         yield
         return
-    call = _Call()
-    _GATE.enter(call)
+    others = set(threading.enumerate()) - {threading.current_thread()}
+    _GATE.enter(others)
     try:
         yield
     finally:
-        _GATE.leave(call)
+        _GATE.leave(others)
 
 
 def _is_wanted() -> bool:

@@ -25,7 +25,6 @@ _GUARDS = (
     jax.transfer_guard_device_to_host,
 )
 _CONFIG: Any = jax.config  # its settings have no types
-_UNGUARDED = (None, None, None)
 _NOTHING = contextlib.nullcontext()
 
 
@@ -61,7 +60,7 @@ def _are_guarded() -> bool:
         _CONFIG.jax_transfer_guard_device_to_device,
         _CONFIG.jax_transfer_guard_device_to_host,
     )
-    return levels != _UNGUARDED
+    return levels != (None, None, None)
 
 
 def stay_unchecked() -> None:

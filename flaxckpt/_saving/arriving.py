@@ -119,9 +119,8 @@ class Receiver:
             else value
             for name, value in (logs or {}).items()
         }
-        in_batch = None if batch is None else 0
         # This raises if no values can fill it in.
-        self._parts.paths.template.render(0, in_batch, sample)
+        self._parts.paths.template.render(0, None if batch is None else 0, sample)
         return TracedTrees(
             self._parts.describer.describe(tree, None, lasts=lasts, is_traced=True)
         )

@@ -26,13 +26,9 @@ _BEFORE_END: list[Callable[[], None]] = []
 UNHEARD: set[Any] = set()
 
 
-def _forget() -> None:
-    """Forget the parent's jobs in a forked process, which has none of its threads."""
-    UNHEARD.clear()
-    _BEFORE_END.clear()
-
-
-os.register_at_fork(after_in_child=_forget)
+# A forked process, which has none of its parent's threads, forgets the parent's jobs.
+os.register_at_fork(after_in_child=UNHEARD.clear)
+os.register_at_fork(after_in_child=_BEFORE_END.clear)
 
 
 def _finish() -> None:
@@ -44,11 +40,10 @@ def _finish() -> None:
         except Exception as error:
             _tell(error)
     for queue in list(UNHEARD):
-        is_closed = False
-        while not is_closed:
+        while True:
             try:
                 queue.close()
-                is_closed = True
+                break
             except (CheckpointError, Warning) as error:  # each is raised once
                 _tell(error)
 

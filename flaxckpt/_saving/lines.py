@@ -55,6 +55,4 @@ def _are_same(one: CheckpointState, other: CheckpointState | None) -> bool:
     if one.best_value is other.best_value:
         return True
     bests = one.best_value, one.has_best, other.best_value, other.has_best
-    if not all(isinstance(value, np.generic) for value in bests):
-        return False
-    return bests[:2] == bests[2:]
+    return all(isinstance(one, np.generic) for one in bests) and bests[:2] == bests[2:]

@@ -11,6 +11,7 @@ from flaxckpt._checkpoints.series_writer import Page, SeriesWriter
 from flaxckpt._checkpoints.together import Together
 from flaxckpt._decision.logs import plain_scalars
 from flaxckpt._decision.state import plain_state
+from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.best_kept import BestKept
 from flaxckpt._saving.call import Call
@@ -125,22 +126,24 @@ class Publisher:
         step = call.epoch + 1
         if state is not None and state.save_freq != "epoch":
             step = int(np.asarray(state.batches))
-        is_direct = True
+        is_direct, series = True, self.disk.series
         for page in pages:
             settle = nothing
             if self.best_kept is not None and not page.in_slot:
                 settle = self.best_kept.place(page, call, logs)
-            task = self.disk.record(
-                page,
-                call.epoch,
-                call.batch,
-                logs,
-                None if state is None else plain_state(state),
+            info = CheckpointInfo(
+                path=page.path,
+                epoch=call.epoch,
+                batch=call.batch,
                 step=step,
+                logs=logs,
                 time=call.time,
                 weights_only=self.weights_only and not page.in_slot,
-                together=together,
+                series=series.slot_name if page.in_slot else series.name,
+                state=None if state is None else plain_state(state),
+                saved_as=series.saved_as(page.path),
             )
+            task = self.disk.record(page, info, together)
             if task is not None:
                 is_direct = is_direct and task.is_direct
                 self._note_fault(page.path, task.fault)

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 from flaxckpt._direct.threads import stand_back
+from flaxckpt._runtime.failures import chain_of
 from flaxckpt._runtime.frames import is_nested, outside
 from flaxckpt._runtime.locks import new_lock, unlock_all
 from flaxckpt._runtime.unchecked import stay_unchecked
@@ -233,12 +234,8 @@ class JobQueue:
 
     def _note(self, error: CheckpointError) -> None:
         """Keep an error, and clear its frames, which hold on to the trees."""
-        cause: BaseException | None = error
-        seen: set[int] = set()
-        while cause is not None and id(cause) not in seen:
-            seen.add(id(cause))
+        for cause in chain_of(error):
             traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__ or cause.__context__
         if len(self._errors) < _MOST_ERRORS:
             self._errors.append(error)
         else:

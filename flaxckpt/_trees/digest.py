@@ -60,7 +60,7 @@ def agree(values: Sequence[Any], found: Sequence[str]) -> list[bool]:
 
 def digest(value: Any) -> str:
     """Digest one leaf; see `digests`."""
-    return f"{_SUM}{combined(pieces(value)):016x}"
+    return digest_of_sum(combined(pieces(value)))
 
 
 def checksum(value: Any) -> str:
@@ -72,6 +72,11 @@ def checksum(value: Any) -> str:
 def digest_of(checksum: str) -> str:
     """Make a digest from the checksum of a whole array."""
     return f"{_WHOLE}{checksum}"
+
+
+def digest_of_sum(total: int) -> str:
+    """Make a digest from the sum over the pieces of an array."""
+    return f"{_SUM}{total % 2**64:016x}"
 
 
 def checksum_in(digest: str) -> str | None:
@@ -97,10 +102,6 @@ class Digest:
         """
         self._sum += yield from blockwise(piece, starts)
 
-    def add(self, total: int) -> None:
-        """Add the sum over pieces that were digested elsewhere."""
-        self._sum += total
-
     @property
     def total(self) -> int:
         """The sum over the pieces so far, modulo 2**64."""
@@ -109,7 +110,7 @@ class Digest:
     @property
     def text(self) -> str:
         """The digest: "sum:" and 16 hexadecimal digits."""
-        return f"{_SUM}{self.total:016x}"
+        return digest_of_sum(self._sum)
 
 
 def agrees(value: Any, found: str) -> bool:
@@ -125,7 +126,7 @@ def is_sum(total: int, found: str) -> bool:
 
     No sum is the checksum of a whole array.
     """
-    return f"{_SUM}{total % 2**64:016x}" == found
+    return digest_of_sum(total) == found
 
 
 def combined(pieces: Iterable[Piece]) -> int:

@@ -90,7 +90,9 @@ def is_optimizer(name: str, node: PyTree) -> bool:
     if not _is_node(node) or role_of(node):
         return False
     name = name.lower()
-    return name in STATES or (name in OPTIMIZERS and _has_count(leaves_of(node)))
+    return name in STATES or (
+        name in OPTIMIZERS and any(map(_is_count, leaves_of(node)))
+    )
 
 
 def is_left_out(name: str | int, child: PyTree, picked: Picked) -> bool:
@@ -118,14 +120,9 @@ def is_said_beside(name: str, leaves: Iterable[Any]) -> bool:
         name: The name, in lower case.
         leaves: The leaves, or their `ShapeDtypeStruct`s.
     """
-    if name in STATES or (name in OPTIMIZERS and _has_count(leaves)):
+    if name in STATES or (name in OPTIMIZERS and any(map(_is_count, leaves))):
         return True
     return name in BESIDE and not any(map(is_floating, leaves))
-
-
-def _has_count(leaves: Iterable[Any]) -> bool:
-    """Tell whether a step count is among the leaves, as in an optimizer's state."""
-    return any(_is_count(leaf) for leaf in leaves)
 
 
 def is_floating(leaf: Any) -> bool:
@@ -138,17 +135,12 @@ def is_floating(leaf: Any) -> bool:
 
 def is_beside(node: PyTree) -> bool:
     """Tell from its type whether a node is a part beside the weights."""
-    if is_from(type(node), "flaxckpt") or _is_key(node):
+    kind = type(node)
+    if _is_key(node) or is_from(kind, "flaxckpt") or is_from(kind, "clu"):
         return True
-    if is_from(type(node), "optax"):
-        return type(node).__name__ != "LookaheadParams"
-    if is_from(type(node), "clu"):
-        return True
-    return (
-        type(node) in (tuple, list)
-        and len(node) > 0
-        and all(is_beside(each) for each in node)
-    )
+    if is_from(kind, "optax"):
+        return kind.__name__ != "LookaheadParams"
+    return is_sequence(node) and len(node) > 0 and all(map(is_beside, node))
 
 
 def _is_bookkeeping(node: PyTree) -> bool:
@@ -178,9 +170,9 @@ def is_keras(node: PyTree) -> bool:
     The optimizer's variables, in the third entry, begin with a count and a learning
     rate.
     """
-    if not (type(node) in (tuple, list) and len(node) in (3, 4)):
+    if not is_sequence(node) or len(node) not in (3, 4):
         return False
-    if not all(type(each) in (tuple, list) for each in node):
+    if not all(map(is_sequence, node)):
         return False
     heads = [(getattr(x, "shape", 0), getattr(x, "dtype", None)) for x in node[2][:2]]
     return (

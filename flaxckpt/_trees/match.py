@@ -214,8 +214,7 @@ def _converts(have: Leaf, want: Leaf) -> bool:
 
 def _is_complex(leaf: Leaf) -> bool:
     return leaf.kind == "complex" or (
-        leaf.kind in ARRAYS
-        and bool(jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.complexfloating))
+        leaf.kind in ARRAYS and _is_of_kind(leaf.dtype, "complex")
     )
 
 

@@ -43,10 +43,11 @@ def placed(sharding: Any) -> Any:
         if dict(mesh.shape) == dict(sharding.mesh.shape):
             kind = sharding.memory_kind
             return NamedSharding(mesh, sharding.spec, memory_kind=kind)
+    axes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
     raise ValueError(
         "a ShapeDtypeStruct whose sharding names no devices (its mesh is an "
         "AbstractMesh); call within jax.set_mesh(mesh) with a mesh of the same axes "
-        f"({_axes(sharding.mesh)}), or give it the sharding on a mesh of devices"
+        f"({axes}), or give it the sharding on a mesh of devices"
     )
 
 
@@ -57,7 +58,3 @@ def _meshes() -> list[Mesh]:
         found.append(jax.sharding.get_mesh())
     found.append(entered_mesh())
     return [mesh for mesh in found if mesh is not None and not mesh.empty]
-
-
-def _axes(mesh: AbstractMesh) -> str:
-    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())

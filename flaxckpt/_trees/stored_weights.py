@@ -64,8 +64,7 @@ def plain_weights(layout: Layout) -> Skeleton:
 
 def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, bool]:
     """Pick by names as `_pick` does, and tell whether it is from a `TrainState`."""
-    pairs = children_in(node)
-    fields = {str(name): child for name, child in pairs}
+    fields = {str(name): child for name, child in children_in(node)}
     if not isinstance(node, dict) or "dict" not in node:
         return node, False
     is_beside = {
@@ -100,9 +99,8 @@ def _named_weights(node: Skeleton, leaves: Sequence[Any]) -> tuple[Skeleton, boo
     kept = {
         name: picked
         for name, picked in below.items()
-        if picked[1] or name not in is_beside
+        if (picked[1] or name not in is_beside) and not _is_number(picked[0], leaves)
     }
-    kept = {n: e for n, e in kept.items() if not _is_number(e[0], leaves)}
     if len(kept) == 1 and next(iter(kept.values()))[1]:
         return next(iter(kept.values()))[0], True
     return {"dict": [[name, child] for name, (child, _) in kept.items()]}, False

@@ -121,29 +121,25 @@ def nodes_with_paths(
     Yields:
         JAX's path of each leaf or whole node, and the leaf or node.
     """
-    watch = _Watch()
+    watch = _Watch() if "flax.nnx" in sys.modules else None
 
     def stops_at(node: PyTree) -> bool:
-        return watch.stops_at(node) or isinstance(node, whole)
+        return (watch is not None and watch.stops_at(node)) or isinstance(node, whole)
 
-    if "flax.nnx" not in sys.modules:
-        stops_at = lambda node: isinstance(node, whole)  # noqa: E731
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops_at)
     seen: set[int] = set()
     for path, node in nodes:
-        match role_of(node):
-            case "state":
-                inside, _ = jax.tree_util.tree_flatten_with_path(
-                    node, is_leaf=lambda node: isinstance(node, whole)
-                )
-                yield from (((*path, *below), each) for below, each in inside)
-            case "":
-                yield path, node
-            case _ if id(node) not in seen and isinstance(node, whole):
-                seen.add(id(node))
-                yield path, node
-            case _:
-                pass
+        role = role_of(node)
+        if role == STATE:
+            inside, _ = jax.tree_util.tree_flatten_with_path(
+                node, is_leaf=lambda node: isinstance(node, whole)
+            )
+            yield from (((*path, *below), each) for below, each in inside)
+        elif not role:
+            yield path, node
+        elif id(node) not in seen and isinstance(node, whole):
+            seen.add(id(node))
+            yield path, node
 
 
 def has_ties(tree: PyTree) -> bool:
