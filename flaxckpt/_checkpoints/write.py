@@ -23,7 +23,7 @@ from flaxckpt._disk.area import Area
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._orbax.engine import unpacked, write_tree
-from flaxckpt._orbax.files import NEEDED
+from flaxckpt._orbax.files import OURS
 from flaxckpt._orbax.state_handler import Task
 from flaxckpt._trees.digest import digests
 from flaxckpt._trees.layout import Layout
@@ -208,7 +208,9 @@ class _Save:
             table = way.tables.table(what.layout, what.weights, fingerprints)
             finish(draft, written, what.info, table)
         if way.area.sync and is_synced:
-            sync_path(written / NEEDED[0])
+            for file in written.iterdir():  # Orbax's own files
+                if file.is_file() and file.name not in OURS:
+                    sync_path(file)
         elif way.area.sync:
             sync_tree(written)
 
