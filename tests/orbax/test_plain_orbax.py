@@ -14,10 +14,10 @@ from flaxckpt._checkpoints import write as _write
 from flaxckpt._orbax import engine as _engine
 
 WAYS = {
-    "direct": {},
+    "direct": {"engine": "auto"},
     "by Orbax": {"engine": "orbax"},
     "compressed": {"compress": True},
-    "linked": {"frozen": lambda path, leaf: path[0] == "base"},
+    "linked": {"frozen": lambda path, leaf: path[0] == "base", "engine": "auto"},
 }
 
 
