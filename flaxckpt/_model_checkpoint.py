@@ -140,9 +140,9 @@ class ModelCheckpoint:
                 least 1 and at most 8; in several processes, 1.
             compress: Whether to compress the arrays: a few percent smaller, at several
                 times the work.
-            engine: How the values are written. Orbax saves each tree. With `"auto"`
-                flaxckpt writes the values straight from memory, once Orbax has written
-                a tree of the same form; with `"orbax"` Orbax writes all values.
+            engine: Who writes the values. With `"auto"` flaxckpt writes them straight
+                from memory, once Orbax has written a tree of the same form in this
+                process; with `"orbax"`, in one process only, Orbax writes all values.
             frozen: Picks the leaves that stay the same for the whole run, such as base
                 weights in fine-tuning: a function of a leaf's path (a tuple of names)
                 and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
@@ -211,8 +211,9 @@ class ModelCheckpoint:
             like: A tree that `update` will save, or `jax.ShapeDtypeStruct`s of it with
                 shardings. Within jit its shardings cannot be seen; without `like`, each
                 save gathers the whole tree on one device. Outside of jit, the first two
-                saves of a tree of many arrays compile programs; with `like`, a thread
-                compiles them now. `restore` does both for the tree that it returns.
+                saves of a tree compile programs that copy it; with `like` of more than
+                64 arrays, a thread compiles them now. `restore` does both for the tree
+                that it returns.
 
         Returns:
             The state for the first call of `update`.
