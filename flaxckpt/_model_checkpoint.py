@@ -180,7 +180,7 @@ class ModelCheckpoint:
             self._series,
             policy=settings.policy,
             compress=bool(compress),
-            may_write=engine == "auto",
+            writes_directly=engine == "auto",
             frozen=None if frozen is None else Frozen(frozen),
         )
         parts, timeout = SaverParts(settings, disk), float(timeout_secs)

@@ -15,7 +15,7 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.state import CheckpointState, plain_state, resumed
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut
-from flaxckpt._object_store.url import check_readable, is_url
+from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._processes.messages import from_leader, gathered
 from flaxckpt._program.traced_update import Programs
@@ -89,7 +89,7 @@ class Restorer:
         """Load a checkpoint as `ModelCheckpoint.restore` does, after it has waited."""
         check_like(like)
         self._programs.note_shardings(like)
-        check_readable("which", which, _ADVICE)
+        check_is_path("which", which, _ADVICE)
         load = functools.partial(self._load, like=like, cast=cast, verify=verify)
         if is_url(which) or isinstance(which, CheckpointInfo):
             return load(which)

@@ -39,6 +39,7 @@ _ADVICE = {
     "max_in_flight": "pass a number of at least 1, or None.",
     "save_on_preemption": 'pass True, False or "flag".',
     "frozen": "pass a function of a leaf's path and the leaf, or a type of leaf.",
+    "timeout_secs": "pass a number of seconds above 0.",
 }
 # Arguments of other libraries, and our arguments that do the same.
 _ELSEWHERE = {
@@ -102,8 +103,8 @@ class Settings:
         need("preserve", preserve is None or is_policy)
         for name in _SWITCHES:
             need(name, isinstance(getattr(self, name), bool | np.bool_))
-        is_time = secs is None or (is_real(secs) and 0 < secs < np.inf)
-        need("save_interval_secs", is_time)
+        need("save_interval_secs", secs is None or _is_time(secs))
+        need("timeout_secs", _is_time(self.timeout_secs))
         need("weights", self.weights is None or callable(self.weights))
         need("snapshot", self.snapshot in ("auto", "device", "host", "none"))
         need("engine", self.engine in ("auto", "orbax"))
@@ -113,7 +114,7 @@ class Settings:
         kind = "compressed files" if self.compress else "files in an object store"
         is_linkable = self.frozen is None or not (self.compress or self.in_store)
         need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
-        _ = self.slot
+        _ = self.slot  # checks `save_last`
         if are_several():
             advice = "several processes store arrays without compression. Pass False."
             need("compress", not self.compress, advice)
@@ -219,6 +220,10 @@ def unknown_argument(name: str) -> str:
     meant = _ELSEWHERE.get(name) or next(iter(close), "")
     hint = f"Did you mean {meant!r}?" if meant else f"It takes {', '.join(known)}."
     return f"ModelCheckpoint got an unknown argument {name!r}. {hint}"
+
+
+def _is_time(secs: float) -> bool:
+    return is_real(secs) and 0 < secs < np.inf
 
 
 def _is_count(number: int | None) -> bool:

@@ -64,6 +64,7 @@ class Updater:
             check_state(state, self.settings.fresh)
         if given is self._stale:
             self.advice.of_stale()
+        # numpy's own True or False, unless a trace or a device has the answer
         state, due = tick(state, epoch, batch)
         if due is np.False_ and force is False and not (preempted or late):
             if self._never_due is None:

@@ -7,7 +7,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import list_below
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import RECORD_FILE
-from flaxckpt._object_store.url import check_readable, is_url
+from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointPathError
 
@@ -39,7 +39,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[CheckpointInfo,
         >>> list_checkpoints("no/such/directory")
         ()
     """
-    check_readable("directory", directory, "pass the path of a directory.")
+    check_is_path("directory", directory, "pass the path of a directory.")
     if is_url(directory):
         from flaxckpt._object_store.listing import listed
 

@@ -127,13 +127,13 @@ def _read_files(
 
     def read(index: int) -> tuple[Any, bool | None]:
         leaf, want = known[index], wanted[index]
-        place = want.sharding
+        sharding = want.sharding
         is_placed = leaf.kind == "key" or (
             leaf.kind in ("jax", "numpy") and leaf.dtype == want.leaf.dtype
         )
-        if place is None or want.is_in_one_piece or not is_placed:
+        if sharding is None or want.is_in_one_piece or not is_placed:
             return reader.read(leaf, check=check)
-        return reader.read_onto(leaf, place, check=check)
+        return reader.read_onto(leaf, sharding, check=check)
 
     def read_all(indices: list[int]) -> list[tuple[Any, bool | None]]:
         with reader.expecting(known[index] for index in indices):

@@ -58,7 +58,7 @@ class SeriesWriter:
         *,
         policy: PreservationPolicy | None,
         compress: bool,
-        may_write: bool,
+        writes_directly: bool,
         frozen: Frozen | None,
     ) -> None:
         """Touch nothing.
@@ -67,11 +67,11 @@ class SeriesWriter:
             series: The series.
             policy: Tells which of its checkpoints to keep; None keeps all.
             compress: Whether to compress the arrays.
-            may_write: Whether values may be written straight from memory.
+            writes_directly: Whether values may be written straight from memory.
             frozen: Which leaves are frozen; None if none are.
         """
         self.series, self._policy = series, policy
-        self.way = Way(series.area, compress, frozen, may_write)
+        self.way = Way(series.area, compress, frozen, writes_directly)
         self._ledger = Ledger(series)
         self.rivals = Rivals(series, self._ledger)
 

@@ -16,7 +16,7 @@ from flaxckpt._disk.record import (
     read_record,
 )
 from flaxckpt._object_store.source import Place, fetched
-from flaxckpt._object_store.url import check_readable, is_url
+from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import entries, foreign_checkpoints, is_ours, is_readable
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.patience import LOOKS, looks, pause
@@ -44,7 +44,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Place], T]) -> T:
         CheckpointError: If the checkpoint was replaced during each read.
     """
     use_threads()
-    check_readable("path", path, "pass the path of a checkpoint first.")
+    check_is_path("path", path, "pass the path of a checkpoint first.")
     if isinstance(path, CheckpointInfo):
         read = functools.partial(_read_listed, path, read)
     if is_url(path):

@@ -62,7 +62,7 @@ class Way:
         area: Where the series is written.
         compress: Whether to compress the arrays.
         frozen: Where frozen leaves are stored; None if no leaf is frozen.
-        may_write: Whether values may be written straight from memory, not by Orbax.
+        writes_directly: Whether flaxckpt may write values straight from memory.
         forms: The forms in which Orbax has written trees.
         tables: The tables of leaves.
         looks: The kinds of checkpoints that were checked before.
@@ -71,7 +71,7 @@ class Way:
     area: Area
     compress: bool = False
     frozen: Frozen | None = None
-    may_write: bool = True
+    writes_directly: bool = True
     forms: Forms = field(default_factory=forms_of_series)
     tables: Tables = field(default_factory=Tables)
     looks: Looks = field(default_factory=shared_looks)
@@ -112,7 +112,7 @@ def write_checkpoint(
     if any(isinstance(value, FrozenLeaf) for value in held):
         is_database = False  # what is linked is a file
     form = None
-    if way.may_write and not way.compress:
+    if way.writes_directly and not way.compress:
         form = way.forms.find(layout, held, is_database=is_database)
     save = _Save(checkpoint, way, held, is_database, earlier, commit or way.commit)
     try:
@@ -220,7 +220,7 @@ class _Save:
         form = None
         if frozen is not None:
             frozen.begin()
-        if frozen is not None or (way.may_write and not way.compress):
+        if frozen is not None or (way.writes_directly and not way.compress):
             form = way.forms.learn(written, self.checkpoint.layout, unpacked(self.held))
         if form is None:
             return digests(values), []

@@ -35,9 +35,9 @@ class Program:
         settings: dict[str, Any] = {"keep_unused": True}
         settings["out_shardings"] = self._shardings, None
         fill = jax.jit(_fill, **settings)
-        refill = jax.jit(_refill, donate_argnums=2, **settings)
-        refill_if = jax.jit(_refill_if, donate_argnums=2, **settings)
-        self._jitted: tuple[Any, Any, Any] = fill, refill, refill_if
+        settings["donate_argnums"] = 2
+        refills = jax.jit(_refill, **settings), jax.jit(_refill_if, **settings)
+        self._jitted: tuple[Any, Any, Any] = fill, *refills
         self._programs: list[Any] = [*self._jitted]
         self._has_filled = False
         self._compiling = [new_lock() for _ in self._programs]

@@ -56,9 +56,7 @@ class Forms:
     ) -> OrbaxFiles | None:
         """Learn the form of a checkpoint that Orbax has just written; see `learn`."""
         form = learn(directory, layout, held, leads=leads)
-        if form is not None and not self.find(
-            layout, held, is_database=form.is_database
-        ):
+        if form and not self.find(layout, held, is_database=form.is_database):
             self._note((layout, placements_of(held), form))
         return form
 

@@ -116,8 +116,7 @@ class Reader:
             yield
             return
         arrays = [leaf for leaf in leaves if not leaf.is_text]
-        if values:
-            arrays = arrays[: self._store.most_at_once]
+        arrays = arrays[: self._store.most_at_once if values else None]
         keys = [below(leaf.stored_name, DESCRIPTION) for leaf in arrays]
         try:
             self._store.expect(keys)

@@ -25,7 +25,7 @@ def is_url(path: object) -> bool:
     return text.startswith(_SCHEMES)
 
 
-def check_readable(name: str, path: object, advice: str) -> None:
+def check_is_path(name: str, path: object, advice: str) -> None:
     """Check that an argument is a path, or a URL of an object store.
 
     Args:

@@ -7,5 +7,5 @@ interrupt leaves locked. `unchecked` leaves JAX's debugging checks out of the pa
 own copies, and `gone` finds deleted arrays. `quiet` keeps Orbax's log lines from the
 console, `failures` puts an error in one line, and `beside` adds problems to an error
 that is being raised. `patience` says how often a reader looks again, and `collector`
-pauses Python's.
+pauses the collection of garbage.
 """

@@ -162,7 +162,7 @@ class Publisher:
 
     def _note_fault(self, path: Path, fault: Exception | None) -> None:
         if fault is not None:
-            self.disk.way.may_write = False
+            self.disk.way.writes_directly = False
             self.report.warn(
                 f"Orbax wrote {self.report.shown(path)!r} after flaxckpt's direct way "
                 f"had failed ({in_one_line(fault)}). Nothing is lost but time: Orbax "

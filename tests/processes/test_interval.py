@@ -174,9 +174,10 @@ def test_in_a_trace_it_is_refused(tmp_path):
     "value",
     [True, 0, -1, math.nan, math.inf, "10", datetime.timedelta(seconds=10), [1]],
 )
-def test_what_is_no_time_is_refused(tmp_path, value):
-    with pytest.raises(SettingError, match="save_interval_secs"):
-        ModelCheckpoint(tmp_path / "run/{epoch}", save_interval_secs=value)
+@pytest.mark.parametrize("name", ["save_interval_secs", "timeout_secs"])
+def test_what_is_no_time_is_refused(tmp_path, value, name):
+    with pytest.raises(SettingError, match=name):
+        ModelCheckpoint(tmp_path / "run/{epoch}", **{name: value})
     assert not (tmp_path / "run").exists()
 
 
