@@ -124,8 +124,8 @@ class Round:
         except jax.errors.JaxRuntimeError as error:
             raise CheckpointError(
                 f"Process {process} of {process_count()} gave no sign within "
-                f"{secs:.3g} s ({subject}). It may have died, or not have come "
-                "to this call: every process must make the same calls."
+                f"{self._timeout:.3g} s ({subject}). It may have died, or not have "
+                "come to this call: every process must make the same calls."
             ) from error
         message = json.loads(text)
         if "error" in message:
