@@ -13,6 +13,25 @@ def saved(directory, tree, **settings):
         return ckpt.save(tree, epoch=len(ckpt.checkpoints))
 
 
+def bits_of(leaf):
+    """Return type, dtype, shape and bytes of a leaf; of PRNG keys, those of their data."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    return type(leaf), array.dtype, array.shape, array.tobytes()
+
+
+def structs_of(tree):
+    """Return a tree with `ShapeDtypeStruct`s in place of its JAX arrays."""
+
+    def struct(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(struct, tree)
+
+
 def assert_same(one, other):
     """Equal in structure, kind, dtype and bits."""
     assert jax.tree.structure(one) == jax.tree.structure(other)

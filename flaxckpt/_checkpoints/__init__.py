@@ -1,12 +1,11 @@
 """Whole checkpoints, and the series that a filepath names.
 
 `write` writes a checkpoint, `finish` its table and its record, and `together` does so
-by several processes. `looks` checks the first one of each tree structure and
-way of writing. `load` has the public
-functions: they read the table of leaves by `read_table`, and the tree by `load_tree`,
-which reads leaves by `read`. `undisturbed` reads again if a writer interfered. `series`
-is all that one filepath has on disk, and `series_writer` writes it. For that, `ledger`
-remembers what is there, `target` checks a path, `rivals` finds a place `aside` for a
-worse save, and `retention` chooses what to delete. `listing` lists a directory without
-a series.
+by several processes. `looks` checks the first one of each tree structure and way of
+writing. `load` has the public functions: they read the table of leaves by `read_table`,
+and the tree by `load_tree`, which reads leaves by `read`. `undisturbed` reads again if
+a writer interfered. `series` is all that one filepath has on disk, and `series_writer`
+writes it. For that, `ledger` remembers what is there, `target` checks a path, `rivals`
+finds a place `aside` for a worse save, and `retention` chooses what to delete.
+`listing` lists a directory without a series.
 """

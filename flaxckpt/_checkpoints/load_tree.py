@@ -15,7 +15,7 @@ from flaxckpt._orbax.engine import storable
 from flaxckpt._orbax.foreign import naming_items, read_foreign
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import outside
-from flaxckpt._trees.convert import convert, place
+from flaxckpt._trees.convert import convert, put_on_shardings
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout, OverfullError
 from flaxckpt._trees.leaf import without_keys
@@ -127,8 +127,8 @@ def _converted(
                 [LeafDifference(have.name, str(have), str(want.leaf))],
                 f"{error}. Pass a `like` of the stored kind.",
             ) from error
-    read = {at: want for at, (index, want) in enumerate(plan) if index is not None}
-    place(leaves, read)
+    wanted = {at: want for at, (index, want) in enumerate(plan) if index is not None}
+    put_on_shardings(leaves, wanted)
     return leaves
 
 

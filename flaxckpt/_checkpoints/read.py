@@ -142,7 +142,7 @@ def _read_files(
     # More threads than cores compete for the cache, and are no faster. For small values
     # in a database, they compete for the interpreter's lock.
     threads = min(_READ_THREADS, os.cpu_count() or 1)
-    if is_database(place.path):
+    if reader.is_database:
         nbytes = sum(leaf.nbytes for leaf in known.values())
         threads = min(threads, 1 + nbytes // _THREAD_BYTES)
     tasks = _tasks(known)

@@ -57,19 +57,22 @@ class Ahead:
         Args:
             plan: The plan of copies that were made in new memory.
         """
-        self._start([kind for kind in plan.kinds if kind is not None])
+        self._start([kind for kind in plan.kinds if kind is not None], plan)
 
-    def _start(self, kinds: list[Kind]) -> None:
+    def _start(self, kinds: list[Kind], plan: Plan | None = None) -> None:
+        """Start the thread, which plans the copies itself if there is no plan yet."""
         if not kinds or kinds == self._kinds or are_several():
             return
         use_threads()
         ending, self._kinds = _ending(), kinds
         pool = unchecked_pool(1, "flaxckpt-compile")
-        pool.submit(self._compile, kinds, ending)
+        pool.submit(self._compile, kinds, plan, ending)
         pool.shutdown(wait=False)  # the thread ends after this one task
 
-    def _compile(self, kinds: list[Kind], ending: threading.Event) -> None:
-        for batch in Plan([*kinds]).batches:
+    def _compile(
+        self, kinds: list[Kind], plan: Plan | None, ending: threading.Event
+    ) -> None:
+        for batch in (plan or Plan([*kinds])).batches:
             if ending.is_set() or self._kinds is not kinds:
                 return
             batch.program.compile()

@@ -43,7 +43,11 @@ Bounds: TypeAlias = tuple[tuple[int, int], ...]  # start and stop on each axis
 
 
 class Reader:
-    """Reads leaves of a checkpoint without Orbax. Several threads may use it."""
+    """Reads leaves of a checkpoint without Orbax. Several threads may use it.
+
+    Attributes:
+        is_database: Whether the arrays are in a database, and not in files.
+    """
 
     def __init__(self, directory: Path, source: Source | None = None) -> None:
         """Find out whether the arrays are in files or in a database.
@@ -60,12 +64,12 @@ class Reader:
         state = directory / STATE
         self._texts: dict[str, str] | None = None
         self._files = Files(state) if source is None else Sourced(source)
-        is_database = is_there(state / "manifest.ocdbt")
+        self.is_database = is_there(state / "manifest.ocdbt")
         if source is not None and source.read(f"{STATE}/manifest.ocdbt") is not None:
             source.complete()
-            is_database = True
+            self.is_database = True
         try:
-            self._store = Database(state) if is_database else self._files
+            self._store = Database(state) if self.is_database else self._files
         except OtherwiseError as error:
             raise ValueError("its database cannot be opened") from error
 

@@ -16,7 +16,7 @@ from flaxckpt._trees.wanted import Wanted
 def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     """Convert a loaded value to the wanted form; `match` has compared the two kinds.
 
-    An array for `want.sharding` is returned as it is, and `place` puts it there.
+    An array for `want.sharding` is returned as it is; see `put_on_shardings`.
 
     Raises:
         ValueError: If a Python number does not fit the wanted dtype exactly, and `cast`
@@ -62,15 +62,14 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
 
 
 @paused_collector()
-def place(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
+def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     """Put converted leaves onto the shardings of those that want one, in one call."""
     shardings = {
         position: want.sharding
         for position, want in wanted.items()
         if want.sharding is not None and want.leaf.kind == "jax"
     }
-    arrays = [leaves[position] for position in shardings]
-    placed = jax.device_put(arrays, list(shardings.values()))
+    placed = jax.device_put([leaves[at] for at in shardings], [*shardings.values()])
     for position, array in zip(shardings, placed, strict=True):
         leaves[position] = array
 

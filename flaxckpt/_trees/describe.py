@@ -185,9 +185,8 @@ def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
 
 def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
     kind, name = _kind_of(value.dtype)
-    impl = ""
-    if kind == "key" and not isinstance(value, jax.ShapeDtypeStruct):
-        impl = impl_of(value)
+    is_known = kind == "key" and isinstance(value, jax.Array)
+    impl = impl_of(value) if is_known else ""
     return Leaf(path, kind, name, tuple(value.shape), impl)
 
 

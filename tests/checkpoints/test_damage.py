@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from saved_trees import bits_of
 
 import flaxckpt
 from flaxckpt import CheckpointCorruptError, CheckpointError, ModelCheckpoint
@@ -91,15 +92,7 @@ def files_of(directory):
 
 
 def bits(tree):
-    def of(leaf):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(
-            leaf.dtype, jax.dtypes.prng_key
-        ):
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        return type(leaf), array.dtype, array.shape, array.tobytes()
-
-    return jax.tree.map(of, tree)
+    return jax.tree.map(bits_of, tree)
 
 
 @pytest.mark.parametrize("written", ["zstd", "database", "files"])

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from multiprocess import pod
 from never_ready import take_metrics_for_unknown
-from saved_trees import assert_same
+from saved_trees import assert_same, structs_of
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint, Snapshot
@@ -111,14 +111,7 @@ def test_restored_to_another_memory_than_it_was_saved_from(tmp_path, where, into
     for other in ("one", "eight"):
         wanted = make_tree(into, other)
         assert_same_places(flaxckpt.load(tmp_path / "a", wanted), wanted)
-        structs = jax.tree.map(
-            lambda x: (
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-                if isinstance(x, jax.Array)
-                else x
-            ),
-            wanted,
-        )
+        structs = structs_of(wanted)
         assert_same_places(flaxckpt.load(tmp_path / "a", structs), wanted)
 
 
