@@ -16,6 +16,7 @@ from flaxckpt._disk.info import CheckpointInfo, Loaded
 from flaxckpt._disk.record import read_record
 from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
+from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.stored_weights import plain_weights
 from flaxckpt._trees.ties import PyTree, flatten
@@ -96,7 +97,8 @@ def restore(
     def read(where: Place) -> Loaded:
         info = _info_of(path, where.path)
         layout, _ = read_table(where.path)
-        tree = load_tree(where, layout, None, like, cast=cast, check=verify)
+        with paused_collector():
+            tree = load_tree(where, layout, None, like, cast=cast, check=verify)
         return Loaded(tree, info)
 
     return undisturbed(path, read)
@@ -163,9 +165,9 @@ def load_weights(
                 "had none. Load the whole tree with load."
             )
         part = plain_weights if layout is None else weights
-        return Loaded(
-            load_tree(where, layout, part, like, cast=cast, check=verify), info
-        )
+        with paused_collector():
+            tree = load_tree(where, layout, part, like, cast=cast, check=verify)
+        return Loaded(tree, info)
 
     loaded = undisturbed(path, read)
     return loaded if with_info else loaded.tree

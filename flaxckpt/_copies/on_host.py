@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.on_device import copy_on_device
+from flaxckpt._trees.leaf import is_of_keys
 from flaxckpt._trees.owned_shards import Shards, is_shared, pieces
 
 
@@ -26,7 +26,7 @@ def copied_to_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
         reuse = [None] * len(leaves)
     copies: list[Any] = []
     for leaf, old in zip(leaves, reuse, strict=True):
-        if not isinstance(leaf, jax.Array) or _is_key(leaf.dtype):
+        if not isinstance(leaf, jax.Array) or is_of_keys(leaf.dtype):
             copies += copy_on_device([leaf]).leaves()
         elif is_shared(leaf):
             copies.append(_shards(leaf, old))
@@ -94,7 +94,3 @@ def _room(stats: Mapping[str, int]) -> float:
     # A step's activations are not in use now, but will need room again.
     peak = max(stats.get("peak_bytes_in_use", 0) - used, 0)
     return stats.get("bytes_limit", math.inf) - used - peak
-
-
-def _is_key(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))

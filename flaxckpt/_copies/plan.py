@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from flaxckpt._copies.memory_kinds import is_offloaded
-from flaxckpt._copies.programs import Kind, Program, kind_of, program
+from flaxckpt._copies.programs import Kind, Program, program
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.jax_internals import device_order
 
@@ -47,11 +47,11 @@ class Batch:
             indices: Positions of the arrays.
             kinds: Shape, dtype and sharding of each leaf.
         """
-        self._kinds = kinds
+        self._kinds: Sequence[Any] = kinds
         self.alone: list[int] = []
         packs: dict[Any, list[int]] = {}
         for index in indices:
-            shape, dtype, sharding = self._kind(index)
+            shape, dtype, sharding = self._kinds[index]
             if _is_small(shape, dtype, sharding):
                 packs.setdefault((dtype, sharding), []).append(index)
             else:
@@ -59,11 +59,6 @@ class Batch:
         self.packs = [pack for pack in packs.values() if len(pack) >= _MANY]
         self.alone += [i for pack in packs.values() if len(pack) < _MANY for i in pack]
         self.number = len(self.alone) + len(self.packs)
-
-    def _kind(self, index: int) -> Kind:
-        kind = self._kinds[index]
-        assert kind is not None
-        return kind
 
     def pick(self, leaves: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
         """Return the leaves in `alone`, and the leaves of each pack."""
@@ -73,8 +68,8 @@ class Batch:
     @functools.cached_property
     def program(self) -> Program:
         """The program that copies, which batches of the same kinds share."""
-        alone = tuple(self._kind(index) for index in self.alone)
-        packs = tuple(tuple(self._kind(i) for i in pack) for pack in self.packs)
+        alone = tuple(self._kinds[index] for index in self.alone)
+        packs = tuple(tuple(self._kinds[i] for i in pack) for pack in self.packs)
         return program(alone, packs)
 
 
@@ -128,9 +123,8 @@ class Plans:
         """Remember nothing yet."""
         self._known: deque[Plan] = deque(maxlen=_REMEMBERED)
 
-    def plan(self, leaves: Sequence[Any]) -> Plan:
-        """Plan how to copy leaves."""
-        kinds = kinds_of(leaves)
+    def plan(self, kinds: list[Kind | None]) -> Plan:
+        """Plan how to copy leaves of these kinds; see `kinds_of`."""
         for plan in tuple(self._known):
             if plan.kinds == kinds:
                 return plan
@@ -142,11 +136,13 @@ class Plans:
 @paused_collector()
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
-    return [kind_of(leaf) if isinstance(leaf, jax.Array) else None for leaf in leaves]
+    return [
+        (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else None
+        for leaf in leaves
+    ]
 
 
-def _nbytes(kind: Kind | None) -> int:
-    assert kind is not None
+def _nbytes(kind: Any) -> int:
     return math.prod(kind[0]) * kind[1].itemsize
 
 
@@ -154,10 +150,5 @@ def _is_small(shape: Any, dtype: Any, sharding: Any) -> bool:
     return (
         isinstance(sharding, jax.sharding.SingleDeviceSharding)
         and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
-        and _is_packed(dtype)
+        and str(dtype) in _PACKED
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _is_packed(dtype: Any) -> bool:
-    return str(dtype) in _PACKED

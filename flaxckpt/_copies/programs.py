@@ -16,10 +16,6 @@ Kind: TypeAlias = tuple[tuple[int, ...], Any, jax.sharding.Sharding]
 Kinds: TypeAlias = tuple[Kind, ...]
 
 
-def kind_of(array: jax.Array) -> Kind:
-    return array.shape, array.dtype, array.sharding
-
-
 class Program:
     """Copies arrays one by one, and packs of small arrays into one array each."""
 

@@ -24,6 +24,7 @@ from flaxckpt._disk.files import Draft, Stamp, stamp_of
 from flaxckpt._disk.record import read_leaves
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import key_of
 from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
 from flaxckpt.errors import CheckpointError, SettingError
@@ -86,7 +87,7 @@ class Frozen:
             self._chosen: Filter = lambda path, leaf: isinstance(leaf, of_type)
         else:
             self._chosen = chosen
-        self._indices: dict[Any, list[int]] = {}
+        self._indices = Remembered[list[int]](_STRUCTURES)
         self._known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
         self._homes: dict[Any, Home] = {}
         self._drafted: list[tuple[Any, FrozenLeaf, list[str], list[Stamp], bool]] = []
@@ -97,15 +98,12 @@ class Frozen:
     def indices(self, tree: PyTree) -> list[int]:
         """Return the indices of a tree's frozen leaves; filter each structure once."""
         structure = flatten(tree).key
-        try:
-            found = self._indices.get(structure)
-        except TypeError:  # static data that does not hash
-            return self._choose(tree)
-        if found is None:
-            if len(self._indices) >= _STRUCTURES:
-                self._indices.clear()
-            found = self._indices[structure] = self._choose(tree)
-        return found
+        known = self._indices.get(structure)
+        return (
+            self._indices.keep(structure, self._choose(tree))
+            if known is None
+            else known
+        )
 
     def _choose(self, tree: PyTree) -> list[int]:
         nnx = sys.modules.get("flax.nnx")

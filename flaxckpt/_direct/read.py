@@ -1,10 +1,11 @@
 """A checkpoint's arrays are read straight into memory, and their chunks checked."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from flaxckpt._direct.sources import (
     Sourced,
     Values,
     array_of,
+    first_chunk,
     outlined,
     stored_of,
 )
@@ -31,7 +33,6 @@ from flaxckpt._direct.zarr import (
     aligned,
     below,
 )
-from flaxckpt._disk.fields import MalformedError
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.zarr_json import parse_texts, parse_zarr
 from flaxckpt._object_store.source import Source
@@ -39,7 +40,29 @@ from flaxckpt._trees.digest import agrees, checksum_in
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt.errors import CheckpointPathError
 
+F = TypeVar("F", bound=Callable[..., Any])
 Bounds: TypeAlias = tuple[tuple[int, int], ...]  # start and stop on each axis
+
+
+def _or_else(result: Any) -> Callable[[F], F]:
+    """Decorate a function to return `result` if what it reads is incomplete or unknown.
+
+    It still raises if this process may not read the files.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except CheckpointPathError:
+                raise
+            except UNREADABLE:
+                return result
+
+        return cast("F", run)
+
+    return decorate
 
 
 class Reader:
@@ -73,14 +96,10 @@ class Reader:
         except OtherwiseError as error:
             raise ValueError("its database cannot be opened") from error
 
+    @_or_else(False)
     def knows(self, leaf: Leaf) -> bool:
         """Tell whether `read` knows the way in which a leaf is stored."""
-        try:
-            return leaf.is_text or stored_of(self._store, leaf) is not None
-        except CheckpointPathError:
-            raise
-        except UNREADABLE:
-            return False
+        return leaf.is_text or stored_of(self._store, leaf) is not None
 
     def describes_any(self, leaves: Iterable[Leaf]) -> bool:
         """Tell whether an array has a description in Zarr 3.
@@ -93,19 +112,15 @@ class Reader:
                     return True
         return False
 
+    @_or_else(True)
     def contradicts(self, leaf: Leaf) -> bool:
         """Tell whether a leaf is missing, or stored with another shape or dtype."""
         if not leaf.in_orbax:
             return False
-        try:
-            if leaf.is_text:
-                self._text(leaf)
-                return False
-            found = parse_zarr(self._store.read(below(leaf.stored_name, DESCRIPTION)))
-        except CheckpointPathError:
-            raise
-        except UNREADABLE:
-            return True
+        if leaf.is_text:
+            self._text(leaf)
+            return False
+        found = parse_zarr(self._store.read(below(leaf.stored_name, DESCRIPTION)))
         return (found.shape, found.dtype) != array_of(leaf)
 
     @contextlib.contextmanager
@@ -122,34 +137,25 @@ class Reader:
         arrays = [leaf for leaf in leaves if not leaf.is_text]
         arrays = arrays[: self._store.most_at_once if values else None]
         keys = [below(leaf.stored_name, DESCRIPTION) for leaf in arrays]
+        if values:
+            keys += [first_chunk(leaf) for leaf in arrays]
         try:
             self._store.expect(keys)
-            for leaf in arrays if values else []:
-                with contextlib.suppress(*UNREADABLE):  # `read` tells the problem
-                    stored = stored_of(self._store, leaf)
-                    if stored is not None and stored.is_one_chunk:
-                        [(key, _)] = stored.keys()
-                        keys.append(key)
-                        self._store.expect([key])
             yield
         finally:
             self._store.forget(keys)
 
+    @_or_else(False)
     def holds(self, leaf: Leaf) -> bool:
         """Tell whether all files of a leaf are there, with the sizes they should have.
 
         Reads no values. Also False if the way in which the leaf is stored is not known.
         """
-        try:
-            if leaf.is_text:
-                self._text(leaf)
-                return True
-            stored, nbytes = outlined(self._store, leaf)
-            return all(self._store.has(key, nbytes) for key, _ in stored.keys())
-        except CheckpointPathError:
-            raise
-        except UNREADABLE:
-            return False
+        if leaf.is_text:
+            self._text(leaf)
+            return True
+        stored, nbytes = outlined(self._store, leaf)
+        return all(self._store.has(key, nbytes) for key, _ in stored.keys())
 
     def read(self, leaf: Leaf, *, check: bool) -> tuple[Any, bool]:
         """Read a leaf to the host.
@@ -178,6 +184,7 @@ class Reader:
             is_same = agrees(values, leaf.digest)
         return (values.item() if leaf.kind in NUMBERS else values), is_same
 
+    @_or_else((None, True))
     def read_onto(
         self, leaf: Leaf, sharding: jax.sharding.Sharding, *, check: bool
     ) -> tuple[jax.Array | None, bool | None]:
@@ -192,34 +199,29 @@ class Reader:
             As `read`, but None for the check if no checksums of chunks are recorded:
             the whole array would be needed.
         """
-        try:
-            stored = stored_of(self._store, leaf)
-            if stored is None:
-                return None, True
-            indices = sharding.addressable_devices_indices_map(stored.shape)
-            places = {
-                device: tuple(
-                    part.indices(size)[:2]
-                    for part, size in zip(index or (), stored.shape, strict=True)
-                )
-                for device, index in indices.items()
-            }
-            recorded = _sums(leaf)
-            check = check and bool(recorded)
-            parts, sums = _read_parts(self._store, stored, places.values(), check=check)
-            array = jax.make_array_from_single_device_arrays(
-                stored.shape,
-                sharding,
-                [
-                    jax.device_put(parts[at], part_of(sharding, device))
-                    for device, at in places.items()
-                ],
-                dtype=stored.dtype,
-            )
-        except CheckpointPathError:
-            raise
-        except UNREADABLE:
+        stored = stored_of(self._store, leaf)
+        if stored is None:
             return None, True
+        indices = sharding.addressable_devices_indices_map(stored.shape)
+        places = {
+            device: tuple(
+                part.indices(size)[:2]
+                for part, size in zip(index or (), stored.shape, strict=True)
+            )
+            for device, index in indices.items()
+        }
+        recorded = _sums(leaf)
+        check = check and bool(recorded)
+        parts, sums = _read_parts(self._store, stored, places.values(), check=check)
+        array = jax.make_array_from_single_device_arrays(
+            stored.shape,
+            sharding,
+            [
+                jax.device_put(parts[at], part_of(sharding, device))
+                for device, at in places.items()
+            ],
+            dtype=stored.dtype,
+        )
         if not recorded:
             return array, None
         return array, all(
@@ -227,24 +229,16 @@ class Reader:
             for position, found in sums.items()
         )
 
+    @_or_else((None, True))
     def _read_text(self, leaf: Leaf, *, check: bool) -> tuple[str | None, bool]:
-        try:
-            text = self._text(leaf)
-        except OtherwiseError:
-            return None, True
+        text = self._text(leaf)
         return text, not (check and leaf.digest) or agrees(text, leaf.digest)
 
     def _text(self, leaf: Leaf) -> str:
         if self._texts is None:
             file = STRINGS.removeprefix(f"{STATE}/")
-            try:
-                self._texts = parse_texts(self._files.read(file))
-            except MalformedError as error:
-                raise OtherwiseError from error
-        try:
-            return self._texts[leaf.stored_name]
-        except KeyError as error:
-            raise OtherwiseError from error
+            self._texts = parse_texts(self._files.read(file))
+        return self._texts[leaf.stored_name]
 
 
 def _sums(leaf: Leaf) -> tuple[str, ...]:
@@ -311,6 +305,7 @@ def _within_part(bounds: Bounds, part: Bounds) -> tuple[slice, ...]:
     return tuple(slice(low - at, high - at) for (low, high), (at, _) in pairs)
 
 
+@_or_else(None)
 def read(
     store: "Values", leaf: Leaf, *, check: bool = True
 ) -> tuple[ZarrArray, Array, tuple[str, ...]] | None:
@@ -318,20 +313,15 @@ def read(
 
     None if the array is incomplete, or stored in a way that is not known here.
     """
-    try:
-        stored = stored_of(store, leaf)
-        if stored is None:
-            return None
-        if stored.is_one_chunk:
-            nbytes = math.prod(stored.shape) * stored.dtype.itemsize
-            store.check_room(stored.name, nbytes)
-            values = aligned(stored.shape, stored.dtype)
-            [(key, _)] = stored.keys()
-            return stored, values, tuple(store.read_into(key, values, check=check))
-        whole = tuple((0, size) for size in stored.shape)
-        parts, sums = _read_parts(store, stored, [whole], check=check)
-    except CheckpointPathError:
-        raise
-    except UNREADABLE:
+    stored = stored_of(store, leaf)
+    if stored is None:
         return None
+    if stored.is_one_chunk:
+        nbytes = math.prod(stored.shape) * stored.dtype.itemsize
+        store.check_room(stored.name, nbytes)
+        values = aligned(stored.shape, stored.dtype)
+        [(key, _)] = stored.keys()
+        return stored, values, tuple(store.read_into(key, values, check=check))
+    whole = tuple((0, size) for size in stored.shape)
+    parts, sums = _read_parts(store, stored, [whole], check=check)
     return stored, parts[whole], tuple(sums.values())

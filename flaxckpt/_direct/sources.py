@@ -69,6 +69,11 @@ def array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
     return leaf.shape + numbers, DTYPES.get(leaf.kind, leaf.dtype)
 
 
+def first_chunk(leaf: Leaf) -> str:
+    """Return the key of the first chunk of a leaf, as Orbax usually names it."""
+    return below(leaf.stored_name, "c" + "/0" * len(array_of(leaf)[0]))
+
+
 def outlined(store: "Values", leaf: Leaf) -> tuple[ZarrArray, int | None]:
     """Look up how a leaf is stored, in any encoding, and the bytes of a chunk's file.
 

@@ -25,7 +25,7 @@ from flaxckpt._orbax.state_handler import StateHandler, Task, v1
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import Leaf, is_of_keys
 from flaxckpt._trees.ties import PyTree
 
 # Orbax annotates its paths with a class of its own, but takes any path.
@@ -87,7 +87,7 @@ def with_key(leaf: Leaf, value: Any) -> Any:
     if leaf.kind != "key":
         return value
     if isinstance(value, jax.Array):
-        is_data = not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        is_data = not is_of_keys(value.dtype)
         return jax.random.wrap_key_data(value, impl=leaf.impl) if is_data else value
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)

@@ -25,6 +25,7 @@ from flaxckpt._checkpoints.together import write_share
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
+from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._direct.shares import Share
 from flaxckpt._pods.agreement import (
@@ -140,6 +141,7 @@ class PodSaver:
         for stored in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
             stored.leaves = list(map(without_keys, stored.leaves))
+            stored.kinds = kinds_of(stored.leaves)
         # This waits for the save before. Without a key, no save supersedes another:
         # processes would differ in which does.
         job = self.queue.claim(None, 1)
@@ -175,11 +177,11 @@ class PodSaver:
         if call.skips and not lasts:
             call.copies = memory or Copies(None, [], [])
             return
-        leaves = contents.leaves(call)
+        leaves, kinds = contents.leaves(call)
         if self._parts.snapshot == "none":
             call.copies = Copies(None, [], leaves)
             return
-        plan = self._parts.plans.plan(leaves)
+        plan = self._parts.plans.plan(kinds)
         has_memory = fits(memory, plan)
         is_on_device = has_memory or self._parts.is_on_device(leaves)
         if is_on_device and not has_memory:

@@ -11,6 +11,7 @@ import numpy as np
 from flaxckpt._decision.logs import Unusable, find, normalized, taken
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._runtime.gone import Shown, check_there
+from flaxckpt._trees.leaf import is_of_keys
 from flaxckpt._trees.ties import leaves_of
 from flaxckpt.errors import MetricError, SettingError
 
@@ -107,9 +108,8 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, numbers.Number) or (
         hasattr(leaf, "shape")
         and hasattr(leaf, "dtype")
-        and leaf.dtype != object
         and (
-            jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            is_of_keys(leaf.dtype)
             or jnp.issubdtype(leaf.dtype, jnp.number)
             or jnp.issubdtype(leaf.dtype, jnp.bool_)
         )
@@ -120,7 +120,7 @@ def form(leaf: Any) -> tuple[tuple[int, ...], Any]:
     """Return the shape of a leaf, and the dtype that JAX will give it."""
     if not hasattr(leaf, "dtype"):
         return (), jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_of_keys(leaf.dtype):
         return tuple(leaf.shape), leaf.dtype
     return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype)
 

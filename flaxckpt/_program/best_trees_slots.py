@@ -10,6 +10,7 @@ from jax.core import Tracer
 from flaxckpt._copies.memory_kinds import beside, is_offloaded, zeros
 from flaxckpt._decision.scalars import flushed, improves
 from flaxckpt._program.best_trees_checks import form
+from flaxckpt._trees.leaf import is_of_keys
 
 
 def place_for(snapshot: Any, value: Any, xp: Any) -> tuple[Any, Any, Any]:
@@ -75,7 +76,7 @@ def _copied(new: Any, old: jax.Array) -> jax.Array:
 def zeros_like(leaf: Any) -> Any:
     """Return zeros with a leaf's shape, dtype and sharding."""
     shape, dtype = form(leaf)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_of_keys(dtype):
         return _zero_keys(leaf)
     if isinstance(leaf, Tracer):
         return beside(jnp.zeros_like(leaf, dtype=dtype), leaf)

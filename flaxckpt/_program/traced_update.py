@@ -30,7 +30,8 @@ from flaxckpt._runtime.traces import runs_in_trace
 from flaxckpt._saving.at_exit import before_end
 from flaxckpt._saving.saves import Saver
 from flaxckpt._settings import Settings
-from flaxckpt._trees.leaf import without_keys
+from flaxckpt._trees.leaf import is_of_keys, without_keys
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.ties import PyTree, flatten, leaves_of
 from flaxckpt.errors import CheckpointError
 
@@ -43,14 +44,15 @@ class Programs:
         self._settings, self._saves = settings, saves
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._has_streamed = False
-        self._shardings: dict[Any, list[Any]] = {}
+        self._shardings: Remembered[list[Any]] | None = None
 
     def note_shardings(self, like: PyTree) -> None:
         """Note how a tree is sharded that programs will save, if it is."""
         flat = flatten(like)
         shardings = [getattr(leaf, "sharding", None) for leaf in flat.leaves]
         if any(isinstance(sharding, NamedSharding) for sharding in shardings):
-            self._shardings = {flat.key: shardings}
+            self._shardings = Remembered[list[Any]](1)
+            self._shardings.keep(flat.key, shardings)
 
     def update(
         self,
@@ -118,16 +120,17 @@ class Programs:
     def _places(self, tree: PyTree) -> dict[int, Place | None]:
         """Return by its id how each leaf is sharded; None where that is not known."""
         flat = flatten(tree)
-        leaves, structure = flat.leaves, flat.key
-        if self._shardings and structure not in self._shardings:
+        leaves, known = flat.leaves, None
+        if self._shardings is not None:
+            known = self._shardings.get(flat.key)
+        if self._shardings is not None and known is None:
             warnings.warn(
                 "update saves a tree of another structure than `like` of init or "
                 "restore has, so it is not known how it is sharded, and all of it is "
                 "gathered before it is saved. Pass init(like=...) what is saved.",
                 stacklevel=outside(),
             )
-        known = self._shardings.get(structure, [None] * len(leaves))
-        places = map(place_of, leaves, known)
+        places = map(place_of, leaves, known or [None] * len(leaves))
         return dict(zip(map(id, leaves), places, strict=True))
 
     def finish(self) -> None:
@@ -179,7 +182,7 @@ def _scalars_in(logs: Logs) -> dict[str, jax.Array]:
         for name, value in logs.items()
         if isinstance(value, jax.Array)
         and not value.shape
-        and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        and not is_of_keys(value.dtype)
     }
 
 

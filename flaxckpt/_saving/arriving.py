@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._copies.held import Copies
@@ -15,6 +14,7 @@ from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.parts import SaverParts, refuse_processes
+from flaxckpt._trees.leaf import is_of_keys
 from flaxckpt._trees.ties import PyTree
 
 
@@ -114,8 +114,7 @@ class Receiver:
         refuse_processes()
         sample = {
             name: np.zeros(value.shape, value.dtype)[()]
-            if isinstance(value, jax.Array)
-            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+            if isinstance(value, jax.Array) and not is_of_keys(value.dtype)
             else value
             for name, value in (logs or {}).items()
         }
@@ -184,6 +183,6 @@ def _copied(tree: StoredTree | None) -> StoredTree:
 
 
 def _kind_on_host(leaf: jax.Array) -> tuple[tuple[int, ...], Any]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_of_keys(leaf.dtype):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return leaf.shape, np.dtype(leaf.dtype)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxckpt._copies.plan import kinds_of
+from flaxckpt._copies.programs import Kind
 from flaxckpt._saving.call import Call, OnDevice, Undecided, fetched_value, is_unknown
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.skeleton import Skeleton
@@ -25,12 +27,14 @@ class StoredTree:
         leaves: Its leaves, until the copies take their place.
         weights: Where in the layout the weights are.
         frozen: Positions of the frozen leaves.
+        kinds: Shape, dtype and sharding of each leaf; None if it is no JAX array.
     """
 
     layout: Layout
     leaves: list[Any]
     weights: Skeleton
     frozen: list[int]
+    kinds: list[Kind | None]
 
 
 @dataclass
@@ -58,20 +62,21 @@ class Contents:
         slot = None if self.slot is self.series else self.slot
         return [tree for tree in (self.series, slot) if tree is not None]
 
-    def leaves(self, call: Call) -> list[Any]:
-        """Return the leaves to copy, followed by the scalars on devices.
+    def leaves(self, call: Call) -> tuple[list[Any], list[Kind | None]]:
+        """Return the leaves to copy, followed by the scalars on devices, and all kinds.
 
         A frozen leaf that is stored already comes as a `FrozenLeaf`. The save does not
         copy it.
         """
         leaves = [leaf for tree in self.trees for leaf in tree.leaves]
+        kinds = [kind for tree in self.trees for kind in tree.kinds]
         for position, frozen in call.frozen.items():
             if frozen.digest:
-                leaves[position] = frozen
-        if self.scalars:
-            scalars = call.scalars()
-            leaves += [scalars[name] for name in self.scalars]
-        return leaves
+                leaves[position], kinds[position] = frozen, None
+        scalars = call.scalars() if self.scalars else {}
+        leaves += [scalars[name] for name in self.scalars]
+        kinds += kinds_of(leaves[len(kinds) :])
+        return leaves, kinds
 
     def take_up_scalars(self, call: Call, *, waits: bool = False) -> None:
         """Have scalars on devices copied with the trees; the loop may donate them.

@@ -1,11 +1,14 @@
 """`Describer`: what a call saves of a tree, described for the disk."""
 
+import operator
 import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.write import Way
+from flaxckpt._copies.plan import kinds_of
+from flaxckpt._copies.programs import Kind
 from flaxckpt._orbax.engine import storable
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.frames import outside
@@ -14,12 +17,14 @@ from flaxckpt._saving.contents import Contents, StoredTree
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import weights_skeleton
 from flaxckpt._trees.ties import Flat, PyTree, flatten, leaves_of
 from flaxckpt._trees.weights import are_unknown, default_weights
 from flaxckpt.errors import SettingError
 
+_DELETED = operator.methodcaller("is_deleted")
 _STRUCTURES = 4  # so many structures of saved trees are remembered
 
 
@@ -36,8 +41,9 @@ class Describer:
         """
         self._weights, self._weights_only = weights, weights_only
         self._forms, self._frozen = way.forms, way.frozen
-        self._free: deque[Any] = deque(maxlen=_STRUCTURES)
+        self._free = Remembered[bool](_STRUCTURES)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
+        self._known = Remembered[tuple[list[Kind | None], Layout]](_STRUCTURES)
         self._is_new_to_weights = True
 
     def describe(
@@ -94,15 +100,28 @@ class Describer:
     ) -> StoredTree:
         """Describe a tree; if `is_picked`, all of it is weights."""
         flat = flatten(tree, self._free)
-        if flat.is_free and flat.key not in self._free:
-            self._free.append(flat.key)
-        with paused_collector():
-            layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        if flat.is_free:
+            self._free.keep(flat.key, True)
+        kinds = [] if is_traced else kinds_of(flat.leaves)
+        layout, leaves = self._described(tree, flat, kinds, is_traced=is_traced)
         if all(leaf.is_from_like for leaf in layout.leaves):
             raise _refusal_of_nothing(tree, is_picked=is_picked)
         weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
-        return StoredTree(layout, leaves, weights, frozen)
+        return StoredTree(layout, leaves, weights, frozen, kinds)
+
+    def _described(
+        self, tree: PyTree, flat: Flat, kinds: list[Kind | None], *, is_traced: bool
+    ) -> tuple[Layout, list[Any]]:
+        """Describe a tree, at once if it is like an earlier one, and all JAX arrays."""
+        known, layout = self._known.get(flat.key) or ([], None)
+        if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
+            return layout, flat.leaves
+        with paused_collector():
+            layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        if kinds and None not in kinds:
+            self._known.keep(flat.key, (kinds, layout))
+        return layout, leaves
 
     def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
         """Return where in a tree the weights are.

@@ -123,8 +123,8 @@ class Saver:
         if job is None:
             return None
         try:
-            leaves = contents.leaves(call)
-            plan = self._parts.plans.plan(leaves)
+            leaves, kinds = contents.leaves(call)
+            plan = self._parts.plans.plan(kinds)
             if (
                 plan.is_on_one_mesh(value, state.best_value, state.has_best)
                 and not _is_torn(job, plan)
@@ -145,11 +145,11 @@ class Saver:
         self, job: Job, contents: Contents, call: Call, where: Path | None
     ) -> None:
         """Copy, and prepare the job before the copies overwrite what it would write."""
-        leaves = contents.leaves(call)
+        leaves, kinds = contents.leaves(call)
         if self._parts.snapshot == "none":
             call.copies = Copies(None, [], leaves)
         elif call.copies is None:  # otherwise a device decides
-            plan = self._parts.plans.plan(leaves)
+            plan = self._parts.plans.plan(kinds)
             has_memory = fits(job.memory, plan)
             if has_memory or self._parts.is_on_device(leaves):
                 if not has_memory or _is_torn(job, plan):

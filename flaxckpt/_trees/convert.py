@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._trees.describe import impl_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
 from flaxckpt._trees.wanted import Wanted
@@ -34,7 +33,8 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))
     if kind == "key":
         if want.sharding is None:
-            return _uncommitted_key(value)
+            data = jnp.asarray(np.asarray(jax.random.key_data(value)))  # uncommitted
+            return jax.random.wrap_key_data(data, impl=impl_of(value))
         is_elsewhere = value.sharding.memory_kind != want.sharding.memory_kind
         return jax.device_put(value, want.sharding) if is_elsewhere else value
     if kind not in ARRAYS:
@@ -61,7 +61,6 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     return value if is_left else jnp.asarray(value)
 
 
-@paused_collector()
 def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     """Put converted leaves onto the shardings of those that want one, in one call."""
     shardings = {
@@ -78,8 +77,3 @@ def _empty(leaf: Leaf) -> Any:
     if leaf.kind == "key":
         return jax.random.split(jax.random.key(0, impl=leaf.impl), leaf.shape)
     return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-
-
-def _uncommitted_key(key: jax.Array) -> jax.Array:
-    data = np.asarray(jax.random.key_data(key))
-    return jax.random.wrap_key_data(jnp.asarray(data), impl=impl_of(key))

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import SCALARS, Leaf
+from flaxckpt._trees.leaf import SCALARS, Leaf, is_of_keys
 from flaxckpt._trees.names import is_in_pointer, spelled
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import is_possible
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import Flat, PyTree, flatten
@@ -161,9 +161,7 @@ def normal(
     if leaf.kind != "key" and not storable(leaf.dtype):
         raise RefusedError(f"an array of dtype {leaf.dtype}")
     if leaf.kind == "jax" and not isinstance(value, Tracer):
-        if len(_ARRAY_LEAVES) >= 2**16:
-            _ARRAY_LEAVES.clear()
-        leaf = _ARRAY_LEAVES.setdefault((path, value.dtype, value.shape), leaf)
+        leaf = _ARRAY_LEAVES.keep((path, value.dtype, value.shape), leaf)
         _ARRAY_TYPES.add(type(value))
     return leaf, value
 
@@ -193,12 +191,12 @@ def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:
 @functools.lru_cache(maxsize=64)
 def _kind_of(dtype: Any) -> tuple[str, str]:
     """Return the kind of JAX arrays of a dtype, and its name."""
-    return "key" if jnp.issubdtype(dtype, jax.dtypes.prng_key) else "jax", str(dtype)
+    return "key" if is_of_keys(dtype) else "jax", str(dtype)
 
 
 _NUMPY_ARRAYS = (np.ndarray, np.memmap)  # other kinds hold more than their elements
 # Descriptions of JAX arrays that can be stored, and the types of these arrays.
-_ARRAY_LEAVES: dict[tuple[Any, ...], Leaf] = {}
+_ARRAY_LEAVES = Remembered[Leaf](2**16)
 _ARRAY_TYPES: set[type] = set()
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._trees.leaf import is_of_keys
 from flaxckpt._trees.ties import PyTree, leaves_of, role_of
 
 Weights: TypeAlias = Callable[[PyTree], PyTree]
@@ -197,9 +198,7 @@ def _is_node(node: PyTree) -> bool:
 
 
 def _is_key(node: PyTree) -> bool:
-    return isinstance(node, jax.Array) and bool(
-        jnp.issubdtype(node.dtype, jax.dtypes.prng_key)
-    )
+    return isinstance(node, jax.Array) and is_of_keys(node.dtype)
 
 
 def are_keys(node: PyTree) -> bool:

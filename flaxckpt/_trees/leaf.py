@@ -95,9 +95,14 @@ class Leaf:
 LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))
 
 
+def is_of_keys(dtype: Any) -> bool:
+    """Tell whether arrays of a dtype hold typed PRNG keys."""
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def without_keys(leaf: Any) -> Any:
     """Return a leaf, or the key data of a leaf of typed PRNG keys."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and is_of_keys(leaf.dtype):
         return jax.random.key_data(leaf)
     return leaf
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
 from flaxckpt._trees.skeleton import (
@@ -42,7 +41,6 @@ class Twin:
     index: int
 
 
-@paused_collector()
 def match(
     path: str, layout: Layout, like: PyTree, *, cast: bool
 ) -> tuple[list[tuple[int | None, Wanted]], list[Twin]]:

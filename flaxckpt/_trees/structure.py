@@ -6,9 +6,9 @@ The result is kept for each structure that JAX's flattening tells apart.
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flaxckpt._trees.names import is_recordable, spelled
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import VALUE, Skeleton, key_of
 from flaxckpt._trees.ties import (
     MODULE,
@@ -40,18 +40,11 @@ class _Structure:
 
 
 def structure_of(flat: Flat, tree: PyTree) -> _Structure:
-    try:
-        known = _KNOWN.get(flat.key)
-    except TypeError:  # static data that does not hash
-        return _walk(tree)
-    if known is None:
-        if len(_KNOWN) >= 64:
-            _KNOWN.clear()
-        known = _KNOWN[flat.key] = _walk(tree)
-    return known
+    known = _KNOWN.get(flat.key)
+    return _KNOWN.keep(flat.key, _walk(tree)) if known is None else known
 
 
-_KNOWN: dict[Any, _Structure] = {}
+_KNOWN = Remembered[_Structure](64)
 
 
 def _walk(tree: PyTree) -> _Structure:

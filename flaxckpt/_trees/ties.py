@@ -12,12 +12,13 @@ have no identity either: an array in two places of a plain tree is two leaves.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
 
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt.errors import UnsupportedLeafError
 
 PyTree: TypeAlias = Any
@@ -52,7 +53,7 @@ class Flat:
         return _rebuilt(self._tree, iter(leaves))
 
 
-def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
+def flatten(tree: PyTree, free: Remembered[bool] | None = None) -> Flat:
     """Flatten a tree as `jax.tree.flatten` does, but each shared part of it once.
 
     It costs no more than JAX's own flattening if Flax NNX is not loaded, and one call
@@ -60,7 +61,7 @@ def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
 
     Args:
         tree: The tree.
-        free: Keys of trees that had nothing of NNX in them. A tree with such a key
+        free: Keys of trees that had nothing of NNX in them. Another tree with the key
             costs no more than JAX's own flattening.
 
     Raises:
@@ -75,15 +76,15 @@ def flatten(tree: PyTree, free: Collection[Hashable] = ()) -> Flat:
         raise UnsupportedLeafError((unsorted,)) from error
 
 
-def _flattened(tree: PyTree, free: Collection[Hashable]) -> Flat:
+def _flattened(tree: PyTree, free: Remembered[bool] | None) -> Flat:
     if "flax.nnx" not in sys.modules:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
-    if free and not role_of(tree):
+    if free is not None and not role_of(tree):
         # A module may refer to its parent.
         with contextlib.suppress(RecursionError):
             leaves, treedef = jax.tree_util.tree_flatten(tree)
-            if treedef in free:
+            if free.get(treedef):
                 return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
     watch = _Watch()
     nodes, treedef = jax.tree_util.tree_flatten(tree, is_leaf=watch.stops_at)

@@ -28,6 +28,7 @@ from flaxckpt._trees.kinds_of_parts import (
     is_train_state,
     is_training,
 )
+from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.stored_weights import children_by_name, is_nnx_weights, nnx_weights
 from flaxckpt._trees.ties import MODULE, STATE, VARIABLE, PyTree, flatten, role_of
 
@@ -73,21 +74,16 @@ def _pick_known(node: PyTree) -> Picked | None:
         return _pick(node)
     flat = flatten(node)
     kind = flat.key, tuple(map(_kind_of, flat.leaves))
-    try:
-        is_known = _ALL_WEIGHTS.get(kind)
-    except TypeError:  # static data that does not hash
-        return _pick(node)
+    is_known = _ALL_WEIGHTS.get(kind)
     if is_known is not None:
         return Picked(node, is_known=is_known)
     picked = _pick(node)
     if picked is not None and picked.value is node:
-        if len(_ALL_WEIGHTS) >= PLAIN:
-            _ALL_WEIGHTS.clear()
-        _ALL_WEIGHTS[kind] = picked.is_known
+        _ALL_WEIGHTS.keep(kind, picked.is_known)
     return picked
 
 
-_ALL_WEIGHTS: dict[Any, bool] = {}
+_ALL_WEIGHTS = Remembered[bool](PLAIN)
 
 
 def _kind_of(leaf: Any) -> Any:

@@ -18,6 +18,7 @@ from flaxckpt import ModelCheckpoint
 from flaxckpt._copies import ahead as _ahead
 from flaxckpt._copies import programs as _programs
 from flaxckpt._copies.ahead import Ahead
+from flaxckpt._copies.plan import kinds_of
 from flaxckpt._copies.programs import Program
 
 NAME = "flaxckpt-compile"
@@ -151,7 +152,7 @@ def test_a_save_does_not_fail_for_want_of_a_thread(tmp_path, monkeypatch):
 
 def test_a_copy_to_new_memory_does_not_wait_for_the_other_program(monkeypatch):
     array, original = jnp.ones(1001), Program._compile
-    program = Program((_programs.kind_of(array),), ())
+    program = Program((kinds_of([array])[0],), ())
     program.fill([array], [])
     begun, go = threading.Event(), threading.Event()
 

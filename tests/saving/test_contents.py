@@ -8,8 +8,8 @@ import pytest
 from flaxckpt._saving.call import Call, OnDevice, Save, Skip, Undecided
 from flaxckpt._saving.contents import Contents, StoredTree
 
-WHOLE = StoredTree("whole", ["a", "b"], "weights", [])
-WEIGHTS = StoredTree("picked", ["a"], "weights", [])
+WHOLE = StoredTree("whole", ["a", "b"], "weights", [], [None] * 2)
+WEIGHTS = StoredTree("picked", ["a"], "weights", [], [None])
 PATH = Path("run/1")
 
 
@@ -21,9 +21,9 @@ def call_of(decision, line=0):
 
 def test_a_tree_for_both_series_and_slot_is_copied_once():
     call = call_of(Save())
-    assert Contents(WHOLE, WHOLE, PATH).leaves(call) == ["a", "b"]
-    assert Contents(WEIGHTS, WHOLE, PATH).leaves(call) == ["a", "a", "b"]
-    assert Contents(None, WHOLE, None).leaves(call) == ["a", "b"]
+    assert Contents(WHOLE, WHOLE, PATH).leaves(call)[0] == ["a", "b"]
+    assert Contents(WEIGHTS, WHOLE, PATH).leaves(call) == (["a", "a", "b"], [None] * 3)
+    assert Contents(None, WHOLE, None).leaves(call)[0] == ["a", "b"]
 
 
 @pytest.mark.parametrize("decision", [Undecided(), OnDevice(np.True_)])

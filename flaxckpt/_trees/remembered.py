@@ -1,0 +1,34 @@
+"""What is remembered of trees, by their structures."""
+
+import contextlib
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """Remembers a value for each of some keys, but for no key that cannot be compared.
+
+    Static data of a tree may not hash, or may be an array, which has no one answer
+    to whether it equals another; JAX compares it with the trees' structures.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Remember nothing yet, and later no more than `most` values."""
+        self._values: dict[Any, T] = {}
+        self._most = most
+
+    def get(self, key: Any) -> T | None:
+        """Return the value for a key; None if there is none."""
+        try:
+            return self._values.get(key)
+        except (TypeError, ValueError):
+            return None
+
+    def keep(self, key: Any, value: T) -> T:
+        """Remember a value; if there are too many, forget the others first."""
+        with contextlib.suppress(TypeError, ValueError):
+            if len(self._values) >= self._most and key not in self._values:
+                self._values.clear()
+            self._values[key] = value
+        return value
