@@ -104,18 +104,19 @@ class ModelCheckpoint:
             initial_value_threshold: The first best value; None for no best value.
             min_delta: The difference from the best that an improvement must exceed.
             save_interval_secs: Make a check due, too, at the first `update` that comes
-                this many seconds after the last due check, forced `update` or `save`.
-                The time begins at the first `update`. Not within jit. In several
-                processes the clock of process 0 counts. None for no such check.
+                this many seconds after the last due check, the last `save` or the last
+                `update(force=True)`, whichever came last. The time begins at the first
+                `update`. Not within jit. In several processes the clock of process 0
+                counts. None for no such check.
             max_to_keep: Keep this many of the newest checkpoints, and the best one too
                 if it is not among them. None keeps all.
             preserve: A preservation policy, such as Orbax's, in place of
                 `max_to_keep`. The newest and the best checkpoint are always kept.
             overwrite: With `save_best_only`, whether a save may replace a better
                 checkpoint at its path, such as one of an earlier run that this run did
-                not `restore`. If False, `update` saves to the path with `.aside` added
-                until its save is at least as good; `save` takes the path, and moves the
-                better checkpoint aside.
+                not `restore`. If False, `update` saves a worse checkpoint at the path
+                with `.aside` added; `save` saves it at the path, and moves the better
+                one aside.
             weights: A function from a tree to its weights; None for `default_weights`,
                 which knows Flax's `TrainState`, NNX and Equinox.
             save_last: Keep a slot beside the checkpoints, named `last` or by this text.

@@ -150,22 +150,22 @@ class Restorer:
         """
         for _ in looks():
             if which == "best":
-                infos, beside = self._series.listed()
+                infos, left_out = self._series.listed()
                 infos = self._series.ranked(infos)
             else:
-                infos, beside = self._series.by_age()
+                infos, left_out = self._series.by_age()
                 infos = infos[::-1]
-            ours = [e for e in beside if self._series.may_be_ours(e.path)]
+            ours = [e for e in left_out if self._series.may_be_ours(e.path)]
             for error in ours:
                 if isinstance(error, CheckpointPathError):
                     raise error
-            damaged = [e for e in beside if isinstance(e, CheckpointCorruptError)]
+            damaged = [e for e in left_out if isinstance(e, CheckpointCorruptError)]
             if not infos and damaged:
                 raise damaged[0]
             shown = self._series.area.shown
             places = [(str(info.time), str(shown(info.path))) for info in infos]
             told = [f"PASSED OVER: {e}" for e in damaged if e in ours]
-            others = [e for e in beside if isinstance(e, CheckpointPathError)]
+            others = [e for e in left_out if isinstance(e, CheckpointPathError)]
             yield places, told + [f"Left out: {e}" for e in others]
         root = str(self._series.area.shown(self._series.root))
         raise CheckpointError(
@@ -185,10 +185,10 @@ class Restorer:
     ) -> Restored:
         """Load a checkpoint, in all processes or in none.
 
-        `mark` is the time of the checkpoint that was listed at the path; another one
-        there raises `CheckpointNotFoundError`, as does one without a record, which
-        would be loaded as plain Orbax's. `damaged` are the times of checkpoints whose
-        values do not count for the best.
+        `mark` is the time of the checkpoint that was listed at the path. If the record
+        there has another time, or there is none, it raises `CheckpointNotFoundError`;
+        without a `mark`, one without a record loads as plain Orbax's. `damaged` are the
+        times of checkpoints whose values do not count for the best.
         """
         shown = os.fspath(path)
         where: Any = epath.Path(shown) if is_url(shown) else Path(shown)

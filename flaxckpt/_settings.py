@@ -1,4 +1,8 @@
-"""`Settings`: the arguments of `ModelCheckpoint`, each checked once."""
+"""`Settings`: the arguments of `ModelCheckpoint`, each checked once.
+
+`CheckpointState` and `Template` check theirs, and the rest is checked here. The default
+values are in `ModelCheckpoint`.
+"""
 
 import difflib
 import functools
@@ -209,7 +213,7 @@ class Settings:
 
     @property
     def tell(self) -> Callable[[str], None] | None:
-        """Print what is decided and saved; None to be silent."""
+        """A function that prints a message; None to be silent."""
         return _print if self.verbose else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flaxckpt._checkpoints.series import Series
-from flaxckpt._decision.logs import Logs, taken
+from flaxckpt._decision.logs import Logs, with_values
 from flaxckpt._decision.scalars import LARGEST
 from flaxckpt._decision.state import CheckpointState, check_state
 from flaxckpt._decision.step import is_no_better, tick
@@ -84,7 +84,7 @@ class Updater:
             return self._known
         check_state(state, self.settings.fresh)
         check_there("force", [("", force)])
-        logs = taken(logs)
+        logs = with_values(logs)
         self.advice.of_no_best(logs)
         if is_traced(tree, due, force, epoch, batch, logs, state):
             state = self.programs.update(
@@ -146,7 +146,7 @@ class Updater:
         self.saves.check()
         self.saves.check_parent()
         preempted = self.triggers.is_newly_preempted()
-        logs = taken(logs)
+        logs = with_values(logs)
         if is_traced(tree, epoch, batch, logs, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "

@@ -15,7 +15,9 @@ CheckpointError
 └── Preempted                a signal to end; the state is saved   (RuntimeError)
 ```
 
-Each exception keeps its facts as attributes, and pickles, so it can cross processes.
+Each passes its facts to `super().__init__`, and keeps them as attributes, so it
+pickles. Between the processes of a run, it travels as the name of its class and these
+facts.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,10 @@
 """Errors: their tree, their pickling, and what of Orbax's gets out."""
 
 import copy
+import importlib
 import inspect
 import pickle
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as v0
@@ -11,7 +13,15 @@ from orbax.checkpoint import v1 as ocp
 
 import flaxckpt
 from flaxckpt import errors
+from flaxckpt._checkpoints import looks
+from flaxckpt._processes import messages as _messages
 
+PACKAGE = Path(flaxckpt.__file__).parent
+MODULES = [
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py" and path.parent.name != "_cli"
+]
 EXAMPLES = [
     errors.CheckpointError("text"),
     errors.SettingError("mode", "x", "advice"),
@@ -34,6 +44,31 @@ def all_errors():
         for _, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, Exception)
     }
+
+
+def is_ours(kind):
+    return kind.__module__.startswith("flaxckpt.")
+
+
+def below(kind):
+    return {kind}.union(*map(below, kind.__subclasses__()))
+
+
+def test_an_error_of_another_class_reaches_other_processes_as_the_nearest_here():
+    """`Round.hear` makes an error from the name of its class and its arguments."""
+    for module in MODULES:
+        importlib.import_module(f"flaxckpt.{module}")
+    own = {
+        each for each in below(errors.CheckpointError) if is_ours(each)
+    } - all_errors()
+    assert {"IncompleteError", "_NoHandlerError"} <= {kind.__name__ for kind in own}
+    for kind in own:
+        name = _messages._name_of(kind)
+        assert getattr(errors, name) in all_errors()
+        assert issubclass(kind, getattr(errors, name))
+    incomplete = looks.IncompleteError("/p", "cause")
+    named = getattr(errors, _messages._name_of(type(incomplete)))
+    assert str(named(*incomplete.args)) == str(incomplete)
 
 
 def test_every_error_is_a_checkpoint_error_and_has_an_example():

@@ -6,6 +6,9 @@ writing. `load` has the public functions: they read the table of leaves by `read
 and the tree by `load_tree`, which reads leaves by `read`. `undisturbed` reads again if
 a writer interfered. `series` is all that one filepath has on disk, and `series_writer`
 writes it. For that, `ledger` remembers what is there, `target` checks a path, `rivals`
-finds a place `aside` for a worse save, and `retention` chooses what to delete.
-`listing` lists a directory without a series.
+decides whether a save or the better checkpoint at its path goes `aside`, and
+`retention` chooses what to delete. `listing` lists a directory without a series.
+
+The lock, the renaming of a written directory to its place, and the deletion of what a
+crash has left are the `area`'s; see `_disk` and `_object_store`.
 """

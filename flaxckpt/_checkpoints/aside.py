@@ -76,7 +76,7 @@ def suffixes(tag: str) -> tuple[str, ...]:
     return SUFFIX, f"{SUFFIX}-{tag}", f"{SUFFIX}-{tag}-2"
 
 
-def placed(
+def choose_place(
     path: Path,
     free: Path,
     there: Mapping[Path, float | None],

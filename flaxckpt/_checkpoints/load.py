@@ -1,15 +1,16 @@
 """The public functions that read one checkpoint: `load`, `load_weights`, `verify`."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from flaxckpt._checkpoints.load_tree import load_tree
-from flaxckpt._checkpoints.read import read
+from flaxckpt._checkpoints.read import batches, read
 from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
 from flaxckpt._disk.info import CheckpointInfo, Loaded
@@ -17,13 +18,13 @@ from flaxckpt._disk.record import read_record
 from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
 from flaxckpt._runtime.collector import paused_collector
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.stored_weights import plain_weights
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import on_host
 from flaxckpt.errors import CheckpointError, SettingError, UnsupportedLeafError
 
-_BATCH_BYTES = 256 * 2**20
+_QUICK_BYTES = 2**30
 
 
 def load(
@@ -97,7 +98,7 @@ def restore(
     def read(where: Place) -> Loaded:
         info = _info_of(path, where.path)
         layout, _ = read_table(where.path)
-        with paused_collector():
+        with _quick(where, layout):
             tree = load_tree(where, layout, None, like, cast=cast, check=verify)
         return Loaded(tree, info)
 
@@ -165,12 +166,18 @@ def load_weights(
                 "had none. Load the whole tree with load."
             )
         part = plain_weights if layout is None else weights
-        with paused_collector():
+        with _quick(where, layout):
             tree = load_tree(where, layout, part, like, cast=cast, check=verify)
         return Loaded(tree, info)
 
     loaded = undisturbed(path, read)
     return loaded if with_info else loaded.tree
+
+
+def _quick(place: Place, layout: Layout | None) -> AbstractContextManager[None]:
+    """Pause the collector of garbage in a load that takes no longer than seconds."""
+    is_quick = layout is not None and layout.nbytes < _QUICK_BYTES and not place.source
+    return paused_collector() if is_quick else contextlib.nullcontext()
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -209,22 +216,6 @@ def _verify(place: Place) -> None:
     for indices in batches(layout.leaves):
         wanted = {index: on_host(layout.leaves[index]) for index in indices}
         read(place, layout, wanted, check=True)
-
-
-def batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:
-    """Group the leaves that Orbax stores into batches of 256 MiB, or of one leaf."""
-    batch: list[int] = []
-    size = 0
-    for index, leaf in enumerate(leaves):
-        if not leaf.in_orbax:
-            continue
-        if batch and size + leaf.nbytes > _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(index)
-        size += leaf.nbytes
-    if batch:
-        yield batch
 
 
 def check_like(like: Any) -> None:

@@ -11,8 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._checkpoints.load import batches
-from flaxckpt._checkpoints.read import read
+from flaxckpt._checkpoints.read import batches, read
 from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._direct.read import Reader
 from flaxckpt._direct.threads import give_way

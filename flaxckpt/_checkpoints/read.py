@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from flaxckpt._trees.wanted import Wanted
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 _READ_THREADS = 8
+_BATCH_BYTES = 256 * 2**20
 _THREAD_BYTES = 4 * 2**20
 _TASK_LEAVES, _TASK_BYTES = 64, 2**20  # that a thread reads in one go, at most
 
@@ -196,3 +197,19 @@ def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Le
         pairs = zip(shared.values(), totals, strict=True)
         damaged += [leaf for leaf, total in pairs if not is_sum(total, leaf.digest)]
     return damaged
+
+
+def batches(leaves: Sequence[Leaf]) -> Iterator[list[int]]:
+    """Group the leaves that Orbax stores into batches of 256 MiB, or of one leaf."""
+    batch: list[int] = []
+    size = 0
+    for index, leaf in enumerate(leaves):
+        if not leaf.in_orbax:
+            continue
+        if batch and size + leaf.nbytes > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += leaf.nbytes
+    if batch:
+        yield batch

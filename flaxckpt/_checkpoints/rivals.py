@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._checkpoints.aside import Placed, placed, places_aside
+from flaxckpt._checkpoints.aside import Placed, choose_place, places_aside
 from flaxckpt._checkpoints.ledger import Ledger
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.target import check_target
@@ -57,7 +57,7 @@ class Rivals:
         if os.path.lexists(path):
             values[path], reason = self._to_beat(path, infos.get(str(path)))
         free = next((name for name in names if not os.path.lexists(name)), names[-1])
-        choice = placed(
+        choice = choose_place(
             path,
             free,
             values,

@@ -13,12 +13,12 @@ from flaxckpt._checkpoints.aside import bare, without_suffix
 from flaxckpt._checkpoints.retention import monitored_value, ranked
 from flaxckpt._decision.template import Template
 from flaxckpt._disk.area import Area
-from flaxckpt._disk.commit import DiskArea, tag_of
+from flaxckpt._disk.disk_area import DiskArea, tag_of
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
 from flaxckpt._disk.open import leads_nowhere
 from flaxckpt._disk.record import read_record
-from flaxckpt._object_store.commit import StoreArea
+from flaxckpt._object_store.store_area import StoreArea
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 # The slot is a series of its own: this follows the name of the checkpoints' series.

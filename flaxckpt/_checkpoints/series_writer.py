@@ -16,7 +16,7 @@ from flaxckpt._checkpoints.write import Checkpoint, Way, write_checkpoint
 from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.area import OccupiedError
 from flaxckpt._disk.info import CheckpointInfo
-from flaxckpt._disk.record import is_of, set_aside
+from flaxckpt._disk.record import is_of, replaced_path
 from flaxckpt._orbax.state_handler import Task
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._trees.layout import Layout
@@ -75,7 +75,7 @@ class SeriesWriter:
         self._ledger = Ledger(series)
         self.rivals = Rivals(series, self._ledger)
 
-    def record(
+    def write(
         self, page: Page, info: CheckpointInfo, together: Together | None = None
     ) -> Task | None:
         """Write a checkpoint and put it in its place. The area must be open.
@@ -131,7 +131,7 @@ class SeriesWriter:
         page.path = second
         if place == first and not area.is_mirror:
             # This series' old slot, if the other one came between two renames.
-            for older in (set_aside(first), first):
+            for older in (replaced_path(first), first):
                 if is_of(older, series):
                     self._remove(older)
         return second

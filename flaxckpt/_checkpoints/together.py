@@ -10,7 +10,7 @@ import numpy as np
 
 from flaxckpt._checkpoints.finish import finish
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
-from flaxckpt._direct.form import OrbaxFiles
+from flaxckpt._direct.form import Form
 from flaxckpt._direct.forms import Forms, held_values, placements_of
 from flaxckpt._direct.shares import Share, begin_shares, joined, write_own
 from flaxckpt._disk.files import Draft
@@ -150,7 +150,7 @@ def write_together(
 
 def _known_form(
     forms: Forms, layout: Layout, leaves: list[Any]
-) -> tuple[OrbaxFiles, list[Any]]:
+) -> tuple[Form, list[Any]]:
     held = held_values(layout, leaves)
     form = forms.find(layout, held, is_database=False)
     assert form is not None

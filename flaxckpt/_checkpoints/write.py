@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from flaxckpt._checkpoints.finish import Tables, finish
 from flaxckpt._checkpoints.looks import IncompleteError, Looks, shared_looks
-from flaxckpt._direct.form import Fingerprints, OrbaxFiles
+from flaxckpt._direct.form import Fingerprints, Form
 from flaxckpt._direct.forms import (
     Forms,
     forms_of_series,
@@ -141,7 +141,7 @@ class _Save:
     earlier: Path | None
     commit: Commit
 
-    def write(self, form: OrbaxFiles | None, *, again: bool = False) -> Task:
+    def write(self, form: Form | None, *, again: bool = False) -> Task:
         """Write the checkpoint; in a form, if there is one, and else by Orbax.
 
         Args:
@@ -162,7 +162,7 @@ class _Save:
             frozen.settle(place)
         return task
 
-    def _write_tree(self, written: Path, form: OrbaxFiles | None) -> Task:
+    def _write_tree(self, written: Path, form: Form | None) -> Task:
         """Have Orbax write the tree, over an old checkpoint's files if need be."""
         old = written.with_name("old")
         if written.is_dir():  # an old checkpoint, where the new one is to be
@@ -190,7 +190,7 @@ class _Save:
         shutil.rmtree(old, ignore_errors=True)
         return task
 
-    def _write_values(self, form: OrbaxFiles, whole: Path) -> Fingerprints:
+    def _write_values(self, form: Form, whole: Path) -> Fingerprints:
         frozen = self.way.frozen
         with Draft(whole, sync=self.way.area.sync and not form.is_database) as draft:
             if frozen is not None and self.earlier is not None:
@@ -204,7 +204,7 @@ class _Save:
         way, what = self.way, self.checkpoint
         is_synced = task.is_direct and not self.is_database
         with Draft(written, sync=way.area.sync and is_synced) as draft:
-            fingerprints = task.fingerprints or self._take_up(written, draft)
+            fingerprints = task.fingerprints or self._fingerprinted(written, draft)
             table = way.tables.table(what.layout, what.weights, fingerprints)
             finish(draft, written, what.info, table)
         if way.area.sync and is_synced:
@@ -214,7 +214,7 @@ class _Save:
         elif way.area.sync:
             sync_tree(written)
 
-    def _take_up(self, written: Path, draft: Draft) -> Fingerprints:
+    def _fingerprinted(self, written: Path, draft: Draft) -> Fingerprints:
         """Return the fingerprints of what Orbax has written; link what is frozen."""
         way, frozen, values = self.way, self.way.frozen, thawed(self.held)
         form = None

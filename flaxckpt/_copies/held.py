@@ -20,7 +20,7 @@ class HostCopy(np.ndarray[Any, Any]):
 
     sharding: jax.sharding.Sharding
 
-    def placed(self) -> jax.Array:
+    def array(self) -> jax.Array:
         """Put the values back onto devices, in `sharding`."""
         with jax.enable_x64(True):  # without it, JAX narrows 64-bit values
             return jax.device_put(np.asarray(self), self.sharding)

@@ -45,7 +45,7 @@ def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     return jax.device_put(jax.numpy.zeros(shape, dtype, device=computed), sharding)
 
 
-def on_device(value: jax.Array) -> jax.Array:
+def to_default_memory(value: jax.Array) -> jax.Array:
     """Move a traced value to the memory in which programs compute."""
     return _moved(value, jax.memory.Space.Device)
 

@@ -40,7 +40,7 @@ def copy_on_device(
 def unfilled(leaves: Sequence[Any], plan: Plan) -> Copies:
     """Return copies for `fill` to fill; copy only the offloaded arrays."""
     beside: list[Any] = [None] * len(leaves)
-    for index in plan.beside:
+    for index in plan.others:
         beside[index] = leaves[index]
     for index in plan.offloaded:
         beside[index] = copied(leaves[index])
@@ -84,9 +84,9 @@ def verdict_of(state: CheckpointState, value: jax.Array) -> tuple[Any, Any]:
         value: The monitored value, a real scalar.
 
     Returns:
-        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. `judge`
-        gave the first two pairs. There are two because the loop may donate one. The
-        third pair is older than `judge`.
+        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. The
+        first two pairs are the best after the decision: the loop may donate one. The
+        third pair is the best before it.
     """
     before = jnp.copy(state.best_value), jnp.copy(state.has_best)
     state, save = judge(state, {state.monitor: value}, np.True_)

@@ -81,14 +81,14 @@ class Plan:
         batches: The arrays that programs copy, by their devices.
         offloaded: Positions of the arrays outside their devices' default memory.
             Programs cannot copy them.
-        beside: Positions of the leaves that are no JAX arrays.
+        others: Positions of the leaves that are no JAX arrays.
     """
 
     def __init__(self, kinds: list[Kind | None]) -> None:
         """Sort the arrays into batches."""
         self.kinds = kinds
         self.offloaded: list[int] = []
-        self.beside = [index for index, kind in enumerate(kinds) if kind is None]
+        self.others = [index for index, kind in enumerate(kinds) if kind is None]
         self._groups: dict[Any, list[int]] = {}
         for index, kind in enumerate(kinds):
             if kind is None:

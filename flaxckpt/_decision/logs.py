@@ -69,7 +69,7 @@ def normalized(logs: Any) -> dict[str, Any]:
         raise SettingError("logs", f"<{type(logs).__name__}>", advice) from error
 
 
-def taken(logs: Any) -> dict[str, Any]:
+def with_values(logs: Any) -> dict[str, Any]:
     """Return metrics as `normalized` does, and check that all of them have values.
 
     Raises:

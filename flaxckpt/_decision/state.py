@@ -222,8 +222,8 @@ def resumed(
 
     Returns:
         The stored counters under the present settings. The best is the best on disk, or
-        the initial threshold if that is better. A stored best that is better still was
-        never saved, as after a failed write. If no checkpoint on disk has a value to
+        the initial threshold if that is better. A stored best that is better than both
+        does not count: its save failed. If no checkpoint on disk has a value to
         compare, the best is the stored best, or the initial threshold if that is worse.
         A stored best of another metric does not count.
     """

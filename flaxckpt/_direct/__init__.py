@@ -1,4 +1,4 @@
-"""Orbax's format, written and read straight from memory.
+"""Orbax's format, written straight from memory and read straight into it.
 
 A `form` is how Orbax has stored one tree structure. `learn` finds the form in what
 Orbax has written, and `forms` remembers the forms. `write` writes new

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flaxckpt._direct.zarr import Array, ZarrArray
-from flaxckpt._trees.digest import checksum, digest, digest_of
+from flaxckpt._trees.digest import as_digest, checksum, digest
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
 
@@ -14,7 +14,7 @@ from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
 def digest_as_stored(stored: ZarrArray | str, value: Any) -> str:
     """Compute the digest that a leaf gets when it is written in this way."""
     if isinstance(stored, ZarrArray) and stored.is_one_chunk:
-        return digest_of(checksum(value))
+        return as_digest(checksum(value))
     return digest(value)
 
 

@@ -26,7 +26,7 @@ Fingerprints: TypeAlias = tuple[list[str], list[Sequence[str]]]
 
 
 @dataclass(frozen=True)
-class OrbaxFiles:
+class Form:
     """What is the same in all checkpoints of one structure, with the same shardings.
 
     Attributes:

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._direct.form import OrbaxFiles
+from flaxckpt._direct.form import Form
 from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._direct.learn import learn
 from flaxckpt._processes.messages import are_several
@@ -19,11 +19,11 @@ class Forms:
     def __init__(self) -> None:
         """Know no form yet."""
         # Replaced as a whole, since several threads look into it.
-        self._known: tuple[tuple[Layout, list[Any], OrbaxFiles], ...] = ()
+        self._known: tuple[tuple[Layout, list[Any], Form], ...] = ()
 
     def find(
         self, layout: Layout, held: list[Any], *, is_database: bool
-    ) -> OrbaxFiles | None:
+    ) -> Form | None:
         """Return the form of a tree; None if Orbax has not written such a tree yet.
 
         Args:
@@ -38,7 +38,7 @@ class Forms:
                 return known[2]
         return None
 
-    def _note(self, known: tuple[Layout, list[Any], OrbaxFiles]) -> None:
+    def _note(self, known: tuple[Layout, list[Any], Form]) -> None:
         """Note a form as the one used last."""
         others = [each for each in self._known if each is not known]
         self._known = known, *others[: _REMEMBERED - 1]
@@ -53,7 +53,7 @@ class Forms:
 
     def learn(
         self, directory: Path, layout: Layout, held: list[Any], *, leads: bool = True
-    ) -> OrbaxFiles | None:
+    ) -> Form | None:
         """Learn the form of a checkpoint that Orbax has just written; see `learn`."""
         form = learn(directory, layout, held, leads=leads)
         if form and not self.find(layout, held, is_database=form.is_database):

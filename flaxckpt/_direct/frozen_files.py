@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 
 from flaxckpt._direct.chunks import digest_as_stored
-from flaxckpt._direct.form import Fingerprints, OrbaxFiles
+from flaxckpt._direct.form import Fingerprints, Form
 from flaxckpt._direct.read import read
 from flaxckpt._direct.sources import Files
 from flaxckpt._direct.zarr import STATE, ZarrArray
@@ -221,7 +221,7 @@ class Frozen:
 
 
 def link_frozen(
-    form: OrbaxFiles,
+    form: Form,
     draft: Draft,
     values: Sequence[Any],
     fingerprints: Fingerprints,
@@ -247,7 +247,7 @@ def link_frozen(
             frozen.note(draft, stored, value, names, is_linked=is_linked)
 
 
-def adopt_frozen(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
+def adopt_frozen(form: Form, earlier: Path, frozen: Frozen) -> None:
     """Tell `frozen` which files of an earlier checkpoint can be linked.
 
     Does so only if `frozen` knows no stored leaf. Reads the values, since the files may
@@ -266,7 +266,7 @@ def adopt_frozen(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
         _adopt(form, earlier, frozen)
 
 
-def _adopt(form: OrbaxFiles, earlier: Path, frozen: Frozen) -> None:
+def _adopt(form: Form, earlier: Path, frozen: Frozen) -> None:
     leaves = Layout.from_json(read_leaves(earlier)).leaves
     store = Files(earlier / STATE)
     known = {leaf.stored_name: leaf for leaf in leaves}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._direct.chunks import own_chunks
-from flaxckpt._direct.form import OrbaxFiles
-from flaxckpt._direct.sources import HEAD, Database, Files, Values
+from flaxckpt._direct.form import Form
+from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
     DESCRIPTION,
     STATE,
@@ -32,7 +32,7 @@ from flaxckpt._trees.leaf import ARRAYS, Leaf
 
 def learn(
     directory: Path, layout: Layout, values: Sequence[Any], *, leads: bool = True
-) -> OrbaxFiles | None:
+) -> Form | None:
     """Learn how Orbax has just written a checkpoint.
 
     Args:
@@ -66,7 +66,7 @@ def learn(
             name = path.relative_to(directory).as_posix()
             if path.is_file() and not _holds_values(name, is_database, names):
                 contents[name] = path.read_bytes()
-        learnt = OrbaxFiles(is_database, contents, arrays)
+        learnt = Form(is_database, contents, arrays)
         if leads and any(leaf.is_text for leaf in leaves):
             text = learnt.current(STRINGS, contents[STRINGS], values)
             if json.loads(text) != json.loads(contents[STRINGS]):
@@ -76,7 +76,7 @@ def learn(
     return learnt
 
 
-def _stored_array(name: str, leaf: Leaf, value: Any, store: Values) -> ZarrArray:
+def _stored_array(name: str, leaf: Leaf, value: Any, store: Store) -> ZarrArray:
     """Read how Orbax has stored an array; raise if the way is not known here."""
     # Orbax may have been given another dtype than the leaf's own.
     dtype = leaf.dtype if leaf.kind in ARRAYS else dtype_of(value)

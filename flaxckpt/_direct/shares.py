@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from flaxckpt._direct.chunks import own_chunks
-from flaxckpt._direct.form import Fingerprints, OrbaxFiles
+from flaxckpt._direct.form import Fingerprints, Form
 from flaxckpt._direct.threads import writing_pool
 from flaxckpt._direct.write import write_file
 from flaxckpt._direct.zarr import STATE, ZarrArray
 from flaxckpt._disk.files import Draft
-from flaxckpt._trees.digest import Digest, combined, digest_of, digest_of_sum
+from flaxckpt._trees.digest import Digest, as_digest, combined, digest_of_sum
 from flaxckpt._trees.owned_shards import pieces
 
 # A leaf's digest as a number, and the position and checksum of each file of the leaf.
 Share: TypeAlias = tuple[int, list[tuple[int, str]]]
 
 
-def begin_shares(form: OrbaxFiles, draft: Draft, values: Sequence[Any]) -> None:
+def begin_shares(form: Form, draft: Draft, values: Sequence[Any]) -> None:
     """Write all but the arrays' values, which several processes write.
 
     Args:
@@ -32,7 +32,7 @@ def begin_shares(form: OrbaxFiles, draft: Draft, values: Sequence[Any]) -> None:
 
 
 def write_own(
-    form: OrbaxFiles, draft: Draft, values: Sequence[Any], *, leads: bool
+    form: Form, draft: Draft, values: Sequence[Any], *, leads: bool
 ) -> list[Share]:
     """Write this process's share of a checkpoint that several processes write.
 
@@ -67,7 +67,7 @@ def write_own(
         return list(pool.map(write, form.arrays, values))
 
 
-def joined(form: OrbaxFiles, shares: Sequence[Sequence[Share]]) -> Fingerprints:
+def joined(form: Form, shares: Sequence[Sequence[Share]]) -> Fingerprints:
     """Join the shares that the processes have written.
 
     Args:
@@ -92,5 +92,5 @@ def joined(form: OrbaxFiles, shares: Sequence[Sequence[Share]]) -> Fingerprints:
         sums.append([files[position] for position in range(number)])
         is_one_chunk = isinstance(stored, ZarrArray) and stored.is_one_chunk
         summed = digest_of_sum(sum(total for total, _ in parts))
-        digests.append(digest_of(files[0]) if is_one_chunk else summed)
+        digests.append(as_digest(files[0]) if is_one_chunk else summed)
     return digests, sums

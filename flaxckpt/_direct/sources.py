@@ -25,14 +25,14 @@ from flaxckpt._direct.zarr import (
     below,
     parsed,
     raw_bytes,
-    size_of,
     trailer_of,
 )
-from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.open import (
     NoFileError,
     is_inside,
     open_file,
+    plain_files,
     read_small,
     unreadable,
 )
@@ -43,14 +43,14 @@ from flaxckpt._trees.digest import checksum
 from flaxckpt._trees.leaf import Leaf, key_numbers
 
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
-_AHEAD_BYTES = 2**30  # that a thread may have in memory before it looks at them
+_AHEAD_BYTES = 2**29  # that a thread may have in memory before it looks at them
 _MANIFEST_BYTES = 64 * 2**20
 HEAD = 64  # bytes at the beginning of a file that `ends` returns
 _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
 BLOCK_BYTES = 512 * 2**10  # read or written at a time, and summed in the CPU cache
 
 
-def stored_of(store: "Values", leaf: Leaf) -> ZarrArray | None:
+def stored_of(store: "Store", leaf: Leaf) -> ZarrArray | None:
     """Look up how a leaf is stored; None if the shape differs from the leaf's.
 
     Raises:
@@ -74,7 +74,7 @@ def first_chunk(leaf: Leaf) -> str:
     return below(leaf.stored_name, "c" + "/0" * len(array_of(leaf)[0]))
 
 
-def outlined(store: "Values", leaf: Leaf) -> tuple[ZarrArray, int | None]:
+def outlined(store: "Store", leaf: Leaf) -> tuple[ZarrArray, int | None]:
     """Look up how a leaf is stored, in any encoding, and the bytes of a chunk's file.
 
     The size is None if it depends on the values.
@@ -100,7 +100,7 @@ def outlined(store: "Values", leaf: Leaf) -> tuple[ZarrArray, int | None]:
     return stored, None
 
 
-class Values:
+class Store:
     """Where a checkpoint's arrays are read from."""
 
     def read(self, key: str) -> bytes:
@@ -132,7 +132,7 @@ class Values:
         """
 
 
-class Files(Values):
+class Files(Store):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
@@ -172,7 +172,7 @@ class Files(Values):
             return size, head, os.pread(file, length, max(size - length, 0))
 
     def check_room(self, name: str, nbytes: int) -> None:
-        if nbytes > _ROOM_BYTES and nbytes > size_of(self._path(name)):
+        if nbytes > _ROOM_BYTES and nbytes > _size_of(self._path(name)):
             raise OtherwiseError
 
     @contextlib.contextmanager
@@ -196,7 +196,7 @@ class Files(Values):
         return self._directory / key
 
 
-class Sourced(Values):
+class Sourced(Store):
     """Files in an object store; `read_into` compares the size of what it sends."""
 
     def __init__(self, source: Source) -> None:
@@ -217,15 +217,15 @@ class Sourced(Values):
         return len(self.read(key)) == nbytes or nbytes is None
 
 
-class Database(Values):
+class Database(Store):
     def __init__(self, directory: Path) -> None:
-        self._size = size_of(directory)  # which raises unless all files are plain
+        self._size = _size_of(directory)  # which raises unless all files are plain
         try:
             read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
         except NoFileError as error:
             raise OtherwiseError from error
         with contextlib.ExitStack() as stack:
-            plain = stack.enter_context(plainly(directory))
+            plain = stack.enter_context(aliased(directory))
             weakref.finalize(self, stack.pop_all().close)
         base = {"driver": "file", "path": f"{plain}/"}
         # Without a cache, TensorStore reads the index anew for every key.
@@ -276,3 +276,10 @@ class Database(Values):
         except Exception as error:
             check_readable(self._directory)
             raise OtherwiseError from error
+
+
+def _size_of(directory: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in plain_files(directory))
+    except (NoFileError, OSError) as error:
+        raise OtherwiseError from error

@@ -9,21 +9,27 @@ import tensorstore
 import xxhash
 
 from flaxckpt._direct.chunks import chunks_of, digest_as_stored
-from flaxckpt._direct.form import Fingerprints, OrbaxFiles
+from flaxckpt._direct.form import Fingerprints, Form
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
 from flaxckpt._direct.sources import BLOCK_BYTES
 from flaxckpt._direct.threads import give_way, writing_pool, writing_threads
 from flaxckpt._direct.zarr import STATE, Array, ZarrArray, raw_bytes, trailer_of
-from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.files import Draft
-from flaxckpt._trees.digest import Digest, checksum, checksum_in, digest, digest_of
+from flaxckpt._trees.digest import (
+    Digest,
+    as_digest,
+    checksum,
+    checksum_in,
+    digest,
+)
 
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
 
 
 def write_values(
-    form: OrbaxFiles,
+    form: Form,
     draft: Draft,
     directory: Path,
     values: Sequence[Any],
@@ -42,13 +48,13 @@ def write_values(
     for path, content in form.contents_for(values, f"{STATE}/"):
         draft.write(path, [content])
     if form.is_database:
-        with plainly(directory / STATE) as plain:
+        with aliased(directory / STATE) as plain:
             database = tensorstore.KvStore.open(database_at(plain)).result()
             return _write_into(database, form, values), []
     return _write_files(form, draft, values, frozen)
 
 
-def fingerprints_of(form: OrbaxFiles, values: Sequence[Any]) -> Fingerprints:
+def fingerprints_of(form: Form, values: Sequence[Any]) -> Fingerprints:
     """Compute what `write_values` would return, and write nothing."""
     pairs = list(zip(form.arrays, values, strict=True))
     digests = [digest_as_stored(stored, value) for stored, value in pairs]
@@ -63,7 +69,7 @@ def fingerprints_of(form: OrbaxFiles, values: Sequence[Any]) -> Fingerprints:
     return digests, sums
 
 
-def _write_into(database: Any, form: OrbaxFiles, values: Sequence[Any]) -> list[str]:
+def _write_into(database: Any, form: Form, values: Sequence[Any]) -> list[str]:
     digests: list[str] = []
     transaction, size = tensorstore.Transaction(), 0
     into = database.with_transaction(transaction)
@@ -86,7 +92,7 @@ def _write_into(database: Any, form: OrbaxFiles, values: Sequence[Any]) -> list[
 
 
 def _write_files(
-    form: OrbaxFiles, draft: Draft, values: Sequence[Any], frozen: Frozen | None
+    form: Form, draft: Draft, values: Sequence[Any], frozen: Frozen | None
 ) -> Fingerprints:
     def write(stored: ZarrArray | str, value: Any) -> tuple[str, Sequence[str]]:
         if isinstance(stored, str):
@@ -120,7 +126,7 @@ def write_array(draft: Draft, stored: ZarrArray, value: Any) -> tuple[str, list[
         write_file(draft, key, start, chunk, digested)
         for key, start, chunk in chunks_of(stored, value)
     ]
-    return (digested.text if digested else digest_of(sums[0])), sums
+    return (digested.text if digested else as_digest(sums[0])), sums
 
 
 def write_file(

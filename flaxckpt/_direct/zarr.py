@@ -10,13 +10,11 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._disk.open import NoFileError, plain_files
 from flaxckpt._disk.zarr_json import parse_zarr
 from flaxckpt._trees.owned_shards import is_shared, pieces
 
@@ -175,10 +173,3 @@ def _crc32c(data: bytes) -> int:
         for _ in range(8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
-
-
-def size_of(directory: Path) -> int:
-    try:
-        return sum(entry.stat().st_size for entry in plain_files(directory))
-    except (NoFileError, OSError) as error:
-        raise OtherwiseError from error

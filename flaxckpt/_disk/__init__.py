@@ -3,12 +3,13 @@
 `open` opens plain files only, and `vetting` checks the files that Orbax and TensorStore
 open. `fields`, `record_fields`, `table`, `zarr_json` and `owner` parse JSON. `record`
 encodes and reads a checkpoint's record, `info` is its dataclass, and `listing` finds
-checkpoints by their records, and what a crash has left between two renames. `nested`
-refuses checkpoints inside checkpoints. `files` writes and syncs a directory's files.
-`alias` gives Orbax and TensorStore paths that they read correctly.
+checkpoints by their records, and what a crash has left between two renames, which
+`disk_area` repairs. `nested` refuses checkpoints inside checkpoints. `files` writes and
+syncs a directory's files. `alias` gives Orbax and TensorStore paths that they read
+correctly.
 
-`area` says what is asked of the place where a series is written, and `commit` is that
-place on a disk. It has a `claim` to the series, by a `lock` whose file `lock_file`
+`area` says what is asked of the place where a series is written, and `disk_area` is
+that place on a disk. It has a `claim` to the series, by a `lock` whose file `lock_file`
 opens. It writes into a `staging` directory and puts that in its place by an `exchange`
 of names.
 """

@@ -17,13 +17,13 @@ DESCRIPTORS = "/proc/self/fd"  # Linux has a path there for every open directory
 _PLAIN = re.compile(r"([\w .,=@+-]*(?<!\.__lock)/)*[\w .,=@+-]*(?<!\.__lock)", re.ASCII)
 
 
-def is_plain(path: Path) -> bool:
+def needs_no_alias(path: Path) -> bool:
     """Tell whether Orbax and TensorStore take a path as the file system does."""
     return _PLAIN.fullmatch(str(path)) is not None
 
 
 @contextlib.contextmanager
-def plainly(path: Path) -> Generator[Path]:
+def aliased(path: Path) -> Generator[Path]:
     """Yield a plain path of a directory that exists or is to be made.
 
     Args:
@@ -37,7 +37,7 @@ def plainly(path: Path) -> Generator[Path]:
     Raises:
         OSError: If the directory cannot be opened.
     """
-    if is_plain(path):
+    if needs_no_alias(path):
         yield path
     elif path.is_dir():
         with _alias(path) as directory:

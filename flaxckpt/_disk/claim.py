@@ -28,7 +28,7 @@ class SeriesLock(Protocol):
         """Tell whether this process has it, and what is at `at` is still the lock."""
         ...
 
-    def settle(self, path: Path) -> None:
+    def note_cleared(self, path: Path) -> None:
         """Note that what an earlier writer has left is cleared up."""
 
     def release(self, path: Path) -> None:
@@ -128,7 +128,7 @@ class Claim:
                 if self._lock.acquire(self._path):
                     for clear in clear_up:
                         clear()
-                    self._lock.settle(self._path)
+                    self._lock.note_cleared(self._path)
                 self._shared.changes += 1  # another process may have changed it
             except BaseException:
                 self._lock.release(self._path)
@@ -172,7 +172,7 @@ class Claim:
         """Whether a process that this one was forked from made the object."""
         return self._process != os.getpid()
 
-    def inherited(self) -> CheckpointLockedError:
+    def inherited_error(self) -> CheckpointLockedError:
         """Make the error for a call that only the object's own process can make."""
         return CheckpointLockedError(
             self._shown, socket.gethostname(), self._process, True

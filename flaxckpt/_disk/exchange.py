@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flaxckpt._disk.record import set_aside
+from flaxckpt._disk.record import replaced_path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -20,7 +20,7 @@ def replace(
     """Exchange two directories, by one call if there is one, or by three renames."""
     if _exchange(written, target):
         return
-    aside = set_aside(target)
+    aside = replaced_path(target)
     if aside.exists():  # an earlier call failed before its last rename
         os.rename(aside, written.with_name("replaced"))
     _rename_by_way_of(aside, target, written, sync_directory)
@@ -35,7 +35,7 @@ def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
     """
     if _exchange(new, path):
         return
-    _rename_by_way_of(set_aside(path), new, path, sync_directory)
+    _rename_by_way_of(replaced_path(path), new, path, sync_directory)
 
 
 def _rename_by_way_of(

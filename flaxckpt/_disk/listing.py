@@ -16,7 +16,7 @@ from flaxckpt._disk.record import (
     is_checkpoint,
     located,
     read_record,
-    set_aside,
+    replaced_path,
 )
 from flaxckpt._runtime.patience import looks, pause
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
@@ -111,7 +111,7 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 def _was_seen(path: Path) -> bool:
     """Tell whether anything is at a path, or set aside from it."""
-    return os.path.lexists(path) or os.path.lexists(set_aside(path))
+    return os.path.lexists(path) or os.path.lexists(replaced_path(path))
 
 
 def _find(
@@ -141,7 +141,7 @@ def _find(
         deeper: dict[Path, int | None] = {}
         # Entries under their own names come first, because the search goes on below
         # them. It does not go on below set-aside entries.
-        for entry in sorted(entries, key=_is_set_aside):
+        for entry in sorted(entries, key=_is_replaced):
             try:
                 for path, left_below in _candidates(directory, entry, below):
                     deeper.setdefault(path, left_below)
@@ -152,7 +152,7 @@ def _find(
         left += reversed(deeper.items())
 
 
-def _is_set_aside(entry: os.DirEntry[str]) -> bool:
+def _is_replaced(entry: os.DirEntry[str]) -> bool:
     return entry.name.startswith(REPLACED_PREFIX)
 
 
@@ -161,7 +161,7 @@ def _candidates(
 ) -> list[tuple[Path, int | None]]:
     """Return the paths to look at because of an entry, each with the depth left."""
     name = entry.name
-    if _is_set_aside(entry):
+    if _is_replaced(entry):
         name = name.removeprefix(REPLACED_PREFIX)
         # Look at that name: the new checkpoint may be there by now. If it is not,
         # `located` finds the one that is set aside.
@@ -187,7 +187,7 @@ def _sorted(found: Iterable[CheckpointInfo | LeftOut]) -> tuple[Infos, list[Left
     return tuple(infos), damaged
 
 
-def all_set_aside(root: Path, depth: int) -> Generator[Path]:
+def replaced_paths(root: Path, depth: int) -> Generator[Path]:
     """Yield what is set aside in `root`, and up to `depth` directories below it."""
     for directory in _directories(root, depth):
         names = [entry.name for entry in _entries(directory)]

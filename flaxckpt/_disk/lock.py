@@ -25,12 +25,12 @@ from pathlib import Path
 
 from flaxckpt._disk.lock_file import (
     flock,
-    has_flock,
     is_alive,
     is_still,
     made,
     open_lock_file,
     owner,
+    try_flock,
 )
 from flaxckpt._runtime.locks import new_lock
 from flaxckpt.errors import CheckpointLockedError
@@ -79,7 +79,8 @@ class FileLock:
             path: The lock's file; its directory exists.
 
         Returns:
-            Whether to clear up what an earlier writer has left; True until `settle`.
+            Whether to clear up what an earlier writer has left: True until
+            `note_cleared` is called.
 
         Raises:
             CheckpointLockedError: If another process has the lock.
@@ -131,7 +132,7 @@ class FileLock:
         except ValueError:  # another thread gives it back at this moment
             return False
 
-    def settle(self, path: Path) -> None:
+    def note_cleared(self, path: Path) -> None:
         """Note that an earlier writer's leftovers are cleared up; needs the lock."""
         _held[path].is_cleared = True
 
@@ -262,7 +263,7 @@ def _watch(path: Path, descriptor: int) -> None:
     host, pid = owner(descriptor)
     if not host or (host == socket.gethostname() and not is_alive(pid)):
         return
-    if host == socket.gethostname() and has_flock(descriptor):
+    if host == socket.gethostname() and try_flock(descriptor):
         return
     before = os.fstat(descriptor).st_mtime_ns
     until = time.monotonic() + WATCH_SECS

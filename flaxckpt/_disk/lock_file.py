@@ -86,7 +86,8 @@ def flock(path: Path, descriptor: int) -> None:
         pass  # this file system has no such locks: the heartbeat decides
 
 
-def has_flock(descriptor: int) -> bool:
+def try_flock(descriptor: int) -> bool:
+    """Lock the file by `flock`; tell whether this process has the lock now."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

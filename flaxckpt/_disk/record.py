@@ -68,7 +68,7 @@ def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
     return encode_record(one, {}, b"") == encode_record(other, {}, b"")
 
 
-def set_aside(path: Path) -> Path:
+def replaced_path(path: Path) -> Path:
     """Return where a checkpoint is while another one is put at `path` by renames."""
     return path.parent / f"{REPLACED_PREFIX}{path.name}"  # the root has no name
 
@@ -79,7 +79,7 @@ def located(path: Path) -> Path:
     If what is at `path` is no checkpoint, such as a directory that a script made, the
     checkpoint that is set aside counts.
     """
-    aside = set_aside(path)
+    aside = replaced_path(path)
     return aside if not _is_taken(path) and holds_checkpoint(aside) else path
 
 
@@ -92,7 +92,7 @@ def is_checkpoint(path: Path) -> bool:
     Raises:
         CheckpointPathError: If this process cannot tell.
     """
-    aside = set_aside(path)
+    aside = replaced_path(path)
     for _ in range(2):
         if holds_checkpoint(path):
             return True

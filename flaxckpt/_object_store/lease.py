@@ -101,7 +101,7 @@ class Lease:
                     if _fields(found).get("id") == self._id:
                         self._generation = found.generation
                 if self._generation is not None:
-                    self._objects.write_over(self._key, None, self._generation)
+                    self._objects.write_if_unchanged(self._key, None, self._generation)
                 self._is_over = True
         with _guard:
             if _held.get(self._url) is self:
@@ -157,7 +157,7 @@ class Lease:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "id": self._id}
         content = json.dumps({**who, "beats": self._beats}).encode()
         for _ in range(2):
-            written = self._objects.write_over(self._key, content, generation)
+            written = self._objects.write_if_unchanged(self._key, content, generation)
             if written is not None:
                 return written
             found = self._objects.read(self._key)
@@ -197,7 +197,8 @@ class StoreLock:
         After an interrupt the lock may be taken or not; repeat the call.
 
         Returns:
-            Whether to clear up what an earlier writer has left; True until `settle`.
+            Whether to clear up what an earlier writer has left: True until
+            `note_cleared` is called.
 
         Raises:
             CheckpointError: As `Lease.take` does.
@@ -217,7 +218,7 @@ class StoreLock:
         del path, at
         return True
 
-    def settle(self, path: Path) -> None:
+    def note_cleared(self, path: Path) -> None:
         """Note that the leftovers are cleared up."""
         del path
         assert self.lease is not None

@@ -84,7 +84,7 @@ class Objects:
         with self._translated():
             self._store.write(key, content).result()
 
-    def write_over(
+    def write_if_unchanged(
         self, key: str, content: bytes | None, generation: bytes
     ) -> bytes | None:
         """Write an object, unless another process has written it meanwhile.

@@ -20,7 +20,7 @@ from flaxckpt._copies.held import HostCopy
 from flaxckpt._direct.form import Fingerprints
 from flaxckpt._direct.forms import thawed
 from flaxckpt._direct.zarr import STATE
-from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.alias import aliased
 from flaxckpt._orbax.state_handler import StateHandler, Task, v1
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.quiet import quiet
@@ -77,7 +77,7 @@ def write_tree(
     registry = v1.handlers.local_registry(include_global_registry=False)
     registry.add(StateHandler, checkpointable_name=STATE)
     context.checkpointables.registry = registry
-    with calls_of_orbax(context), plainly(directory) as plain:
+    with calls_of_orbax(context), aliased(directory) as plain:
         ocp.save_checkpointables(plain, {STATE: task})
     return task
 
@@ -96,7 +96,7 @@ def with_key(leaf: Leaf, value: Any) -> Any:
 def unpacked(leaves: list[Any]) -> list[Any]:
     """Return leaves as Orbax takes them, without `FrozenLeaf` and `HostCopy`."""
     return [
-        leaf.placed() if isinstance(leaf, HostCopy) else leaf for leaf in thawed(leaves)
+        leaf.array() if isinstance(leaf, HostCopy) else leaf for leaf in thawed(leaves)
     ]
 
 

@@ -1,6 +1,6 @@
 """Has Orbax read a tree, or several items, from a checkpoint of plain Orbax.
 
-Orbax's exceptions do not leave this folder.
+Orbax's exceptions do not leave this module.
 """
 
 import warnings
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt._disk.vetting import check_plain, check_readable
@@ -162,7 +162,7 @@ def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
         return ocp.checkpointables_metadata(plain).metadata[name]
 
     try:
-        with calls_of_orbax(orbax_context()), plainly(path) as plain:
+        with calls_of_orbax(orbax_context()), aliased(path) as plain:
             try:
                 return read(plain, jax.tree.map(_placed_form, described(plain)))
             except (ValueError, TypeError, KeyError):

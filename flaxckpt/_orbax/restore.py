@@ -1,6 +1,6 @@
 """Has Orbax read leaves of a checkpoint that flaxckpt wrote.
 
-Orbax's exceptions do not leave this folder.
+Orbax's exceptions do not leave this module.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._disk.alias import plainly
+from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.record import located
 from flaxckpt._disk.vetting import check_plain, check_readable
 from flaxckpt._object_store.source import Place
@@ -35,7 +35,7 @@ def read_by_orbax(place: Place, layout: Layout, wanted: Mapping[int, Wanted]) ->
         check_names(path, [layout.leaves[index] for index in wanted])
         needed = sum(layout.leaves[index].nbytes for index in wanted)
         check_plain(path, needed, layout.nbytes)
-        with calls_of_orbax(orbax_context()), plainly(located(path)) as plain:
+        with calls_of_orbax(orbax_context()), aliased(located(path)) as plain:
             tree = ocp.load(plain, layout.fill_for_orbax(asked))
             return layout.pick(tree)
     except (MemoryError, jax.errors.JaxRuntimeError, CheckpointError):

@@ -19,7 +19,7 @@ SEVERAL = "in several processes there is one way only:"
 ALLOWED: dict[str, tuple[Any, ...]] = {"max_in_flight": (None, 1), "frozen": (None,)}
 
 
-def placed(copy: Any, leaf: Any) -> Any:
+def with_sharding(copy: Any, leaf: Any) -> Any:
     """Return a host copy that keeps the array's sharding, which its form depends on."""
     if not isinstance(leaf, jax.Array) or isinstance(copy, Shards):
         return copy

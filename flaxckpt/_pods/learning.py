@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.together import learn_form
-from flaxckpt._disk.alias import DESCRIPTORS, is_plain
+from flaxckpt._disk.alias import DESCRIPTORS, needs_no_alias
 from flaxckpt._object_store.scratch import scratch
 from flaxckpt._pods.agreement import translated_for_all
 from flaxckpt._processes.messages import Round, is_leader
@@ -34,7 +34,7 @@ def learn(
             exchanged = functools.partial(_exchanged_with_all, exchange)
         else:
             directory = _shared_directory(exchange, parts, stack)
-            if not is_plain(directory):
+            if not needs_no_alias(directory):
                 directory = stack.enter_context(_one_path(exchange, directory))
         try:
             forms = parts.disk.way.forms
@@ -60,7 +60,7 @@ def _shared_directory(
     """
     if is_leader():
         try:
-            parts.paths.open(None)
+            parts.paths.take_lock(None)
             directory = str(stack.enter_context(parts.series.area.staging()))
         except (OSError, CheckpointError) as error:
             exchange.tell("where", translated_for_all(error, parts.report.shown()))

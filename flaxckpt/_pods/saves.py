@@ -33,18 +33,18 @@ from flaxckpt._pods.agreement import (
     SEVERAL,
     agree,
     in_process,
-    placed,
     summary,
     translated_for_all,
+    with_sharding,
 )
 from flaxckpt._pods.learning import learn
 from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
 from flaxckpt._runtime.failures import space_told
-from flaxckpt._saving.arriving import Receiver
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.parts import SaverParts
+from flaxckpt._saving.receiver import Receiver
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError, SettingError
@@ -213,7 +213,7 @@ class PodSaver:
         shown = self.report.shown
         settled: tuple[Call, list[Page]] | None = None
         try:
-            settled = self._parts.publisher.settled(contents, _unchecked)
+            settled = self._parts.publisher.pages_to_write(contents, _unchecked)
             pages = [] if settled is None else settled[1]
             paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
             exchange.tell("check", summary(contents.calls[-1], paths))
@@ -251,7 +251,7 @@ class PodSaver:
                 earlier.forget()
             if settled is not None:
                 call, pages = settled
-                parts.paths.open(pages[0].path)
+                parts.paths.take_lock(pages[0].path)
                 parts.paths.checked(call, lasts=any(page.in_slot for page in pages))
                 with self._series.area.claim.turn:
                     parts.publisher.put(call, pages, together)
@@ -294,5 +294,5 @@ def _on_host(
         call.keep(name, np.asarray(value)[()])
     contents.scalars, leaves = [], leaves[:number]
     copies = copied_to_host(leaves, memory)
-    copies.beside = list(map(placed, copies.beside, leaves))
+    copies.beside = list(map(with_sharding, copies.beside, leaves))
     return copies

@@ -99,7 +99,7 @@ class Round:
             again: Whether the message may replace an earlier one on the subject.
         """
         if isinstance(content, CheckpointError):
-            message = {"error": [type(content).__name__, content.args]}
+            message = {"error": [_name_of(type(content)), content.args]}
         else:
             message = {"content": content}
         text = json.dumps(message, default=str)
@@ -144,6 +144,13 @@ class Round:
     def forget(self) -> None:
         """Delete all messages of the round, once every process has heard them."""
         _client().key_value_delete(self._key)
+
+
+def _name_of(kind: type[CheckpointError]) -> str:
+    """Name a class of errors, or the nearest above it that `errors` has."""
+    return next(
+        each.__name__ for each in kind.__mro__ if hasattr(errors, each.__name__)
+    )
 
 
 def gathered(name: str, content: Any) -> list[Any]:

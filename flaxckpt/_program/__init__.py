@@ -1,4 +1,4 @@
-"""What runs inside a jitted program.
+"""What goes on in a jitted program, and its counterpart on the host.
 
 `best_trees` has `Snapshot`, which keeps the best trees in the program:
 `best_trees_checks` checks what it is given, `best_trees_slots` writes its slots, and
@@ -7,5 +7,5 @@ runs a scan in parts.
 
 `traced_update` is `update` within a program, which hands a tree to the host, shard by
 shard: `shards` says which part each device hands over, `call_host` calls Python, and
-`arrivals` puts the shards together.
+`stream` puts the shards together.
 """

@@ -23,12 +23,12 @@ from flaxckpt._decision.scalars import as_number, index
 from flaxckpt._program.best_trees_checks import (
     check_taken,
     checked_logs,
-    form,
     is_array,
     leaves,
     lines,
     monitor_of,
     one_of,
+    shape_dtype,
 )
 from flaxckpt._program.best_trees_slots import (
     noted,
@@ -167,7 +167,7 @@ class Snapshot:
             epochs=none,
             batches=none.copy(),
             order=none.copy(),
-            logs={name: np.zeros(keep, form(logs[name])[1]) for name in logs},
+            logs={name: np.zeros(keep, shape_dtype(logs[name])[1]) for name in logs},
             monitor=monitor,
             mode=mode,
         )

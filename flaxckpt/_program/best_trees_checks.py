@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._decision.logs import Unusable, find, normalized, taken
+from flaxckpt._decision.logs import Unusable, find, normalized, with_values
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._runtime.gone import Shown, check_there
 from flaxckpt._trees.leaf import is_of_keys
@@ -39,7 +39,7 @@ def check_taken(
     check_there("tree", leaves(tree))
     if np.shape(save) != ():
         raise SettingError("save", save, "pass one truth value, of shape ().")
-    logs = taken(logs)
+    logs = with_values(logs)
     if snapshot.monitor not in logs:
         there = ", ".join(map(repr, logs or {})) or "none"
         problem = f"is the metric to compare, and `logs` lack it (keys there: {there})."
@@ -51,7 +51,7 @@ def check_taken(
         )
     logs = checked_logs(logs)
     for name, old in snapshot.logs.items():
-        kept, given = np.dtype(old.dtype), np.dtype(form(logs[name])[1])
+        kept, given = np.dtype(old.dtype), np.dtype(shape_dtype(logs[name])[1])
         if not _holds(kept, given, is_weak=_is_weak(logs[name])):
             raise MetricError(
                 name,
@@ -116,7 +116,7 @@ def is_array(leaf: Any) -> bool:
     )
 
 
-def form(leaf: Any) -> tuple[tuple[int, ...], Any]:
+def shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
     """Return the shape of a leaf, and the dtype that JAX will give it."""
     if not hasattr(leaf, "dtype"):
         return (), jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
@@ -128,7 +128,7 @@ def form(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def _described(leaf: Any) -> str:
     if not is_array(leaf):
         return f"a {type(leaf).__name__}"
-    shape, dtype = form(leaf)
+    shape, dtype = shape_dtype(leaf)
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from flaxckpt._copies.memory_kinds import beside, is_offloaded, zeros
 from flaxckpt._decision.scalars import flushed, improves
-from flaxckpt._program.best_trees_checks import form
+from flaxckpt._program.best_trees_checks import shape_dtype
 from flaxckpt._trees.leaf import is_of_keys
 
 
@@ -75,7 +75,7 @@ def _copied(new: Any, old: jax.Array) -> jax.Array:
 
 def zeros_like(leaf: Any) -> Any:
     """Return zeros with a leaf's shape, dtype and sharding."""
-    shape, dtype = form(leaf)
+    shape, dtype = shape_dtype(leaf)
     if is_of_keys(dtype):
         return _zero_keys(leaf)
     if isinstance(leaf, Tracer):

@@ -12,14 +12,14 @@ Cut: TypeAlias = tuple[slice, ...] | None
 
 
 @dataclass(frozen=True)
-class Place:
+class MeshSpec:
     """How a leaf is sharded."""
 
     mesh: Mesh
     spec: PartitionSpec
 
 
-def place_of(leaf: Any, sharding: Any) -> Place | None:
+def mesh_spec_of(leaf: Any, sharding: Any) -> MeshSpec | None:
     """Return how a traced value is sharded; None if that is not known.
 
     Its type tells if its mesh has explicit axes. Otherwise `sharding` counts, if it
@@ -32,13 +32,13 @@ def place_of(leaf: Any, sharding: Any) -> Place | None:
     if isinstance(leaf, jax.Array):
         own = jax.typeof(leaf).sharding
         if AxisType.Explicit in own.mesh.axis_types:
-            return Place(own.mesh, own.spec)
+            return MeshSpec(own.mesh, own.spec)
     if isinstance(sharding, NamedSharding):
         try:
             sharding.shard_shape(leaf.shape)
         except (ValueError, AttributeError):  # the sharding is of another array
             return None
-        return Place(sharding.mesh, sharding.spec)
+        return MeshSpec(sharding.mesh, sharding.spec)
     return None
 
 

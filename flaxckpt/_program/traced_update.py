@@ -22,8 +22,8 @@ from flaxckpt._decision.scalars import index
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._decision.step import judge
 from flaxckpt._pods.saves import PodSaver
-from flaxckpt._program.arrivals import Stream
-from flaxckpt._program.shards import Place, place_of
+from flaxckpt._program.shards import MeshSpec, mesh_spec_of
+from flaxckpt._program.stream import Stream
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.jax_internals import runtime_tokens
 from flaxckpt._runtime.traces import runs_in_trace
@@ -117,7 +117,7 @@ class Programs:
         self._has_streamed = True
         return with_leaves(state, seen=state.seen + token)
 
-    def _places(self, tree: PyTree) -> dict[int, Place | None]:
+    def _places(self, tree: PyTree) -> dict[int, MeshSpec | None]:
         """Return by its id how each leaf is sharded; None where that is not known."""
         flat = flatten(tree)
         leaves, known = flat.leaves, None
@@ -130,7 +130,7 @@ class Programs:
                 "gathered before it is saved. Pass init(like=...) what is saved.",
                 stacklevel=outside(),
             )
-        places = map(place_of, leaves, known or [None] * len(leaves))
+        places = map(mesh_spec_of, leaves, known or [None] * len(leaves))
         return dict(zip(map(id, leaves), places, strict=True))
 
     def finish(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from flaxckpt.errors import CheckpointError
 
 
-def ending(error: BaseException) -> CheckpointError:
+def error_at_exit(error: BaseException) -> CheckpointError:
     """Return an error that ends a program and quotes another error, which is kept."""
     return CheckpointError(f"{type(error).__name__}: {error}")
 

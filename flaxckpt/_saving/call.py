@@ -164,7 +164,7 @@ class Call:
         self.before, self.kept, self.state = before, kept, after
         self.decision = OnDevice(flag)
 
-    def take_up_flag(self) -> bool:
+    def wait_for_flag(self) -> bool:
         """Wait for a device's decision; return False if no device decides."""
         decision = self.decision
         if not isinstance(decision, OnDevice):

@@ -41,7 +41,6 @@ class Describer:
         """
         self._weights, self._weights_only = weights, weights_only
         self._forms, self._frozen = way.forms, way.frozen
-        self._free = Remembered[bool](_STRUCTURES)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._known = Remembered[tuple[list[Kind | None], Layout]](_STRUCTURES)
         self._is_new_to_weights = True
@@ -99,9 +98,7 @@ class Describer:
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
     ) -> StoredTree:
         """Describe a tree; if `is_picked`, all of it is weights."""
-        flat = flatten(tree, self._free)
-        if flat.is_free:
-            self._free.keep(flat.key, True)
+        flat = flatten(tree)
         kinds = [] if is_traced else kinds_of(flat.leaves)
         layout, leaves = self._described(tree, flat, kinds, is_traced=is_traced)
         if all(leaf.is_from_like for leaf in layout.leaves):
@@ -114,12 +111,13 @@ class Describer:
         self, tree: PyTree, flat: Flat, kinds: list[Kind | None], *, is_traced: bool
     ) -> tuple[Layout, list[Any]]:
         """Describe a tree, at once if it is like an earlier one, and all JAX arrays."""
-        known, layout = self._known.get(flat.key) or ([], None)
+        are_arrays = bool(kinds) and None not in kinds
+        known, layout = (are_arrays and self._known.get(flat.key)) or ([], None)
         if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
             return layout, flat.leaves
         with paused_collector():
             layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
-        if kinds and None not in kinds:
+        if are_arrays:
             self._known.keep(flat.key, (kinds, layout))
         return layout, leaves
 

@@ -81,7 +81,7 @@ class SaverParts:
             CheckpointError: If it was forked from another one that used JAX.
         """
         if self.queue.is_inherited:
-            raise self.series.area.claim.inherited()
+            raise self.series.area.claim.inherited_error()
         use_threads()
 
     def lost_best(self) -> bool:

@@ -20,7 +20,7 @@ class Paths:
         """Touch nothing."""
         self.template, self._series = template, series
 
-    def open(self, path: Path | None) -> None:
+    def take_lock(self, path: Path | None) -> None:
         """Take the lock of the series, if it is not held, before `path` is written."""
         try:
             self._series.area.open()

@@ -44,12 +44,12 @@ class Publisher:
 
         Nothing is deleted before the new checkpoint is in its place.
         """
-        settled = self.settled(contents, self.paths.check)
+        settled = self.pages_to_write(contents, self.paths.check)
         if settled is not None:
             with self.disk.series.area.claim.turn:
                 self.put(*settled)
 
-    def settled(
+    def pages_to_write(
         self, contents: Contents, check: Callable[[Path], None]
     ) -> tuple[Call, list[Page]] | None:
         """Wait for the copies; return the call to write and its pages, if any.
@@ -96,7 +96,7 @@ class Publisher:
     def _chosen(self, contents: Contents) -> Call | None:
         """Take up what devices have decided, and return the call to write, if any."""
         for call in contents.calls:
-            if call.take_up_flag():
+            if call.wait_for_flag():
                 self.report.decided(call)
                 if call.saves and contents.path is not None:
                     self.report.saving(call, contents.path)
@@ -121,7 +121,7 @@ class Publisher:
             together: How several processes write each page; None for one process.
         """
         # The lock may have been deleted.
-        self.paths.open(pages[0].path if pages else None)
+        self.paths.take_lock(pages[0].path if pages else None)
         state, logs = call.kept, plain_scalars(call.logs)
         step = call.epoch + 1
         if state is not None and state.save_freq != "epoch":
@@ -143,7 +143,7 @@ class Publisher:
                 state=None if state is None else plain_state(state),
                 saved_as=series.saved_as(page.path),
             )
-            task = self.disk.record(page, info, together)
+            task = self.disk.write(page, info, together)
             if task is not None:
                 is_direct = is_direct and task.is_direct
                 self._note_fault(page.path, task.fault)

@@ -14,7 +14,7 @@ from flaxckpt._runtime.failures import chain_of
 from flaxckpt._runtime.frames import is_nested, outside
 from flaxckpt._runtime.locks import new_lock, unlock_all
 from flaxckpt._runtime.unchecked import stay_unchecked
-from flaxckpt._saving.at_exit import UNHEARD, ending
+from flaxckpt._saving.at_exit import UNHEARD, error_at_exit
 from flaxckpt._saving.job import (
     NOBODY,
     PROGRAM,
@@ -212,7 +212,7 @@ class JobQueue:
         with self._lock:
             first, self._ended = self._ended, len(self._errors)
             if first < self._ended:
-                raise ending(self._errors[first])
+                raise error_at_exit(self._errors[first])
 
     def warn(self, message: str) -> None:
         """Keep a warning for the next call of `wait`, `check` or `close`."""

@@ -19,11 +19,11 @@ from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import Plan
-from flaxckpt._saving.arriving import Receiver
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.parts import SaverParts, refuse_processes
+from flaxckpt._saving.receiver import Receiver
 from flaxckpt._trees.ties import PyTree
 
 
@@ -82,7 +82,7 @@ class Saver:
         path, slot = parts.paths.checked(call, lasts=lasts)
         contents = parts.describer.describe(tree, path, skips=call.skips, lasts=lasts)
         contents.take_up_scalars(call)
-        parts.paths.open(slot if call.skips else path)
+        parts.paths.take_lock(slot if call.skips else path)
         job = self._claimed_for_device(contents, call)
         if isinstance(call.decision, Undecided):
             call.judge()

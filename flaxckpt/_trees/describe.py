@@ -72,7 +72,7 @@ def describe(
                 leaves.append(leaf)
                 stored.append(value)
                 continue
-        kind = from_like(value, in_equinox=in_equinox)
+        kind = unstored_kind(value, in_equinox=in_equinox)
         if kind:
             leaves.append(Leaf(path, kind))
             stored.append(None)
@@ -100,7 +100,7 @@ class RefusedError(Exception):
     """A leaf cannot be stored, for the reason given."""
 
 
-def from_like(value: Any, *, in_equinox: bool) -> str:
+def unstored_kind(value: Any, *, in_equinox: bool) -> str:
     """Return the kind of a leaf that is not a value; "" for a value.
 
     A `function` is a function or a class, and not an object with state. A leaf of an

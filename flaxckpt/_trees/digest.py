@@ -1,13 +1,13 @@
 """Fingerprints of saved leaves.
 
-The digest of an array in one chunk is the checksum of that chunk: the 64-bit XXH3
-(https://xxhash.com) of the elements in C order. It needs the whole array, and costs a
-third of the other kind.
+There are two kinds. `xxh3:` is the digest of an array in one chunk, and is the checksum
+of that chunk: the 64-bit XXH3 (https://xxhash.com) of the elements in C order. It needs
+the whole array, and costs a third of the other kind.
 
-The other kind does not depend on how an array is sharded. It takes the array's bits in
-words of 64 bits along the last axis. To each word it adds the word's own upper half. If
-an element has 64 bits or more, it combines the two by exclusive or instead. It then
-multiplies each word by a coefficient for the word's index, and sums modulo 2**64.
+`sum:`, the other kind, does not depend on how an array is sharded. It takes the array's
+bits in words of 64 bits along the last axis. To each word it adds the word's own upper
+half. If an element has 64 bits or more, it combines the two by exclusive or instead. It
+then multiplies each word by a coefficient for the word's index, and sums modulo 2**64.
 The coefficient is the product, over the axes, of an odd pseudo-random number for the
 index along that axis. So
 
@@ -69,7 +69,7 @@ def checksum(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8).data)
 
 
-def digest_of(checksum: str) -> str:
+def as_digest(checksum: str) -> str:
     """Make a digest from the checksum of a whole array."""
     return f"{_WHOLE}{checksum}"
 

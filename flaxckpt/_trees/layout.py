@@ -22,7 +22,7 @@ from flaxckpt._trees.skeleton import (
     node_at,
     with_children,
 )
-from flaxckpt._trees.ties import Place, PyTree
+from flaxckpt._trees.ties import Position, PyTree
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Filling:
         self._bytes_left = limit
 
     def plain(
-        self, node: Skeleton, place: Place, seen: set[Place] | None = None
+        self, node: Skeleton, place: Position, seen: set[Position] | None = None
     ) -> PyTree:
         """Fill a node in.
 
@@ -227,7 +227,7 @@ class Filling:
             return {str(k): e for k, e in below.items()} if are_mixed else below
         return list(below.values()) if kind == "list" else tuple(below.values())
 
-    def _pure(self, node: Skeleton, place: Place, seen: set[Place]) -> Any:
+    def _pure(self, node: Skeleton, place: Position, seen: set[Position]) -> Any:
         """Fill in a part of a module as NNX flattens it: nothing empty or twice."""
         self._count()
         match node:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from flaxckpt._trees.ties import Place
+from flaxckpt._trees.ties import Position
 from flaxckpt.errors import UnsupportedLeafError
 
 Skeleton: TypeAlias = Any
@@ -18,9 +18,9 @@ Skeleton: TypeAlias = Any
   root, of a child of that child, and so on. A `same` node has no leaves of its own."""
 
 
-def found_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] | None:
+def found_at(root: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Position] | None:
     """Return the node at a path, and its place; None if the path does not exist."""
-    node, place = skeleton, ()
+    node, place = root, ()
     for name in path:
         names = [str(key) for key, _ in children_in(node)]
         if name not in names:
@@ -29,7 +29,7 @@ def found_at(skeleton: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Place] 
         node = children_in(node)[place[-1]][1]
         if isinstance(node, dict) and "same" in node:
             place = tuple(node["same"])
-            node = node_at(skeleton, place)
+            node = node_at(root, place)
     return node, place
 
 

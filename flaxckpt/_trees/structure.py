@@ -15,7 +15,7 @@ from flaxckpt._trees.ties import (
     STATE,
     VARIABLE,
     Flat,
-    Place,
+    Position,
     PyTree,
     Seen,
     children_of,
@@ -57,7 +57,7 @@ def _walk(tree: PyTree) -> _Structure:
     def visit(
         node: PyTree,
         path: tuple[str, ...],
-        place: Place,
+        place: Position,
         in_equinox: bool,
         in_state: bool,
     ) -> Skeleton:

@@ -9,7 +9,6 @@ An `nnx.State` holds values, so a Variable in two States is not shared. Plain JA
 have no identity either: an array in two places of a plain tree is two leaves.
 """
 
-import contextlib
 import functools
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -18,11 +17,10 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flaxckpt._trees.remembered import Remembered
 from flaxckpt.errors import UnsupportedLeafError
 
 PyTree: TypeAlias = Any
-Place: TypeAlias = tuple[int, ...]
+Position: TypeAlias = tuple[int, ...]
 """Where a node is: the position of a child of the root, of its child, and so on."""
 _SHOWN = 8  # keys that an error lists
 VARIABLE, MODULE, STATE = "variable", "module", "state"
@@ -36,12 +34,10 @@ class Flat:
         leaves: The leaves, in the order in which JAX flattens the tree.
         key: Equal for trees of the same structure and the same ties. It is hashable if
             the tree's static data is hashable.
-        is_free: Whether the tree has nothing of NNX: JAX's own flattening is enough.
     """
 
     leaves: list[Any]
     key: Hashable
-    is_free: bool
     _tree: PyTree
     _treedef: Any
     _is_plain: bool
@@ -53,7 +49,7 @@ class Flat:
         return _rebuilt(self._tree, iter(leaves))
 
 
-def flatten(tree: PyTree, free: Remembered[bool] | None = None) -> Flat:
+def flatten(tree: PyTree) -> Flat:
     """Flatten a tree as `jax.tree.flatten` does, but each shared part of it once.
 
     It costs no more than JAX's own flattening if Flax NNX is not loaded, and one call
@@ -61,14 +57,12 @@ def flatten(tree: PyTree, free: Remembered[bool] | None = None) -> Flat:
 
     Args:
         tree: The tree.
-        free: Keys of trees that had nothing of NNX in them. Another tree with the key
-            costs no more than JAX's own flattening.
 
     Raises:
         UnsupportedLeafError: If JAX cannot sort the keys of a dict.
     """
     try:
-        return _flattened(tree, free)
+        return _flattened(tree)
     except ValueError as error:
         unsorted = _unsorted(tree, set())
         if unsorted is None:
@@ -76,20 +70,14 @@ def flatten(tree: PyTree, free: Remembered[bool] | None = None) -> Flat:
         raise UnsupportedLeafError((unsorted,)) from error
 
 
-def _flattened(tree: PyTree, free: Remembered[bool] | None) -> Flat:
+def _flattened(tree: PyTree) -> Flat:
     if "flax.nnx" not in sys.modules:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-        return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
-    if free is not None and not role_of(tree):
-        # A module may refer to its parent.
-        with contextlib.suppress(RecursionError):
-            leaves, treedef = jax.tree_util.tree_flatten(tree)
-            if free.get(treedef):
-                return Flat(leaves, treedef, True, tree, treedef, _is_plain=True)
+        return Flat(leaves, treedef, tree, treedef, _is_plain=True)
     watch = _Watch()
     nodes, treedef = jax.tree_util.tree_flatten(tree, is_leaf=watch.stops_at)
     if not watch.stops:
-        return Flat(nodes, treedef, watch.is_free, tree, treedef, _is_plain=True)
+        return Flat(nodes, treedef, tree, treedef, _is_plain=True)
     leaves: list[Any] = []
     ends: list[Any] = []  # what the treedef leaves out of a node at which JAX stopped
     for position, node in enumerate(nodes):
@@ -102,7 +90,7 @@ def _flattened(tree: PyTree, free: Remembered[bool] | None) -> Flat:
                 ends.append((position, inside))
             case _:
                 ends.append((position, watch.numbers[id(node)]))
-    return Flat(leaves, (treedef, tuple(ends)), False, tree, treedef, _is_plain=False)
+    return Flat(leaves, (treedef, tuple(ends)), tree, treedef, _is_plain=False)
 
 
 def leaves_of(tree: PyTree) -> list[Any]:
@@ -215,9 +203,9 @@ class Seen:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._places: dict[int, tuple[Place, Any]] = {}
+        self._places: dict[int, tuple[Position, Any]] = {}
 
-    def place_of(self, node: PyTree, place: Place) -> Place | None:
+    def place_of(self, node: PyTree, place: Position) -> Position | None:
         """Return where a walk met a node before; note a new node, and return None."""
         found = self._places.setdefault(id(node), (place, node))[0]
         return None if found == place else found
@@ -229,7 +217,6 @@ class _Watch:
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}
         self.stops = 0
-        self.is_free = True
         self._nodes: list[Any] = []  # kept alive, so that no other node gets their ids
         self.stops_at = self._made()
 
@@ -243,7 +230,6 @@ class _Watch:
             if not role:
                 plain.add(type(node))
                 return False
-            self.is_free = False
             if role != STATE and numbers.setdefault(id(node), len(nodes)) == len(nodes):
                 nodes.append(node)
                 return False

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from flaxckpt._trees.describe import RefusedError, array_leaf, from_like, normal
+from flaxckpt._trees.describe import RefusedError, array_leaf, normal, unstored_kind
 from flaxckpt._trees.layout import Filling, Layout
 from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, Leaf
 from flaxckpt._trees.placing import is_placement, placed
@@ -82,7 +82,7 @@ def wanted_leaves(like: PyTree) -> list[Wanted]:
         flat.leaves, structure.paths, structure.in_equinox, strict=True
     ):
         is_struct = isinstance(value, jax.ShapeDtypeStruct) or is_placement(value)
-        kind = "" if is_struct else from_like(value, in_equinox=in_equinox)
+        kind = "" if is_struct else unstored_kind(value, in_equinox=in_equinox)
         if kind:
             wanted.append(Wanted(Leaf(path, kind)))
             continue

@@ -26,7 +26,7 @@ import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
 from flaxckpt._checkpoints import series_writer as _series_writer
 from flaxckpt._checkpoints.aside import placed, places_aside
-from flaxckpt._disk import commit as _commit
+from flaxckpt._disk import disk_area as _commit
 from flaxckpt._disk import exchange as _exchange
 from flaxckpt._object_store.objects import Objects
 

@@ -35,7 +35,7 @@ SETTINGS = {"frozen": {"frozen": lambda path, leaf: path[0] == "base"}}
 # What the direct way calls, and how often at most while it writes one of these trees.
 CALLS = [
     (_write, "write_values"),
-    (_form.OrbaxFiles, "current"),
+    (_form.Form, "current"),
     (_direct_write, "digest_as_stored"),
     (_direct_write, "database_at"),
     (_direct_write, "write_array"),

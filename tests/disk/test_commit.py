@@ -22,7 +22,7 @@ import flaxckpt
 from flaxckpt import ModelCheckpoint
 from flaxckpt._checkpoints import load as _load
 from flaxckpt._checkpoints import write as _write
-from flaxckpt._disk import commit as _commit
+from flaxckpt._disk import disk_area as _commit
 from flaxckpt._disk import exchange as _exchange
 from flaxckpt._runtime import patience as _patience
 

@@ -41,7 +41,7 @@ def path(tmp_path):
 
 def is_free(path):
     with open(path, "rb", buffering=0) as file:  # as another process would
-        return _lock_file.has_flock(file.fileno())
+        return _lock_file.try_flock(file.fileno())
 
 
 class Holding(RuleBasedStateMachine):
@@ -70,8 +70,8 @@ class Holding(RuleBasedStateMachine):
 
     @precondition(lambda self: self.holders)
     @rule()
-    def settle(self):
-        lock.settle(self.path)
+    def note_cleared(self):
+        lock.note_cleared(self.path)
         self.is_settled = True
 
     @rule(is_replaced=st.booleans())

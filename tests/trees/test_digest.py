@@ -15,7 +15,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt._trees import digest as _digest
-from flaxckpt._trees.digest import Digest, checksum, combined, digest, digest_of
+from flaxckpt._trees.digest import (
+    Digest,
+    as_digest,
+    checksum,
+    combined,
+    digest,
+)
 from flaxckpt._trees.owned_shards import pieces
 
 DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]
@@ -177,11 +183,11 @@ def test_the_checksum_of_the_whole_is_that_of_its_elements_in_order(dtype):
 def test_a_checksum_is_of_a_leaf_of_any_kind_and_of_nothing_else():
     keys = jax.random.split(jax.random.key(0), 8)
     leaves = [keys, 3, 0.5, True, 2j, b"ab", np.float32(1), np.zeros((3, 0))]
-    marks = [digest_of(checksum(leaf)) for leaf in leaves]
+    marks = [as_digest(checksum(leaf)) for leaf in leaves]
     assert len(set(marks)) == len(leaves)
     assert checksum(keys) == checksum(jax.random.key_data(keys))
     for leaf in leaves:
-        own = digest_of(checksum(leaf))
+        own = as_digest(checksum(leaf))
         assert [_digest.agrees(leaf, mark) for mark in marks] == [
             mark == own for mark in marks
         ]
@@ -191,7 +197,7 @@ def test_no_sum_of_parts_is_a_checksum_of_the_whole():
     """What cannot be told of parts is never taken for what was saved."""
     zeros = np.zeros(8)
     for value, found in (
-        (zeros, digest_of(checksum(zeros))),
+        (zeros, as_digest(checksum(zeros))),
         (zeros, f"xxh3:{0:016x}"),
     ):
         assert not _digest.is_sum(combined(pieces(value)), found)

@@ -23,7 +23,7 @@ from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import chunks as _chunks
 from flaxckpt._direct import read as _read
 from flaxckpt._direct import write as _direct_write
-from flaxckpt._disk.alias import is_plain, plainly
+from flaxckpt._disk.alias import aliased, needs_no_alias
 from flaxckpt._disk.files import Draft
 from flaxckpt._orbax import files as _files
 from flaxckpt._trees.leaf import Leaf
@@ -84,7 +84,7 @@ def check_saves(directory, tree, *, epochs=3, **settings):
             flaxckpt.verify(path)
             assert_same(flaxckpt.load(path), tree)
             assert_same(flaxckpt.load(path, tree), tree)
-            with plainly(path) as plain:
+            with aliased(path) as plain:
                 by_orbax = ocp.load(plain)
             held = [x for x in jax.tree.leaves(tree) if is_held(x)]
             assert len(jax.tree.leaves(by_orbax)) == len(held)
@@ -512,9 +512,9 @@ def test_a_plain_path_leads_to_the_same_directory(tmp_path_factory, name):
     except OSError:  # a longer name than the file system takes
         return
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    with plainly(directory) as plain, plainly(directory / "new") as new:
-        assert is_plain(plain)
-        assert is_plain(new)
+    with aliased(directory) as plain, aliased(directory / "new") as new:
+        assert needs_no_alias(plain)
+        assert needs_no_alias(new)
         new.write_bytes(b"x")
         assert os.path.samefile(plain, directory)
     assert (directory / "new").read_bytes() == b"x"

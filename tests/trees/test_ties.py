@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import flax.linen as nn
 import hypothesis
@@ -234,6 +235,26 @@ def test_objects_of_nnx(tmp_path, made, settings):
     path = saved(tmp_path, tree := made(0), **settings)
     for like in (made(1), nnx.eval_shape(lambda: made(1))):
         assert_same_graph(flaxckpt.load(path, like), tree, like)
+
+
+def test_a_module_below_a_dict_is_never_walked_as_a_tree(tmp_path):
+    """JAX would recurse for ever, or take twice as long for each shared level."""
+    parent, child = Node(), Node()
+    parent.child, child.parent, child.w = child, parent, nnx.Param(jnp.ones(2))
+    level = Node()
+    level.w = nnx.Param(jnp.ones(2))
+    for _ in range(200):
+        above = Node()
+        above.x = above.y = level
+        level = above
+    depth = sys.getrecursionlimit()
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch, tree in enumerate(2 * [{"w": jnp.ones(2)}, parent, level]):
+            path = ckpt.save({"model": tree, "step": jnp.ones(())}, epoch)
+            ckpt.wait()
+            assert flaxckpt.load(path)["step"] == 1
+    assert jax.tree.leaves([[[[1]]]]) == [1]  # JAX has its recursion count back
+    assert sys.getrecursionlimit() == depth
 
 
 def test_a_child_that_knows_its_parent(tmp_path):

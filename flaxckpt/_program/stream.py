@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from flaxckpt._copies.memory_kinds import on_device
+from flaxckpt._copies.memory_kinds import to_default_memory
 from flaxckpt._copies.packing import Packing
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.state import LEAVES, CheckpointState, with_leaves
 from flaxckpt._program.call_host import call_host
-from flaxckpt._program.shards import Cut, Place, common, cut_of
+from flaxckpt._program.shards import Cut, MeshSpec, common, cut_of
 from flaxckpt._runtime.locks import new_lock
-from flaxckpt._saving.arriving import Arrival, Receiver, TracedTrees
-from flaxckpt._saving.at_exit import ending
+from flaxckpt._saving.at_exit import error_at_exit
 from flaxckpt._saving.call import Call
+from flaxckpt._saving.receiver import Arrival, Receiver, TracedTrees
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError
 
@@ -53,7 +53,7 @@ class Stream:
         trees: TracedTrees,
         logs: Logs,
         state: CheckpointState,
-        places: Sequence[Place | None],
+        places: Sequence[MeshSpec | None],
         *,
         stops: bool,
     ) -> None:
@@ -75,7 +75,7 @@ class Stream:
         Returns:
             Zero, i32[], once the host has taken them.
         """
-        leaves = list(map(on_device, leaves))
+        leaves = list(map(to_default_memory, leaves))
         if self._mesh is None:
             is_placed = jax.device_count() == 1
             return self._call(self._take, scalars, leaves, is_placed=is_placed)
@@ -172,7 +172,7 @@ class Stream:
         except CheckpointError as error:
             error.__traceback__ = None
             if self._stops:
-                raise ending(error) from None
+                raise error_at_exit(error) from None
             return np.int32(0)  # `wait` raises the error
         if is_first:
             try:
@@ -189,7 +189,7 @@ class Stream:
                 event.arrived += 1
                 if event.arrived == len(cuts):
                     self._forget()
-            raise ending(event.error)
+            raise error_at_exit(event.error)
         if event.arrival is not None:
             parts = zip(event.arrival.memory, cuts[number], shards, strict=True)
             try:
@@ -284,4 +284,4 @@ class Stream:
         # Without the frames, which still run and hold views of the program's memory.
         self._receiver.fail(error.with_traceback(None), ends=self._stops)
         if self._stops:
-            raise ending(error) from None
+            raise error_at_exit(error) from None

@@ -26,7 +26,7 @@ from pathlib import Path
 from etils import epath
 
 from flaxckpt._disk.area import Area, OccupiedError
-from flaxckpt._disk.commit import DiskArea
+from flaxckpt._disk.disk_area import DiskArea
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
 from flaxckpt._object_store.lease import StoreLock
 from flaxckpt._object_store.objects import Objects
@@ -73,7 +73,7 @@ class StoreArea(Area):
     def refresh(self, *paths: Path) -> None:
         """See `Area.refresh`: update the mirror from the store."""
         if self.claim.is_inherited:
-            raise self.claim.inherited()
+            raise self.claim.inherited_error()
         with _MOVING:
             if paths or (self._is_current and self.claim.is_taken):
                 names = [path.relative_to(self._root).as_posix() for path in paths]
@@ -237,7 +237,7 @@ class StoreArea(Area):
         elif current.at:  # a damaged pointer does not tell
             # After this write, a late write by the lock's previous owner fails.
             content = current.encoded()
-            if self._objects.write_over(pointer, content, found.generation):
+            if self._objects.write_if_unchanged(pointer, content, found.generation):
                 self._delete_files(at)
 
     # ---- in the store ----------------------------------------------------------------
@@ -264,7 +264,7 @@ class StoreArea(Area):
             self._doubt(before)
         content = None if pointer is None else pointer.encoded()
         self._check_lease()
-        written = self._objects.write_over(key, content, found.generation)
+        written = self._objects.write_if_unchanged(key, content, found.generation)
         if written is None:
             now = self._objects.read(key)
             if now.content != content:
@@ -278,7 +278,7 @@ class StoreArea(Area):
         try:
             self._check_lease()  # a new owner may have deleted the files
         except CheckpointLockedError:
-            self._objects.write_over(key, found.content, written)
+            self._objects.write_if_unchanged(key, found.content, written)
             raise
         return [before] if before else []
 

@@ -22,7 +22,7 @@ from flaxckpt._disk.area import Area, OccupiedError
 from flaxckpt._disk.claim import Claim, SeriesLock
 from flaxckpt._disk.exchange import IN_THE_WAY, replace, swap
 from flaxckpt._disk.files import sync_path
-from flaxckpt._disk.listing import all_set_aside
+from flaxckpt._disk.listing import replaced_paths
 from flaxckpt._disk.lock import FileLock
 from flaxckpt._disk.nested import refuse_around, refuse_inside
 from flaxckpt._disk.open import is_there, real
@@ -33,7 +33,7 @@ from flaxckpt._disk.record import (
     is_of,
     located,
     read_record,
-    set_aside,
+    replaced_path,
 )
 from flaxckpt._disk.staging import Staging
 from flaxckpt._runtime.frames import outside
@@ -85,7 +85,7 @@ class DiskArea(Area):
         self._make(self._root)
         self.claim.take(self._finish_replacements, self._staging.clear_up, *clear_up)
 
-    def _spare_others(self, path: Path) -> None:
+    def _refuse_around(self, path: Path) -> None:
         """Check that what is at a path has no other checkpoint in it.
 
         A store deletes no checkpoint together with another one.
@@ -117,7 +117,7 @@ class DiskArea(Area):
     ) -> None:
         """See `Area.commit`."""
         self.claim.check(target)
-        self._spare_others(target)
+        self._refuse_around(target)
         self._make(target.parent)
         self.claim.count_change()
         with self.claim.committing:
@@ -138,7 +138,7 @@ class DiskArea(Area):
         exchanged, another series may set its checkpoint aside for a moment: the name
         looks free, but is still taken.
         """
-        aside = set_aside(target)
+        aside = replaced_path(target)
         try:
             os.rename(written, target)
         except OSError as error:
@@ -178,7 +178,7 @@ class DiskArea(Area):
             self._sync_directory(path.parent)
             return
         path = located(path)  # if that is aside, what is at `path` stays
-        self._spare_others(path)
+        self._refuse_around(path)
         aside = self._staging.made()
         try:
             path.rename(aside / "new")
@@ -202,8 +202,8 @@ class DiskArea(Area):
         self.claim.check(path)
         self.claim.count_change()
         with self.claim.committing:
-            if is_there(set_aside(path)):  # an error came between two renames
-                self._finish_replacement(set_aside(path))
+            if is_there(replaced_path(path)):  # an error came between two renames
+                self._finish_replacement(replaced_path(path))
             swap(new, path, self._sync_directory)
             try:
                 self._sync_directory(path.parent)
@@ -215,7 +215,7 @@ class DiskArea(Area):
     def move(self, path: Path, target: Path) -> None:
         """See `Area.move`."""
         self.claim.check(path)
-        self._spare_others(path)
+        self._refuse_around(path)
         self.claim.count_change()
         with self.claim.committing:
             path.rename(target)
@@ -227,7 +227,7 @@ class DiskArea(Area):
         If a checkpoint cannot be read or moved, warn and leave it as it is: it may
         belong to another series or another user.
         """
-        for aside in all_set_aside(self._root, self._depth - 1):
+        for aside in replaced_paths(self._root, self._depth - 1):
             try:
                 self._finish_replacement(aside)
             except (OSError, CheckpointError) as error:

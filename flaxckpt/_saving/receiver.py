@@ -140,7 +140,7 @@ class Receiver:
         parts.lines.number(call)
         path, slot = parts.paths.checked(call, lasts=lasts)
         where = path if call.saves else slot
-        parts.paths.open(where)
+        parts.paths.take_lock(where)
         contents = trees.contents(call, path, lasts=lasts)
         if where is not None:
             parts.report.decided(call)
