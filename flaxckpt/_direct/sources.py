@@ -43,7 +43,7 @@ from flaxckpt._trees.digest import checksum
 from flaxckpt._trees.leaf import Leaf, key_numbers
 
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
-_AHEAD_BYTES = 2**29  # that a thread may have in memory before it looks at them
+_AHEAD_BYTES = 2**30  # of descriptions, and of chunks, that a thread reads ahead
 _MANIFEST_BYTES = 64 * 2**20
 HEAD = 64  # bytes at the beginning of a file that `ends` returns
 _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
@@ -237,7 +237,7 @@ class Database(Store):
 
     @property
     def most_at_once(self) -> int:
-        """How many values to expect at most; each may be as large as the database."""
+        """Of how many leaves to expect values; each may be as large as the database."""
         return _AHEAD_BYTES // max(self._size, 1)
 
     def expect(self, keys: Iterable[str]) -> None:
