@@ -28,7 +28,11 @@ def main() -> None:
     updates = 20 if options.quick else 195
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
     ckpt = flaxckpt.ModelCheckpoint(
-        root / "best", "episodic_return", mode="max", save_best_only=True
+        root / "best",
+        "episodic_return",
+        mode="max",
+        save_best_only=True,
+        overwrite=True,  # each round begins anew
     )
     model, key = ppo.ActorCritic(), jax.random.key(0)
     steps = updates * ppo.PASSES * ppo.BATCHES

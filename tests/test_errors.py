@@ -54,8 +54,18 @@ def below(kind):
     return {kind}.union(*map(below, kind.__subclasses__()))
 
 
-def test_an_error_of_another_class_reaches_other_processes_as_the_nearest_here():
-    """`Round.hear` makes an error from the name of its class and its arguments."""
+class Told(dict):
+    """The coordination service, as a process sees it that runs alone."""
+
+    def key_value_set(self, key, text, again):
+        self[key] = text
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return self[key]
+
+
+def test_an_error_of_another_class_reaches_others_as_the_nearest_here(monkeypatch):
+    """`Round.hear` makes an error from what `Round.tell` has told of another one."""
     for module in MODULES:
         importlib.import_module(f"flaxckpt.{module}")
     own = {
@@ -66,9 +76,13 @@ def test_an_error_of_another_class_reaches_other_processes_as_the_nearest_here()
         name = _messages._name_of(kind)
         assert getattr(errors, name) in all_errors()
         assert issubclass(kind, getattr(errors, name))
-    incomplete = looks.IncompleteError("/p", "cause")
-    named = getattr(errors, _messages._name_of(type(incomplete)))
-    assert str(named(*incomplete.args)) == str(incomplete)
+    told = Told()
+    monkeypatch.setattr(_messages, "_client", lambda: told)
+    exchange, error = _messages.Round("key", 1.0), looks.IncompleteError("/p", "cause")
+    exchange.tell("save", error)
+    with pytest.raises(errors.CheckpointWriteError) as raised:
+        exchange.hear("save")
+    assert str(raised.value) == str(error)
 
 
 def test_every_error_is_a_checkpoint_error_and_has_an_example():

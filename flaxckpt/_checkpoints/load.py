@@ -17,14 +17,13 @@ from flaxckpt._disk.info import CheckpointInfo, Loaded
 from flaxckpt._disk.record import read_record
 from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
+from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.stored_weights import plain_weights
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import on_host
 from flaxckpt.errors import CheckpointError, SettingError, UnsupportedLeafError
-
-_QUICK_BYTES = 2**30
 
 
 def load(
@@ -176,8 +175,9 @@ def load_weights(
 
 def _quick(place: Place, layout: Layout | None) -> AbstractContextManager[None]:
     """Pause the collector of garbage in a load that takes no longer than seconds."""
-    is_quick = layout is not None and layout.nbytes < _QUICK_BYTES and not place.source
-    return paused_collector() if is_quick else contextlib.nullcontext()
+    if place.source or are_several() or layout is None or layout.nbytes > 2**30:
+        return contextlib.nullcontext()
+    return paused_collector()
 
 
 def verify(path: str | os.PathLike[str]) -> None:

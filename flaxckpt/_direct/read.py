@@ -137,8 +137,7 @@ class Reader:
         arrays = [leaf for leaf in leaves if not leaf.is_text]
         arrays = arrays[: self._store.most_at_once if values else None]
         keys = [below(leaf.stored_name, DESCRIPTION) for leaf in arrays]
-        if values:
-            keys += [first_chunk(leaf) for leaf in arrays if len(_sums(leaf)) < 2]
+        keys += [first_chunk(leaf) for leaf in arrays if values]
         try:
             self._store.expect(keys)
             yield

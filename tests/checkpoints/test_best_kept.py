@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, SettingError
 from flaxckpt._checkpoints import series_writer as _series_writer
-from flaxckpt._checkpoints.aside import placed, places_aside
+from flaxckpt._checkpoints.aside import choose_place, places_aside
 from flaxckpt._disk import disk_area as _commit
 from flaxckpt._disk import exchange as _exchange
 from flaxckpt._object_store.objects import Objects
@@ -838,13 +838,12 @@ PROGRAM = """
     from flaxckpt._checkpoints.series_writer import SeriesWriter
 
     path, losses, kill_before = sys.argv[1], sys.argv[2], sys.argv[3]
-    method = getattr(SeriesWriter, kill_before, None)
-    if method is not None:
-        def killed(self, *arguments, **named):
-            if kill_before != "drop" or arguments[0]:
-                os._exit(9)
-            return method(self, *arguments, **named)
-        setattr(SeriesWriter, kill_before, killed)
+    method = getattr(SeriesWriter, kill_before)
+    def killed(self, *arguments, **named):
+        if kill_before != "drop" or arguments[0]:
+            os._exit(9)
+        return method(self, *arguments, **named)
+    setattr(SeriesWriter, kill_before, killed)
     import warnings
     warnings.simplefilter("ignore")
     with flaxckpt.ModelCheckpoint(path, save_best_only=True) as ckpt:
@@ -859,7 +858,7 @@ PROGRAM = """
 @pytest.mark.parametrize(
     ("losses", "kill_before", "left"),
     [
-        ("0.5", "record", {"best": 0.2}),
+        ("0.5", "write", {"best": 0.2}),
         ("0.5", "prune", {"best": 0.2, "best.aside": 0.5}),
         ("0.5,0.1", "drop", {"best": 0.1, "best.aside": 0.5}),
     ],
@@ -965,7 +964,9 @@ def test_of_all_places_the_best_stays_and_the_newest_too(mode, saves, swaps):
     for number, (value, by_hand, end) in enumerate(saves):
         values = {place: each for place, (each, _) in there.items()}
         free = next(name for name in ("a", "b", "c") if name not in there)
-        found = placed("path", free, values, value, mode, by_hand=by_hand, swaps=swaps)
+        found = choose_place(
+            "path", free, values, value, mode, by_hand=by_hand, swaps=swaps
+        )
         known = [each for each in values.values() if each is not None]
 
         def check(known, newest):

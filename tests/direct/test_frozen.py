@@ -380,11 +380,11 @@ def test_damage_is_not_passed_on_after_a_restart(tmp_path):
 
 def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkeypatch):
     go = threading.Event()
-    record = _series_writer.SeriesWriter.record
+    write = _series_writer.SeriesWriter.write
 
     def late(*args, **kwargs):
         go.wait(60)
-        record(*args, **kwargs)
+        write(*args, **kwargs)
 
     donate = jax.jit(lambda x: x * 2, donate_argnums=0)
     x, y = tree_of(1, 0), tree_of(2, 0)
@@ -392,7 +392,7 @@ def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkey
         ckpt.save(x, 0)
         ckpt.save(x, 1)
         ckpt.wait()
-        monkeypatch.setattr(_series_writer.SeriesWriter, "record", late)
+        monkeypatch.setattr(_series_writer.SeriesWriter, "write", late)
         ckpt.save({**y, "base": y["base"]}, 2)  # another value under the same name
         ckpt.save(x, 3)
         ckpt.save({**x, "merged": jnp.ones(3)}, 4)  # which Orbax writes

@@ -27,7 +27,7 @@ class Scaled:
         return cls(*children, scale)
 
 
-def test_the_oldest_values_give_way():
+def test_all_others_are_forgotten_where_there_would_be_too_many():
     remembered = Remembered(2)
     assert remembered.get("a") is None
     assert remembered.keep("a", 1) == 1
