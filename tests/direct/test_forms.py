@@ -21,6 +21,7 @@ def tree_of(size):
     return {"w": jnp.ones(size)}
 
 
+@pytest.mark.direct
 def test_the_forms_used_last_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(_forms, "_REMEMBERED", 2)
     for number, (size, direct) in enumerate(
@@ -30,6 +31,7 @@ def test_the_forms_used_last_are_remembered(tmp_path, monkeypatch):
         assert (counts.direct, counts.by_orbax) == (direct, 1 - direct), number
 
 
+@pytest.mark.direct
 def test_one_series_does_not_push_out_the_forms_of_others(tmp_path):
     save(tmp_path / "one", tree_of(3), 1)
     frozen = {"frozen": lambda path, leaf: True, "engine": "orbax"}
