@@ -4,7 +4,7 @@ import copy
 import importlib
 import inspect
 import pickle
-from pathlib import Path
+import pkgutil
 
 import numpy as np
 import orbax.checkpoint as v0
@@ -16,12 +16,6 @@ from flaxckpt import errors
 from flaxckpt._checkpoints import looks
 from flaxckpt._processes import messages as _messages
 
-PACKAGE = Path(flaxckpt.__file__).parent
-MODULES = [
-    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
-    for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py" and path.parent.name != "_cli"
-]
 EXAMPLES = [
     errors.CheckpointError("text"),
     errors.SettingError("mode", "x", "advice"),
@@ -66,8 +60,9 @@ class Told(dict):
 
 def test_an_error_of_another_class_reaches_others_as_the_nearest_here(monkeypatch):
     """`Round.hear` makes an error from what `Round.tell` has told of another one."""
-    for module in MODULES:
-        importlib.import_module(f"flaxckpt.{module}")
+    for module in pkgutil.walk_packages(flaxckpt.__path__, "flaxckpt."):
+        if not module.name.startswith("flaxckpt._cli"):
+            importlib.import_module(module.name)
     own = {
         each for each in below(errors.CheckpointError) if is_ours(each)
     } - all_errors()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.programs import Kind, Program, program
@@ -24,7 +25,10 @@ _REMEMBERED = 16
 _SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
 # XLA may change the bits of other dtypes where it joins arrays, or fail.
 _PACKED = frozenset(
-    [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+    jnp.dtype(name)
+    for name in [
+        f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+    ]
     + ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 )
 _MANY = 4  # fewer small arrays than this are copied one by one
@@ -150,5 +154,5 @@ def _is_small(shape: Any, dtype: Any, sharding: Any) -> bool:
     return (
         isinstance(sharding, jax.sharding.SingleDeviceSharding)
         and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
-        and str(dtype) in _PACKED
+        and dtype in _PACKED
     )

@@ -98,12 +98,7 @@ class Frozen:
     def indices(self, tree: PyTree) -> list[int]:
         """Return the indices of a tree's frozen leaves; filter each structure once."""
         structure = flatten(tree).key
-        known = self._indices.get(structure)
-        return (
-            self._indices.keep(structure, self._choose(tree))
-            if known is None
-            else known
-        )
+        return self._indices.get_or_make(structure, lambda: self._choose(tree))
 
     def _choose(self, tree: PyTree) -> list[int]:
         nnx = sys.modules.get("flax.nnx")

@@ -16,13 +16,7 @@ from flaxckpt._direct.threads import give_way, writing_pool, writing_threads
 from flaxckpt._direct.zarr import STATE, Array, ZarrArray, raw_bytes, trailer_of
 from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.files import Draft
-from flaxckpt._trees.digest import (
-    Digest,
-    as_digest,
-    checksum,
-    checksum_in,
-    digest,
-)
+from flaxckpt._trees.digest import Digest, as_digest, checksum, checksum_in, digest
 
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit

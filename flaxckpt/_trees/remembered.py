@@ -1,6 +1,7 @@
 """What is remembered of trees, by their structures."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,11 @@ class Remembered(Generic[T]):
             return self._values.get(key)
         except (TypeError, ValueError):
             return None
+
+    def get_or_make(self, key: Any, make: Callable[[], T]) -> T:
+        """Return the value for a key; make it if there is none, and keep it."""
+        known = self.get(key)
+        return self.keep(key, make()) if known is None else known
 
     def keep(self, key: Any, value: T) -> T:
         """Remember a value; if there are too many, forget the others first."""

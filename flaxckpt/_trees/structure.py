@@ -40,8 +40,7 @@ class _Structure:
 
 
 def structure_of(flat: Flat, tree: PyTree) -> _Structure:
-    known = _KNOWN.get(flat.key)
-    return _KNOWN.keep(flat.key, _walk(tree)) if known is None else known
+    return _KNOWN.get_or_make(flat.key, lambda: _walk(tree))
 
 
 _KNOWN = Remembered[_Structure](64)

@@ -15,13 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxckpt._trees import digest as _digest
-from flaxckpt._trees.digest import (
-    Digest,
-    as_digest,
-    checksum,
-    combined,
-    digest,
-)
+from flaxckpt._trees.digest import Digest, as_digest, checksum, combined, digest
 from flaxckpt._trees.owned_shards import pieces
 
 DTYPES = ["u1", "i2", "f2", "f4", "i8", "f8", "c8", "c16", "?", jnp.bfloat16, jnp.int4]

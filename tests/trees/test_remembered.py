@@ -88,19 +88,19 @@ def test_a_leaf_may_change_between_saves(tmp_path, number):
         jnp.ones(3),
         None,
     ]
+
+    def tree_with(leaf):
+        return {"a": jnp.zeros(2), "b": jnp.zeros(2)} | {"ab"[number]: leaf}
+
     paths = []
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         for epoch, leaf in enumerate(leaves):
-            tree = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-            tree["ab"[number]] = leaf
-            paths.append(ckpt.save(tree, epoch))
-        deleted = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-        deleted["ab"[number]] = jnp.ones(3)
+            paths.append(ckpt.save(tree_with(leaf), epoch))
+        deleted = tree_with(jnp.ones(3))
         deleted["ab"[number]].delete()
         with pytest.raises(flaxckpt.UnsupportedLeafError, match="was deleted"):
             ckpt.save(deleted, 99)
     for path, leaf in zip(paths, leaves, strict=True):
-        tree = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-        tree["ab"[number]] = leaf
+        tree = tree_with(leaf)
         loaded = flaxckpt.load(path, tree)
         assert jax.tree.map(bits_of, loaded) == jax.tree.map(bits_of, tree)
