@@ -60,7 +60,7 @@ def main() -> None:
 
     without()
     ways = {"without saves": without} | {name: measured(name) for name in NAMES}
-    results = harness.rounds(ways, 1 if options.quick else options.rounds)
+    results = harness.rounds(ways, options.rounds)
     title = f"Peak memory that saves add, state of {megabytes} MB"
     harness.report(title, "times the state", results, options.json)
     shutil.rmtree(root)

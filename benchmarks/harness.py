@@ -36,7 +36,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases with this in their names")
     parser.add_argument("--peers", nargs="+", default=[], help="measure these only")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (1 if options.quick else 5)
     return options
 
 

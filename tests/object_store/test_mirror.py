@@ -501,7 +501,8 @@ def test_what_a_killed_writer_has_here_is_deleted(s3, tmp_path):
 
 
 def test_a_store_that_is_gone_is_an_error_and_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr(_objects, "_RETRIES", {"max_retries": 2})
+    retries = {"max_retries": 2, "initial_delay": "20ms", "max_delay": "100ms"}
+    monkeypatch.setattr(_objects, "_RETRIES", retries)
     with object_stores.s3_server() as server:
         ckpt = ModelCheckpoint(f"s3://{object_stores.BUCKET}/run/{{epoch}}")
         ckpt.save(tree_of(0), 0)
