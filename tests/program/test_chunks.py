@@ -58,7 +58,7 @@ def assert_equal(found, expected):
     st.integers(1, 9),
     st.data(),
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_the_same_as_one_scan(name, length, chunk, data):
     """Also in a run that was stopped after some steps, and goes on from there."""
     body, carry, xs = case(name, length)
