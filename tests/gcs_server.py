@@ -2,8 +2,9 @@
 
 python gcs_server.py PORT
 
-It takes an empty object for a missing body and ends the connection, and knows neither
-generations of what is read, nor conditions of writes, nor ranges of listings
+It takes an empty object for a missing body and ends the connection, lets a client that
+asks whether to send its body wait for a second, and knows neither generations of what
+is read, nor conditions of writes, nor ranges of listings
 (https://cloud.google.com/storage/docs/json_api/v1/objects).
 """
 
@@ -74,18 +75,23 @@ objects.delete = conditional(delete, lambda request: request.params["object_id"]
 objects.download = download_with_generation
 objects.ls = ls_in_range
 
-from gcp_storage_emulator import server  # noqa: E402  # which takes all of these up
+from gcp_storage_emulator import server, storage  # noqa: E402  # which take these up
 
 read = server._read_data
 
 
 def read_empty_too(handler, query):
+    if "Expect" in handler.headers:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     found = read(handler, query)
     return b"" if found is None and query.get("uploadType") == ["media"] else found
 
 
 if __name__ == "__main__":
     server._read_data = read_empty_too
+    server.server.HTTPServer.request_queue_size = 128  # more than 5 clients at once
+    # It writes of all objects at each change, for another server to read:
+    storage.Storage._write_config_to_file = lambda storage: None
     running = server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True)
     running.start()
     threading.Event().wait()
