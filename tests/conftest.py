@@ -1,5 +1,6 @@
 """What holds for all tests: devices, strict promotion, Hypothesis, and no known form."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -43,3 +44,13 @@ def _no_known_form():
     from flaxckpt._direct.forms import shared_forms
 
     shared_forms.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def none_left_behind():
+    """Have tasks that Orbax leaves behind end with their file.
+
+    In the test of another file they would be errors.
+    """
+    yield
+    gc.collect()

@@ -1,6 +1,5 @@
 """A damaged checkpoint raises, or gives what was saved: never anything else."""
 
-import gc
 import json
 import os
 import random
@@ -23,18 +22,12 @@ from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import zarr as _zarr
 
 # Orbax leaves tasks of its own behind where it raises.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("none_left_behind"),
+]
 FULL = os.environ.get("FLAXCKPT_FAULTS") == "full"
 FLIPS, OTHERS = (170, 17) if FULL else (30, 6)  # of each of twelve kinds of checkpoint
-
-
-@pytest.fixture(autouse=True)
-def none_left_behind():
-    """Have those tasks end here, and not in another test, where they are errors."""
-    yield
-    gc.collect()
 
 
 def tree_of(dtype, sharded):

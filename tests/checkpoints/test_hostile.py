@@ -1,6 +1,5 @@
 """Checkpoints that somebody made to do harm: each is an error, at once, and said so."""
 
-import gc
 import hashlib
 import json
 import os
@@ -20,9 +19,10 @@ from flaxckpt._direct import read as _read
 from flaxckpt._direct import zarr as _zarr
 
 # Orbax leaves tasks of its own behind where it raises.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("none_left_behind"),
+]
 PLACES = ("flaxckpt.json", "flaxckpt_leaves.json", "_CHECKPOINT_METADATA",
           "state/_strings.json", "state/_METADATA", "state/_sharding",
           "state/w/zarr.json", "state/w/c*", "state/w/c/0/0", "state/n/c",
@@ -42,7 +42,6 @@ def patience():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    gc.collect()  # those tasks end here, and not where they are errors
 
 
 @pytest.fixture(scope="module")

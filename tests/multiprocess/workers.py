@@ -85,8 +85,14 @@ def save_tree(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
-def restore_tree(directory, specs):
-    """Restore it, however it is to be sharded here, and compare all values."""
+def restore_tree(directory, *ways):
+    """Restore it, in each way that it is to be sharded here, and compare all values."""
+    for specs in ways:
+        _restore_as(directory, specs)
+        say("same")
+
+
+def _restore_as(directory, specs):
     like = tree_of(mesh_of(jax.device_count()), SPECS[specs])
     with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
         tree = ckpt.restore(like).tree
@@ -102,7 +108,6 @@ def restore_tree(directory, specs):
         assert getattr(found, "dtype", None) == getattr(value, "dtype", None), name
     data = jax.random.key_data(tree["key"]).addressable_data(0)
     assert (np.asarray(data) == jax.random.key_data(jax.random.key(7))).all()
-    say("same")
 
 
 def save_names(directory):

@@ -26,15 +26,16 @@ def saved(tmp_path_factory):
     return directory / "run"
 
 
-@pytest.mark.parametrize("specs", ["rows", "columns"])
 @pytest.mark.parametrize(
     ("processes", "devices"), [(1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (4, 2)]
 )
 def test_what_four_have_saved_is_restored_on_others(
-    saved, tmp_path, processes, devices, specs
+    saved, tmp_path, processes, devices
 ):
-    said = pod.run(tmp_path, "restore_tree", processes, saved, specs, devices=devices)
-    assert said == [["same"]] * processes
+    said = pod.run(
+        tmp_path, "restore_tree", processes, saved, "rows", "columns", devices=devices
+    )
+    assert said == [["same", "same"]] * processes
 
 
 def test_what_four_have_saved_is_whole(saved):
