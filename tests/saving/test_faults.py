@@ -124,7 +124,8 @@ def test_order_of_syncs_and_renames(library, tmp_path, scenario, exchange):
         values = [
             path for path in new if re.search(r"/state/(?!array_metadatas)", path)
         ]
-        assert values == []  # they are written over
+        if os.environ.get("FLAXCKPT_TEST_ENGINE") != "orbax":  # which writes new files
+            assert values == []  # they are written over
         # Nothing is written to where a checkpoint is.
         writes = [path for call, path in between if call in ("write", "truncate")]
         assert not any(path.startswith("best") for path in writes)
