@@ -91,7 +91,7 @@ if __name__ == "__main__":
     server._read_data = read_empty_too
     server.server.HTTPServer.request_queue_size = 128  # more than 5 clients at once
     # It writes of all objects at each change, for another server to read:
-    storage.Storage._write_config_to_file = lambda storage: None
+    storage.Storage._write_config_to_file = lambda self: None
     running = server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True)
     running.start()
     threading.Event().wait()
