@@ -213,7 +213,7 @@ class ModelCheckpoint:
                 shardings. Within jit its shardings cannot be seen; without `like`, each
                 save gathers the whole tree on one device. Outside of jit, the first two
                 saves of a tree compile programs that copy it; with `like` of more than
-                64 arrays, a thread compiles them now. `restore` does both for the tree
+                128 arrays, a thread compiles them now. `restore` does both for the tree
                 that it returns.
 
         Returns:

@@ -5,6 +5,7 @@ new memory, and one that copies into the memory of an earlier save. Before the f
 save, only a large tree is worth a thread: one with few arrays has one program of each.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Sequence
@@ -21,11 +22,15 @@ from flaxckpt._runtime.unchecked import unchecked_pool
 
 
 class Ahead:
-    """Compiles the programs of the tree that it was told of last."""
+    """Compiles the programs of the tree that it was told of last.
 
-    def __init__(self) -> None:
-        """Start nothing yet."""
+    If no thread can be started, nothing happens: a save compiles what is missing.
+    """
+
+    def __init__(self, *, is_used: bool = True) -> None:
+        """Start nothing yet, and never anything unless `is_used`."""
         self._kinds: list[Kind] = []
+        self._is_used = is_used
 
     def compile(self, leaves: Sequence[Any]) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
@@ -37,9 +42,6 @@ class Ahead:
         Args:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
                 for an array.
-
-        Raises:
-            CheckpointError: In a process that was forked from one that used JAX.
         """
         kinds = [
             (leaf.shape, leaf.dtype, leaf.sharding)
@@ -61,13 +63,14 @@ class Ahead:
 
     def _start(self, kinds: list[Kind], plan: Plan | None = None) -> None:
         """Start the thread, which plans the copies itself if there is no plan yet."""
-        if not kinds or kinds == self._kinds or are_several():
+        if not (kinds and self._is_used) or kinds == self._kinds or are_several():
             return
-        use_threads()
-        ending, self._kinds = _ending(), kinds
-        pool = unchecked_pool(1, "flaxckpt-compile")
-        pool.submit(self._compile, kinds, plan, ending)
-        pool.shutdown(wait=False)  # the thread ends after this one task
+        with contextlib.suppress(Exception):
+            use_threads()
+            ending, self._kinds = _ending(), kinds
+            pool = unchecked_pool(1, "flaxckpt-compile")
+            pool.submit(self._compile, kinds, plan, ending)
+            pool.shutdown(wait=False)  # the thread ends after this one task
 
     def _compile(
         self, kinds: list[Kind], plan: Plan | None, ending: threading.Event

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SMALL_BYTES = 64 * 2**10
+SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# The compiler may change the bits of other dtypes.
-_PACKED = frozenset(
+# XLA may change the bits of other dtypes where it joins arrays, or fail.
+PACKED = frozenset(
     [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
     + ["bool", "bfloat16", "float16", "float32", "float64"]
 )
@@ -39,8 +39,8 @@ class Packing:
             if _is_part_of_byte(dtype):
                 self._alone.append(index)
                 continue
-            small = math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
-            if small and dtype.name in _PACKED:
+            small = math.prod(shape) * dtype.itemsize <= SMALL_BYTES
+            if small and dtype.name in PACKED:
                 self._groups.setdefault(dtype.itemsize, []).append(index)
             else:
                 self._alone.append(index)

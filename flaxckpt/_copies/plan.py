@@ -2,12 +2,13 @@
 
 Each argument and each result of a jitted call costs some microseconds. So small arrays
 on one device are joined into one. XLA takes longer than in proportion to compile a
-program over more arrays, so a program copies at most `MOST_TOGETHER` of them; arrays of
+program over more arrays, so a program copies at most `MOST_TOGETHER` of them. Arrays of
 the same kind stand together, so many batches share one program.
 """
 
 import functools
 import math
+import operator
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from flaxckpt._copies.memory_kinds import is_offloaded
+from flaxckpt._copies.packing import PACKED, SMALL_BYTES
 from flaxckpt._copies.programs import Kind, Program, program
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.jax_internals import device_order
 
-MOST_TOGETHER = 64
+MOST_TOGETHER = 128
 _REMEMBERED = 16
-_SMALL_BYTES = 64 * 2**10  # arrays up to this size are packed
-# XLA may change the bits of other dtypes where it joins arrays, or fail.
-_PACKED = frozenset(
-    jnp.dtype(name)
-    for name in [
-        f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-    ]
-    + ["bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
-)
+_PACKED = frozenset(map(jnp.dtype, PACKED | {"complex64", "complex128"}))
 _MANY = 4  # fewer small arrays than this are copied one by one
 
 
@@ -91,25 +85,26 @@ class Plan:
     def __init__(self, kinds: list[Kind | None]) -> None:
         """Sort the arrays into batches."""
         self.kinds = kinds
-        self.offloaded: list[int] = []
-        self.others = [index for index, kind in enumerate(kinds) if kind is None]
-        self._groups: dict[Any, list[int]] = {}
+        by_kind: dict[Any, list[int]] = {}
         for index, kind in enumerate(kinds):
-            if kind is None:
-                continue
+            by_kind.setdefault(kind, []).append(index)
+        self.others = by_kind.pop(None, [])
+        self.offloaded: list[int] = []
+        self._groups: dict[Any, list[int]] = {}
+        # Largest first, so scalars that come along are in the last batch.
+        for kind in sorted(by_kind, key=_nbytes, reverse=True):
             if is_offloaded(kind[2]):
-                self.offloaded.append(index)
+                self.offloaded += by_kind[kind]
             else:
-                self._groups.setdefault(device_order(kind[2]), []).append(index)
+                self._groups.setdefault(device_order(kind[2]), []).extend(by_kind[kind])
         self.batches: list[Batch] = []
         for indices in self._groups.values():
-            # Largest first, so scalars that come along are in the last batch.
-            if len(indices) > MOST_TOGETHER:
-                firsts: dict[Any, int] = {}
-                first = {i: firsts.setdefault(kinds[i], i) for i in indices}
-                indices.sort(key=lambda i, first=first: (-_nbytes(kinds[i]), first[i]))
             for start in range(0, len(indices), MOST_TOGETHER):
                 part = indices[start : start + MOST_TOGETHER]
+                kind, last = kinds[part[0]], indices[-MOST_TOGETHER:]
+                if len(part) < len(last) and all(kinds[i] == kind for i in last):
+                    # It is copied by the program of the batch before, if that is cheap.
+                    part = last if kind and _is_small(*kind) else part
                 self.batches.append(Batch(part, kinds))
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
@@ -140,10 +135,12 @@ class Plans:
 @paused_collector()
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
-    return [
-        (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else None
-        for leaf in leaves
-    ]
+    one_of_each = dict(zip(map(type, leaves), leaves, strict=True))
+    arrays = {t for t, leaf in one_of_each.items() if isinstance(leaf, jax.Array)}
+    return [_kind_of(leaf) if type(leaf) in arrays else None for leaf in leaves]
+
+
+_kind_of = operator.attrgetter("shape", "dtype", "sharding")
 
 
 def _nbytes(kind: Any) -> int:
@@ -153,6 +150,6 @@ def _nbytes(kind: Any) -> int:
 def _is_small(shape: Any, dtype: Any, sharding: Any) -> bool:
     return (
         isinstance(sharding, jax.sharding.SingleDeviceSharding)
-        and math.prod(shape) * dtype.itemsize <= _SMALL_BYTES
+        and math.prod(shape) * dtype.itemsize <= SMALL_BYTES
         and dtype in _PACKED
     )

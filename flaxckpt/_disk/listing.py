@@ -1,5 +1,6 @@
 """Find the checkpoints below a directory, and those that were set aside there."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -110,8 +111,16 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 
 def _was_seen(path: Path) -> bool:
-    """Tell whether anything is at a path, or set aside from it."""
-    return os.path.lexists(path) or os.path.lexists(replaced_path(path))
+    """Tell whether anything is at a path, or set aside from it.
+
+    Of a path that is too long nobody can tell, and no later look will.
+    """
+    with contextlib.suppress(OSError):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return os.path.lexists(replaced_path(path))
+    return True
 
 
 def _find(

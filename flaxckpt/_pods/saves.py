@@ -80,7 +80,7 @@ class PodSaver:
         self.counts = parts.report.counts
         self.wait, self.close = parts.queue.wait, parts.queue.close
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
-        self.compile_ahead = parts.compile_ahead
+        self.compile_ahead = parts.describer.compile_ahead
         self._channel = Channel(self._series.name, timeout)
         self._round: Round | None = None
 

@@ -1,5 +1,6 @@
 """`Describer`: what a call saves of a tree, described for the disk."""
 
+import contextlib
 import operator
 import warnings
 from collections import deque
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.write import Way
+from flaxckpt._copies.ahead import Ahead
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._orbax.engine import storable
@@ -14,8 +16,8 @@ from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
+from flaxckpt._settings import Settings
 from flaxckpt._trees.describe import describe
-from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
@@ -31,15 +33,16 @@ _STRUCTURES = 4  # so many structures of saved trees are remembered
 class Describer:
     """Describes the trees of one series, and remembers their structures."""
 
-    def __init__(self, weights: Weights, way: Way, *, weights_only: bool) -> None:
+    def __init__(self, settings: Settings, way: Way, ahead: Ahead) -> None:
         """Describe nothing yet.
 
         Args:
-            weights: Picks the weights from a tree.
+            settings: Tells what the weights are, and if the series gets them alone.
             way: How the trees are written.
-            weights_only: Whether the series gets the weights alone.
+            ahead: Compiles the programs that copy a tree as soon as it is known.
         """
-        self._weights, self._weights_only = weights, weights_only
+        self._weights = settings.weights or default_weights
+        self._weights_only, self._ahead = bool(settings.save_weights_only), ahead
         self._forms, self._frozen = way.forms, way.frozen
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._known = Remembered[tuple[list[Kind | None], Layout]](_STRUCTURES)
@@ -83,16 +86,19 @@ class Describer:
             raise self._frozen.refuse_all(tree)
         return contents
 
-    def leaves_ahead(self, tree: PyTree) -> list[Any]:
-        """Return the leaves of what the series gets of a tree.
+    def compile_ahead(self, tree: PyTree) -> None:
+        """Have the programs that copy such a tree compiled in the background.
 
-        Return no leaves if the user's function picks them: only saves call that
-        function.
+        Nothing happens if the user's function picks the weights: only saves call it.
+
+        Args:
+            tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
         """
-        if not self._weights_only:
-            return leaves_of(tree)
-        is_ours = self._weights is default_weights
-        return leaves_of(default_weights(tree)) if is_ours else []
+        with contextlib.suppress(Exception):  # the save raises what is wrong
+            if not self._weights_only:
+                self._ahead.compile(leaves_of(tree))
+            elif self._weights is default_weights:
+                self._ahead.compile(leaves_of(default_weights(tree)))
 
     def _stored(
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
@@ -115,6 +121,8 @@ class Describer:
         known, layout = (are_arrays and self._known.get(flat.key)) or ([], None)
         if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
             return layout, flat.leaves
+        if are_arrays:
+            self._ahead.compile(flat.leaves)
         with paused_collector():
             layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:

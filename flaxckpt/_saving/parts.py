@@ -1,6 +1,5 @@
 """`SaverParts`: what a saver is made of, in one process or in several."""
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from flaxckpt._saving.publish import Publisher
 from flaxckpt._saving.queue import JobQueue
 from flaxckpt._saving.report import Report
 from flaxckpt._settings import Settings
-from flaxckpt._trees.ties import PyTree
-from flaxckpt._trees.weights import default_weights
 from flaxckpt.errors import CheckpointError
 
 
@@ -53,23 +50,20 @@ class SaverParts:
 
     def __init__(self, settings: Settings, disk: SeriesWriter) -> None:
         """Start nothing yet."""
-        series, frozen = disk.series, disk.way.frozen
-        weights, weights_only = settings.weights, bool(settings.save_weights_only)
         best_only, overwrite = bool(settings.save_best_only), bool(settings.overwrite)
-        self.disk, self.series, self.frozen = disk, series, frozen
+        self.disk, self.series, self.frozen = disk, disk.series, disk.way.frozen
         self.snapshot, self.max_in_flight = settings.snapshot, settings.max_in_flight
-        self.queue, self.plans, self.ahead = JobQueue(), Plans(), Ahead()
-        self.report = Report(series, self.queue, settings.tell)
-        self.paths = Paths(settings.template, series)
-        best_kept = None
+        self.queue, self.plans = JobQueue(), Plans()
+        self.ahead = Ahead(is_used=self.snapshot in ("auto", "device"))
+        self.report = Report(self.series, self.queue, settings.tell)
+        self.paths, best_kept = Paths(settings.template, self.series), None
         if best_only:
             best_kept = BestKept(disk, self.report, overwrite=overwrite)
+        weights_only = bool(settings.save_weights_only)
         self.publisher = Publisher(
             disk, self.paths, self.report, best_kept, weights_only
         )
-        self.describer = Describer(
-            weights or default_weights, disk.way, weights_only=weights_only
-        )
+        self.describer = Describer(settings, disk.way, self.ahead)
         self.lines = Lines(best_only=best_only, overwrite=overwrite)
         weakref.finalize(self, self.queue.abandon)
 
@@ -101,16 +95,6 @@ class SaverParts:
         return self.snapshot == "device" or (
             self.snapshot == "auto" and fits_on_device(leaves)
         )
-
-    def compile_ahead(self, tree: PyTree) -> None:
-        """Have the programs that copy such a tree compiled in the background.
-
-        Args:
-            tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
-        """
-        if self.snapshot in ("auto", "device"):
-            with contextlib.suppress(Exception):  # the save raises what is wrong
-                self.ahead.compile(self.describer.leaves_ahead(tree))
 
     # ---- the steps of a job ----------------------------------------------------------
 

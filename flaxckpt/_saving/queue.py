@@ -182,7 +182,7 @@ class JobQueue:
                 self._start()
             self._changed.wait_for(lambda: not self.is_working())
         self.check()
-        UNHEARD.discard(self)
+        self._be_forgotten()
 
     def check(self) -> None:
         """Give the warnings and raise the errors that there are by now."""
@@ -255,6 +255,7 @@ class JobQueue:
             with self._lock:
                 self._changed.wait_for(lambda: not self._is_busy)
                 self._memory.clear()
+            self._be_forgotten()
 
     def abandon(self) -> None:
         """Drop the memory once the owner is collected; `at_exit` reports the errors.
@@ -262,7 +263,14 @@ class JobQueue:
         It takes no lock, because the garbage collector calls it. There is no job then.
         """
         self._memory.clear()
-        if not (self._errors or self._warnings):
+        self._be_forgotten()
+
+    def _be_forgotten(self) -> None:
+        """Let the program's end pass this queue by, if it has nothing to do or to tell.
+
+        The program may not end while the thread deletes arrays: JAX would abort it.
+        """
+        if not (self._is_busy or self._errors or self._warnings):
             UNHEARD.discard(self)
 
     def is_idle(self) -> bool:

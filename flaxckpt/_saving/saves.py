@@ -10,7 +10,6 @@ a device still computes, the device decides, and copies only if there is somethi
 save. The writing thread learns the decision later.
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ class Saver:
         self.counts, self.check_parent = parts.report.counts, parts.check_parent
         self.check, self.wait = parts.queue.check, parts.queue.wait
         self.close, self.lost_best = parts.queue.close, parts.lost_best
-        self.compile_ahead = parts.compile_ahead
+        self.compile_ahead = parts.describer.compile_ahead
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that computes the metric.
@@ -165,8 +164,7 @@ class Saver:
             wanted = contents.wanted(call)
             fill(call.copies, leaves, job.memory, wanted)
             if job.memory is None and wanted is np.True_:
-                with contextlib.suppress(Exception):  # the copies are there
-                    self._parts.ahead.compile_next(call.copies.plan)
+                self._parts.ahead.compile_next(call.copies.plan)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

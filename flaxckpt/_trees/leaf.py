@@ -95,6 +95,7 @@ class Leaf:
 LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))
 
 
+@functools.lru_cache(maxsize=256)
 def is_of_keys(dtype: Any) -> bool:
     """Tell whether arrays of a dtype hold typed PRNG keys."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
+
 from flaxckpt._trees.names import is_recordable, spelled
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import VALUE, Skeleton, key_of
@@ -62,13 +64,14 @@ def _walk(tree: PyTree) -> _Structure:
     ) -> Skeleton:
         if node is None:
             return None
-        role = role_of(node)
+        is_array = isinstance(node, jax.Array)  # a short way: there may be many
+        role = "" if is_array else role_of(node)
         if role in (VARIABLE, MODULE) and not in_state:
             before = seen.place_of(node, place)
             if before is not None:
                 return {"same": list(before)}
-        children, _ = children_of(node)
-        if len(children) == 1 and not children[0][0]:
+        children = [] if is_array else children_of(node)[0]
+        if is_array or (len(children) == 1 and not children[0][0]):
             paths.append(path)
             within.append(in_equinox)
             return len(paths) - 1

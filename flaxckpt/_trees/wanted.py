@@ -130,4 +130,4 @@ def as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
 
 def is_of_jax(dtype: str) -> bool:
     """Tell whether JAX has arrays of a dtype in its present settings."""
-    return dtype == str(jax.dtypes.canonicalize_dtype(dtype))
+    return bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)

@@ -18,10 +18,11 @@ from flaxckpt import ModelCheckpoint
 from flaxckpt._copies import ahead as _ahead
 from flaxckpt._copies import programs as _programs
 from flaxckpt._copies.ahead import Ahead
-from flaxckpt._copies.plan import kinds_of
+from flaxckpt._copies.plan import MOST_TOGETHER, Plan, kinds_of
 from flaxckpt._copies.programs import Program
 
 NAME = "flaxckpt-compile"
+MANY = MOST_TOGETHER + 6  # leaves that two programs copy
 
 
 def compiling():
@@ -90,7 +91,7 @@ def placements():
 @pytest.mark.parametrize("known_by", ["structs", "arrays", "update"])
 def test_the_first_saves_compile_nothing(tmp_path, compiled, count, known_by, where):
     sharding = placements()[where]
-    values = tree_of(70)
+    values = tree_of(MANY)
     tree = jax.device_put(values, sharding)
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         like = {"structs": structs(tree, sharding), "arrays": tree}.get(known_by)
@@ -111,7 +112,7 @@ def test_the_first_saves_compile_nothing(tmp_path, compiled, count, known_by, wh
 
 
 def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
-    tree = jax.device_put(tree_of(70))
+    tree = jax.device_put(tree_of(MANY))
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         ckpt.save(tree, 0)
     wait()
@@ -126,7 +127,7 @@ def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
     assert compiled == [f"{NAME}_0"] * 2
 
 
-@pytest.mark.parametrize("number", [1, 70])
+@pytest.mark.parametrize("number", [1, MANY])
 def test_the_first_save_has_the_programs_of_the_second_compiled(
     tmp_path, compiled, count, number
 ):
@@ -137,7 +138,40 @@ def test_the_first_save_has_the_programs_of_the_second_compiled(
             before, known = len(count), len(compiled)
             ckpt.save(jax.device_put(tree_of(number, first=epoch + 1)), epoch)
             assert len(count) == before
-            assert len(compiled) == known == (epoch + 1) * (1 + number // 64)
+            assert len(compiled) == known == (epoch + 1) * (1 + (number > 1))
+
+
+def test_a_new_tree_is_described_while_its_programs_are_compiled(tmp_path, compiled):
+    known = []
+
+    def weights(tree):
+        wait()
+        known.append(len(compiled))
+        return tree
+
+    tree = jax.device_put(tree_of(MANY))
+    with ModelCheckpoint(tmp_path / "{epoch}", weights=weights) as ckpt:
+        ckpt.save(tree, 0)
+    assert known == [2]
+
+
+@pytest.mark.parametrize("number", [MOST_TOGETHER + 1, 3 * MOST_TOGETHER - 1])
+def test_small_arrays_of_one_kind_share_one_program(tmp_path, compiled, number):
+    tree = {f"w{i:03}": jnp.full(3, i, jnp.float32) for i in range(number)}
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(3):
+            ckpt.save({name: x + epoch for name, x in tree.items()}, epoch)
+            wait()
+    assert _programs.program.cache_info().currsize == 1
+    for epoch in range(3):
+        found = flaxckpt.load(tmp_path / str(epoch + 1))
+        assert all(np.array_equal(found[name], x + epoch) for name, x in tree.items())
+
+
+def test_large_arrays_are_copied_once():
+    arrays = [jnp.zeros(17 * 2**10)] * (MOST_TOGETHER + 1)  # each above 64 KiB
+    plan = Plan(kinds_of(arrays))
+    assert [batch.number for batch in plan.batches] == [MOST_TOGETHER, 1]
 
 
 def test_a_save_does_not_fail_for_want_of_a_thread(tmp_path, monkeypatch):
@@ -174,7 +208,7 @@ def test_a_copy_to_new_memory_does_not_wait_for_the_other_program(monkeypatch):
 
 
 def test_weights_alone_are_known_too(tmp_path, compiled, count):
-    tree = {"params": jax.device_put(tree_of(70)), "opt_state": jnp.ones(99)}
+    tree = {"params": jax.device_put(tree_of(MANY)), "opt_state": jnp.ones(99)}
     with ModelCheckpoint(tmp_path / "{epoch}", save_weights_only=True) as ckpt:
         ckpt.init(tree)
         wait()
@@ -189,7 +223,7 @@ def test_a_metric_on_the_device_decides_in_a_compiled_program(
     tmp_path, compiled, where
 ):
     """Whether to copy comes as an array then."""
-    values, sharding = tree_of(70), placements()[where]
+    values, sharding = tree_of(MANY), placements()[where]
     slow = jax.jit(lambda x, loss: loss + 0 * jnp.sin(x @ x).sum())
     with ModelCheckpoint(tmp_path / "best", mode="min", save_best_only=True) as ckpt:
         state = ckpt.init(jax.device_put(values, sharding))
@@ -207,15 +241,18 @@ def test_a_metric_on_the_device_decides_in_a_compiled_program(
 
 def test_arrays_in_another_layout_are_copied_all_the_same(tmp_path, compiled):
     tree = {
-        str(i): np.arange(6.0 * (i + 1), dtype="f4").reshape(2, -1) for i in range(70)
+        str(i): np.arange(6.0 * (i + 1), dtype="f4").reshape(2, -1) for i in range(MANY)
     }
     like = structs(tree)
     other = Format(Layout((1, 0)), SingleDeviceSharding(jax.devices()[0]))
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         ckpt.init(like)
         wait()
+        moved = {
+            name: jax.device_put(tree[name], other) for name in ("0", str(MANY - 1))
+        }
         for epoch in range(2):
-            ckpt.save(jax.device_put(tree, other), epoch)
+            ckpt.save(jax.device_put(tree) | moved, epoch)
     assert jax.device_put(tree["0"], other).sharding == like["0"].sharding
     found = flaxckpt.load(tmp_path / "2")
     assert all(np.array_equal(found[name], tree[name]) for name in tree)
@@ -223,7 +260,7 @@ def test_arrays_in_another_layout_are_copied_all_the_same(tmp_path, compiled):
 
 def test_wide_numbers_and_keys_stay_as_they_are(tmp_path, compiled, count):
     with jax.enable_x64(True):
-        tree = {name: jnp.asarray(x, "f8") for name, x in tree_of(70).items()}
+        tree = {name: jnp.asarray(x, "f8") for name, x in tree_of(MANY).items()}
     tree["key"] = jax.random.key(0)
     with ModelCheckpoint(tmp_path / "1") as ckpt:
         ckpt.init(tree)
@@ -233,18 +270,18 @@ def test_wide_numbers_and_keys_stay_as_they_are(tmp_path, compiled, count):
         assert len(count) == before
     with jax.enable_x64(True):
         found = flaxckpt.load(tmp_path / "1", tree)
-    assert found["w069"].dtype == np.float64
-    assert np.array_equal(found["w069"], tree["w069"])
+    assert found["w000"].dtype == np.float64
+    assert np.array_equal(found["w000"], tree["w000"])
     assert compiled == [f"{NAME}_0"] * 2
 
 
 @pytest.mark.parametrize(
     "like",
     [
-        jax.tree.map(jnp.asarray, tree_of(64)),
-        tree_of(100),
-        jax.eval_shape(lambda: tree_of(100)),
-        {i: (lambda: 0) for i in range(100)},
+        jax.tree.map(jnp.asarray, tree_of(MOST_TOGETHER)),
+        tree_of(MANY),
+        jax.eval_shape(lambda: tree_of(MANY)),
+        {i: (lambda: 0) for i in range(MANY)},
         {1: 1, "a": 2},
         None,
     ],
@@ -261,14 +298,14 @@ def test_what_no_program_copies_starts_no_thread(tmp_path, monkeypatch, like):
 @pytest.mark.parametrize("snapshot", ["host", "none"])
 def test_neither_do_copies_on_the_host(tmp_path, snapshot):
     ckpt = ModelCheckpoint(tmp_path / "{epoch}", snapshot=snapshot)
-    ckpt.init(jax.device_put(tree_of(100)))
+    ckpt.init(jax.device_put(tree_of(MANY)))
     assert not compiling()
 
 
 def test_a_traced_update_is_as_ever(tmp_path):
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     state = ckpt.init()
-    tree = jax.device_put(tree_of(100))
+    tree = jax.device_put(tree_of(MANY))
     jax.jit(lambda tree: ckpt.update(state, tree, {}, 0, 0).seen)(tree)
     assert not compiling()
 
@@ -284,10 +321,10 @@ def test_another_tree_takes_the_thread(monkeypatch):
 
     monkeypatch.setattr(Program, "compile", compile)
     ahead = Ahead()
-    ahead.compile([*structs(tree_of(400)).values()])
+    ahead.compile([*structs(tree_of(4 * MOST_TOGETHER)).values()])
     assert begun.wait(60)
-    ahead.compile([*structs(tree_of(70, first=1000)).values()])
-    ahead.compile([*structs(tree_of(70, first=1000)).values()])  # as before: nothing
+    ahead.compile([*structs(tree_of(MANY, first=1000)).values()])
+    ahead.compile([*structs(tree_of(MANY, first=1000)).values()])  # as before: nothing
     go.set()
     wait()
     assert len(done) == 1 + 2
@@ -297,12 +334,13 @@ LARGE = """
     import faulthandler, os, sys, threading, time
     import jax, jax.numpy as jnp, numpy as np, flaxckpt
     from flaxckpt._copies import ahead
+    from flaxckpt._copies.plan import MOST_TOGETHER
     from flaxckpt._copies.programs import Program
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = [
         jax.ShapeDtypeStruct((i + 1,), np.float32, sharding=device)
-        for i in range(64 * 60)
+        for i in range(MOST_TOGETHER * 30)
     ]
     begun, number, original = threading.Event(), 0, Program.compile
 
@@ -335,7 +373,7 @@ def run(code, directory):
 def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
     (told,) = run(
         f"""
-        left = len(ckpt._saves._parts.ahead._kinds) // 64 - number
+        left = len(ckpt._saves._parts.ahead._kinds) // MOST_TOGETHER - number
         import atexit
         begun_at = number
         atexit.register(lambda: print(left > 20, number <= begun_at + 1))

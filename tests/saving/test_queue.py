@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from subprocesses import program
 
 from flaxckpt import CheckpointWriteError
 from flaxckpt._saving.job import Job
@@ -162,3 +163,21 @@ def test_what_follows_a_job_is_not_waited_for_but_its_error_is_told():
     with pytest.raises(CheckpointWriteError, match="sweep"):
         queue.close()
         queue.check()
+
+
+def test_the_program_does_not_end_before_what_follows_a_job():
+    """Its arrays are deleted then, and Python may not end in the middle of that."""
+    done = program("""
+        import time
+        from flaxckpt._saving.job import Job
+        from flaxckpt._saving.queue import JobQueue
+
+        queue = JobQueue()
+        job = queue.claim(None, 1)
+        after = lambda: (time.sleep(1), print("swept", flush=True))
+        job.then = Job(None, "path", lambda: None, after)
+        queue.submit(job)
+        queue.wait()
+        print("waited", flush=True)
+    """)
+    assert done.communicate(timeout=60) == ("waited\nswept\n", "")
