@@ -103,7 +103,7 @@ class Plan:
                 part = indices[start : start + MOST_TOGETHER]
                 kind, last = kinds[part[0]], indices[-MOST_TOGETHER:]
                 if len(part) < len(last) and all(kinds[i] == kind for i in last):
-                    # It is copied by the program of the batch before, if that is cheap.
+                    # To copy small arrays twice costs less than one more program.
                     part = last if kind and _is_small(*kind) else part
                 self.batches.append(Batch(part, kinds))
 
