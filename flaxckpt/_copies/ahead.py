@@ -7,6 +7,7 @@ save, only a large tree is worth a thread: one with few arrays has one program o
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,7 @@ class Ahead:
 
     def __init__(self, *, is_used: bool = True) -> None:
         """Start nothing yet, and never anything unless `is_used`."""
-        self._kinds: list[Kind] = []
-        self._is_used = is_used
+        self._is_used, self._kinds = is_used, list[Kind]()
 
     def compile(self, leaves: Sequence[Any]) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
@@ -75,10 +75,10 @@ class Ahead:
     def _compile(
         self, kinds: list[Kind], plan: Plan | None, ending: threading.Event
     ) -> None:
-        for batch in (plan or Plan([*kinds])).batches:
+        for which, batch in itertools.product((0, 1), (plan or Plan([*kinds])).batches):
             if ending.is_set() or self._kinds is not kinds:
                 return
-            batch.program.compile()
+            batch.program.compile(which)
 
 
 @functools.cache

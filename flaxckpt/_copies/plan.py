@@ -101,10 +101,11 @@ class Plan:
         for indices in self._groups.values():
             for start in range(0, len(indices), MOST_TOGETHER):
                 part = indices[start : start + MOST_TOGETHER]
-                kind, last = kinds[part[0]], indices[-MOST_TOGETHER:]
-                if len(part) < len(last) and all(kinds[i] == kind for i in last):
+                kind, both = kinds[part[0]], indices[max(start - MOST_TOGETHER, 0) :]
+                is_short = len(part) < MOST_TOGETHER < len(both)
+                if is_short and all(kinds[index] == kind for index in both):
                     # To copy small arrays twice costs less than one more program.
-                    part = last if kind and _is_small(*kind) else part
+                    part = both[-MOST_TOGETHER:] if kind and _is_small(*kind) else part
                 self.batches.append(Batch(part, kinds))
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:

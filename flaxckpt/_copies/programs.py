@@ -73,11 +73,14 @@ class Program:
         # `compile` was for arrays in their default layout; the call took none of these.
         return self._jitted[which](*arguments)[0]
 
-    def compile(self) -> None:
+    def compile(self, which: int) -> None:
         """Compile now, on this thread; a call on another thread that needs it waits.
 
         What `fill` has compiled is not compiled again. A copy that a device decides on
         is compiled when it is first needed.
+
+        Args:
+            which: 0 for `fill`, 1 for `refill`.
         """
         alone = [_struct(kind) for kind in self._alone]
         packs = [[_struct(kind) for kind in pack] for pack in self._packs]
@@ -85,12 +88,10 @@ class Program:
             _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
             for pack in self._packs
         ]
-        work, slot = self._work, alone + joined
-        with self._compiling[0]:
-            if not self._has_filled:
-                self._compile(0, alone, packs, work)
-        with self._compiling[1]:
-            self._compile(1, alone, packs, slot, work)
+        slot = [alone + joined] * which
+        with self._compiling[which]:
+            if which or not self._has_filled:
+                self._compile(which, alone, packs, *slot, self._work)
 
     def _compile(self, which: int, *arguments: Any) -> None:
         if self._programs[which] is self._jitted[which]:

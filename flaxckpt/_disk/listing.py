@@ -1,6 +1,5 @@
 """Find the checkpoints below a directory, and those that were set aside there."""
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -115,11 +114,10 @@ def _was_seen(path: Path) -> bool:
 
     Of a path that is too long nobody can tell, and no later look will.
     """
-    with contextlib.suppress(OSError):
-        try:
-            path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            return os.path.lexists(replaced_path(path))
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG or os.path.lexists(replaced_path(path))
     return True
 
 

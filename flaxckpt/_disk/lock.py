@@ -129,8 +129,10 @@ class FileLock:
         held = _held.get(path)
         try:
             return held is not None and _is_at(at, held)
-        except ValueError:  # another thread gives it back at this moment
-            return False
+        except (OSError, ValueError):
+            if held is None or not held.file.closed:
+                raise
+            return False  # another thread gives it back at this moment
 
     def note_cleared(self, path: Path) -> None:
         """Note that an earlier writer's leftovers are cleared up; needs the lock."""

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from typing import Any
 
 from flaxckpt._direct.threads import stand_back
@@ -51,8 +52,7 @@ class JobQueue:
         self._changed = threading.Condition(self._lock)
         self._jobs: list[Job] = []
         self._numbers = itertools.count(1)
-        self._is_busy = False
-        self._memory: list[Any] = []
+        self._is_busy, self._memory = False, deque[Any]()
         self._errors: list[CheckpointError] = []
         self._more_errors = self._ended = 0
         self._warnings: list[str] = []
@@ -260,9 +260,10 @@ class JobQueue:
     def abandon(self) -> None:
         """Drop the memory once the owner is collected; `at_exit` reports the errors.
 
-        It takes no lock, because the garbage collector calls it. There is no job then.
+        It takes no lock, because the garbage collector calls it. There is no job then,
+        or the last one, whose thread has let go of the owner.
         """
-        self._memory.clear()
+        self._memory = deque[Any](maxlen=0)
         self._be_forgotten()
 
     def _be_forgotten(self) -> None:
@@ -270,7 +271,7 @@ class JobQueue:
 
         The program may not end while the thread deletes arrays: JAX would abort it.
         """
-        if not (self._is_busy or self._errors or self._warnings):
+        if not (self._is_busy or self._jobs or self._errors or self._warnings):
             UNHEARD.discard(self)
 
     def is_idle(self) -> bool:
@@ -309,6 +310,7 @@ class JobQueue:
             del job, error
             with self._lock:
                 self._is_busy = False
+                self._be_forgotten()
                 self._changed.notify_all()
 
     def _do_after(self, job: Job) -> None:

@@ -1,5 +1,6 @@
 """Programs that copy a large tree are compiled before the first save, if it is known."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from flaxckpt._copies.programs import Program
 
 NAME = "flaxckpt-compile"
 MANY = MOST_TOGETHER + 6  # leaves that two programs copy
+ALL = [(f"{NAME}_0", which) for which in (0, 0, 1, 1)]  # as the saves need them
 
 
 def compiling():
@@ -53,9 +55,9 @@ def compiled(monkeypatch):
     _programs.program.cache_clear()
     original, threads = Program.compile, []
 
-    def compile(self):
-        threads.append(threading.current_thread().name)
-        original(self)
+    def compile(self, which):
+        threads.append((threading.current_thread().name, which))
+        original(self, which)
 
     monkeypatch.setattr(Program, "compile", compile)
     yield threads
@@ -99,7 +101,7 @@ def test_the_first_saves_compile_nothing(tmp_path, compiled, count, known_by, wh
         if known_by == "update":
             state = ckpt.update(state, tree, {}, 0, 0)
         wait()
-        assert compiled == [f"{NAME}_0"] * 2
+        assert compiled == ALL
         for epoch in range(3):
             before = len(count)
             state = ckpt.update(state, tree, {"val_loss": 1.0}, epoch)
@@ -124,7 +126,7 @@ def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
         before = len(count)
         ckpt.save(found.tree, 1)
         assert len(count) == before
-    assert compiled == [f"{NAME}_0"] * 2
+    assert compiled == ALL
 
 
 @pytest.mark.parametrize("number", [1, MANY])
@@ -138,7 +140,7 @@ def test_the_first_save_has_the_programs_of_the_second_compiled(
             before, known = len(count), len(compiled)
             ckpt.save(jax.device_put(tree_of(number, first=epoch + 1)), epoch)
             assert len(count) == before
-            assert len(compiled) == known == (epoch + 1) * (1 + (number > 1))
+            assert len(compiled) == known == (epoch + 1) * (4 if number > 1 else 2)
 
 
 def test_a_new_tree_is_described_while_its_programs_are_compiled(tmp_path, compiled):
@@ -152,7 +154,7 @@ def test_a_new_tree_is_described_while_its_programs_are_compiled(tmp_path, compi
     tree = jax.device_put(tree_of(MANY))
     with ModelCheckpoint(tmp_path / "{epoch}", weights=weights) as ckpt:
         ckpt.save(tree, 0)
-    assert known == [2]
+    assert known == [4]
 
 
 @pytest.mark.parametrize("number", [MOST_TOGETHER + 1, 3 * MOST_TOGETHER - 1])
@@ -166,6 +168,27 @@ def test_small_arrays_of_one_kind_share_one_program(tmp_path, compiled, number):
     for epoch in range(3):
         found = flaxckpt.load(tmp_path / str(epoch + 1))
         assert all(np.array_equal(found[name], x + epoch) for name, x in tree.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "number", "last"),
+    [
+        ([], MOST_TOGETHER + 5, MOST_TOGETHER),
+        ([4], MOST_TOGETHER + 4, 5),  # the program before is one of other kinds
+        ([4] * MOST_TOGETHER, 5, 5),
+        ([4], MOST_TOGETHER, 1),
+        ([], MOST_TOGETHER, MOST_TOGETHER),
+    ],
+)
+def test_a_last_batch_is_filled_up_to_share_the_program_before(before, number, last):
+    arrays = [jnp.zeros(size) for size in [*before, *[3] * number]]
+    plan = Plan(kinds_of(arrays))
+    *others, batch = [
+        [*batch.alone, *itertools.chain(*batch.packs)] for batch in plan.batches
+    ]
+    assert len(batch) == last
+    assert all(len(other) == MOST_TOGETHER for other in others)
+    assert {*batch}.union(*others) == {*range(len(arrays))}
 
 
 def test_large_arrays_are_copied_once():
@@ -196,7 +219,7 @@ def test_a_copy_to_new_memory_does_not_wait_for_the_other_program(monkeypatch):
         original(self, *arguments)
 
     monkeypatch.setattr(Program, "_compile", compile)
-    thread = threading.Thread(target=program.compile)
+    thread = threading.Thread(target=program.compile, args=(1,))
     thread.start()
     assert begun.wait(60)
     copies = program.fill([array], [])  # while the other one is compiled
@@ -215,7 +238,7 @@ def test_weights_alone_are_known_too(tmp_path, compiled, count):
         before = len(count)
         ckpt.save(tree, 0)
         assert len(count) == before
-    assert compiled == [f"{NAME}_0"] * 2
+    assert compiled == ALL
 
 
 @pytest.mark.parametrize("where", ["one device", "auto"])
@@ -272,7 +295,7 @@ def test_wide_numbers_and_keys_stay_as_they_are(tmp_path, compiled, count):
         found = flaxckpt.load(tmp_path / "1", tree)
     assert found["w000"].dtype == np.float64
     assert np.array_equal(found["w000"], tree["w000"])
-    assert compiled == [f"{NAME}_0"] * 2
+    assert compiled == ALL
 
 
 @pytest.mark.parametrize(
@@ -314,7 +337,7 @@ def test_another_tree_takes_the_thread(monkeypatch):
     """Programs for a tree that is not saved after all are not compiled to the end."""
     begun, go, done = threading.Event(), threading.Event(), []
 
-    def compile(self):
+    def compile(self, which):
         done.append(self)
         begun.set()
         assert go.wait(60)
@@ -327,7 +350,7 @@ def test_another_tree_takes_the_thread(monkeypatch):
     ahead.compile([*structs(tree_of(MANY, first=1000)).values()])  # as before: nothing
     go.set()
     wait()
-    assert len(done) == 1 + 2
+    assert len(done) == 1 + 4
 
 
 LARGE = """
@@ -344,10 +367,10 @@ LARGE = """
     ]
     begun, number, original = threading.Event(), 0, Program.compile
 
-    def compile(self):
+    def compile(self, which):
         global number
         begun.set()
-        original(self)
+        original(self, which)
         number += 1
 
     Program.compile = compile

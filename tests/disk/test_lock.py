@@ -96,6 +96,20 @@ def quick(monkeypatch):
     monkeypatch.setattr(_lock, "WATCH_SECS", 0.3)
 
 
+def test_a_lock_that_another_thread_gives_back_now_is_not_held(tmp_path, monkeypatch):
+    path, lock, is_still = tmp_path / "lock", _lock.FileLock(), _lock.is_still
+    lock.acquire(path)
+    assert lock.is_held(path, path)
+
+    def is_still_there(path, descriptor):
+        _lock._held[path].file.close()  # by the other thread
+        return is_still(path, descriptor)
+
+    monkeypatch.setattr(_lock, "is_still", is_still_there)
+    assert not lock.is_held(path, path)
+    lock.release(path)
+
+
 def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
     """Where the machines' kernels share no locks."""
     path, lock = tmp_path / "x.lock", _lock.FileLock()

@@ -10,6 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -362,6 +363,26 @@ def test_a_cell_that_is_run_again(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["10", "2", "3"]
 
 
+def test_an_object_dropped_while_it_saves_leaves_nothing(tmp_path):
+    from flaxckpt._saving import at_exit as _at_exit
+
+    gc.collect()
+    before, unheard = len(jax.live_arrays()), {*_at_exit.UNHEARD}
+    threads = []
+    for epoch in range(3):
+        ckpt = ModelCheckpoint(tmp_path / f"{epoch}" / "{epoch}")
+        ckpt.save({"w": jnp.zeros(2**18)}, epoch)
+        threads.append(ckpt._saves.queue._thread)
+        del ckpt
+    for thread in threads:
+        thread.join(60)
+    gc.collect()
+    assert {*_at_exit.UNHEARD} <= unheard
+    assert len(jax.live_arrays()) <= before + 2  # an argument of the copies stays
+    for epoch in range(3):
+        assert flaxckpt.load(tmp_path / f"{epoch}" / f"{epoch + 1}")["w"].size == 2**18
+
+
 def test_a_dropped_object_s_memory_is_let_go(tmp_path):
     from flaxckpt._saving import at_exit as _at_exit
 
@@ -370,7 +391,6 @@ def test_a_dropped_object_s_memory_is_let_go(tmp_path):
     queue = ckpt._saves.queue
     join(ckpt)
     assert queue._memory
-    assert queue in _at_exit.UNHEARD
     del ckpt
     gc.collect()
     assert not queue._memory
