@@ -86,7 +86,7 @@ class Updater:
         check_there("force", [("", force)])
         logs = with_values(logs)
         self.advice.of_no_best(logs)
-        if is_traced(tree, due, force, epoch, batch, logs, state):
+        if is_traced(due, force, epoch, batch, logs, state):
             state = self.programs.update(
                 given, state, due, tree, logs, epoch, batch, force
             )
@@ -147,7 +147,7 @@ class Updater:
         self.saves.check_parent()
         preempted = self.triggers.is_newly_preempted()
         logs = with_values(logs)
-        if is_traced(tree, epoch, batch, logs, state):
+        if is_traced(epoch, batch, logs, state):
             raise CheckpointError(
                 "save was called in a running JAX trace (jit, scan...). Call "
                 "update(..., force=True) there, which saves when the program runs."

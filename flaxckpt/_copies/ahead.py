@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from flaxckpt._copies.plan import MOST_TOGETHER, Plan
+from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.forks import use_threads
@@ -28,16 +28,18 @@ class Ahead:
     If no thread can be started, nothing happens: a save compiles what is missing.
     """
 
-    def __init__(self, *, is_used: bool = True) -> None:
-        """Start nothing yet, and never anything unless `is_used`."""
-        self._is_used, self._kinds = is_used, list[Kind]()
+    def __init__(self, plans: Plans, *, is_used: bool) -> None:
+        """Start nothing yet.
+
+        Args:
+            plans: Tells how to copy leaves.
+            is_used: Whether copies are made on devices; if not, nothing ever happens.
+        """
+        self._plans, self._is_used = plans, is_used
+        self._plan: Plan | None = None
 
     def compile(self, leaves: Sequence[Any]) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
-
-        Nothing happens if they are few, or were compiled by the last call, or in
-        several processes. The thread ends when it is done, when a call names another
-        tree, or after one more program when the interpreter ends.
 
         Args:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
@@ -50,33 +52,32 @@ class Ahead:
             and not isinstance(leaf, Tracer)
             and leaf.sharding is not None
         ]
-        if len(kinds) > MOST_TOGETHER:
-            self._start(kinds)
+        self.compile_kinds([*kinds])
 
-    def compile_next(self, plan: Plan) -> None:
-        """Have the programs compiled that copy into the memory of a plan's copies.
+    def compile_kinds(self, kinds: list[Kind | None]) -> None:
+        """Have the programs compiled that copy arrays of these kinds, unless few."""
+        if self._is_used and len(kinds) > MOST_TOGETHER:
+            self.compile_plan(self._plans.plan(kinds))
 
-        Args:
-            plan: The plan of copies that were made in new memory.
+    def compile_plan(self, plan: Plan) -> None:
+        """Have the programs of a plan compiled.
+
+        Nothing happens if the last call had the same plan, or in several processes. The
+        thread ends when it is done, when a call names another plan, or after one more
+        program when the interpreter ends.
         """
-        self._start([kind for kind in plan.kinds if kind is not None], plan)
-
-    def _start(self, kinds: list[Kind], plan: Plan | None = None) -> None:
-        """Start the thread, which plans the copies itself if there is no plan yet."""
-        if not (kinds and self._is_used) or kinds == self._kinds or are_several():
+        if plan is self._plan or not plan.batches or are_several():
             return
         with contextlib.suppress(Exception):
             use_threads()
-            ending, self._kinds = _ending(), kinds
+            ending, self._plan = _ending(), plan
             pool = unchecked_pool(1, "flaxckpt-compile")
-            pool.submit(self._compile, kinds, plan, ending)
+            pool.submit(self._compile, plan, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
-    def _compile(
-        self, kinds: list[Kind], plan: Plan | None, ending: threading.Event
-    ) -> None:
-        for which, batch in itertools.product((0, 1), (plan or Plan([*kinds])).batches):
-            if ending.is_set() or self._kinds is not kinds:
+    def _compile(self, plan: Plan, ending: threading.Event) -> None:
+        for which, batch in itertools.product((0, 1), plan.batches):
+            if ending.is_set() or self._plan is not plan:
                 return
             batch.program.compile(which)
 

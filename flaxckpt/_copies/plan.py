@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.packing import PACKED, SMALL_BYTES
@@ -57,10 +58,11 @@ class Batch:
         self.packs = [pack for pack in packs.values() if len(pack) >= _MANY]
         self.alone += [i for pack in packs.values() if len(pack) < _MANY for i in pack]
         self.number = len(self.alone) + len(self.packs)
+        self._picks = [operator.itemgetter(*pack) for pack in self.packs]
 
     def pick(self, leaves: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
         """Return the leaves in `alone`, and the leaves of each pack."""
-        packs = [[leaves[index] for index in pack] for pack in self.packs]
+        packs = [[*pick(leaves)] for pick in self._picks]
         return [leaves[index] for index in self.alone], packs
 
     @functools.cached_property
@@ -137,8 +139,12 @@ class Plans:
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
     one_of_each = dict(zip(map(type, leaves), leaves, strict=True))
-    arrays = {t for t, leaf in one_of_each.items() if isinstance(leaf, jax.Array)}
+    arrays = set(map(type, filter(_is_array, one_of_each.values())))
     return [_kind_of(leaf) if type(leaf) in arrays else None for leaf in leaves]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
 _kind_of = operator.attrgetter("shape", "dtype", "sharding")

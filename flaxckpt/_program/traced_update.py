@@ -6,7 +6,6 @@ device hands over its own shards. Meanwhile the host calls no JAX, which could d
 """
 
 import contextlib
-import functools
 import warnings
 import weakref
 from typing import Any
@@ -32,7 +31,7 @@ from flaxckpt._saving.saves import Saver
 from flaxckpt._settings import Settings
 from flaxckpt._trees.leaf import is_of_keys, without_keys
 from flaxckpt._trees.remembered import Remembered
-from flaxckpt._trees.ties import PyTree, flatten, leaves_of
+from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt.errors import CheckpointError
 
 
@@ -212,14 +211,7 @@ def _refuse_batches(*_: Any) -> Any:
     )
 
 
-def is_traced(tree: PyTree, *values: PyTree) -> bool:
+def is_traced(*values: PyTree) -> bool:
     """Tell whether a trace is running, or a leaf of the arguments is traced."""
-    if runs_in_trace():
-        return True
-    leaves = leaves_of(tree) + jax.tree.leaves(values)
-    return any(map(_is_of_tracers, set(map(type, leaves))))
-
-
-@functools.lru_cache(maxsize=256)  # `issubclass` on a type of JAX's takes a microsecond
-def _is_of_tracers(kind: type) -> bool:
-    return issubclass(kind, Tracer)
+    leaves = jax.tree.leaves(values)
+    return runs_in_trace() or any(isinstance(leaf, Tracer) for leaf in leaves)

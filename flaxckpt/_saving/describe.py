@@ -122,7 +122,7 @@ class Describer:
         if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
             return layout, flat.leaves
         if are_arrays:
-            self._ahead.compile(flat.leaves)
+            self._ahead.compile_kinds(kinds)
         with paused_collector():
             layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:

@@ -54,14 +54,13 @@ class SaverParts:
         self.disk, self.series, self.frozen = disk, disk.series, disk.way.frozen
         self.snapshot, self.max_in_flight = settings.snapshot, settings.max_in_flight
         self.queue, self.plans = JobQueue(), Plans()
-        self.ahead = Ahead(is_used=self.snapshot in ("auto", "device"))
+        self.ahead = Ahead(self.plans, is_used=self.snapshot in ("auto", "device"))
         self.report = Report(self.series, self.queue, settings.tell)
         self.paths, best_kept = Paths(settings.template, self.series), None
         if best_only:
             best_kept = BestKept(disk, self.report, overwrite=overwrite)
-        weights_only = bool(settings.save_weights_only)
         self.publisher = Publisher(
-            disk, self.paths, self.report, best_kept, weights_only
+            disk, self.paths, self.report, best_kept, bool(settings.save_weights_only)
         )
         self.describer = Describer(settings, disk.way, self.ahead)
         self.lines = Lines(best_only=best_only, overwrite=overwrite)

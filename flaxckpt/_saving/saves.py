@@ -164,7 +164,7 @@ class Saver:
             wanted = contents.wanted(call)
             fill(call.copies, leaves, job.memory, wanted)
             if job.memory is None and wanted is np.True_:
-                self._parts.ahead.compile_next(call.copies.plan)
+                self._parts.ahead.compile_plan(call.copies.plan)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

@@ -86,9 +86,11 @@ def is_optimizer(name: str, node: PyTree) -> bool:
     By type it is anything that `is_beside` knows, except PRNG keys. A part with a name
     in OPTIMIZERS may be a model, so it also needs a step count among its leaves.
     """
+    if not _is_node(node):
+        return False
     if is_beside(node):
         return not are_keys(node)
-    if not _is_node(node) or role_of(node):
+    if role_of(node):
         return False
     name = name.lower()
     return name in STATES or (
@@ -137,7 +139,9 @@ def is_floating(leaf: Any) -> bool:
 def is_beside(node: PyTree) -> bool:
     """Tell from its type whether a node is a part beside the weights."""
     kind = type(node)
-    if _is_key(node) or is_from(kind, "flaxckpt") or is_from(kind, "clu"):
+    if isinstance(node, jax.Array):
+        return is_of_keys(node.dtype)
+    if is_from(kind, "flaxckpt") or is_from(kind, "clu"):
         return True
     if is_from(kind, "optax"):
         return kind.__name__ != "LookaheadParams"

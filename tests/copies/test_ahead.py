@@ -19,7 +19,7 @@ from flaxckpt import ModelCheckpoint
 from flaxckpt._copies import ahead as _ahead
 from flaxckpt._copies import programs as _programs
 from flaxckpt._copies.ahead import Ahead
-from flaxckpt._copies.plan import MOST_TOGETHER, Plan, kinds_of
+from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, kinds_of
 from flaxckpt._copies.programs import Program
 
 NAME = "flaxckpt-compile"
@@ -343,7 +343,7 @@ def test_another_tree_takes_the_thread(monkeypatch):
         assert go.wait(60)
 
     monkeypatch.setattr(Program, "compile", compile)
-    ahead = Ahead()
+    ahead = Ahead(Plans(), is_used=True)
     ahead.compile([*structs(tree_of(4 * MOST_TOGETHER)).values()])
     assert begun.wait(60)
     ahead.compile([*structs(tree_of(MANY, first=1000)).values()])
@@ -396,7 +396,7 @@ def run(code, directory):
 def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
     (told,) = run(
         f"""
-        left = len(ckpt._saves._parts.ahead._kinds) // MOST_TOGETHER - number
+        left = len(ckpt._saves._parts.ahead._plan.batches) - number
         import atexit
         begun_at = number
         atexit.register(lambda: print(left > 20, number <= begun_at + 1))
