@@ -45,14 +45,14 @@ class Ahead:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
                 for an array.
         """
-        kinds = [
+        kinds: list[Kind | None] = [
             (leaf.shape, leaf.dtype, leaf.sharding)
             for leaf in leaves
             if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
             and not isinstance(leaf, Tracer)
             and leaf.sharding is not None
         ]
-        self.compile_kinds([*kinds])
+        self.compile_kinds(kinds)
 
     def compile_kinds(self, kinds: list[Kind | None]) -> None:
         """Have the programs compiled that copy arrays of these kinds, unless few."""

@@ -102,8 +102,8 @@ class Plan:
         self.batches: list[Batch] = []
         for indices in self._groups.values():
             for start in range(0, len(indices), MOST_TOGETHER):
-                part = indices[start : start + MOST_TOGETHER]
-                kind, both = kinds[part[0]], indices[max(start - MOST_TOGETHER, 0) :]
+                both = indices[max(start - MOST_TOGETHER, 0) : start + MOST_TOGETHER]
+                part, kind = both[start and MOST_TOGETHER :], kinds[indices[start]]
                 is_short = len(part) < MOST_TOGETHER < len(both)
                 if is_short and all(kinds[index] == kind for index in both):
                     # To copy small arrays twice costs less than one more program.

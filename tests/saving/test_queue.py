@@ -6,6 +6,7 @@ import pytest
 from subprocesses import program
 
 from flaxckpt import CheckpointWriteError
+from flaxckpt._saving.at_exit import UNHEARD
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.queue import JobQueue
 
@@ -163,6 +164,20 @@ def test_what_follows_a_job_is_not_waited_for_but_its_error_is_told():
     with pytest.raises(CheckpointWriteError, match="sweep"):
         queue.close()
         queue.check()
+
+
+def test_the_program_s_end_knows_a_queue_with_work_or_with_an_error():
+    queue = JobQueue()
+    gate = Gate(queue)
+    assert queue in UNHEARD
+    submit(queue, None, fails("full"))
+    gate.go.set()
+    queue._thread.join(60)  # it has been idle for long
+    assert queue in UNHEARD
+    with pytest.raises(CheckpointWriteError, match="full"):
+        queue.wait()
+    queue.wait()
+    assert queue not in UNHEARD
 
 
 def test_the_program_does_not_end_before_what_follows_a_job():
