@@ -7,12 +7,12 @@ save, only a large tree is worth a thread: one with few arrays has one program o
 
 import contextlib
 import functools
-import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans
@@ -36,7 +36,7 @@ class Ahead:
             is_used: Whether copies are made on devices; if not, nothing ever happens.
         """
         self._plans, self._is_used = plans, is_used
-        self._plan: Plan | None = None
+        self._told: tuple[Plan, int] | None = None
 
     def compile(self, leaves: Sequence[Any]) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
@@ -59,27 +59,34 @@ class Ahead:
         if self._is_used and len(kinds) > MOST_TOGETHER:
             self.compile_plan(self._plans.plan(kinds))
 
-    def compile_plan(self, plan: Plan) -> None:
+    def compile_plan(self, plan: Plan, is_wanted: Any = np.True_) -> None:
         """Have the programs of a plan compiled.
 
-        Nothing happens if the last call had the same plan, or in several processes. The
-        thread ends when it is done, when a call names another plan, or after one more
-        program when the interpreter ends.
+        Nothing happens if the last call had the same plan and kind of `is_wanted`, or
+        in several processes. The thread ends when it is done, when a call names another
+        plan, or after one more program when the interpreter ends.
+
+        Args:
+            plan: How a tree is copied.
+            is_wanted: As for `Program.refill`: an array if a device decides.
         """
-        if plan is self._plan or not plan.batches or are_several():
+        told = plan, 1 if is_wanted is np.True_ else 2
+        if told == self._told or not plan.batches or are_several():
             return
         with contextlib.suppress(Exception):
             use_threads()
-            ending, self._plan = _ending(), plan
+            ending, self._told = _ending(), told
             pool = unchecked_pool(1, "flaxckpt-compile")
-            pool.submit(self._compile, plan, ending)
+            pool.submit(self._compile, told, is_wanted, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
-    def _compile(self, plan: Plan, ending: threading.Event) -> None:
-        for which, batch in itertools.product((0, 1), plan.batches):
-            if ending.is_set() or self._plan is not plan:
-                return
-            batch.program.compile(which)
+    def _compile(self, told: Any, is_wanted: Any, ending: threading.Event) -> None:
+        plan, refill = told
+        for which in (0, refill):
+            for batch in plan.batches:
+                if ending.is_set() or self._told is not told:
+                    return
+                batch.program.compile(which, is_wanted)
 
 
 @functools.cache

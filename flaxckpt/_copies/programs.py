@@ -28,12 +28,10 @@ class Program:
         """
         self._alone, self._packs = alone, packs
         self._shardings = [kind[2] for kind in (*alone, *(pack[0] for pack in packs))]
-        settings: dict[str, Any] = {"keep_unused": True}
-        settings["out_shardings"] = self._shardings, None
-        fill = jax.jit(_fill, **settings)
-        settings["donate_argnums"] = 2
-        refills = jax.jit(_refill, **settings), jax.jit(_refill_if, **settings)
-        self._jitted: tuple[Any, Any, Any] = fill, *refills
+        shardings = self._shardings, None
+        jit = functools.partial(jax.jit, keep_unused=True, out_shardings=shardings)
+        refills = jit(_refill, donate_argnums=3), jit(_refill_if, donate_argnums=3)
+        self._jitted: tuple[Any, Any, Any] = jit(_fill), *refills
         self._programs: list[Any] = [*self._jitted]
         self._has_filled = False
         self._compiling = [new_lock() for _ in self._programs]
@@ -59,8 +57,8 @@ class Program:
             is_wanted: Whether to copy, a bool or bool[]; if not, `slot` is returned.
         """
         if is_wanted is np.True_:
-            return self._call(1, alone, packs, slot, self._work)
-        return self._call(2, alone, packs, slot, self._work, is_wanted)
+            return self._call(1, alone, packs, self._work, slot)
+        return self._call(2, alone, packs, self._work, slot, is_wanted)
 
     def _call(self, which: int, *arguments: Any) -> list[jax.Array]:
         with self._compiling[which]:
@@ -73,14 +71,14 @@ class Program:
         # `compile` was for arrays in their default layout; the call took none of these.
         return self._jitted[which](*arguments)[0]
 
-    def compile(self, which: int) -> None:
+    def compile(self, which: int, is_wanted: Any = np.True_) -> None:
         """Compile now, on this thread; a call on another thread that needs it waits.
 
-        What `fill` has compiled is not compiled again. A copy that a device decides on
-        is compiled when it is first needed.
+        What `fill` has compiled is not compiled again.
 
         Args:
-            which: 0 for `fill`, 1 for `refill`.
+            which: 0 for `fill`, 1 for `refill`, 2 for `refill` if a device decides.
+            is_wanted: As for `refill`.
         """
         alone = [_struct(kind) for kind in self._alone]
         packs = [[_struct(kind) for kind in pack] for pack in self._packs]
@@ -88,10 +86,10 @@ class Program:
             _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
             for pack in self._packs
         ]
-        slot = [alone + joined] * which
+        arguments = alone, packs, self._work, alone + joined, is_wanted
         with self._compiling[which]:
             if which or not self._has_filled:
-                self._compile(which, alone, packs, *slot, self._work)
+                self._compile(which, *arguments[: 3 + which])
 
     def _compile(self, which: int, *arguments: Any) -> None:
         if self._programs[which] is self._jitted[which]:
@@ -134,8 +132,8 @@ def _fill(
 def _refill(
     alone: list[jax.Array],
     packs: list[list[jax.Array]],
-    slot: list[jax.Array],
     work: jax.Array,
+    slot: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
     del slot  # the copies take its memory
     return _fill(alone, packs, work)
@@ -144,8 +142,8 @@ def _refill(
 def _refill_if(
     alone: list[jax.Array],
     packs: list[list[jax.Array]],
-    slot: list[jax.Array],
     work: jax.Array,
+    slot: list[jax.Array],
     is_wanted: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
     # Not for each refill: on GPU the thread that calls a `cond` waits for the device.

@@ -12,8 +12,6 @@ save. The writing thread learns the decision later.
 
 from pathlib import Path
 
-import numpy as np
-
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.on_host import copied_to_host
@@ -163,8 +161,8 @@ class Saver:
         if call.copies.plan is not None:
             wanted = contents.wanted(call)
             fill(call.copies, leaves, job.memory, wanted)
-            if job.memory is None and wanted is np.True_:
-                self._parts.ahead.compile_plan(call.copies.plan)
+            if job.memory is None:
+                self._parts.ahead.compile_plan(call.copies.plan, wanted)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from never_ready import take_metrics_for_unknown
 
 import flaxckpt
 from flaxckpt import ModelCheckpoint
@@ -55,9 +56,9 @@ def compiled(monkeypatch):
     _programs.program.cache_clear()
     original, threads = Program.compile, []
 
-    def compile(self, which):
+    def compile(self, which, *others):
         threads.append((threading.current_thread().name, which))
-        original(self, which)
+        original(self, which, *others)
 
     monkeypatch.setattr(Program, "compile", compile)
     yield threads
@@ -241,6 +242,34 @@ def test_weights_alone_are_known_too(tmp_path, compiled, count):
     assert compiled == ALL
 
 
+@pytest.mark.parametrize("where", ["one device", "auto", "explicit"])
+@pytest.mark.parametrize("number", [1, MANY])
+def test_a_copy_that_a_device_decides_on_is_compiled_before_the_second(
+    tmp_path, monkeypatch, caplog, compiled, number, where
+):
+    def told_of(x):
+        return x
+
+    take_metrics_for_unknown(monkeypatch)
+    sharding = placements()[where]
+    with (
+        jax.log_compiles(),
+        ModelCheckpoint(tmp_path / "{epoch}", save_best_only=True) as ckpt,
+    ):
+        jax.jit(told_of)(0)
+        state = ckpt.init()
+        for epoch in range(4):
+            tree, loss = jax.device_put((tree_of(number), np.float32(-epoch)), sharding)
+            state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
+            ckpt.wait()
+            wait()
+    assert [which for _, which in compiled].count(2) == (1 if number == 1 else 2)
+    assert "told_of" in caplog.text  # what this thread has compiled
+    assert "_refill_if" not in caplog.text
+    found = flaxckpt.load(tmp_path / "4")
+    assert all(np.array_equal(found[name], value) for name, value in tree.items())
+
+
 @pytest.mark.parametrize("where", ["one device", "auto"])
 def test_a_metric_on_the_device_decides_in_a_compiled_program(
     tmp_path, compiled, where
@@ -337,7 +366,7 @@ def test_another_tree_takes_the_thread(monkeypatch):
     """Programs for a tree that is not saved after all are not compiled to the end."""
     begun, go, done = threading.Event(), threading.Event(), []
 
-    def compile(self, which):
+    def compile(self, *_):
         done.append(self)
         begun.set()
         assert go.wait(60)
@@ -367,10 +396,10 @@ LARGE = """
     ]
     begun, number, original = threading.Event(), 0, Program.compile
 
-    def compile(self, which):
+    def compile(self, *others):
         global number
         begun.set()
-        original(self, which)
+        original(self, *others)
         number += 1
 
     Program.compile = compile
@@ -396,7 +425,7 @@ def run(code, directory):
 def test_an_exit_waits_for_one_program_at_most(tmp_path, how):
     (told,) = run(
         f"""
-        left = len(ckpt._saves._parts.ahead._plan.batches) - number
+        left = len(ckpt._saves._parts.ahead._told[0].batches) - number
         import atexit
         begun_at = number
         atexit.register(lambda: print(left > 20, number <= begun_at + 1))

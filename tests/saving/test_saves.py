@@ -94,7 +94,7 @@ def test_a_due_check_waits_for_no_metric(tmp_path):
         for epoch in range(2):  # these compile what the next one runs
             loss = slow(x) - epoch
             state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
-        ckpt.wait()
+            ckpt.wait()
         loss = slow(x) - 2
         state = ckpt.update(state, tree, {"val_loss": loss}, 2)
         assert not state.best.is_ready()  # asked first: the loss is ready before it
