@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
-from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans
+from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, is_array, kind_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.forks import use_threads
@@ -46,11 +45,9 @@ class Ahead:
                 for an array.
         """
         kinds: list[Kind | None] = [
-            (leaf.shape, leaf.dtype, leaf.sharding)
+            kind_of(leaf)
             for leaf in leaves
-            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-            and not isinstance(leaf, Tracer)
-            and leaf.sharding is not None
+            if isinstance(leaf, jax.ShapeDtypeStruct) or is_array(leaf)
         ]
         self.compile_kinds(kinds)
 
@@ -80,10 +77,14 @@ class Ahead:
             pool.submit(self._compile, told, is_wanted, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
+    def keep_to(self, plan: Plan) -> None:
+        """Compile nothing more for another plan: a save would compete with it."""
+        if self._told and self._told[0] is not plan:
+            self._told = None
+
     def _compile(self, told: Any, is_wanted: Any, ending: threading.Event) -> None:
-        plan, refill = told
-        for which in (0, refill):
-            for batch in plan.batches:
+        for which in (0, told[1]):
+            for batch in told[0].batches:
                 if ending.is_set() or self._told is not told:
                     return
                 batch.program.compile(which, is_wanted)

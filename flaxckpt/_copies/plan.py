@@ -58,11 +58,10 @@ class Batch:
         self.packs = [pack for pack in packs.values() if len(pack) >= _MANY]
         self.alone += [i for pack in packs.values() if len(pack) < _MANY for i in pack]
         self.number = len(self.alone) + len(self.packs)
-        self._picks = [operator.itemgetter(*pack) for pack in self.packs]
 
     def pick(self, leaves: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
         """Return the leaves in `alone`, and the leaves of each pack."""
-        packs = [[*pick(leaves)] for pick in self._picks]
+        packs = [[leaves[index] for index in pack] for pack in self.packs]
         return [leaves[index] for index in self.alone], packs
 
     @functools.cached_property
@@ -92,30 +91,33 @@ class Plan:
             by_kind.setdefault(kind, []).append(index)
         self.others = by_kind.pop(None, [])
         self.offloaded: list[int] = []
-        self._groups: dict[Any, list[int]] = {}
+        self.batches: list[Batch] = []
+        self._rest: dict[Any, list[int]] = {}
+        of_one_kind: list[list[int]] = []
         # Largest first, so scalars that come along are in the last batch.
         for kind in sorted(by_kind, key=_nbytes, reverse=True):
+            indices, left = by_kind[kind], len(by_kind[kind]) % MOST_TOGETHER
             if is_offloaded(kind[2]):
-                self.offloaded += by_kind[kind]
-            else:
-                self._groups.setdefault(device_order(kind[2]), []).extend(by_kind[kind])
-        self.batches: list[Batch] = []
-        for indices in self._groups.values():
+                self.offloaded += indices
+                continue
+            if 0 < left < len(indices) - left and _is_small(*kind):
+                # To copy small arrays twice costs less than one more program.
+                indices, left = indices[:-left] + indices[-MOST_TOGETHER:], 0
+            whole = len(indices) - left
+            of_one_kind.append(indices[:whole])
+            self._rest.setdefault(device_order(kind[2]), []).extend(indices[whole:])
+        for indices in (*of_one_kind, *self._rest.values()):
             for start in range(0, len(indices), MOST_TOGETHER):
-                both = indices[max(start - MOST_TOGETHER, 0) : start + MOST_TOGETHER]
-                part, kind = both[start and MOST_TOGETHER :], kinds[indices[start]]
-                is_short = len(part) < MOST_TOGETHER < len(both)
-                if is_short and all(kinds[index] == kind for index in both):
-                    # To copy small arrays twice costs less than one more program.
-                    part = both[-MOST_TOGETHER:] if kind and _is_small(*kind) else part
-                self.batches.append(Batch(part, kinds))
+                self.batches.append(
+                    Batch(indices[start : start + MOST_TOGETHER], kinds)
+                )
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
         """Tell whether arrays and scalars are on the same devices, none offloaded."""
         placed = [x.sharding for x in scalars if isinstance(x, jax.Array)]
         if self.offloaded or any(map(is_offloaded, placed)):
             return False
-        return len({*self._groups, *map(device_order, placed)}) == 1
+        return len({*self._rest, *map(device_order, placed)}) == 1
 
 
 class Plans:
@@ -139,15 +141,17 @@ class Plans:
 def kinds_of(leaves: Sequence[Any]) -> list[Kind | None]:
     """Return shape, dtype and sharding of each leaf; None if it is no JAX array."""
     one_of_each = dict(zip(map(type, leaves), leaves, strict=True))
-    arrays = set(map(type, filter(_is_array, one_of_each.values())))
-    return [_kind_of(leaf) if type(leaf) in arrays else None for leaf in leaves]
+    arrays = set(map(type, filter(is_array, one_of_each.values())))
+    return [kind_of(leaf) if type(leaf) in arrays else None for leaf in leaves]
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Tell whether a leaf is a JAX array, and not traced."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
-_kind_of = operator.attrgetter("shape", "dtype", "sharding")
+# Returns the kind of an array, or of a struct with a sharding.
+kind_of = operator.attrgetter("shape", "dtype", "sharding")
 
 
 def _nbytes(kind: Any) -> int:

@@ -92,7 +92,7 @@ class FileLock:
             if held is not None and not held.holders:
                 _let_go(path, held)  # an interrupt came before this
                 held = None
-            if held is None or not _is_at(path, held):
+            if held is None or not _is_at(path, held.file):
                 opened: list[io.FileIO] = []
                 lost = None if held is None else held.file
                 try:
@@ -126,13 +126,13 @@ class FileLock:
             path: The path by which the lock was acquired.
             at: Where its file should be: `path`, or another path that leads there.
         """
-        held = _held.get(path)
+        file = getattr(_held.get(path), "file", None)
         try:
-            return held is not None and _is_at(at, held)
+            return file is not None and _is_at(at, file)
         except (OSError, ValueError):
-            if held is None or not held.file.closed:
+            if file is None or not file.closed:
                 raise
-            return False  # another thread gives it back at this moment
+            return self.is_held(path, at)  # another thread has closed it meanwhile
 
     def note_cleared(self, path: Path) -> None:
         """Note that an earlier writer's leftovers are cleared up; needs the lock."""
@@ -174,9 +174,9 @@ class FileLock:
             held.wakes.set()
 
 
-def _is_at(path: str | Path, held: _Held) -> bool:
-    """Tell whether the lock is not let go, and its file is the one at a path."""
-    return not held.file.closed and is_still(path, held.file.fileno())
+def _is_at(path: str | Path, file: io.FileIO) -> bool:
+    """Tell whether a lock is not let go, and its file is the one at a path."""
+    return not file.closed and is_still(path, file.fileno())
 
 
 def _let_go(path: Path, held: _Held) -> None:

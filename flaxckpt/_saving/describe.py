@@ -121,7 +121,7 @@ class Describer:
         known, layout = (are_arrays and self._known.get(flat.key)) or ([], None)
         if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
             return layout, flat.leaves
-        if are_arrays:
+        if are_arrays and not self._weights_only:  # else the copies may be of two trees
             self._ahead.compile_kinds(kinds)
         with paused_collector():
             layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)

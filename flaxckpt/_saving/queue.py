@@ -182,7 +182,8 @@ class JobQueue:
                 self._start()
             self._changed.wait_for(lambda: not self.is_working())
         self.check()
-        self._be_forgotten()
+        with self._lock:  # another thread may save now
+            self._be_forgotten()
 
     def check(self) -> None:
         """Give the warnings and raise the errors that there are by now."""
@@ -255,7 +256,7 @@ class JobQueue:
             with self._lock:
                 self._changed.wait_for(lambda: not self._is_busy)
                 self._memory.clear()
-            self._be_forgotten()
+                self._be_forgotten()
 
     def abandon(self) -> None:
         """Drop the memory once the owner is collected; `at_exit` reports the errors.

@@ -111,9 +111,8 @@ class Saver:
             The job; None if the call is decided already, if no job is free, or if one
             program cannot take all arrays.
         """
-        state, value = call.state, None
-        if isinstance(call.decision, Undecided):
-            value = call.unknown
+        state = call.state
+        value = call.unknown if isinstance(call.decision, Undecided) else None
         if state is None or value is None:  # the metric may be computed by now
             return None
         job = self._parts.begin(contents, call, waits=False)
@@ -122,14 +121,11 @@ class Saver:
         try:
             leaves, kinds = contents.leaves(call)
             plan = self._parts.plans.plan(kinds)
-            if (
-                plan.is_on_one_mesh(value, state.best_value, state.has_best)
-                and not _is_torn(job, plan)
-                and (
-                    fits(job.memory, plan)
-                    or (job.content is None and self._parts.is_on_device(leaves))
-                )
-            ):
+            compared = value, state.best_value, state.has_best
+            has_room = fits(job.memory, plan) or (
+                job.content is None and self._parts.is_on_device(leaves)
+            )
+            if has_room and not _is_torn(job, plan) and plan.is_on_one_mesh(*compared):
                 call.copies = unfilled(leaves, plan)
                 call.judge_on_device(value)
                 return job
@@ -147,10 +143,7 @@ class Saver:
             call.copies = Copies(None, [], leaves)
         elif call.copies is None:  # otherwise a device decides
             plan = self._parts.plans.plan(kinds)
-            has_memory = fits(job.memory, plan)
-            if has_memory or self._parts.is_on_device(leaves):
-                if not has_memory or _is_torn(job, plan):
-                    job.memory = None  # freed before new memory is allocated
+            if fits(job.memory, plan) or self._parts.is_on_device(leaves):
                 call.copies = unfilled(leaves, plan)
             else:
                 # Not into the memory of a waiting save, which an error half-way would
@@ -158,11 +151,15 @@ class Saver:
                 into = None if job.content else job.memory
                 call.copies = copied_to_host(leaves, into)
         self._parts.prepare(job, contents, call, where)
-        if call.copies.plan is not None:
-            wanted = contents.wanted(call)
+        used = call.copies.plan
+        if used is not None:
+            wanted, ahead = contents.wanted(call), self._parts.ahead
+            if not fits(job.memory, used) or _is_torn(job, used):
+                job.memory = None  # freed before new memory is allocated
+            ahead.keep_to(used)
             fill(call.copies, leaves, job.memory, wanted)
             if job.memory is None:
-                self._parts.ahead.compile_plan(call.copies.plan, wanted)
+                ahead.compile_plan(used, wanted)
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

@@ -175,7 +175,7 @@ def test_small_arrays_of_one_kind_share_one_program(tmp_path, compiled, number):
     ("before", "number", "last"),
     [
         ([], MOST_TOGETHER + 5, MOST_TOGETHER),
-        ([4], MOST_TOGETHER + 4, 5),  # the program before is one of other kinds
+        ([4], MOST_TOGETHER + 4, 1),  # those of one kind are in batches of their own
         ([4] * MOST_TOGETHER, 5, 5),
         ([4], MOST_TOGETHER, 1),
         ([], MOST_TOGETHER, MOST_TOGETHER),
@@ -190,6 +190,15 @@ def test_a_last_batch_is_filled_up_to_share_the_program_before(before, number, l
     assert len(batch) == last
     assert all(len(other) == MOST_TOGETHER for other in others)
     assert {*batch}.union(*others) == {*range(len(arrays))}
+
+
+def test_many_small_arrays_of_one_kind_have_one_program():
+    number, sizes = MOST_TOGETHER * 3 // 2, range(3, 8)
+    arrays = [jnp.zeros(size) for _ in range(number) for size in sizes]
+    plan = Plan(kinds_of(arrays))
+    copied = [itertools.chain(batch.alone, *batch.packs) for batch in plan.batches]
+    assert {*itertools.chain(*copied)} == {*range(len(arrays))}
+    assert len({batch.program for batch in plan.batches}) == len(sizes)
 
 
 def test_large_arrays_are_copied_once():
@@ -242,10 +251,20 @@ def test_weights_alone_are_known_too(tmp_path, compiled, count):
     assert compiled == ALL
 
 
+def test_nothing_is_compiled_for_one_of_two_trees(tmp_path, compiled):
+    tree = {"params": jax.device_put(tree_of(MANY)), "opt_state": jnp.ones(99)}
+    path, both = tmp_path / "{epoch}", {"save_weights_only": True, "save_last": True}
+    with ModelCheckpoint(path, **both) as ckpt:
+        ckpt.update(ckpt.init(), tree, {}, 0)
+        wait()
+    assert [which for _, which in compiled] == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("where", ["one device", "auto", "explicit"])
 @pytest.mark.parametrize("number", [1, MANY])
+@pytest.mark.parametrize("first", ["device", "host"])
 def test_a_copy_that_a_device_decides_on_is_compiled_before_the_second(
-    tmp_path, monkeypatch, caplog, compiled, number, where
+    tmp_path, monkeypatch, caplog, compiled, number, where, first
 ):
     def told_of(x):
         return x
@@ -260,6 +279,8 @@ def test_a_copy_that_a_device_decides_on_is_compiled_before_the_second(
         state = ckpt.init()
         for epoch in range(4):
             tree, loss = jax.device_put((tree_of(number), np.float32(-epoch)), sharding)
+            if first == "host" and epoch == 0:
+                loss = 0.0
             state = ckpt.update(state, tree, {"val_loss": loss}, epoch)
             ckpt.wait()
             wait()
@@ -380,6 +401,25 @@ def test_another_tree_takes_the_thread(monkeypatch):
     go.set()
     wait()
     assert len(done) == 1 + 4
+
+
+def test_a_save_of_another_tree_is_not_competed_with(monkeypatch):
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def compile(self, *_):
+        done.append(self)
+        begun.set()
+        assert go.wait(60)
+
+    monkeypatch.setattr(Program, "compile", compile)
+    ahead, plans = Ahead(Plans(), is_used=True), Plans()
+    known = kinds_of([jnp.zeros(size) for size in range(MANY)])
+    ahead.compile_plan(plans.plan(known))
+    assert begun.wait(60)
+    ahead.keep_to(plans.plan(known[:-1]))
+    go.set()
+    wait()
+    assert len(done) == 1
 
 
 LARGE = """

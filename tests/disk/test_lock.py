@@ -110,6 +110,25 @@ def test_a_lock_that_another_thread_gives_back_now_is_not_held(tmp_path, monkeyp
     lock.release(path)
 
 
+def test_a_lock_that_another_thread_takes_anew_now_is_held(tmp_path, monkeypatch):
+    path, is_still = tmp_path / "lock", _lock.is_still
+    lock, other = _lock.FileLock(), _lock.FileLock()
+    lock.acquire(path)
+    path.unlink()
+
+    def is_still_there(at, descriptor):
+        monkeypatch.setattr(_lock, "is_still", is_still)
+        thread = threading.Thread(target=other.acquire, args=(path,))
+        thread.start()
+        thread.join()
+        return is_still(at, descriptor)
+
+    monkeypatch.setattr(_lock, "is_still", is_still_there)
+    assert lock.is_held(path, path)
+    lock.release(path)
+    other.release(path)
+
+
 def test_another_machine_s_lock_holds_while_its_heart_beats(tmp_path, quick):
     """Where the machines' kernels share no locks."""
     path, lock = tmp_path / "x.lock", _lock.FileLock()

@@ -6,6 +6,7 @@ import pytest
 from subprocesses import program
 
 from flaxckpt import CheckpointWriteError
+from flaxckpt._saving import queue as _queue
 from flaxckpt._saving.at_exit import UNHEARD
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.queue import JobQueue
@@ -178,6 +179,29 @@ def test_the_program_s_end_knows_a_queue_with_work_or_with_an_error():
         queue.wait()
     queue.wait()
     assert queue not in UNHEARD
+
+
+def test_a_save_that_begins_when_a_wait_ends_is_known_to_the_program_s_end(monkeypatch):
+    queue, go, others = JobQueue(), threading.Event(), []
+
+    class Unheard(set):
+        def discard(self, one):
+            if not others and threading.current_thread() is threading.main_thread():
+                work = queue, None, lambda: go.wait(60)
+                others.append(threading.Thread(target=submit, args=work))
+                others[0].start()
+                others[0].join(0.5)  # as long as it takes, if it need not wait
+            super().discard(one)
+
+    unheard = Unheard()
+    monkeypatch.setattr(_queue, "UNHEARD", unheard)
+    submit(queue, None, lambda: None)
+    queue.wait()
+    others[0].join()
+    assert queue in unheard
+    go.set()
+    queue.close()
+    assert queue not in unheard
 
 
 def test_the_program_does_not_end_before_what_follows_a_job():
