@@ -383,8 +383,9 @@ def test_a_traced_update_is_as_ever(tmp_path):
     assert not compiling()
 
 
-def test_another_tree_takes_the_thread(monkeypatch):
-    """Programs for a tree that is not saved after all are not compiled to the end."""
+@pytest.fixture
+def held(monkeypatch):
+    """Hold the first program that is compiled: that it has begun, go on, all so far."""
     begun, go, done = threading.Event(), threading.Event(), []
 
     def compile(self, *_):
@@ -393,6 +394,13 @@ def test_another_tree_takes_the_thread(monkeypatch):
         assert go.wait(60)
 
     monkeypatch.setattr(Program, "compile", compile)
+    yield begun, go, done
+    go.set()
+
+
+def test_another_tree_takes_the_thread(held):
+    """Programs for a tree that is not saved after all are not compiled to the end."""
+    begun, go, done = held
     ahead = Ahead(Plans(), is_used=True)
     ahead.compile([*structs(tree_of(4 * MOST_TOGETHER)).values()])
     assert begun.wait(60)
@@ -403,15 +411,8 @@ def test_another_tree_takes_the_thread(monkeypatch):
     assert len(done) == 1 + 4
 
 
-def test_a_save_of_another_tree_is_not_competed_with(monkeypatch):
-    begun, go, done = threading.Event(), threading.Event(), []
-
-    def compile(self, *_):
-        done.append(self)
-        begun.set()
-        assert go.wait(60)
-
-    monkeypatch.setattr(Program, "compile", compile)
+def test_a_save_of_another_tree_is_not_competed_with(held):
+    begun, go, done = held
     ahead, plans = Ahead(Plans(), is_used=True), Plans()
     known = kinds_of([jnp.zeros(size) for size in range(MANY)])
     ahead.compile_plan(plans.plan(known))
