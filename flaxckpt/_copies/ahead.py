@@ -47,7 +47,8 @@ class Ahead:
         kinds: list[Kind | None] = [
             kind_of(leaf)
             for leaf in leaves
-            if isinstance(leaf, jax.ShapeDtypeStruct) or is_array(leaf)
+            if is_array(leaf)
+            or (isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None)
         ]
         self.compile_kinds(kinds)
 

@@ -114,6 +114,13 @@ def test_the_first_saves_compile_nothing(tmp_path, compiled, count, known_by, wh
     assert all(np.array_equal(found[name], values[name] - 1) for name in values)
 
 
+def test_what_has_no_place_yet_keeps_nothing_from_being_known(tmp_path, compiled):
+    like = structs(tree_of(MANY)) | {"step": jax.ShapeDtypeStruct((), np.int32)}
+    ModelCheckpoint(tmp_path / "{epoch}").init(like)
+    wait()
+    assert compiled == ALL
+
+
 def test_a_restore_makes_a_tree_known(tmp_path, compiled, count):
     tree = jax.device_put(tree_of(MANY))
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
