@@ -1,7 +1,7 @@
 """The training behind `flaxckpt demo`: killed in mid-epoch, resumed, and compared.
 
 Run as a module, it is the process that is killed:
-`python -m flaxckpt._cli.demo DIRECTORY EPOCHS KILL_EPOCH KILL_BATCH`.
+`python -m flaxckpt._cli.demo DIRECTORY EPOCHS`.
 """
 
 import functools
@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,8 @@ import flaxckpt
 
 BATCH_SIZE = 64
 SAVE_EVERY = 5
+KILL_BATCH = 10
+Examples: TypeAlias = tuple[jax.Array, jax.Array]  # f32[n, 64] images, i32[n] labels
 
 
 class Classifier(nn.Module):
@@ -64,26 +65,17 @@ def new_state() -> TrainState:
     )
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Scikit-learn's handwritten digits: pairs of f32[n, 64] images, i32[n] labels."""
+def digits() -> tuple[Examples, Examples]:
+    """Read the handwritten digits that come with scikit-learn, split by a fixed seed.
 
-    train: tuple[jax.Array, jax.Array]
-    validation: tuple[jax.Array, jax.Array]
-
-    @classmethod
-    def load(cls) -> "Digits":
-        """Read the data, which come with scikit-learn; split them by a fixed seed."""
-        images, labels = load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(images))
-        images = jnp.asarray(images[order] / 16, jnp.float32)
-        labels = jnp.asarray(labels[order], jnp.int32)
-        return cls((images[360:], labels[360:]), (images[:360], labels[:360]))
-
-    @property
-    def batches(self) -> int:
-        """Full batches in an epoch; the remainder is left out."""
-        return len(self.train[0]) // BATCH_SIZE
+    Returns:
+        The examples to train on and those to validate with.
+    """
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = jnp.asarray(images[order] / 16, jnp.float32)
+    labels = jnp.asarray(labels[order], jnp.int32)
+    return (images[360:], labels[360:]), (images[:360], labels[:360])
 
 
 @jax.jit
@@ -95,9 +87,7 @@ def shuffled(key: jax.Array, epoch: int, labels: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def train_step(
-    state: TrainState, data: tuple[jax.Array, jax.Array], chosen: jax.Array
-) -> TrainState:
+def train_step(state: TrainState, data: Examples, chosen: jax.Array) -> TrainState:
     """Take one step on the chosen examples; the step donates the old state."""
     images, labels = data
     dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
@@ -118,7 +108,7 @@ def train_step(
 
 
 @jax.jit
-def accuracy(state: TrainState, data: tuple[jax.Array, jax.Array]) -> jax.Array:
+def accuracy(state: TrainState, data: Examples) -> jax.Array:
     """Return the fraction of images that the model classifies correctly, f32[]."""
     images, labels = data
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -152,7 +142,8 @@ def train(
     Returns:
         The training state and the decision state of the best models, as a tree.
     """
-    digits = Digits.load()
+    examples, validation = digits()
+    number = len(examples[1]) // BATCH_SIZE  # the remainder of an epoch is left out
     best, last = checkpoints(directory)
     state, best_state, last_state = new_state(), best.init(), last.init()
     first_epoch, first_batch = 0, 0
@@ -164,29 +155,32 @@ def train(
     found = last.restore(like=state)
     if found is not None:
         state, last_state = found.tree, found.state
+        where = f"epoch {found.epoch + 1}"
         if found.batch is None:
             first_epoch = found.epoch + 1
         else:
             first_epoch, first_batch = found.epoch, found.batch + 1
-        tell(f"restored {found.path.name!r}, saved after {_place(found, digits)}")
+            where = f"batch {first_batch} of {number} in {where}"
+        tell(f"   restored {found.path.name!r}, saved after {where}")
 
     with best, last:
         for epoch in range(first_epoch, epochs):
-            batches = shuffled(state.key, epoch, digits.train[1])
-            for batch in range(first_batch, digits.batches):
-                state = train_step(state, digits.train, batches[batch])
+            batches = shuffled(state.key, epoch, examples[1])
+            for batch in range(first_batch, number):
+                state = train_step(state, examples, batches[batch])
                 last_state = last.update(last_state, state, None, epoch, batch)
                 if (epoch, batch) == kill_at:
                     best.wait()  # a kill loses what is not on disk yet
-                    tell(f"epoch {epoch + 1:2}: killed after batch {batch + 1}")
+                    tell(f"   epoch {epoch + 1:2}: killed after batch {batch + 1}")
                     os.kill(os.getpid(), signal.SIGKILL)
             first_batch = 0
 
-            logs = {"val_accuracy": accuracy(state, digits.validation)}
+            logs = {"val_accuracy": accuracy(state, validation)}
             before = best_state.best
             best_state = best.update(best_state, state, logs, epoch)
             news = "" if best_state.best == before else "  best so far, kept"
-            tell(f"epoch {epoch + 1:2}: val_accuracy {logs['val_accuracy']:.4f}{news}")
+            shown = f"{logs['val_accuracy']:.4f}{news}"
+            tell(f"   epoch {epoch + 1:2}: val_accuracy {shown}")
         last.update(last_state, state, None, epochs - 1, force=True)
     return {"train": state, "best": best_state}
 
@@ -203,36 +197,35 @@ def run(directory: Path, epochs: int) -> bool:
     """
     _prepare()
     smooth, broken = directory / "uninterrupted", directory / "resumed"
-    kill_at = epochs // 2, Digits.load().batches // 2
 
-    tell(f"flaxckpt {flaxckpt.__version__}: checkpoints in {directory}", indent="")
-    tell("\n1. Train without interruption", indent="")
+    tell(f"flaxckpt {flaxckpt.__version__}: checkpoints in {directory}")
+    tell("\n1. Train without interruption")
     wanted = train(smooth, epochs)
-    tell("\n2. Train in another process, killed in the middle of an epoch", indent="")
-    status = _train_until_killed(broken, epochs, kill_at)
+    tell("\n2. Train in another process, killed in the middle of an epoch")
+    command = [sys.executable, "-m", "flaxckpt._cli.demo", str(broken), str(epochs)]
+    status = subprocess.run(command, check=False).returncode
     if status != -signal.SIGKILL:
-        tell(f"That process should have been killed, but it returned {status}.")
+        tell(f"   That process should have been killed, but it returned {status}.")
         return False
-    tell("\n3. Resume from what that process left on disk", indent="")
+    tell("\n3. Resume from what that process left on disk")
     resumed = train(broken, epochs)
 
-    tell("\n4. What the resumed run keeps", indent="")
-    for line in table(broken):
-        tell(line)
-    tell("\n5. Compare", indent="")
+    tell("\n4. What the resumed run keeps")
+    best, last = checkpoints(broken)
+    for info in flaxckpt.list_checkpoints(broken):
+        note = "best " * (info == best.best) + "latest" * (info == last.latest)
+        tell(f"   {info.path.name:<12} epoch {info.epoch + 1:2}  {note}".rstrip())
+    tell("\n5. Compare")
     unequal = differences(wanted, resumed)
-    tell(f"{len(jax.tree.leaves(wanted))} leaves of state, {len(unequal)} differ")
+    tell(f"   {len(jax.tree.leaves(wanted))} leaves of state, {len(unequal)} differ")
     for name in unequal:
-        tell(f"  differs: {name}")
+        tell(f"     differs: {name}")
     kept, kept_resumed = best_names(smooth), best_names(broken)
-    tell(f"best models of the uninterrupted run: {', '.join(kept)}")
-    tell(f"best models of the resumed run:       {', '.join(kept_resumed)}")
+    tell(f"   best models of the uninterrupted run: {', '.join(kept)}")
+    tell(f"   best models of the resumed run:       {', '.join(kept_resumed)}")
     equal = not unequal and kept == kept_resumed
     verdict = "yes" if equal else "NO"
-    tell(
-        "\nResumed run ended bit for bit where the uninterrupted one did: " + verdict,
-        indent="",
-    )
+    tell(f"\nResumed run ended bit for bit where the uninterrupted one did: {verdict}")
     return equal
 
 
@@ -240,23 +233,6 @@ def best_names(directory: Path) -> list[str]:
     """Return the names of the best models kept, oldest first."""
     best, _ = checkpoints(directory)
     return [info.path.name for info in best.checkpoints]
-
-
-def table(directory: Path) -> list[str]:
-    """Return lines that list the checkpoints in a directory, oldest first."""
-    best, last = checkpoints(directory)
-    lines = [f"{'name':<12}{'epoch':>6}{'val_accuracy':>14}"]
-    for info in flaxckpt.list_checkpoints(directory):
-        value = info.logs.get("val_accuracy")
-        shown = "" if value is None else f"{value:.4f}"
-        notes = [
-            note
-            for note, chosen in (("best", best.best), ("latest", last.latest))
-            if chosen == info
-        ]
-        line = f"{info.path.name:<12}{info.epoch + 1:>6}{shown:>14}  {' '.join(notes)}"
-        lines.append(line.rstrip())
-    return lines
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -269,9 +245,9 @@ def differences(one: Any, other: Any) -> list[str]:
     ]
 
 
-def tell(message: str, indent: str = "   ") -> None:
+def tell(message: str) -> None:
     """Print and flush, because two processes share the output."""
-    print(indent + message, flush=True)
+    print(message, flush=True)
 
 
 def _bits(leaf: Any) -> tuple[str, tuple[int, ...], bytes]:
@@ -282,20 +258,6 @@ def _bits(leaf: Any) -> tuple[str, tuple[int, ...], bytes]:
     return str(array.dtype), array.shape, array.tobytes()
 
 
-def _place(found: flaxckpt.Restored, digits: Digits) -> str:
-    """Say where in its run a checkpoint was saved."""
-    if found.batch is None:
-        return f"epoch {found.epoch + 1}"
-    return f"batch {found.batch + 1} of {digits.batches} in epoch {found.epoch + 1}"
-
-
-def _train_until_killed(directory: Path, epochs: int, kill_at: tuple[int, int]) -> int:
-    """Run this module as a process of its own; return how it ended."""
-    numbers = map(str, (epochs, *kill_at))
-    command = [sys.executable, "-m", "flaxckpt._cli.demo", str(directory), *numbers]
-    return subprocess.run(command, check=False).returncode
-
-
 def _prepare() -> None:
     """Use only the CPU, which two processes can share, and log only errors."""
     jax.config.update("jax_platforms", "cpu")
@@ -304,4 +266,4 @@ def _prepare() -> None:
 
 if __name__ == "__main__":
     _prepare()
-    train(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])))
+    train(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[2]) // 2, KILL_BATCH))

@@ -80,22 +80,19 @@ class Program:
             which: 0 for `fill`, 1 for `refill`, 2 for `refill` if a device decides.
             is_wanted: As for `refill`.
         """
-        alone = [_struct(kind) for kind in self._alone]
-        packs = [[_struct(kind) for kind in pack] for pack in self._packs]
-        joined = [
-            _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
-            for pack in self._packs
-        ]
-        arguments = alone, packs, self._work, alone + joined, is_wanted
         with self._compiling[which]:
-            if which or not self._has_filled:
-                self._compile(which, *arguments[: 3 + which])
-
-    def _compile(self, which: int, *arguments: Any) -> None:
-        if self._programs[which] is self._jitted[which]:
+            jitted = self._jitted[which]
+            if self._programs[which] is not jitted or (not which and self._has_filled):
+                return
+            alone = [_struct(kind) for kind in self._alone]
+            packs = [[_struct(kind) for kind in pack] for pack in self._packs]
+            joined = [
+                _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
+                for pack in self._packs
+            ]
+            arguments = alone, packs, self._work, alone + joined, is_wanted
             with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
-                lowered = self._jitted[which].lower(*arguments)
-                self._programs[which] = lowered.compile()
+                self._programs[which] = jitted.lower(*arguments[: 3 + which]).compile()
 
     @functools.cached_property
     def _work(self) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from typing import Any
 
 import jax
+import numpy as np
 
 from flaxckpt.errors import CheckpointError
 
@@ -47,6 +48,24 @@ def entered_mesh() -> Any:
 
         return thread_resources.env.physical_mesh
     return None
+
+
+def put_alike(values: list[np.ndarray], like: jax.Array) -> list[jax.Array]:
+    """Put values where `device_put` has put others of their shape and dtype.
+
+    Without this name, JAX takes four times as long to put many small arrays.
+
+    Args:
+        values: Arrays on the host.
+        like: An array on one device of this process.
+    """
+    with contextlib.suppress(ImportError):
+        from jax._src.interpreters.pxla import batched_device_put
+
+        aval, where, on = like.aval, like.sharding, [*like.devices()]
+        if all(value.dtype == like.dtype for value in values):  # else JAX narrows them
+            return [batched_device_put(aval, where, [value], on) for value in values]
+    return jax.device_put(values, like.sharding)
 
 
 def distributed_state() -> Any:

@@ -1,6 +1,7 @@
 """The trees that one call saves, with their layouts."""
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,12 @@ class Contents:
         A frozen leaf that is stored already comes as a `FrozenLeaf`. The save does not
         copy it.
         """
-        leaves = [leaf for tree in self.trees for leaf in tree.leaves]
-        kinds = [kind for tree in self.trees for kind in tree.kinds]
+        leaves = list(chain.from_iterable(tree.leaves for tree in self.trees))
+        kinds = list(chain.from_iterable(tree.kinds for tree in self.trees))
         for position, frozen in call.frozen.items():
             if frozen.digest:
                 leaves[position], kinds[position] = frozen, None
-        scalars = call.scalars() if self.scalars else {}
-        leaves += [scalars[name] for name in self.scalars]
+        leaves += [call.scalars()[name] for name in self.scalars]
         kinds += kinds_of(leaves[len(kinds) :])
         return leaves, kinds
 

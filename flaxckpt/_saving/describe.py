@@ -1,7 +1,6 @@
 """`Describer`: what a call saves of a tree, described for the disk."""
 
 import contextlib
-import operator
 import warnings
 from collections import deque
 from pathlib import Path
@@ -26,7 +25,6 @@ from flaxckpt._trees.ties import Flat, PyTree, flatten, leaves_of
 from flaxckpt._trees.weights import are_unknown, default_weights
 from flaxckpt.errors import SettingError
 
-_DELETED = operator.methodcaller("is_deleted")
 _STRUCTURES = 4  # so many structures of saved trees are remembered
 
 
@@ -104,30 +102,30 @@ class Describer:
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
     ) -> StoredTree:
         """Describe a tree; if `is_picked`, all of it is weights."""
-        flat = flatten(tree)
-        kinds = [] if is_traced else kinds_of(flat.leaves)
-        layout, leaves = self._described(tree, flat, kinds, is_traced=is_traced)
-        if all(leaf.is_from_like for leaf in layout.leaves):
-            raise _refusal_of_nothing(tree, is_picked=is_picked)
-        weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
+        with paused_collector():
+            flat = flatten(tree)
+            layout, leaves, kinds = self._described(tree, flat, is_traced=is_traced)
+            if all(leaf.is_from_like for leaf in layout.leaves):
+                raise _refusal_of_nothing(tree, is_picked=is_picked)
+            weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return StoredTree(layout, leaves, weights, frozen, kinds)
 
     def _described(
-        self, tree: PyTree, flat: Flat, kinds: list[Kind | None], *, is_traced: bool
-    ) -> tuple[Layout, list[Any]]:
+        self, tree: PyTree, flat: Flat, *, is_traced: bool
+    ) -> tuple[Layout, list[Any], list[Kind | None]]:
         """Describe a tree, at once if it is like an earlier one, and all JAX arrays."""
+        kinds = [] if is_traced else kinds_of(flat.leaves)
         are_arrays = bool(kinds) and None not in kinds
         known, layout = (are_arrays and self._known.get(flat.key)) or ([], None)
-        if layout and known == kinds and not any(map(_DELETED, flat.leaves)):
-            return layout, flat.leaves
+        if layout and known == kinds and not any([x.is_deleted() for x in flat.leaves]):
+            return layout, flat.leaves, known
         if are_arrays and not self._weights_only:  # else the copies may be of two trees
             self._ahead.compile_kinds(kinds)
-        with paused_collector():
-            layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
+        layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:
             self._known.keep(flat.key, (kinds, layout))
-        return layout, leaves
+        return layout, leaves, kinds
 
     def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
         """Return where in a tree the weights are.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._runtime.jax_internals import put_alike
 from flaxckpt._trees.describe import impl_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
 from flaxckpt._trees.wanted import Wanted
@@ -62,15 +63,24 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
 
 
 def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
-    """Put converted leaves onto the shardings of those that want one, in one call."""
-    shardings = {
-        position: want.sharding
-        for position, want in wanted.items()
-        if want.sharding is not None and want.leaf.kind == "jax"
-    }
-    placed = jax.device_put([leaves[at] for at in shardings], [*shardings.values()])
-    for position, array in zip(shardings, placed, strict=True):
-        leaves[position] = array
+    """Put converted leaves onto the shardings of those that want one.
+
+    All are put in one call, but of host arrays that are alike only the first one: JAX
+    takes several times as long to put an array as to put one more like it.
+    """
+    groups: dict[Any, list[int]] = {}
+    for at, want in wanted.items():
+        if want.sharding is not None and want.leaf.kind == "jax":
+            kind: Any = at
+            if type(leaves[at]) is np.ndarray and want.is_in_one_piece:
+                kind = leaves[at].shape, leaves[at].dtype, want.sharding
+            groups.setdefault(kind, []).append(at)
+    firsts = {group[0]: wanted[group[0]].sharding for group in groups.values()}
+    placed = jax.device_put([leaves[at] for at in firsts], [*firsts.values()])
+    for array, group in zip(placed, groups.values(), strict=True):
+        arrays = [array, *put_alike([leaves[at] for at in group[1:]], array)]
+        for at, each in zip(group, arrays, strict=True):
+            leaves[at] = each
 
 
 def _empty(leaf: Leaf) -> Any:

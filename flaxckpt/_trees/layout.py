@@ -6,6 +6,7 @@ lists are tuples, which dict keys are numbers, the empty arrays, the kinds of le
 and which parts are in several places.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,7 @@ class Layout:
             ],
         }
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all leaves' values in memory; see `Leaf.nbytes`."""
         return sum([leaf.nbytes for leaf in self.leaves])
@@ -164,7 +165,8 @@ class Layout:
         held = [index for index, leaf in enumerate(leaves) if leaf.in_orbax]
         sums = table.get("sums") or [()] * len(held)
         for index, digest, own in zip(held, table["digests"], sums, strict=True):
-            leaves[index] = replace(leaves[index], digest=digest, sums=tuple(own))
+            both: Any = vars(leaves[index]) | {"digest": digest, "sums": tuple(own)}
+            leaves[index] = Leaf(**both)  # faster than `replace`
         return cls(table["tree"], tuple(leaves))
 
 

@@ -79,17 +79,20 @@ class Leaf:
         """Whether it is not a value: a load takes it from `like`."""
         return self.kind in FROM_LIKE
 
-    @functools.cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of its values in memory; 16 for each key, Python scalar or text."""
-        if self.kind == "key":
-            return math.prod(self.shape) * 16
-        return math.prod(self.shape) * jnp.dtype(self.dtype or "complex128").itemsize
+        return _nbytes("complex128" if self.kind == "key" else self.dtype, self.shape)
 
     def __str__(self) -> str:
         if self.kind not in (*ARRAYS, "key"):
             return self.kind
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@functools.lru_cache(maxsize=1024)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * jnp.dtype(dtype or "complex128").itemsize
 
 
 LEAF_FIELDS = frozenset(each.name for each in fields(Leaf))

@@ -1,6 +1,5 @@
 """What is remembered of trees, by their structures."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -33,8 +32,10 @@ class Remembered(Generic[T]):
 
     def keep(self, key: Any, value: T) -> T:
         """Remember a value; if there are too many, forget the others first."""
-        with contextlib.suppress(TypeError, ValueError):
+        try:
             if len(self._values) >= self._most and key not in self._values:
                 self._values.clear()
             self._values[key] = value
+        except (TypeError, ValueError):
+            pass  # such a key is not remembered
         return value

@@ -99,7 +99,9 @@ def _pick(
 
     In a model, a part is left out only for its type, and never for its name.
     """
-    if isinstance(node, LEAVES):
+    if isinstance(node, jax.Array):  # first, since there may be many
+        return None if is_beside(node) else Picked(node, is_known=False)
+    if node is None or isinstance(node, LEAVES):
         return Picked(node, is_known=False)
     role = role_of(node)
     if role == VARIABLE:
@@ -109,8 +111,6 @@ def _pick(
         return Picked(state, is_training=True) if state else None
     if is_beside(node):
         return None
-    if isinstance(node, jax.Array) or node is None:
-        return Picked(node, is_known=False)
     if is_from(type(node), "optax"):  # LookaheadParams
         return Picked(node)
     children = children_by_name(node)

@@ -21,6 +21,7 @@ NAMES = {
     "jax._src.callback": {"_IOEffect", "_callback_op_sharding"},
     "jax._src.dispatch": {"prim_requires_devices_during_lowering", "runtime_tokens"},
     "jax._src.distributed": {"global_state"},
+    "jax._src.interpreters.pxla": {"batched_device_put"},
     "jax._src.lax.lax": {"_convert_element_type"},
     "jax._src.mesh": {"thread_resources"},
     "jax._src.xla_bridge": {"backends_are_initialized"},
@@ -109,6 +110,7 @@ WITHOUT = """
         "one": jnp.arange(3.0),
         "split": jax.device_put(jnp.arange(8.0), split),
         "other": jax.device_put(jnp.arange(4), jax.devices()[3]),
+        "another": jax.device_put(jnp.arange(1, 5), jax.devices()[3]),
     }
 
     def error_of(call):
@@ -161,6 +163,7 @@ def test_a_loop_saves_and_restores_without_them(tmp_path):
     assert gone == {
         "_device_assignment",
         "backends_are_initialized",
+        "jax._src.interpreters.pxla",
         "jax._src.mesh",
     }
 
