@@ -26,7 +26,7 @@ import flaxckpt
 
 BATCH_SIZE = 64
 SAVE_EVERY = 5
-KILL_BATCH = 10
+KILL_BATCH = 10  # counted from 0, in the middle epoch
 Examples: TypeAlias = tuple[jax.Array, jax.Array]  # f32[n, 64] images, i32[n] labels
 
 
@@ -181,6 +181,7 @@ def train(
             news = "" if best_state.best == before else "  best so far, kept"
             shown = f"{logs['val_accuracy']:.4f}{news}"
             tell(f"   epoch {epoch + 1:2}: val_accuracy {shown}")
+        # The final state is saved whatever the number of batches.
         last.update(last_state, state, None, epochs - 1, force=True)
     return {"train": state, "best": best_state}
 

@@ -64,14 +64,16 @@ def _demo(directory: Path | None, epochs: int) -> int:
             raise
         return _fail(
             f"needs {missing}, which is not installed. "
-            "Install it with: pip install 'flaxckpt[demo]'",
+            "In a clone of flaxckpt: pip install '.[demo]'",
             2,
         )
     try:
         if directory is not None:
             return 0 if demo.run(directory, epochs) else 1
         with tempfile.TemporaryDirectory(prefix="flaxckpt-demo-") as temporary:
-            return 0 if demo.run(Path(temporary), epochs) else 1
+            is_same = demo.run(Path(temporary), epochs)
+            print("To keep the checkpoints, pass --directory DIR.")
+            return 0 if is_same else 1
     except flaxckpt.CheckpointError as error:
         return _fail(str(error), 1)
 
@@ -90,10 +92,9 @@ def _problem(directory: Path) -> str:
 
 def _epochs(text: str) -> int:
     """Parse a number of epochs: at least 2, so that one is whole before the kill."""
-    epochs = int(text)
-    if epochs < 2:
-        raise argparse.ArgumentTypeError(f"{epochs} is not at least 2")
-    return epochs
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 2")
+    return int(text)
 
 
 def _fail(problem: str, status: int) -> int:

@@ -1,8 +1,9 @@
 """Programs that copy a tree, compiled in the background before they are needed.
 
-The first two calls that save would compile them otherwise: a program that copies into
-new memory, and one that copies into the memory of an earlier save. Before the first
-save, only a large tree is worth a thread: one with few arrays has one program of each.
+Without this module, the first two calls that save compile them: a program that copies
+into new memory, and one that copies into the memory of an earlier save. A thread starts
+before the first save only for a tree of more than `MOST_TOGETHER` arrays, since a
+smaller one needs only one program of each.
 """
 
 import contextlib

@@ -59,8 +59,8 @@ def fill(
         copies: What `unfilled` returned for the leaves.
         leaves: Leaves of a tree.
         into: As for `copy_on_device`.
-        is_wanted: Whether to copy, a bool or bool[]. If not, `copies` get the values of
-            `into`. Without `into` their values are undefined.
+        is_wanted: As for `Program.refill`. If a device decides not to copy, `copies`
+            get the values of `into`. Without `into` their values are undefined.
     """
     assert copies.plan is not None
     slots = iter(list(into.arrays)) if fits(into, copies.plan) else None

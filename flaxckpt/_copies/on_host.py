@@ -71,16 +71,17 @@ def fits_on_device(leaves: Sequence[Any]) -> bool:
     A device that reports no memory limit counts as having room.
     """
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    kinds = {kind for kind in {x.sharding for x in arrays} if not is_offloaded(kind)}
-    devices = {device for kind in kinds for device in kind.addressable_devices}
+    shardings = {each.sharding for each in arrays}
+    shardings -= set(filter(is_offloaded, shardings))
+    devices = {device for each in shardings for device in each.addressable_devices}
     stats = {device: device.memory_stats() or {} for device in devices}
     if not any("bytes_limit" in found for found in stats.values()):
         return True
     needed = dict.fromkeys(devices, 0)
-    for leaf in (each for each in arrays if each.sharding in kinds):
-        parts = 1 if leaf.is_fully_replicated else len(leaf.sharding.device_set)
+    for leaf in (each for each in arrays if each.sharding in shardings):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape))
         for device in leaf.sharding.addressable_devices:
-            needed[device] += leaf.nbytes // parts
+            needed[device] += leaf.nbytes * size // max(leaf.size, 1)
     return all(needed[device] <= _room(found) for device, found in stats.items())
 
 

@@ -1,4 +1,4 @@
-"""Which arrays of a tree are copied together: a plan for each structure.
+"""Which arrays of a tree are copied together: a plan for each list of kinds.
 
 Each argument and each result of a jitted call costs some microseconds. So small arrays
 on one device are joined into one. XLA takes longer than in proportion to compile a
@@ -76,7 +76,8 @@ class Plan:
 
     Attributes:
         kinds: Shape, dtype and sharding of each leaf; None if it is no JAX array.
-        batches: The arrays that programs copy, by their devices.
+        batches: The arrays that programs copy. Batches of one kind come first, then
+            mixed ones for each set of devices. A small array may be in two batches.
         offloaded: Positions of the arrays outside their devices' default memory.
             Programs cannot copy them.
         others: Positions of the leaves that are no JAX arrays.
@@ -93,7 +94,7 @@ class Plan:
         self.batches: list[Batch] = []
         self._rest: dict[Any, list[int]] = {}
         of_one_kind: list[list[int]] = []
-        # Largest first, so scalars that come along are in the last batch.
+        # Largest first, so scalars of metrics are in the last mixed batch.
         for kind in sorted(by_kind, key=_nbytes, reverse=True):
             indices, left = by_kind[kind], len(by_kind[kind]) % MOST_TOGETHER
             if is_offloaded(kind[2]):
@@ -120,7 +121,7 @@ class Plan:
 
 
 class Plans:
-    """Remembers plans: leaves of the same kinds get the same `Plan` object."""
+    """Remembers the latest plans: leaves of the same kinds get the same object."""
 
     def __init__(self) -> None:
         """Remember nothing yet."""

@@ -54,7 +54,8 @@ class Program:
             alone: The arrays that are copied one by one.
             packs: The arrays of each pack.
             slot: Earlier copies of this program.
-            is_wanted: Whether to copy, a bool or bool[]; if not, `slot` is returned.
+            is_wanted: `np.True_` to copy; otherwise a bool[] by which a device decides.
+                If it decides not to copy, `slot` is returned.
         """
         if is_wanted is np.True_:
             return self._call(1, alone, packs, self._work, slot)
@@ -68,7 +69,8 @@ class Program:
         except (TypeError, ValueError):
             if program is self._jitted[which]:
                 raise
-        # `compile` was for arrays in their default layout; the call took none of these.
+        # `compile` assumed the default layout of each array. The call that failed has
+        # donated nothing.
         return self._jitted[which](*arguments)[0]
 
     def compile(self, which: int, is_wanted: Any = np.True_) -> None:

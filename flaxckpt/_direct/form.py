@@ -5,7 +5,7 @@ large arrays. If Orbax has written a tree of the same structure, shapes and shar
 before, only the values differ. `write_values` then writes Orbax's small files again as
 they were, and the values straight from memory, in the format that Orbax chose: Zarr 3,
 each chunk a shard of one part
-(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed). It knows two
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed). There are two
 arrangements: a directory for each array, and one OCDBT database, which is better for
 many small arrays.
 """

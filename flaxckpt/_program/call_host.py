@@ -3,8 +3,8 @@
 `jax.experimental.io_callback` has JAX copy its operands to a CPU device first. On CPU
 the program's own threads make this copy. If all of them wait in a collective for the
 very call, the program never ends. So on CPU a call uses `buffer_callback`, which copies
-nothing, where the devices of the program are known. Elsewhere it uses what
-`io_callback` consists of, without that copy; this has no public name.
+nothing, if the devices of the program are known. If they are not, a call on CPU uses
+what `io_callback` consists of, without that copy; this has no public name.
 """
 
 import functools

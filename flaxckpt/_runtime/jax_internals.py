@@ -1,6 +1,6 @@
 """Every private name of JAX that this package uses.
 
-JAX may move or drop such a name in any release. So each function here imports its name
+JAX may move or drop such a name in any release. So each function here looks its name up
 when it is called, and says what is lost in a JAX without that name. Everything else
 goes on working, `import flaxckpt` first of all.
 """
@@ -31,9 +31,9 @@ def has_backends() -> bool:
 def device_order(sharding: jax.sharding.Sharding) -> Any:
     """Return a sharding's devices in order.
 
-    One program can copy all arrays whose devices are equal. Without this name, the
-    arrays of each sharding are copied by a program of their own, and a tree with
-    several shardings waits for a metric that a device still computes.
+    A program copies only arrays whose devices are equal and in one order. Without this
+    name, the arrays of each sharding are copied by a program of their own, and a tree
+    with several shardings waits for a metric that a device still computes.
     """
     return getattr(sharding, "_device_assignment", sharding)
 
@@ -51,19 +51,20 @@ def entered_mesh() -> Any:
 
 
 def put_alike(values: list[np.ndarray], like: jax.Array) -> list[jax.Array]:
-    """Put values where `device_put` has put others of their shape and dtype.
+    """Put host arrays where `like` is.
 
     Without this name, JAX takes four times as long to put many small arrays.
 
     Args:
-        values: Arrays on the host.
-        like: An array on one device of this process.
+        values: Arrays of one dtype, and of the shape of `like`.
+        like: An array on one device of this process. If JAX has narrowed its dtype, it
+            narrows theirs, too.
     """
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, TypeError):  # or it has other arguments
         from jax._src.interpreters.pxla import batched_device_put
 
         aval, where, on = like.aval, like.sharding, [*like.devices()]
-        if all(value.dtype == like.dtype for value in values):  # else JAX narrows them
+        if values[0].dtype == like.dtype:
             return [batched_device_put(aval, where, [value], on) for value in values]
     return jax.device_put(values, like.sharding)
 

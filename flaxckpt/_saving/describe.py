@@ -114,13 +114,17 @@ class Describer:
     def _described(
         self, tree: PyTree, flat: Flat, *, is_traced: bool
     ) -> tuple[Layout, list[Any], list[Kind | None]]:
-        """Describe a tree, at once if it is like an earlier one, and all JAX arrays."""
+        """Describe a tree: its layout, stored leaves and kinds.
+
+        If an earlier tree had the same structure and kinds, and both held JAX arrays
+        only, its layout is returned at once.
+        """
         kinds = [] if is_traced else kinds_of(flat.leaves)
         are_arrays = bool(kinds) and None not in kinds
         known, layout = (are_arrays and self._known.get(flat.key)) or ([], None)
         if layout and known == kinds and not any([x.is_deleted() for x in flat.leaves]):
             return layout, flat.leaves, known
-        if are_arrays and not self._weights_only:  # else the copies may be of two trees
+        if are_arrays and not self._weights_only:  # which may copy two trees at once
             self._ahead.compile_kinds(kinds)
         layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:
@@ -130,8 +134,8 @@ class Describer:
     def _locate(self, tree: PyTree, layout: Layout, flat: Flat) -> Skeleton:
         """Return where in a tree the weights are.
 
-        By default that depends on the layout only, so it is remembered. Layouts of one
-        structure share one skeleton object.
+        `default_weights` looks only at the structure and the leaves, so what it finds
+        is remembered. Layouts of one structure share one skeleton object.
         """
         if self._weights is not default_weights:
             return weights_skeleton(tree, self._weights, flat.leaves)

@@ -4,10 +4,10 @@ A call becomes `Contents`, the trees that it saves, described. They get a `Job` 
 queue. The call is decided: `Save`, `Skip`, or `OnDevice`. The trees are copied, and the
 job is submitted.
 
-By default the training loop does not wait for a device, and waits for the disk only
-when `max_in_flight` saves are already under way. If a due check depends on a value that
-a device still computes, the device decides, and copies only if there is something to
-save. The writing thread learns the decision later.
+By default the training loop waits for a device only if the devices have no room for
+another copy, and for the disk only if `max_in_flight` saves are already under way. If a
+due check depends on a value that a device still computes, the device decides, and
+copies only if there is something to save. The writing thread learns the decision later.
 """
 
 from pathlib import Path
@@ -108,8 +108,9 @@ class Saver:
         """Claim a job and let the device decide, if that needs no waiting.
 
         Returns:
-            The job; None if the call is decided already, if no job is free, or if one
-            program cannot take all arrays.
+            The job; None if the call is decided already, if no job is free, if the
+            devices lack room, if an interrupt could tear the save that waits, or if the
+            arrays and the metric are on different devices.
         """
         state = call.state
         value = call.unknown if isinstance(call.decision, Undecided) else None

@@ -9,5 +9,5 @@ stored layout with that, and `convert` converts each loaded leaf to the wanted o
 that is stored, and in one that plain Orbax wrote. Both go by the rules in
 `kinds_of_parts`. `owned_shards` returns the parts of a leaf that this process stores.
 `digest` fingerprints leaves, by a checksum or by the sum in `digest_formula`.
-`remembered` is a bounded memory, also for keys that cannot be compared.
+`remembered` keeps a few values by key, and ignores a key that cannot be compared.
 """

@@ -16,7 +16,8 @@ from flaxckpt._trees.wanted import Wanted
 def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     """Convert a loaded value to the wanted form; `match` has compared the two kinds.
 
-    An array for `want.sharding` is returned as it is; see `put_on_shardings`.
+    An array for `want.sharding` stays where it is, and only its dtype changes:
+    `put_on_shardings` moves it.
 
     Raises:
         ValueError: If a Python number does not fit the wanted dtype exactly, and `cast`
@@ -65,21 +66,23 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
 def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     """Put converted leaves onto the shardings of those that want one.
 
-    All are put in one call, but of host arrays that are alike only the first one: JAX
-    takes several times as long to put an array as to put one more like it.
+    One call of `device_put` puts one host array of each shape, dtype and sharding, and
+    all other arrays. `put_alike` puts the rest: JAX takes several times as long to put
+    an array of a new kind.
     """
     groups: dict[Any, list[int]] = {}
     for at, want in wanted.items():
         if want.sharding is not None and want.leaf.kind == "jax":
-            kind: Any = at
+            group: Any = at
             if type(leaves[at]) is np.ndarray and want.is_in_one_piece:
-                kind = leaves[at].shape, leaves[at].dtype, want.sharding
-            groups.setdefault(kind, []).append(at)
-    firsts = {group[0]: wanted[group[0]].sharding for group in groups.values()}
+                group = leaves[at].shape, leaves[at].dtype, want.sharding
+            groups.setdefault(group, []).append(at)
+    firsts = {own[0]: wanted[own[0]].sharding for own in groups.values()}
     placed = jax.device_put([leaves[at] for at in firsts], [*firsts.values()])
-    for array, group in zip(placed, groups.values(), strict=True):
-        arrays = [array, *put_alike([leaves[at] for at in group[1:]], array)]
-        for at, each in zip(group, arrays, strict=True):
+    for array, (first, *others) in zip(placed, groups.values(), strict=True):
+        leaves[first] = array
+        more = put_alike([leaves[at] for at in others], array) if others else []
+        for at, each in zip(others, more, strict=True):
             leaves[at] = each
 
 

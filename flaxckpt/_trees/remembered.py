@@ -9,8 +9,8 @@ T = TypeVar("T")
 class Remembered(Generic[T]):
     """Remembers a value for each of some keys, but for no key that cannot be compared.
 
-    Static data of a tree may not hash, or may be an array, which has no one answer
-    to whether it equals another; JAX compares it with the trees' structures.
+    JAX compares the static data of two trees when it compares their structures. An
+    array among these data raises an error, and so do data that have no hash.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,7 +31,7 @@ class Remembered(Generic[T]):
         return self.keep(key, make()) if known is None else known
 
     def keep(self, key: Any, value: T) -> T:
-        """Remember a value; if there are too many, forget the others first."""
+        """Remember a value. If there are too many, forget all others first."""
         try:
             if len(self._values) >= self._most and key not in self._values:
                 self._values.clear()

@@ -92,12 +92,11 @@ def _kind_of(leaf: Any) -> Any:
     return type(leaf), (leaf.dtype, leaf.shape) if is_array else None
 
 
-def _pick(
-    node: PyTree, *, is_root: bool = True, in_model: bool = False
-) -> Picked | None:
+def _pick(node: PyTree, *, in_model: bool = False) -> Picked | None:
     """Pick the weights of a node; None if it is known to have none.
 
-    In a model, a part is left out only for its type, and never for its name.
+    In a model, a part is left out only for its type, and never for its name. Outside of
+    a model, each part is looked up among the remembered structures first.
     """
     if isinstance(node, jax.Array):  # first, since there may be many
         return None if is_beside(node) else Picked(node, is_known=False)
@@ -126,10 +125,7 @@ def _pick(
     is_equinox = is_of_equinox(node)
     is_state = any(is_optimizer(name, child) for name, child in fields.items())
     in_model = in_model or (is_equinox and not is_state)
-    if is_root and not in_model:
-        pick = _pick_known
-    else:
-        pick = functools.partial(_pick, is_root=False, in_model=in_model)
+    pick = functools.partial(_pick, in_model=True) if in_model else _pick_known
     below = [(name, child, pick(child)) for name, child in children]
     is_state = is_state or any(
         not are_keys(child) if picked is None else picked.is_training

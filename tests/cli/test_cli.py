@@ -88,7 +88,7 @@ def test_a_missing_extra_is_named():
     assert result.returncode == 2
     assert result.stderr == (
         "flaxckpt demo: needs sklearn, which is not installed. "
-        "Install it with: pip install 'flaxckpt[demo]'\n"
+        "In a clone of flaxckpt: pip install '.[demo]'\n"
     )
 
 
