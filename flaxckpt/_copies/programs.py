@@ -82,8 +82,8 @@ class Program:
             which: 0 for `fill`, 1 for `refill`, 2 for `refill` if a device decides.
             is_wanted: As for `refill`.
         """
+        jitted, work = self._jitted[which], self._work  # which has a lock of its own
         with self._compiling[which]:
-            jitted = self._jitted[which]
             if self._programs[which] is not jitted or (not which and self._has_filled):
                 return
             alone = [_struct(kind) for kind in self._alone]
@@ -92,7 +92,7 @@ class Program:
                 _struct(((sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]))
                 for pack in self._packs
             ]
-            arguments = alone, packs, self._work, alone + joined, is_wanted
+            arguments = alone, packs, work, alone + joined, is_wanted
             with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
                 self._programs[which] = jitted.lower(*arguments[: 3 + which]).compile()
 

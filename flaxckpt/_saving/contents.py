@@ -74,7 +74,8 @@ class Contents:
         for position, frozen in call.frozen.items():
             if frozen.digest:
                 leaves[position], kinds[position] = frozen, None
-        leaves += [call.scalars()[name] for name in self.scalars]
+        scalars = call.scalars() if self.scalars else {}
+        leaves += [scalars[name] for name in self.scalars]
         kinds += kinds_of(leaves[len(kinds) :])
         return leaves, kinds
 

@@ -102,12 +102,12 @@ class Describer:
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
     ) -> StoredTree:
         """Describe a tree; if `is_picked`, all of it is weights."""
+        flat = flatten(tree)
         with paused_collector():
-            flat = flatten(tree)
             layout, leaves, kinds = self._described(tree, flat, is_traced=is_traced)
-            if all(leaf.is_from_like for leaf in layout.leaves):
-                raise _refusal_of_nothing(tree, is_picked=is_picked)
-            weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
+        if all(leaf.is_from_like for leaf in layout.leaves):
+            raise _refusal_of_nothing(tree, is_picked=is_picked)
+        weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.indices(tree)
         return StoredTree(layout, leaves, weights, frozen, kinds)
 
@@ -142,7 +142,8 @@ class Describer:
         for known, skeleton in self._located:
             if known.skeleton is layout.skeleton and known.leaves == layout.leaves:
                 return skeleton
-        skeleton = weights_skeleton(tree, self._weights, flat.leaves)
+        with paused_collector():
+            skeleton = weights_skeleton(tree, default_weights, flat.leaves)
         self._located.appendleft((layout, skeleton))
         return skeleton
 

@@ -80,10 +80,11 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     firsts = {own[0]: wanted[own[0]].sharding for own in groups.values()}
     placed = jax.device_put([leaves[at] for at in firsts], [*firsts.values()])
     for array, (first, *others) in zip(placed, groups.values(), strict=True):
-        leaves[first] = array
-        more = put_alike([leaves[at] for at in others], array) if others else []
-        for at, each in zip(others, more, strict=True):
-            leaves[at] = each
+        leaves[first], sharding = array, firsts[first]
+        if others and sharding is not None:
+            alike = put_alike([leaves[at] for at in others], array, sharding)
+            for at, each in zip(others, alike, strict=True):
+                leaves[at] = each
 
 
 def _empty(leaf: Leaf) -> Any:

@@ -247,6 +247,41 @@ def test_a_copy_to_new_memory_does_not_wait_for_the_other_program(monkeypatch):
     np.testing.assert_array_equal(again, array + 1)
 
 
+NESTED = """
+    import os, signal, sys, threading, time
+    import jax, jax.numpy as jnp, numpy as np
+    from flaxckpt._copies.plan import kinds_of
+    from flaxckpt._copies.programs import Program
+
+    array, put = jnp.ones(1001), jax.device_put
+    program = Program((kinds_of([array])[0],), ())
+
+    def late(*args, **kwargs):  # while the loop prepares its first copy
+        if threading.current_thread() is threading.main_thread() and not told:
+            told.append(1)
+            thread.start()
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.5)
+        return put(*args, **kwargs)
+
+    def refill(*args):
+        told.append(program.refill([array], [], [jnp.ones(1001)], np.True_))
+
+    told, jax.device_put = [], late
+    thread = threading.Thread(target=program.compile, args=(1,), daemon=True)
+    signal.signal(signal.SIGUSR1, refill)
+    copies = program.fill([array], [])
+    thread.join()
+    assert len(told) == 2 and len(copies) == 1
+"""
+
+
+def test_a_copy_made_by_a_signal_handler_ends_beside_the_compiling_thread():
+    code = textwrap.dedent(NESTED)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_weights_alone_are_known_too(tmp_path, compiled, count):
     tree = {"params": jax.device_put(tree_of(MANY)), "opt_state": jnp.ones(99)}
     with ModelCheckpoint(tmp_path / "{epoch}", save_weights_only=True) as ckpt:

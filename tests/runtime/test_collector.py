@@ -5,8 +5,10 @@ import gc
 import os
 import threading
 
+import jax.numpy as jnp
 import pytest
 
+import flaxckpt
 from flaxckpt._runtime.collector import paused_collector
 
 
@@ -44,3 +46,17 @@ def test_a_child_forked_meanwhile_collects():
     thread.join()
     assert status == 0
     assert gc.isenabled()
+
+
+def test_a_function_that_picks_the_weights_may_collect(tmp_path):
+    seen = []
+
+    def weights(tree):
+        seen.append(gc.isenabled())
+        return tree["params"]
+
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", weights=weights) as ckpt:
+        for epoch in range(2):
+            ckpt.save({"params": jnp.ones(3), "step": jnp.ones(())}, epoch)
+    assert seen
+    assert all(seen)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flaxckpt
 from flaxckpt._trees.convert import put_on_shardings
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.wanted import Wanted
@@ -44,21 +45,27 @@ def facts(array):
     )  # fmt: skip
 
 
+def values_of(kind, number):
+    dtype, shape, _ = kind
+    size = int(np.prod(shape))
+    return (np.arange(size) * 5 + number * 3).astype(dtype).reshape(shape, order="F")
+
+
 @given(
-    kinds=st.lists(
+    few=st.lists(
         st.tuples(st.sampled_from(DTYPES), st.sampled_from(SHAPES), st.integers(0, 4)),
-        max_size=12,
+        min_size=1,
+        max_size=3,
     ),
+    which=st.lists(st.integers(0, 2), max_size=12),
     is_wide=st.booleans(),
     on_devices=st.integers(0, 3),
 )
-def test_leaves_are_as_device_put_makes_them(kinds, is_wide, on_devices):
+def test_leaves_are_as_device_put_makes_them(few, which, is_wide, on_devices):
     placed = shardings()
+    kinds = [few[index % len(few)] for index in which]
     with jax.enable_x64(is_wide):
-        values = [
-            np.full(shape, number % 2, dtype)
-            for number, (dtype, shape, _) in enumerate(kinds)
-        ]
+        values = [values_of(kind, number) for number, kind in enumerate(kinds)]
         for at in range(min(on_devices, len(values))):
             values[at] = jnp.asarray(values[at])
         want = {
@@ -66,12 +73,43 @@ def test_leaves_are_as_device_put_makes_them(kinds, is_wide, on_devices):
             for at, (_, _, where) in enumerate(kinds)
         }
         wanted = [
-            jax.device_put(v, w.sharding)
-            for v, w in zip(values, want.values(), strict=True)
+            jax.device_put(value, each.sharding)
+            for value, each in zip(values, want.values(), strict=True)
         ]
         leaves = list(values)
         put_on_shardings(leaves, want)
         assert list(map(facts, leaves)) == list(map(facts, wanted))
+
+
+def alike():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    want = {at: Wanted(Leaf((str(at),), "jax"), place) for at in range(5)}
+    return [np.arange(4.0, dtype=np.float32) + at for at in want], want
+
+
+def test_each_of_five_alike_keeps_its_own_values():
+    leaves, want = alike()
+    put_on_shardings(leaves, want)
+    assert [array[0] for array in leaves] == [0, 1, 2, 3, 4]
+    assert {array.sharding for array in leaves} == {want[0].sharding}
+
+
+@pytest.mark.parametrize("trace", [jax.jit, jax.eval_shape])
+def test_alike_arrays_within_a_trace(trace, tmp_path):
+    tree = dict(zip("abcde", alike()[0], strict=True))
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        path = ckpt.save(jax.tree.map(jnp.asarray, tree), 0)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    struct = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)
+    like = dict.fromkeys(tree, struct)
+
+    def loaded():
+        return jax.tree.map(lambda x: x + 1, flaxckpt.load(path, like))
+
+    found = trace(loaded)() if trace is jax.jit else trace(loaded)
+    assert {each.shape for each in found.values()} == {(4,)}
+    if trace is jax.jit:
+        assert [each[0] for each in found.values()] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("sharding", [None, jax.sharding.SingleDeviceSharding])
