@@ -82,7 +82,7 @@ class Program:
             which: 0 for `fill`, 1 for `refill`, 2 for `refill` if a device decides.
             is_wanted: As for `refill`.
         """
-        jitted, work = self._jitted[which], self._work  # which has a lock of its own
+        jitted, work = self._jitted[which], self._work  # it has a lock, too
         with self._compiling[which]:
             if self._programs[which] is not jitted or (not which and self._has_filled):
                 return

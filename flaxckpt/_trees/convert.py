@@ -70,19 +70,24 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     all other arrays. `put_alike` puts the rest: JAX takes several times as long to put
     an array of a new kind.
     """
+    shardings = {
+        position: want.sharding
+        for position, want in wanted.items()
+        if want.sharding is not None and want.leaf.kind == "jax"
+    }
     groups: dict[Any, list[int]] = {}
-    for at, want in wanted.items():
-        if want.sharding is not None and want.leaf.kind == "jax":
-            group: Any = at
-            if type(leaves[at]) is np.ndarray and want.is_in_one_piece:
-                group = leaves[at].shape, leaves[at].dtype, want.sharding
-            groups.setdefault(group, []).append(at)
-    firsts = {own[0]: wanted[own[0]].sharding for own in groups.values()}
-    placed = jax.device_put([leaves[at] for at in firsts], [*firsts.values()])
+    for at, sharding in shardings.items():
+        group: Any = at
+        if type(leaves[at]) is np.ndarray and wanted[at].is_in_one_piece:
+            group = leaves[at].shape, leaves[at].dtype, sharding
+        groups.setdefault(group, []).append(at)
+    firsts = [group[0] for group in groups.values()]
+    values = [leaves[at] for at in firsts]
+    placed = jax.device_put(values, [shardings[at] for at in firsts])
     for array, (first, *others) in zip(placed, groups.values(), strict=True):
-        leaves[first], sharding = array, firsts[first]
-        if others and sharding is not None:
-            alike = put_alike([leaves[at] for at in others], array, sharding)
+        leaves[first] = array
+        if others:
+            alike = put_alike([leaves[at] for at in others], array, shardings[first])
             for at, each in zip(others, alike, strict=True):
                 leaves[at] = each
 

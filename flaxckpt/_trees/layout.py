@@ -165,8 +165,8 @@ class Layout:
         held = [index for index, leaf in enumerate(leaves) if leaf.in_orbax]
         sums = table.get("sums") or [()] * len(held)
         for index, digest, own in zip(held, table["digests"], sums, strict=True):
-            both: Any = vars(leaves[index]) | {"digest": digest, "sums": tuple(own)}
-            leaves[index] = Leaf(**both)  # faster than `replace`
+            facts: Any = vars(leaves[index]) | {"digest": digest, "sums": tuple(own)}
+            leaves[index] = Leaf(**facts)  # faster than `replace`
         return cls(table["tree"], tuple(leaves))
 
 

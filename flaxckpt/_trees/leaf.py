@@ -82,7 +82,7 @@ class Leaf:
     @property
     def nbytes(self) -> int:
         """Bytes of its values in memory; 16 for each key, Python scalar or text."""
-        return _nbytes("complex128" if self.kind == "key" else self.dtype, self.shape)
+        return _nbytes("" if self.kind == "key" else self.dtype, self.shape)
 
     def __str__(self) -> str:
         if self.kind not in (*ARRAYS, "key"):
