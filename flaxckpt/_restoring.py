@@ -20,7 +20,7 @@ from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._processes.messages import from_leader, gathered
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._runtime.frames import outside
-from flaxckpt._runtime.patience import looks
+from flaxckpt._runtime.patience import tries
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._settings import Settings
 from flaxckpt._trees.ties import PyTree, leaves_of
@@ -148,7 +148,7 @@ class Restorer:
             CheckpointPathError: If one that may be of this filepath cannot be read.
             CheckpointError: If checkpoints were deleted as fast as they were listed.
         """
-        for _ in looks():
+        for _ in tries():
             if which == "best":
                 infos, left_out = self._series.listed()
                 infos = self._series.ranked(infos)

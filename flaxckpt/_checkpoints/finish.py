@@ -60,7 +60,7 @@ class Tables:
 
 def finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
     """Write the table of leaves and the record, and finish the draft."""
-    if not (written / STATE / "manifest.ocdbt").exists():
+    if not (written / STATE / "manifest.ocdbt").exists():  # no database
         draft.write(ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
     draft.write(RECORD_FILE, [encode_record(info, versions(), table)])

@@ -44,7 +44,7 @@ class Page:
 
 
 class SeriesWriter:
-    """The one writer of a series in this object. The area must be open.
+    """Writes a series for one `ModelCheckpoint`. The area must be open.
 
     Attributes:
         series: The series.

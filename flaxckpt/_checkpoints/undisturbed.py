@@ -19,7 +19,7 @@ from flaxckpt._object_store.source import Place, fetched
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import entries, foreign_checkpoints, is_ours, is_readable
 from flaxckpt._runtime.forks import use_threads
-from flaxckpt._runtime.patience import LOOKS, looks, pause
+from flaxckpt._runtime.patience import TRIES, pause, tries
 from flaxckpt._runtime.unchecked import runs_unchecked
 from flaxckpt.errors import (
     CheckpointCorruptError,
@@ -49,7 +49,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Place], T]) -> T:
         read = functools.partial(_read_listed, path, read)
     if is_url(path):
         return _from_store(os.fspath(path), read)
-    for _ in looks():
+    for _ in tries():
         found = _found(path)
         before = _stamp(found)
         try:
@@ -90,7 +90,7 @@ def _read_listed(info: CheckpointInfo, read: Callable[[Place], T], place: Place)
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
     return CheckpointError(
-        f"Checkpoint {str(path)!r} was replaced {LOOKS} times or more while it was "
+        f"Checkpoint {str(path)!r} was replaced {TRIES} times or more while it was "
         "read. Read it when it is not being written, or save less often."
     )
 
@@ -109,7 +109,7 @@ def _files_of(path: Path) -> list[str]:
 
 def _from_store(url: str, read: Callable[[Place], T]) -> T:
     """Read a checkpoint in an object store, as `undisturbed` does."""
-    for _ in looks():
+    for _ in tries():
         with fetched(url) as source:
             try:
                 source.begin()

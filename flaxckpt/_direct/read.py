@@ -148,7 +148,8 @@ class Reader:
     def holds(self, leaf: Leaf) -> bool:
         """Tell whether all files of a leaf are there, with the sizes they should have.
 
-        Reads no values. Also False if the way in which the leaf is stored is not known.
+        Reads no values, and a database tells no sizes. Also False if the way in which
+        the leaf is stored is not known.
         """
         if leaf.is_text:
             self._text(leaf)

@@ -108,7 +108,10 @@ class Store:
         raise NotImplementedError
 
     def has(self, key: str, nbytes: int | None) -> bool:
-        """Tell whether a file is there, with `nbytes` bytes if its size is known."""
+        """Tell whether a file is there, with `nbytes` bytes if its size is known.
+
+        If it is not, this may raise one of `UNREADABLE` instead.
+        """
         raise NotImplementedError
 
     def read_into(self, key: str, values: Array, *, check: bool) -> list[str]:

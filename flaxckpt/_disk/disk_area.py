@@ -177,25 +177,25 @@ class DiskArea(Area):
             path.unlink()
             self._sync_directory(path.parent)
             return
-        path = located(path)  # if that is aside, what is at `path` stays
+        path = located(path)  # if that is being replaced, what is at `path` stays
         self._refuse_around(path)
-        aside = self._staging.made()
+        trash = self._staging.made()
         try:
-            path.rename(aside / "new")
+            path.rename(trash / "new")
         except OSError:
-            aside.rmdir()
+            trash.rmdir()
             raise
         try:
             # The rename must be on disk before `staging` writes over the files.
-            self._sync_directory(aside)
+            self._sync_directory(trash)
             self._sync_directory(path.parent)
         except BaseException:
             # Otherwise a crash may bring it back, written over or half deleted.
             with contextlib.suppress(OSError):
-                os.rename(aside / "new", path)
-                aside.rmdir()
+                os.rename(trash / "new", path)
+                trash.rmdir()
             raise
-        self._staging.trash.append(aside)
+        self._staging.trash.append(trash)
 
     def swap(self, new: Path, path: Path) -> None:
         """See `Area.swap`."""

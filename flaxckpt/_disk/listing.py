@@ -18,7 +18,7 @@ from flaxckpt._disk.record import (
     read_record,
     replaced_path,
 )
-from flaxckpt._runtime.patience import looks, pause
+from flaxckpt._runtime.patience import pause, tries
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
 
 Infos: TypeAlias = tuple[CheckpointInfo, ...]
@@ -45,7 +45,7 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
     problems, doubles, was_empty = set[str](), set[Path](), False
     infos: Infos = ()
     damaged: list[LeftOut] = []
-    for _ in looks():
+    for _ in tries():
         look = _Look(known)
         infos, before = _sorted(_find(Path(root), depth, look))
         damaged = [error for error in before if str(error) in problems]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flaxckpt.errors import CheckpointPathError
 
-SMALL_BYTES = 2**30  # the largest file that is read whole
+WHOLE_BYTES = 2**30  # the largest file that is read whole
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DAMAGE = frozenset(
     {
@@ -89,7 +89,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
-def read_small(path: str | os.PathLike[str], limit_bytes: int = SMALL_BYTES) -> bytes:
+def read_small(path: str | os.PathLike[str], limit_bytes: int = WHOLE_BYTES) -> bytes:
     """Read a plain file whole.
 
     Args:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from flaxckpt._disk.open import (
-    SMALL_BYTES,
+    WHOLE_BYTES,
     NoFileError,
     is_damage,
     open_file,
@@ -43,7 +43,7 @@ def check_plain(path: Path, needed: int = 0, held: int | None = None) -> None:
     try:
         for entry in plain_files(located(path)):
             size = entry.stat().st_size
-            if (size > SMALL_BYTES and entry.name.endswith(_SMALL)) or (
+            if (size > WHOLE_BYTES and entry.name.endswith(_SMALL)) or (
                 largest is not None and size > largest
             ):
                 raise NoFileError(f"{entry.name} has {size} bytes")

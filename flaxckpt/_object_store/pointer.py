@@ -9,7 +9,7 @@ from pathlib import Path
 from flaxckpt._disk.open import is_inside
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE
 from flaxckpt._object_store.objects import Objects
-from flaxckpt._runtime.patience import looks
+from flaxckpt._runtime.patience import tries
 from flaxckpt.errors import CheckpointError
 
 CURRENT = f"{HIDDEN_PREFIX}current"
@@ -71,7 +71,7 @@ def read_listed(
     Raises:
         CheckpointError: If an object is missing again and again.
     """
-    for _ in looks():
+    for _ in tries():
         keys = listed()
         found = objects.read_all(keys)
         if len(found) == len(keys):

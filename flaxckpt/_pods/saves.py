@@ -213,7 +213,7 @@ class PodSaver:
         shown = self.report.shown
         settled: tuple[Call, list[Page]] | None = None
         try:
-            settled = self._parts.publisher.pages_to_write(contents, _unchecked)
+            settled = self._parts.publisher.pages_to_write(contents, _no_check)
             pages = [] if settled is None else settled[1]
             paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
             exchange.tell("check", summary(contents.calls[-1], paths))
@@ -282,7 +282,7 @@ class PodSaver:
             self.counts.direct += 1
 
 
-def _unchecked(path: Path) -> None:
+def _no_check(path: Path) -> None:
     """Check nothing: process 0 checks the paths when it writes."""
 
 

@@ -13,7 +13,7 @@ class Lines:
     """
 
     def __init__(self, *, best_only: bool, overwrite: bool) -> None:
-        """Begin the first line; `SaverParts` has the arguments."""
+        """Begin the first line; `Settings` has the arguments."""
         self._best_only, self._overwrite = best_only, overwrite
         self._line = 0
         self._head: CheckpointState | None = None  # the state returned last

@@ -118,7 +118,7 @@ class SaverParts:
             self.report.count_delay(job.waited)
             if job.waited:
                 self.report.say(call, f"waited {job.waited:.2f} s for the saves before")
-            may_stay = self.queue.is_idle() and self.disk.way.writes_directly
+            may_stay = self.queue.has_one_job() and self.disk.way.writes_directly
             self.describer.take_up_frozen(contents, call, may_stay=may_stay)
         except BaseException:
             self.queue.give_back(job)

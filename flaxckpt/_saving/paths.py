@@ -21,7 +21,7 @@ class Paths:
         self.template, self._series = template, series
 
     def take_lock(self, path: Path | None) -> None:
-        """Take the lock of the series, if it is not held, before `path` is written."""
+        """Take the lock of the series, if it is not held; an error names `path`."""
         try:
             self._series.area.open()
         except OSError as error:

@@ -275,7 +275,7 @@ class JobQueue:
         if not (self._is_busy or self._jobs or self._errors or self._warnings):
             UNHEARD.discard(self)
 
-    def is_idle(self) -> bool:
+    def has_one_job(self) -> bool:
         """Tell whether the only job is the one that the caller has claimed."""
         return len(self._jobs) == 1
 

@@ -1,8 +1,9 @@
 """`Saver`: a save on its way to the disk, copied on one thread and written on another.
 
-A call becomes `Contents`, the trees that it saves, described. They get a `Job` of the
-queue. The call is decided: `Save`, `Skip`, or `OnDevice`. The trees are copied, and the
-job is submitted.
+A call is decided, unless a device still computes its metric: it is then `Undecided`. It
+becomes `Contents`, the trees that it saves, described, which get a `Job` of the queue.
+An undecided call is decided by a device (`OnDevice`), or waits for the metric. The
+trees are copied, and the job is submitted.
 
 By default the training loop waits for a device only if the devices have no room for
 another copy, and for the disk only if `max_in_flight` saves are already under way. If a

@@ -34,7 +34,6 @@ BESIDE = (STATES | OPTIMIZERS | METRICS) | frozenset(
     "ckpt checkpoint checkpoint_state ckpt_state loss_scale scheduler lr_scheduler "
     "env_state env_states replay_buffer buffer logs history".split()
 )
-PLAIN = 64  # structures that are remembered as all weights
 LEAVES = np.ndarray | np.generic | bool | int | float | complex | str | bytes
 
 

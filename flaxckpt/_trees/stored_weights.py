@@ -1,6 +1,5 @@
 """The weights in a stored tree: which leaves they are, and the tree that they make."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +21,10 @@ from flaxckpt._trees.skeleton import (
     Skeleton,
     children_in,
     indices_in,
-    key_of,
     with_children,
 )
 from flaxckpt._trees.structure import skeleton_of
-from flaxckpt._trees.ties import PyTree, children_of, leaves_of
+from flaxckpt._trees.ties import PyTree, leaves_of
 
 
 def is_weights_name(name: str) -> bool:
@@ -119,33 +117,6 @@ def _is_number(node: Skeleton, leaves: Sequence[Any]) -> bool:
         return node is None
     sample = leaves[node]
     return not is_floating(sample) and getattr(sample, "shape", ()) == ()
-
-
-def nnx_weights(node: Any) -> Any:
-    nnx: Any = sys.modules["flax.nnx"]
-    state = node if isinstance(node, nnx.State) else nnx.state(node)
-    return nnx.filter_state(state, nnx.Not(nnx.Any(*_beside_in_nnx(nnx))))
-
-
-def is_nnx_weights(variable: Any) -> bool:
-    return not isinstance(variable, _beside_in_nnx(sys.modules["flax.nnx"]))
-
-
-def _beside_in_nnx(nnx: Any) -> tuple[type, ...]:
-    metric = nnx.metrics.MetricState
-    return nnx.RngState, nnx.optimizer.OptState, metric, nnx.Intermediate, nnx.Cache
-
-
-def children_by_name(node: PyTree) -> list[tuple[str | int, Any]] | None:
-    """Return a node's children with their names or positions; None for a leaf."""
-    if type(node) is dict:
-        return list(node.items())
-    if type(node) in (tuple, list):
-        return list(enumerate(node))
-    children, _ = children_of(node)
-    if len(children) == 1 and not children[0][0]:
-        return None
-    return [(key_of(path[0]), child) for path, child in children]
 
 
 def _renumbered(skeleton: Skeleton, indices: list[int | None]) -> Skeleton:

@@ -5,6 +5,7 @@ what stands beside them. `kinds_of_parts` tells one from the other.
 """
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,6 @@ import jax
 from flaxckpt._trees.kinds_of_parts import (
     LEAVES,
     METRICS,
-    PLAIN,
     Picked,
     are_keys,
     is_beside,
@@ -29,8 +29,16 @@ from flaxckpt._trees.kinds_of_parts import (
     is_training,
 )
 from flaxckpt._trees.remembered import Remembered
-from flaxckpt._trees.stored_weights import children_by_name, is_nnx_weights, nnx_weights
-from flaxckpt._trees.ties import MODULE, STATE, VARIABLE, PyTree, flatten, role_of
+from flaxckpt._trees.skeleton import key_of
+from flaxckpt._trees.ties import (
+    MODULE,
+    STATE,
+    VARIABLE,
+    PyTree,
+    children_of,
+    flatten,
+    role_of,
+)
 
 
 def default_weights(tree: PyTree) -> PyTree:
@@ -83,7 +91,7 @@ def _pick_known(node: PyTree) -> Picked | None:
     return picked
 
 
-_ALL_WEIGHTS = Remembered[bool](PLAIN)
+_ALL_WEIGHTS = Remembered[bool](64)
 
 
 def _kind_of(leaf: Any) -> Any:
@@ -104,15 +112,15 @@ def _pick(node: PyTree, *, in_model: bool = False) -> Picked | None:
         return Picked(node, is_known=False)
     role = role_of(node)
     if role == VARIABLE:
-        return Picked(node, is_training=True) if is_nnx_weights(node) else None
+        return Picked(node, is_training=True) if _is_nnx_weights(node) else None
     if role in (MODULE, STATE):
-        state = nnx_weights(node)
+        state = _nnx_weights(node)
         return Picked(state, is_training=True) if state else None
     if is_beside(node):
         return None
     if is_from(type(node), "optax"):  # LookaheadParams
         return Picked(node)
-    children = children_by_name(node)
+    children = _children_by_name(node)
     if children is None:
         return Picked(node, is_known=False)
     fields = {name: child for name, child in children if isinstance(name, str)}
@@ -168,9 +176,9 @@ def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in fields.items():
         if name == "params":
-            found[name] = nnx_weights(value) if role_of(value) else value
+            found[name] = _nnx_weights(value) if role_of(value) else value
         elif role_of(value):
-            state = nnx_weights(value)
+            state = _nnx_weights(value)
             found |= {name: state} if state else {}
         elif isinstance(value, Mapping) and not is_beside(value):
             # Beside `params`, a mapping with the name of metrics is not weights.
@@ -178,3 +186,30 @@ def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
             if not is_named and not are_keys(value):
                 found[name] = value
     return found
+
+
+def _nnx_weights(node: Any) -> Any:
+    nnx: Any = sys.modules["flax.nnx"]
+    state = node if isinstance(node, nnx.State) else nnx.state(node)
+    return nnx.filter_state(state, nnx.Not(nnx.Any(*_beside_in_nnx(nnx))))
+
+
+def _is_nnx_weights(variable: Any) -> bool:
+    return not isinstance(variable, _beside_in_nnx(sys.modules["flax.nnx"]))
+
+
+def _beside_in_nnx(nnx: Any) -> tuple[type, ...]:
+    metric = nnx.metrics.MetricState
+    return nnx.RngState, nnx.optimizer.OptState, metric, nnx.Intermediate, nnx.Cache
+
+
+def _children_by_name(node: PyTree) -> list[tuple[str | int, Any]] | None:
+    """Return a node's children with their names or positions; None for a leaf."""
+    if type(node) is dict:
+        return list(node.items())
+    if type(node) in (tuple, list):
+        return list(enumerate(node))
+    children, _ = children_of(node)
+    if len(children) == 1 and not children[0][0]:
+        return None
+    return [(key_of(path[0]), child) for path, child in children]
