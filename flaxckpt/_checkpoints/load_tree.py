@@ -75,12 +75,13 @@ def load_tree(
     _warn_of_functions(path, view, plan, given)
     asked = [(i if i is None else sources[i], want) for i, want in plan]
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
-    if values is None:
-        stored = _read_each(place, layout, asked, check=check)
-    else:
-        stored = [None if i is None else values[i] for i, _ in asked]
-    leaves = _converted(path, view, plan, stored, given, cast=cast)
-    _check_twins(path, view, plan, twins, stored)
+    with jax.ensure_compile_time_eval():  # within a trace, the leaves are no tracers
+        if values is None:
+            stored = _read_each(place, layout, asked, check=check)
+        else:
+            stored = [None if i is None else values[i] for i, _ in asked]
+        leaves = _converted(path, view, plan, stored, given, cast=cast)
+        _check_twins(path, view, plan, twins, stored)
     if like is not None:
         return flat.rebuilt(leaves)
     try:

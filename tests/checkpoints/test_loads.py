@@ -284,7 +284,7 @@ def test_an_item_that_cannot_be_read_is_named(tmp_path):
 def test_a_directory_of_other_things_is_no_checkpoint(tmp_path, monkeypatch, below):
     """Nor is it walked: Orbax takes any directory for one of its own."""
     (tmp_path / below).mkdir(parents=True)
-    monkeypatch.setattr(undisturbed, "looks", lambda: iter([1]))
+    monkeypatch.setattr(undisturbed, "tries", lambda: iter([1]))
     for read in (flaxckpt.load, flaxckpt.load_weights, flaxckpt.verify):
         with pytest.raises(CheckpointNotFoundError, match="beside it: none"):
             read(tmp_path / "x")

@@ -112,6 +112,33 @@ def test_alike_arrays_within_a_trace(trace, tmp_path):
         assert [each[0] for each in found.values()] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("trace", [jax.jit, jax.eval_shape])
+@pytest.mark.parametrize("like", ["nothing", "values", "structs", "placed structs"])
+def test_keys_within_a_trace(trace, like, tmp_path):
+    tree = {"w": jnp.ones(3), "key": jax.random.key(4), "n": 3}
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        path = ckpt.save(tree, 0)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    wanted = {
+        "nothing": None,
+        "values": tree,
+        "structs": jax.eval_shape(lambda: tree) | {"n": 3},
+        "placed structs": {
+            **tree,
+            "key": jax.ShapeDtypeStruct((), tree["key"].dtype, sharding=place),
+        },
+    }[like]
+
+    def loaded():
+        found = flaxckpt.load(path, wanted)
+        return found["w"], jax.random.key_data(found["key"])
+
+    found = jax.jit(loaded)() if trace is jax.jit else trace(loaded)
+    assert [each.shape for each in found] == [(3,), (2,)]
+    if trace is jax.jit:
+        assert np.array_equal(found[1], jax.random.key_data(tree["key"]))
+
+
 @pytest.mark.parametrize("sharding", [None, jax.sharding.SingleDeviceSharding])
 def test_other_leaves_stay(sharding):
     place = sharding and sharding(jax.devices()[0])
