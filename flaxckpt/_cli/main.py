@@ -93,7 +93,7 @@ def _problem(directory: Path) -> str:
 def _epochs(text: str) -> int:
     """Parse a number of epochs: at least 2, so that one is whole before the kill."""
     if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} are no digits of a number above 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 1 in digits")
     return int(text)
 
 

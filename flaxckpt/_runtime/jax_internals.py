@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from flaxckpt.errors import CheckpointError
 
@@ -60,14 +59,14 @@ def put_alike(
 
     Args:
         values: Arrays of one dtype, and of the shape of `like`.
-        like: What `device_put` has returned. If it has narrowed the dtype, or if a
-            trace is running, it puts these arrays, too.
+        like: What `device_put` has returned; no tracer. If it has narrowed the dtype,
+            it puts these arrays, too.
         sharding: One device of this process.
     """
     with contextlib.suppress(ImportError, TypeError):  # or it has other arguments
         from jax._src.interpreters.pxla import batched_device_put
 
-        if not isinstance(like, Tracer) and like.dtype == values[0].dtype:
+        if like.dtype == values[0].dtype:
             aval, devices = like.aval, [*sharding.device_set]
             return [batched_device_put(aval, sharding, [x], devices) for x in values]
     return jax.device_put(values, sharding)

@@ -91,7 +91,7 @@ def _pick_known(node: PyTree) -> Picked | None:
     return picked
 
 
-_ALL_WEIGHTS = Remembered[bool](64)
+_ALL_WEIGHTS = Remembered[bool](64)  # structures
 
 
 def _kind_of(leaf: Any) -> Any:
