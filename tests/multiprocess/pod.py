@@ -56,10 +56,15 @@ class Pod:
         return [process.returncode for process in self.processes]
 
     def said(self):
-        """Return the JSON lines that each process has printed, in order."""
+        """Return the JSON lines that each process has printed, in order.
+
+        A line counts once its end is there: a process may be printing it, or may
+        have been killed amid it.
+        """
+        ended = [log.read_text().rpartition("\n")[0] for log in self.logs]
         return [
             [json.loads(line[4:]) for line in text.splitlines() if line[:4] == "SAY "]
-            for text in map(Path.read_text, self.logs)
+            for text in ended
         ]
 
     def wait_until(self, index, what, *, beginning=False):
