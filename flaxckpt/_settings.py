@@ -124,6 +124,10 @@ class Settings:
             need("compress", not self.compress, advice)
             advice = 'several processes write shards by themselves. Pass "auto".'
             need("engine", self.engine == "auto", advice)
+            advice = "several processes save one tree at a time. Pass None."
+            need("max_in_flight", self.max_in_flight in (None, 1), advice)
+            advice = "several processes link no files. Pass None."
+            need("frozen", self.frozen is None, advice)
 
     def _need(self, name: str, is_right: bool, advice: str = "") -> None:
         if not is_right:

@@ -58,7 +58,8 @@ class Updater:
     ) -> CheckpointState:
         """Decide whether to save, and start the save."""
         self.saves.check()
-        preempted, late = self.triggers.is_newly_preempted(), self.triggers.is_late()
+        preempted = self.triggers.is_newly_preempted()
+        overdue = self.triggers.is_interval_over()
         given = state
         if not isinstance(state, CheckpointState):
             check_state(state, self.settings.fresh)
@@ -66,7 +67,7 @@ class Updater:
             self.advice.of_stale()
         # numpy's own True or False, unless a trace or a device has the answer
         state, due = tick(state, epoch, batch)
-        if due is np.False_ and force is False and not (preempted or late):
+        if due is np.False_ and force is False and not (preempted or overdue):
             if self._never_due is None:
                 self._never_due = self.settings.by_epoch or batch is None
             if self._is_new_to_trees:
@@ -97,10 +98,10 @@ class Updater:
             if state.save_best_only and self.saves.lost_best():
                 state = self.restorer.with_best_on_disk(state)
             call = Call(bool(force), epoch, batch, logs, state)
-            if due or (late and self.triggers.is_comparable(logs)):
+            if due or (overdue and self.triggers.is_comparable(logs)):
                 self.saves.decide(call, now=preempted)
-            lasts = bool((due or late) and self.settings.save_last) or preempted
-            path = self.saves.start(tree, call, lasts=lasts)
+            to_slot = bool((due or overdue) and self.settings.save_last) or preempted
+            path = self.saves.start(tree, call, to_slot=to_slot)
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)
@@ -160,7 +161,7 @@ class Updater:
             call.by_hand = True
             template = self.settings.template
             path = Path(template.render(call.epoch, call.batch, logs))
-            self.saves.start(tree, call, lasts=preempted)
+            self.saves.start(tree, call, to_slot=preempted)
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)

@@ -5,9 +5,10 @@ by several processes. `looks` checks the first one of each tree structure and wa
 writing. `load` has the public functions: they read the table of leaves by `read_table`,
 and the tree by `load_tree`, which reads leaves by `read`. `undisturbed` reads again if
 a writer interfered. `series` is all that one filepath has on disk, and `series_writer`
-writes it. For that, `ledger` remembers what is there, `target` checks a path, `rivals`
-decides whether a save or the better checkpoint at its path goes `aside`, and
-`retention` chooses what to delete. `listing` lists a directory without a series.
+writes it. For that, `ledger` remembers what is there, and `target` checks a path.
+`rivals` looks for a better checkpoint at a save's path, and `aside` decides which of
+the two goes aside. `retention` chooses what `series_writer` deletes. `listing` lists a
+directory without a series.
 
 The lock, the renaming of a written directory to its place, and the deletion of what a
 crash has left are the `area`'s; see `_disk` and `_object_store`.

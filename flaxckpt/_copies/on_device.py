@@ -63,16 +63,16 @@ def fill(
             get the values of `into`. Without `into` their values are undefined.
     """
     assert copies.plan is not None
-    slots = iter(list(into.arrays)) if fits(into, copies.plan) else None
+    reused = iter(list(into.arrays)) if fits(into, copies.plan) else None
     for batch in copies.plan.batches:
         alone, packs = batch.pick(leaves)
         # Each branch is one statement, since an interrupt may come between any two, and
-        # the call deletes the slot that it is given.
-        if slots is None:
+        # the call deletes the earlier copies that it is given.
+        if reused is None:
             copies.arrays += batch.program.fill(alone, packs)
         else:
-            slot = [next(slots) for _ in range(batch.number)]
-            copies.arrays += batch.program.refill(alone, packs, slot, is_wanted)
+            earlier = [next(reused) for _ in range(batch.number)]
+            copies.arrays += batch.program.refill(alone, packs, earlier, is_wanted)
 
 
 @jax.jit

@@ -45,7 +45,7 @@ class Program:
         self,
         alone: list[Any],
         packs: list[list[Any]],
-        slot: list[jax.Array],
+        earlier: list[jax.Array],
         is_wanted: Any,
     ) -> list[jax.Array]:
         """Copy into the memory of earlier copies, which are deleted.
@@ -53,13 +53,13 @@ class Program:
         Args:
             alone: The arrays that are copied one by one.
             packs: The arrays of each pack.
-            slot: Earlier copies of this program.
+            earlier: Earlier copies of this program.
             is_wanted: `np.True_` to copy; otherwise a bool[] by which a device decides.
-                If it decides not to copy, `slot` is returned.
+                If it decides not to copy, `earlier` is returned.
         """
         if is_wanted is np.True_:
-            return self._call(1, alone, packs, self._work, slot)
-        return self._call(2, alone, packs, self._work, slot, is_wanted)
+            return self._call(1, alone, packs, self._work, earlier)
+        return self._call(2, alone, packs, self._work, earlier, is_wanted)
 
     def _call(self, which: int, *arguments: Any) -> list[jax.Array]:
         with self._compiling[which]:
@@ -132,9 +132,9 @@ def _refill(
     alone: list[jax.Array],
     packs: list[list[jax.Array]],
     work: jax.Array,
-    slot: list[jax.Array],
+    earlier: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
-    del slot  # the copies take its memory
+    del earlier  # the copies take its memory
     return _fill(alone, packs, work)
 
 
@@ -142,11 +142,11 @@ def _refill_if(
     alone: list[jax.Array],
     packs: list[list[jax.Array]],
     work: jax.Array,
-    slot: list[jax.Array],
+    earlier: list[jax.Array],
     is_wanted: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
     # Not for each refill: on GPU the thread that calls a `cond` waits for the device.
-    copies = jax.lax.cond(is_wanted, lambda: _copied(alone, packs), lambda: slot)
+    copies = jax.lax.cond(is_wanted, lambda: _copied(alone, packs), lambda: earlier)
     return copies, jnp.sum(work * work)
 
 

@@ -3,7 +3,7 @@
 RECORD_FILE = "flaxckpt.json"
 LEAVES_FILE = "flaxckpt_leaves.json"
 # The names of our own entries beside the checkpoints begin so. No listing looks into
-# them, except into a checkpoint that was set aside because two directories cannot be
+# them, except into a checkpoint that is hidden because two directories cannot be
 # exchanged, and that no other checkpoint has replaced yet (see _disk/disk_area).
 HIDDEN_PREFIX = ".flaxckpt-"
 ADVICE = (

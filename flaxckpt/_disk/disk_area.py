@@ -135,17 +135,17 @@ class DiskArea(Area):
         With `own`, the name must be free or have a checkpoint of that series. Other
         processes may want the name, too. A rename never replaces their checkpoint, and
         only this process changes a checkpoint of `own`. Where directories cannot be
-        exchanged, another series may set its checkpoint aside for a moment: the name
-        looks free, but is still taken.
+        exchanged, another series may hide its checkpoint for a moment: the name looks
+        free, but is still taken.
         """
-        aside = replaced_path(target)
+        hidden = replaced_path(target)
         try:
             os.rename(written, target)
         except OSError as error:
             if error.errno not in IN_THE_WAY:
                 raise
         else:
-            if own is None or not os.path.lexists(aside) or is_of(aside, own):
+            if own is None or not os.path.lexists(hidden) or is_of(hidden, own):
                 return False
             os.rename(target, written)
             raise OccupiedError(target)
@@ -222,28 +222,28 @@ class DiskArea(Area):
             self._sync_directory(path.parent)
 
     def _finish_replacements(self) -> None:
-        """Put back each set-aside checkpoint, or delete it if its successor is there.
+        """Put back each hidden checkpoint, or delete it if its successor is there.
 
         If a checkpoint cannot be read or moved, warn and leave it as it is: it may
         belong to another series or another user.
         """
-        for aside in replaced_paths(self._root, self._depth - 1):
+        for hidden in replaced_paths(self._root, self._depth - 1):
             try:
-                self._finish_replacement(aside)
+                self._finish_replacement(hidden)
             except (OSError, CheckpointError) as error:
                 warnings.warn(
-                    f"{str(aside)!r} is left as it is, and may be a checkpoint "
+                    f"{str(hidden)!r} is left as it is, and may be a checkpoint "
                     f"that was being replaced: {error}",
                     stacklevel=outside(),
                 )
 
-    def _finish_replacement(self, aside: Path) -> None:
-        info = read_record(aside)
+    def _finish_replacement(self, hidden: Path) -> None:
+        info = read_record(hidden)
         if info is None or info.series not in self._series:
             return
-        target = aside.with_name(aside.name.removeprefix(REPLACED_PREFIX))
+        target = hidden.with_name(hidden.name.removeprefix(REPLACED_PREFIX))
         if holds_checkpoint(target) and is_of(target, info.series):
-            self.remove(aside)
+            self.remove(hidden)
             return
         with contextlib.suppress(OSError):
             target.rmdir()  # only if it is empty: a script may have made it
@@ -253,8 +253,8 @@ class DiskArea(Area):
                 "is something else than the checkpoint that was there. Move it away, "
                 "and the next save puts the checkpoint back.",
             )
-        os.rename(aside, target)
-        self._sync_directory(aside.parent)
+        os.rename(hidden, target)
+        self._sync_directory(hidden.parent)
 
     def _make(self, directory: Path) -> None:
         """Make a directory and its missing parents; sync each before the next."""

@@ -20,18 +20,19 @@ def replace(
     """Exchange two directories, by one call if there is one, or by three renames."""
     if _exchange(written, target):
         return
-    aside = replaced_path(target)
-    if aside.exists():  # an earlier call failed before its last rename
-        os.rename(aside, written.with_name("replaced"))
-    _rename_by_way_of(aside, target, written, sync_directory)
+    hidden = replaced_path(target)
+    if hidden.exists():  # an earlier call failed before its last rename
+        os.rename(hidden, written.with_name("replaced"))
+    _rename_by_way_of(hidden, target, written, sync_directory)
 
 
 def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
     """Exchange the names of two checkpoints in one directory.
 
-    Where the kernel has no such call, three renames do it, and the new checkpoint waits
-    aside. Meanwhile the old one is at `path` or at `new`, but never aside, where it
-    would count as replaced. A reader of `path` always finds one of the two.
+    Where the kernel has no such call, three renames do it, and the new checkpoint is
+    hidden meanwhile. The old one never is, because a hidden checkpoint counts as
+    replaced: it is at `path` or at `new`. A reader of `path` always finds one of the
+    two.
     """
     if _exchange(new, path):
         return
@@ -39,18 +40,18 @@ def swap(new: Path, path: Path, sync_directory: Callable[[Path], None]) -> None:
 
 
 def _rename_by_way_of(
-    aside: Path, first: Path, second: Path, sync_directory: Callable[[Path], None]
+    hidden: Path, first: Path, second: Path, sync_directory: Callable[[Path], None]
 ) -> None:
-    """Exchange two directories by three renames; `first` waits at `aside`."""
-    os.rename(first, aside)
+    """Exchange two directories by three renames; `first` waits at `hidden`."""
+    os.rename(first, hidden)
     try:
         sync_directory(first.parent)
         os.rename(second, first)
     except OSError:
-        os.rename(aside, first)
+        os.rename(hidden, first)
         raise
     sync_directory(first.parent)
-    os.rename(aside, second)
+    os.rename(hidden, second)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Find the checkpoints below a directory, and those that were set aside there."""
+"""Find the checkpoints below a directory, and those that are hidden there."""
 
 import dataclasses
 import errno
@@ -110,7 +110,7 @@ def _directory_at(path: Path) -> tuple[int, int] | None:
 
 
 def _was_seen(path: Path) -> bool:
-    """Tell whether anything is at a path, or set aside from it.
+    """Tell whether anything is at a path, or hidden beside it.
 
     Of a path that is too long nobody can tell, and no later look will.
     """
@@ -147,7 +147,7 @@ def _find(
             continue
         deeper: dict[Path, int | None] = {}
         # Entries under their own names come first, because the search goes on below
-        # them. It does not go on below set-aside entries.
+        # them. It does not go on below hidden entries.
         for entry in sorted(entries, key=_is_replaced):
             try:
                 for path, left_below in _candidates(directory, entry, below):
@@ -171,7 +171,7 @@ def _candidates(
     if _is_replaced(entry):
         name = name.removeprefix(REPLACED_PREFIX)
         # Look at that name: the new checkpoint may be there by now. If it is not,
-        # `located` finds the one that is set aside.
+        # `located` finds the one that is hidden.
         if name and depth in (None, 1):
             return [(directory / name, 0)]
     elif not name.startswith(HIDDEN_PREFIX):
@@ -195,7 +195,7 @@ def _sorted(found: Iterable[CheckpointInfo | LeftOut]) -> tuple[Infos, list[Left
 
 
 def replaced_paths(root: Path, depth: int) -> Generator[Path]:
-    """Yield what is set aside in `root`, and up to `depth` directories below it."""
+    """Yield what is hidden in `root`, and up to `depth` directories below it."""
     for directory in _directories(root, depth):
         names = [entry.name for entry in _entries(directory)]
         for name in sorted(names):

@@ -69,36 +69,36 @@ def is_same(one: CheckpointInfo, other: CheckpointInfo) -> bool:
 
 
 def replaced_path(path: Path) -> Path:
-    """Return where a checkpoint is while another one is put at `path` by renames."""
+    """Return where a checkpoint is hidden while renames put another one at `path`."""
     return path.parent / f"{REPLACED_PREFIX}{path.name}"  # the root has no name
 
 
 def located(path: Path) -> Path:
-    """Return where a checkpoint's files are: at `path`, or set aside beside it.
+    """Return where a checkpoint's files are: at `path`, or hidden beside it.
 
     If what is at `path` is no checkpoint, such as a directory that a script made, the
-    checkpoint that is set aside counts.
+    hidden checkpoint counts.
     """
-    aside = replaced_path(path)
-    return aside if not _is_taken(path) and holds_checkpoint(aside) else path
+    hidden = replaced_path(path)
+    return hidden if not _is_taken(path) and holds_checkpoint(hidden) else path
 
 
 def is_checkpoint(path: Path) -> bool:
     """Tell whether there is a checkpoint of flaxckpt at `path`, damaged or not.
 
-    Where directories cannot be exchanged, a writer sets the old checkpoint aside for a
-    moment. One look at `path` and one aside may both miss it, so this looks twice.
+    Where directories cannot be exchanged, a writer hides the old checkpoint for a
+    moment. One look at `path` and one beside it may both miss it, so this looks twice.
 
     Raises:
         CheckpointPathError: If this process cannot tell.
     """
-    aside = replaced_path(path)
+    hidden = replaced_path(path)
     for _ in range(2):
         if holds_checkpoint(path):
             return True
         if _is_taken(path):  # by one of plain Orbax, or by a new one of ours
             return holds_checkpoint(path)
-        if holds_checkpoint(aside):
+        if holds_checkpoint(hidden):
             return True
     return False
 
@@ -218,7 +218,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _read_at(path: Path) -> bytes:
-    """Read the record of the checkpoint at `path`, or of the one set aside from it."""
+    """Read the record of the checkpoint at `path`, or of the one hidden beside it."""
     try:  # first, since there it nearly always is
         return read_small(f"{path}/{RECORD_FILE}", _RECORD_BYTES)
     except NoFileError:

@@ -31,7 +31,7 @@ class Staging:
         """
         self._root, self._prefix = root, prefix
         self.trash: list[Path] = []
-        self._kept_aside: list[Path] = []
+        self._spared: list[Path] = []
         self._reuses = False
         self._sweeping = new_lock()
         # Finalizers run from the newest to the oldest: this one before the claim's own,
@@ -59,11 +59,11 @@ class Staging:
         try:
             yield path
         except BaseException:
-            if path not in self._kept_aside:
+            if path not in self._spared:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        self.trash += self._kept_aside  # a later save is on disk
-        self._kept_aside.clear()
+        self.trash += self._spared  # a later save is on disk
+        self._spared.clear()
         self.trash.append(path)
 
     def made(self) -> Path:
@@ -86,7 +86,7 @@ class Staging:
 
     def spare(self, directory: Path) -> None:
         """Keep a directory, which holds an old checkpoint, until a later save."""
-        self._kept_aside.append(directory)
+        self._spared.append(directory)
 
     def sweep(self, *, spare: bool = True) -> None:
         """See `Area.sweep`."""

@@ -15,9 +15,6 @@ from flaxckpt._saving.job import translated
 from flaxckpt._trees.owned_shards import Shards
 from flaxckpt.errors import CheckpointError, MetricError
 
-SEVERAL = "in several processes there is one way only:"
-ALLOWED: dict[str, tuple[Any, ...]] = {"max_in_flight": (None, 1), "frozen": (None,)}
-
 
 def with_sharding(copy: Any, leaf: Any) -> Any:
     """Return a host copy that keeps the array's sharding, which its form depends on."""

@@ -29,8 +29,6 @@ from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._direct.shares import Share
 from flaxckpt._pods.agreement import (
-    ALLOWED,
-    SEVERAL,
     agree,
     in_process,
     summary,
@@ -47,7 +45,7 @@ from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.receiver import Receiver
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
-from flaxckpt.errors import CheckpointError, SettingError
+from flaxckpt.errors import CheckpointError
 
 
 class PodSaver:
@@ -65,14 +63,7 @@ class PodSaver:
         Args:
             parts: The parts, which a `Saver` has, too.
             timeout: How long to wait for another process, in seconds.
-
-        Raises:
-            SettingError: If a setting works in one process only.
         """
-        for name, allowed in ALLOWED.items():
-            value = getattr(parts, name)
-            if value not in allowed:
-                raise SettingError(name, value, f"{SEVERAL} pass one of {allowed}.")
         if not is_leader():
             parts.report.tell = None
         self._parts, self._series = parts, parts.series
@@ -117,7 +108,7 @@ class PodSaver:
             call.judge()
             self.report.decided(call)
 
-    def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
+    def start(self, tree: PyTree, call: Call, *, to_slot: bool) -> Path | None:
         """Copy the tree, and have a job agree with the other processes and write.
 
         The call first waits until the save before is on disk, in all processes.
@@ -125,7 +116,7 @@ class PodSaver:
         Args:
             tree: What to save.
             call: The call.
-            lasts: Whether to save the whole tree in the slot unless the series gets it.
+            to_slot: Whether the slot gets the whole tree, unless the series does.
 
         Returns:
             The path in the series; None if it is not known or the series gets nothing.
@@ -136,7 +127,9 @@ class PodSaver:
         """
         parts = self._parts
         path = None if call.skips else parts.paths.known(call)
-        contents = parts.describer.describe(tree, None, skips=call.skips, lasts=lasts)
+        contents = parts.describer.describe(
+            tree, None, skips=call.skips, to_slot=to_slot
+        )
         contents.take_up_scalars(call, waits=True)  # processes would differ in that
         for stored in contents.trees:
             # Unwrapping PRNG keys runs a program, which the background must not.
@@ -152,7 +145,7 @@ class PodSaver:
             for stored in contents.trees:
                 if not parts.disk.way.forms.has(stored.layout, stored.leaves):
                     learn(self._channel.round(), parts, stored.layout, stored.leaves)
-            self._copy(contents, call, job, lasts=lasts)
+            self._copy(contents, call, job, to_slot=to_slot)
         except BaseException:
             self.queue.give_back(job)
             raise
@@ -169,12 +162,12 @@ class PodSaver:
     ) -> CheckpointError:
         return translated_for_all(error, self.report.shown(path))
 
-    def _copy(self, contents: Contents, call: Call, job: Job, *, lasts: bool) -> None:
+    def _copy(self, contents: Contents, call: Call, job: Job, *, to_slot: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
         state, memory = call.state, job.memory
         if isinstance(call.decision, Undecided):  # the loop may donate the metric
             call.logs[call.metric] = jnp.copy(call.logs[call.metric])
-        if call.skips and not lasts:
+        if call.skips and not to_slot:
             call.copies = memory or Copies(None, [], [])
             return
         leaves, kinds = contents.leaves(call)
@@ -197,7 +190,7 @@ class PodSaver:
                 return
             call.judge()  # each process waits for its own value
             self.report.decided(call)
-        if call.skips and not lasts:
+        if call.skips and not to_slot:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
             call.copies = copy_on_device(leaves, memory, plan)
@@ -252,7 +245,7 @@ class PodSaver:
             if settled is not None:
                 call, pages = settled
                 parts.paths.take_lock(pages[0].path)
-                parts.paths.checked(call, lasts=any(page.in_slot for page in pages))
+                parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
                 with self._series.area.claim.turn:
                     parts.publisher.put(call, pages, together)
         except BaseException as error:

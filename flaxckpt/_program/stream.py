@@ -261,7 +261,9 @@ class Stream:
             self._receiver.end_program()
         try:
             flags, call = self._call_of(scalars)
-            return self._receiver.expect(self._trees, call, lasts=bool(flags["lasts"]))
+            return self._receiver.expect(
+                self._trees, call, to_slot=bool(flags["to_slot"])
+            )
         except Exception as error:
             self._fail(error)
             return None

@@ -77,7 +77,7 @@ class Programs:
             CheckpointError: Within `shard_map` or `vmap`; and as `Receiver.plan`.
         """
         state, save = judge(state, logs, due)
-        lasts = due if self._settings.save_last else np.False_
+        to_slot = due if self._settings.save_last else np.False_
         save, places = save | force, self._places(tree)
         _refuse_shard_map()
         before_end(finish_programs)
@@ -85,11 +85,11 @@ class Programs:
         if batch is not None:
             index("batch", batch)
         receiver, logs = self._saves.receiver, dict(logs or {})
-        trees = receiver.plan(tree, logs, batch, lasts=lasts is not np.False_)
+        trees = receiver.plan(tree, logs, batch, to_slot=to_slot is not np.False_)
         handed, trees.sent = trees.sent, []  # no value outlives its trace
         sent_logs = _scalars_in(logs)
         sent = {
-            "flags": {"save": save, "lasts": lasts, "due": due},
+            "flags": {"save": save, "to_slot": to_slot, "due": due},
             "at": {"epoch": epoch} | ({} if batch is None else {"batch": batch}),
             "logs": sent_logs,
             "state": {name: getattr(state, name) for name in LEAVES},
@@ -106,7 +106,7 @@ class Programs:
             [places.get(id(leaf)) for leaf in handed],
             stops=bool(self._settings.stop_on_error),
         )
-        save = _not_batched(jnp.asarray(save) | jnp.asarray(lasts), (leaves, scalars))
+        save = _not_batched(jnp.asarray(save) | jnp.asarray(to_slot), (leaves, scalars))
         token = jax.lax.cond(
             save, stream.hand_over, lambda *_: jnp.int32(0), scalars, leaves
         )

@@ -52,7 +52,7 @@ class Describer:
         path: Path | None,
         *,
         skips: bool = False,
-        lasts: bool,
+        to_slot: bool,
         is_traced: bool = False,
     ) -> Contents:
         """Describe what a call saves.
@@ -61,7 +61,7 @@ class Describer:
             tree: What it was given.
             path: The path in the series, as far as it is known.
             skips: Whether the series gets nothing.
-            lasts: Whether the slot gets the whole tree.
+            to_slot: Whether the slot gets the whole tree.
             is_traced: Whether the tree's arrays are traced.
 
         Raises:
@@ -69,16 +69,16 @@ class Describer:
             UnsupportedLeafError: If a leaf cannot be saved.
         """
         whole = None
-        if lasts or not self._weights_only:
+        if to_slot or not self._weights_only:
             whole = self._stored(tree, is_traced=is_traced)
         series = whole
-        if skips and lasts:
+        if skips and to_slot:
             series = None
         elif self._weights_only:
             picked = self._weights(tree)
             series = self._stored(picked, is_picked=True, is_traced=is_traced)
             self._warn_of_unknown(tree)
-        contents = Contents(series, whole if lasts else None, path)
+        contents = Contents(series, whole if to_slot else None, path)
         frozen = [index for stored in contents.trees for index in stored.frozen]
         if self._frozen is not None and not frozen:
             raise self._frozen.refuse_all(tree)

@@ -45,13 +45,12 @@ class SaverParts:
         ahead: Compiles the programs that copy.
         snapshot: Where to copy to.
         max_in_flight: How many saves may be under way; None to go by their size.
-        frozen: Which leaves are frozen; None if none are.
     """
 
     def __init__(self, settings: Settings, disk: SeriesWriter) -> None:
         """Start nothing yet."""
         best_only, overwrite = bool(settings.save_best_only), bool(settings.overwrite)
-        self.disk, self.series, self.frozen = disk, disk.series, disk.way.frozen
+        self.disk, self.series = disk, disk.series
         self.snapshot, self.max_in_flight = settings.snapshot, settings.max_in_flight
         self.queue, self.plans = JobQueue(), Plans()
         self.ahead = Ahead(self.plans, is_used=self.snapshot in ("auto", "device"))

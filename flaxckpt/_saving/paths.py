@@ -41,10 +41,10 @@ class Paths:
         path = self.template.render(call.epoch, call.batch, logs)
         return Path(path) if is_known else None
 
-    def checked(self, call: Call, *, lasts: bool) -> tuple[Path | None, Path | None]:
+    def checked(self, call: Call, *, to_slot: bool) -> tuple[Path | None, Path | None]:
         """Return the checked paths of a call: in the series, and in the slot."""
         path = None if call.skips else self.known(call)
-        slot = self._series.slot() if lasts else None
+        slot = self._series.slot() if to_slot else None
         if path is not None:
             self.check(path)
         if slot is not None:

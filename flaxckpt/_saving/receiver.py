@@ -53,11 +53,11 @@ class TracedTrees:
             ]
         self._contents = contents
 
-    def contents(self, call: Call, path: Path | None, *, lasts: bool) -> Contents:
+    def contents(self, call: Call, path: Path | None, *, to_slot: bool) -> Contents:
         """Return copies of the trees for one save, which empties them."""
         traced = self._contents
         series = _copied(traced.series) if call.saves else None
-        slot = _copied(traced.slot) if lasts else None
+        slot = _copied(traced.slot) if to_slot else None
         if slot is not None and series is not None and traced.slot is traced.series:
             slot = series
         return Contents(series, slot, path)
@@ -98,7 +98,7 @@ class Receiver:
         self.give_back, self.take_back = queue.give_back, queue.take_back
 
     def plan(
-        self, tree: PyTree, logs: Logs | None, batch: Any, *, lasts: bool
+        self, tree: PyTree, logs: Logs | None, batch: Any, *, to_slot: bool
     ) -> TracedTrees:
         """Check a traced call, and describe the trees that it may save.
 
@@ -106,7 +106,7 @@ class Receiver:
             tree: What to save; its arrays are traced.
             logs: The metrics; they may be traced.
             batch: Zero-based batch; None at the end of an epoch.
-            lasts: Whether the call may save in the slot.
+            to_slot: Whether the call may save in the slot.
 
         Raises:
             CheckpointError: As `ModelCheckpoint.update` does.
@@ -121,10 +121,10 @@ class Receiver:
         # This raises if no values can fill it in.
         self._parts.paths.template.render(0, None if batch is None else 0, sample)
         return TracedTrees(
-            self._parts.describer.describe(tree, None, lasts=lasts, is_traced=True)
+            self._parts.describer.describe(tree, None, to_slot=to_slot, is_traced=True)
         )
 
-    def expect(self, trees: TracedTrees, call: Call, *, lasts: bool) -> Arrival:
+    def expect(self, trees: TracedTrees, call: Call, *, to_slot: bool) -> Arrival:
         """Claim a job, and memory for the leaves that a program hands over.
 
         It calls no JAX. It may wait for earlier saves. Afterwards the caller must call
@@ -133,15 +133,15 @@ class Receiver:
         Args:
             trees: The trees that the traced call may save.
             call: The call.
-            lasts: Whether to save the whole tree in the slot unless the series gets it.
+            to_slot: Whether the slot gets the whole tree, unless the series does.
         """
         parts = self._parts
         parts.check_parent()
         parts.lines.number(call)
-        path, slot = parts.paths.checked(call, lasts=lasts)
+        path, slot = parts.paths.checked(call, to_slot=to_slot)
         where = path if call.saves else slot
         parts.paths.take_lock(where)
-        contents = trees.contents(call, path, lasts=lasts)
+        contents = trees.contents(call, path, to_slot=to_slot)
         if where is not None:
             parts.report.decided(call)
             parts.report.saving(call, where)

@@ -58,13 +58,13 @@ class Saver:
             call.judge()
             self.report.decided(call)
 
-    def start(self, tree: PyTree, call: Call, *, lasts: bool) -> Path | None:
+    def start(self, tree: PyTree, call: Call, *, to_slot: bool) -> Path | None:
         """Check the call, copy the tree, and have a job write the copies.
 
         Args:
             tree: What to save.
             call: The call.
-            lasts: Whether to save the whole tree in the slot unless the series gets it.
+            to_slot: Whether the slot gets the whole tree, unless the series does.
 
         Returns:
             The path to be written; None if it is not known yet or nothing is saved.
@@ -74,18 +74,20 @@ class Saver:
         """
         parts = self._parts
         parts.lines.number(call)
-        if call.skips and not lasts:
+        if call.skips and not to_slot:
             return None
         refuse_processes()
-        path, slot = parts.paths.checked(call, lasts=lasts)
-        contents = parts.describer.describe(tree, path, skips=call.skips, lasts=lasts)
+        path, slot = parts.paths.checked(call, to_slot=to_slot)
+        contents = parts.describer.describe(
+            tree, path, skips=call.skips, to_slot=to_slot
+        )
         contents.take_up_scalars(call)
         parts.paths.take_lock(slot if call.skips else path)
         job = self._claimed_for_device(contents, call)
         if isinstance(call.decision, Undecided):
             call.judge()
             self.report.decided(call)
-            if call.skips and not lasts:
+            if call.skips and not to_slot:
                 return None
             contents = contents.decided(call)
         where = slot if call.skips else path

@@ -38,7 +38,7 @@ class Triggers:
         if settings.save_on_preemption:
             self.watch = AgreedWatch() if several else Watch()
 
-    def is_late(self) -> bool:
+    def is_interval_over(self) -> bool:
         """Tell whether the interval is over.
 
         Raises:

@@ -476,6 +476,21 @@ def fail_as_leader():
         say(type(error).__name__, str(error))
 
 
+def refuse(directory):
+    """Pass the arguments that work in one process only."""
+    for name, value in {
+        "compress": True,
+        "engine": "orbax",
+        "max_in_flight": 2,
+        "frozen": jax.Array,
+    }.items():
+        try:
+            flaxckpt.ModelCheckpoint(f"{directory}/last", **{name: value})
+        except flaxckpt.SettingError as error:
+            say(error.name)
+    flaxckpt.ModelCheckpoint(f"{directory}/last", max_in_flight=1).close()
+
+
 def trace(directory):
     """Call update within jit, where several processes cannot."""
     mesh = mesh_of(jax.device_count() // 2, 2)

@@ -174,6 +174,11 @@ def test_until_the_time_is_over_they_meet_at_few_calls(tmp_path):
     assert [first for first, _ in said] == [4, 4]  # calls 1, 2, 4 and 8, of 9
 
 
+def test_what_works_in_one_process_only_is_refused(tmp_path):
+    for said in pod.run(tmp_path, "refuse", 2, tmp_path / "run"):
+        assert said == ["compress", "engine", "max_in_flight", "frozen"]
+
+
 def test_within_jit_the_alternatives_are_named(tmp_path):
     for (text,) in pod.run(tmp_path, "trace", 2, tmp_path / "run"):
         assert "Snapshot" in text

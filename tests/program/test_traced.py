@@ -486,7 +486,7 @@ def test_a_program_that_was_ended_half_way_is_heard_of(tmp_path):
 
     def come(device, epoch, values):
         scalars = {
-            "flags": {"save": np.True_, "lasts": np.False_, "due": np.True_},
+            "flags": {"save": np.True_, "to_slot": np.False_, "due": np.True_},
             "at": {"epoch": np.int32(epoch)},
             "logs": {},
             "state": {name: np.int32(0) for name in ("seen", "batches")},
