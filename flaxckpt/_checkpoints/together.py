@@ -1,119 +1,102 @@
 """Writes one checkpoint by several processes: process 0 leads, each writes a share."""
 
-import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
-import numpy as np
-
 from flaxckpt._checkpoints.finish import finish
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
-from flaxckpt._direct.form import Form
-from flaxckpt._direct.forms import Forms, held_values, placements_of
-from flaxckpt._direct.shares import Share, begin_shares, joined, write_own
-from flaxckpt._disk.files import Draft
-from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context, with_key
-from flaxckpt._orbax.files import OURS
-from flaxckpt._processes.messages import is_leader
+from flaxckpt._direct.forms import held_values, placements_of
+from flaxckpt._direct.zarr import STATE
+from flaxckpt._disk.files import Draft, sync_path, sync_tree
+from flaxckpt._orbax.share import write_share as write_by_orbax
+from flaxckpt._processes.messages import process_index
+from flaxckpt._trees.digest import combined, digest_of_sum
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.owned_shards import is_shared
-from flaxckpt.errors import CheckpointError
+from flaxckpt._trees.owned_shards import is_shared, pieces
+from flaxckpt.errors import CheckpointWriteError
 
-# Tells the other processes the directory, calls the function that writes this process's
-# share, and returns all shares.
-Together: TypeAlias = Callable[[Path, Callable[[], list[Share]]], list[list[Share]]]
+# A network's file system may show other machines what was written a little later.
+_VISIBLE_SECS = 30.0
 
 
-def learn_form(
-    forms: Forms,
-    directory: Path,
-    layout: Layout,
-    leaves: list[Any],
-    exchanged: Callable[[dict[str, str]], dict[str, str]] | None,
-) -> None:
-    """Have Orbax write a tree of several processes, only to learn the form.
+@dataclass(frozen=True)
+class Share:
+    """What one process has written of a checkpoint.
 
-    Every process must call this, on its main thread: Orbax makes the processes wait for
-    each other.
-
-    Args:
-        forms: Remembers the form.
-        directory: The directory to write to; empty, with one name in all processes.
-        layout: The tree's layout.
-        leaves: Its leaves; PRNG keys as their data.
-        exchanged: Takes the texts of this process's small files by their names, and
-            returns the small files of all processes. None if all processes share
-            `directory`.
-
-    Raises:
-        CheckpointError: If Orbax writes in a way that is not known here.
+    Attributes:
+        process: The process.
+        sums: The sums over its shards, for the leaves of which it has shards: the
+            leaf's place among those that Orbax stores, and the sum; see `combined`.
+        files: The size of each file that it has written, by the path in the checkpoint.
     """
-    # Orbax takes an array that is whole in every process only from the host.
-    values = [
-        np.asarray(leaf)
-        if isinstance(leaf, jax.Array) and not is_shared(leaf)
-        else leaf
-        for leaf in leaves
-    ]
-    keyed = list(map(with_key, layout.leaves, values))
-    held = held_values(layout, leaves)
-    context = orbax_context(is_database=False)
-    if exchanged is not None:
-        context.multiprocessing.primary_host = None
-        context.array.saving.use_replica_parallel = False  # it needs one directory
-    with calls_of_orbax(context):
-        ocp.save(directory, layout.fill_for_orbax(keyed))
-    if exchanged is not None:
-        for name, content in exchanged(_small_files(directory)).items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-    if forms.learn(directory, layout, held, leads=is_leader()) is None:
-        raise CheckpointError(
-            "Orbax stores this tree in a way that several processes of flaxckpt do not "
-            "know: with shards of unequal sizes, or as an unknown version of it. Save "
-            "with Orbax here."
-        )
+
+    process: int
+    sums: dict[int, int]
+    files: dict[str, int]
+
+    def to_json(self) -> list[Any]:
+        """Return it as JSON values, for `Share.of_json`."""
+        return [self.process, list(self.sums.items()), self.files]
+
+    @classmethod
+    def of_json(cls, values: Sequence[Any]) -> "Share":
+        """Return the share that `to_json` described."""
+        process, sums, files = values
+        return cls(process, dict(map(tuple, sums)), files)
 
 
-def _small_files(directory: Path) -> dict[str, str]:
-    """Read as text all that Orbax has written, less the arrays' values."""
-
-    def holds_values(path: Path) -> bool:
-        above = path.relative_to(directory).parents
-        is_in_array = any((directory / name / "zarr.json").exists() for name in above)
-        return is_in_array and path.name != "zarr.json"
-
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return {
-        path.relative_to(directory).as_posix(): path.read_text()
-        for path in files
-        if not holds_values(path)
-    }
+# Tells the other processes of the directory, and returns a function that waits for
+# their shares.
+Together: TypeAlias = Callable[[Path], Callable[[], list[Share]]]
 
 
 def write_share(
-    forms: Forms, directory: Path, layout: Layout, leaves: list[Any], *, sync: bool
-) -> list[Share]:
+    directory: Path, layout: Layout, leaves: list[Any], *, sync: bool, alone: bool
+) -> Share:
     """Write this process's share of a checkpoint that process 0 begins and finishes.
 
     Args:
-        forms: The known forms. The form of the tree is one of them.
-        directory: Where to write the share.
+        directory: The checkpoint.
         layout: The tree's layout.
         leaves: Its leaves.
         sync: Whether to wait for the disk.
+        alone: Whether the directory is this process's own, from which the files are
+            taken to an object store.
 
     Returns:
         What was written, for `write_together` in process 0.
     """
-    form, held = _known_form(forms, layout, leaves)
-    with Draft(directory, sync=sync) as draft:
-        share = write_own(form, draft, held, leads=False)
-        draft.finish()
-    return share
+    (directory / STATE).mkdir(exist_ok=True)
+    write_by_orbax(directory, layout, leaves, _nothing, is_database=not alone)
+    own = "*" if alone else f"*process_{process_index()}"
+    files = {
+        file.relative_to(directory).as_posix(): file
+        for each in _paths(directory, own)
+        for file in (each.rglob("*") if each.is_dir() else [each])
+        if file.is_file()
+    }
+    if sync:
+        for each in _paths(directory, own):
+            sync_tree(each) if each.is_dir() else sync_path(each)
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    return Share(process_index(), _sums(layout, leaves, leads=False), sizes)
+
+
+def _paths(directory: Path, own: str) -> list[Path]:
+    state = directory / STATE
+    return [*state.glob(own), *(state / "array_metadatas").glob(own)]
+
+
+def _sums(layout: Layout, leaves: list[Any], *, leads: bool) -> dict[int, int]:
+    held = held_values(layout, leaves)
+    return {
+        index: combined(pieces(value))
+        for index, value in enumerate(held)
+        if leads or is_shared(value)
+    }
 
 
 def write_together(
@@ -124,34 +107,74 @@ def write_together(
     Only process 0 calls this.
 
     Args:
-        checkpoint: What to write; the form of its tree is known.
+        checkpoint: What to write.
         way: How to write it; the area is open.
-        together: Has all processes write their shares.
+        together: Has the other processes write their shares.
         commit: As for `write_checkpoint`.
 
     Raises:
-        CheckpointWriteError: As `write_checkpoint` does.
+        CheckpointWriteError: As `write_checkpoint` does; also if this process does not
+            see what another has written.
     """
     info, layout, area = checkpoint.info, checkpoint.layout, way.area
-    form, held = _known_form(way.forms, layout, checkpoint.leaves)
-    with area.staging(reuse=form.names | OURS) as directory:
+    leaves, shares = checkpoint.leaves, list[Share]()
+    with area.staging() as directory:
         written = directory / "new"
-        with Draft(written, sync=area.sync) as draft:
-            begin_shares(form, draft, held)
-            share = functools.partial(write_own, form, draft, held, leads=True)
-            fingerprints = joined(form, together(written, share))
-            table = way.tables.table(layout, checkpoint.weights, fingerprints)
+        (written / STATE).mkdir(parents=True)
+        wait = together(written)
+
+        def wait_for_others() -> None:
+            shares.extend(wait())
+            if not area.is_mirror:  # a store has the others' shares
+                _see(shares, written, area.shown(info.path))
+
+        write_by_orbax(
+            written, layout, leaves, wait_for_others, is_database=not area.is_mirror
+        )
+        totals = _sums(layout, leaves, leads=True)
+        for share in shares:
+            for index, total in share.sums.items():
+                totals[index] += total
+        digests = [digest_of_sum(totals[index]) for index in range(len(totals))]
+        with Draft(written, sync=False) as draft:
+            table = way.tables.table(layout, checkpoint.weights, (digests, []))
             finish(draft, written, info, table)
-        if not area.is_mirror:  # a store has the others' shares
-            kind = "together", layout, placements_of(held)
+        if area.sync:
+            sync_tree(written)
+        if not area.is_mirror:
+            kind = "together", layout, placements_of(held_values(layout, leaves))
             way.looks.check(written, area.shown(info.path), *kind)
         (commit or way.commit)(written, info.path)
 
 
-def _known_form(
-    forms: Forms, layout: Layout, leaves: list[Any]
-) -> tuple[Form, list[Any]]:
-    held = held_values(layout, leaves)
-    form = forms.find(layout, held, is_database=False)
-    assert form is not None
-    return form, held
+def _see(shares: list[Share], written: Path, shown: Path) -> None:
+    """Check that this process sees what the others have written.
+
+    Raises:
+        CheckpointWriteError: If a file is missing or has another size; names it and the
+            process.
+    """
+    until = time.monotonic() + _VISIBLE_SECS
+    for share in shares:
+        for name, size in share.files.items():
+            while (found := _size(written / name)) != size:
+                if time.monotonic() > until:
+                    what = "is missing" if found is None else f"has {found} bytes"
+                    raise CheckpointWriteError(
+                        str(shown),
+                        f"process {share.process} has written {name!r} with {size} "
+                        f"bytes, which {what} for process {process_index()}. Save on "
+                        "a file system that all processes share",
+                    )
+                time.sleep(0.05)
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _nothing() -> None:
+    return

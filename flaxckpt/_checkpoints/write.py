@@ -11,9 +11,9 @@ from flaxckpt._checkpoints.looks import IncompleteError, Looks, shared_looks
 from flaxckpt._direct.form import Fingerprints, Form
 from flaxckpt._direct.forms import (
     Forms,
-    forms_of_series,
     held_values,
     placements_of,
+    shared_forms,
     thawed,
 )
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf, adopt_frozen, link_frozen
@@ -72,7 +72,7 @@ class Way:
     compress: bool = False
     frozen: Frozen | None = None
     writes_directly: bool = True
-    forms: Forms = field(default_factory=forms_of_series)
+    forms: Forms = field(default_factory=shared_forms)
     tables: Tables = field(default_factory=Tables)
     looks: Looks = field(default_factory=shared_looks)
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from flaxckpt._copies.plan import Plan
-from flaxckpt._trees.owned_shards import Shards
 
 
 class HostCopy(np.ndarray[Any, Any]):
@@ -51,8 +50,7 @@ class Copies:
         """Return the copies whose memory the next save can use."""
         if self.plan is not None:
             return Copies(self.plan, self.arrays, [])  # this list may be filled later
-        kinds = np.ndarray, Shards
-        held = [leaf if isinstance(leaf, kinds) else None for leaf in self.beside]
+        held = [leaf if isinstance(leaf, np.ndarray) else None for leaf in self.beside]
         return Copies(None, [], held)
 
     def refilled(self, newer: "Copies") -> "Copies":

@@ -8,6 +8,9 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
+
+_HOST = "pinned_host"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -34,6 +37,33 @@ def copied(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(
         array.shape, array.sharding, parts, dtype=array.dtype
     )
+
+
+def copied_off_device(leaf: Any) -> Any:
+    """Copy an array into the host's memory, and wait for the copy.
+
+    An array of several processes stays one: each process copies its shards. Other
+    leaves are passed on.
+    """
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if leaf.is_fully_addressable:
+        return np.array(leaf)
+    parts = [
+        jax.device_put(part.data, _host_memory(part.data.sharding), may_alias=False)
+        for part in leaf.addressable_shards
+    ]
+    copy = jax.make_array_from_single_device_arrays(
+        leaf.shape, _host_memory(leaf.sharding), parts, dtype=leaf.dtype
+    )
+    return copy.block_until_ready()
+
+
+def _host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Return a sharding in the host's memory, if the devices reach it."""
+    devices = sharding.addressable_devices or sharding.device_set
+    kinds = {memory.kind for memory in next(iter(devices)).addressable_memories()}
+    return sharding.with_memory_kind(_HOST) if _HOST in kinds else sharding
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:

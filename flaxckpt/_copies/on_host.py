@@ -11,13 +11,11 @@ from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._copies.on_device import copy_on_device
 from flaxckpt._trees.leaf import is_of_keys
-from flaxckpt._trees.owned_shards import Shards, is_shared, pieces
 
 
 def copied_to_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
     """Copy the JAX arrays among `leaves` to host memory, and wait for them.
 
-    An array that spans several processes becomes a `Shards` of this process's pieces.
     PRNG keys are copied on their devices. Other leaves are passed on. The memory of
     `into`, copies that are no longer needed, is used where shape and dtype match.
     """
@@ -28,17 +26,9 @@ def copied_to_host(leaves: Sequence[Any], into: Copies | None = None) -> Copies:
     for leaf, old in zip(leaves, reuse, strict=True):
         if not isinstance(leaf, jax.Array) or is_of_keys(leaf.dtype):
             copies += copy_on_device([leaf]).leaves()
-        elif is_shared(leaf):
-            copies.append(_shards(leaf, old))
         else:
             copies.append(_copy_of(np.asarray(leaf), old))
     return Copies(None, [], copies)
-
-
-def _shards(array: jax.Array, old: Any) -> Shards:
-    into = dict(old.pieces) if isinstance(old, Shards) else {}
-    copies = [(at, _copy_of(values, into.get(at))) for at, values in pieces(array)]
-    return Shards(array.sharding, copies)
 
 
 def _copy_of(values: Any, into: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from flaxckpt._direct.zarr import Array, ZarrArray
 from flaxckpt._trees.digest import as_digest, checksum, digest
 from flaxckpt._trees.leaf import without_keys
-from flaxckpt._trees.owned_shards import Piece, is_shared, pieces
+from flaxckpt._trees.owned_shards import Piece, pieces
 
 
 def digest_as_stored(stored: ZarrArray | str, value: Any) -> str:
@@ -29,20 +29,6 @@ def chunks_of(
     parts = pieces(value)
     for key, start in stored.keys():
         yield key, start, np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
-
-
-def own_chunks(
-    stored: ZarrArray, value: Any, *, leads: bool
-) -> Iterator[tuple[str, tuple[int, ...], Array | None]]:
-    """Yield as `chunks_of`, with None for chunks that another process writes."""
-    if not is_shared(value):
-        for key, start, chunk in chunks_of(stored, value):
-            yield key, start, chunk if leads else None
-        return
-    parts = pieces(value)
-    for key, start in stored.keys():
-        chunk = _within(parts, start, stored.chunk)
-        yield key, start, None if chunk is None else np.asarray(chunk, order="C")
 
 
 def _cut(

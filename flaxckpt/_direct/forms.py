@@ -7,7 +7,6 @@ from typing import Any
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._direct.learn import learn
-from flaxckpt._processes.messages import are_several
 from flaxckpt._trees.layout import Layout
 
 _REMEMBERED = 64
@@ -51,29 +50,21 @@ class Forms:
         held = held_values(layout, leaves)
         return self.find(layout, held, is_database=False) is not None
 
-    def learn(
-        self, directory: Path, layout: Layout, held: list[Any], *, leads: bool = True
-    ) -> Form | None:
+    def learn(self, directory: Path, layout: Layout, held: list[Any]) -> Form | None:
         """Learn the form of a checkpoint that Orbax has just written; see `learn`."""
-        form = learn(directory, layout, held, leads=leads)
+        form = learn(directory, layout, held)
         if form and not self.find(layout, held, is_database=form.is_database):
             self._note((layout, placements_of(held), form))
         return form
 
 
-def forms_of_series() -> Forms:
-    """Return the forms that a new series goes by.
-
-    Orbax writes equal trees in one form. So it writes a tree once for a process, and
-    not once for each series. If there are several processes, a series has forms of its
-    own, because all processes must know the same forms at each of its saves.
-    """
-    return Forms() if are_several() else shared_forms()
-
-
 @functools.cache
 def shared_forms() -> Forms:
-    """Return the forms that the series of this process share."""
+    """Return the forms that all series of this process share.
+
+    Orbax writes equal trees in one form. So it writes a tree once for a process, and
+    not once for each series.
+    """
     return Forms()
 
 

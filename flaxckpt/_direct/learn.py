@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxckpt._direct.chunks import own_chunks
+from flaxckpt._direct.chunks import chunks_of
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
@@ -30,16 +30,13 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS, Leaf
 
 
-def learn(
-    directory: Path, layout: Layout, values: Sequence[Any], *, leads: bool = True
-) -> Form | None:
+def learn(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
     """Learn how Orbax has just written a checkpoint.
 
     Args:
         directory: The checkpoint.
         layout: Its layout.
         values: The leaves that Orbax stores.
-        leads: Whether to expect here the leaves that are whole in every process.
 
     Returns:
         What Orbax wrote; None if it wrote in a way that is not known here.
@@ -57,9 +54,8 @@ def learn(
                 arrays.append(name)
                 continue
             stored = _stored_array(name, leaf, value, store)
-            for key, _, chunk in own_chunks(stored, value, leads=leads):
-                if chunk is not None:
-                    _compare(store.ends(key), raw_bytes(chunk))
+            for key, _, chunk in chunks_of(stored, value):
+                _compare(store.ends(key), raw_bytes(chunk))
             arrays.append(stored if is_database else stored.with_keys("."))
             names.add(name)
         for path in sorted(directory.rglob("*")):
@@ -67,7 +63,7 @@ def learn(
             if path.is_file() and not _holds_values(name, is_database, names):
                 contents[name] = path.read_bytes()
         learnt = Form(is_database, contents, arrays)
-        if leads and any(leaf.is_text for leaf in leaves):
+        if any(leaf.is_text for leaf in leaves):
             text = learnt.current(STRINGS, contents[STRINGS], values)
             if json.loads(text) != json.loads(contents[STRINGS]):
                 return None

@@ -67,7 +67,7 @@ class Area(Protocol):
         ...
 
     def meeting_place(self, written: Path, target: Path) -> str:
-        """Return where other processes write their shares of a checkpoint.
+        """Return where other processes write their shares of a checkpoint, for `share`.
 
         Args:
             written: The directory that process 0 is writing.
@@ -80,6 +80,9 @@ class Area(Protocol):
 
         Args:
             place: What `meeting_place` returned in process 0.
+
+        Raises:
+            CheckpointError: If this process does not see the directory of process 0.
         """
         ...
 

@@ -11,8 +11,10 @@ A series keeps these beside its checkpoints; listings do not show them:
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -37,7 +39,10 @@ from flaxckpt._disk.record import (
 )
 from flaxckpt._disk.staging import Staging
 from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.patience import pause, tries
 from flaxckpt.errors import CheckpointError, CheckpointPathError
+
+_TOKEN = "token"  # beside a directory in which several processes write
 
 
 class DiskArea(Area):
@@ -99,14 +104,29 @@ class DiskArea(Area):
         self._staging.sweep(spare=spare)
 
     def meeting_place(self, written: Path, target: Path) -> str:
-        """Return the directory that process 0 is writing."""
+        """See `Area.meeting_place`; a token proves that others see the directory."""
         del target
-        return str(written)
+        token = uuid.uuid4().hex
+        (written.parent / _TOKEN).write_text(token)
+        return f"{token} {written}"
 
     @contextmanager
     def share(self, place: str) -> Generator[Path]:
         """Yield the directory that process 0 is writing."""
-        yield Path(place)
+        token, _, written = place.partition(" ")
+        for _ in tries():  # a network's file system may show it a little later
+            with contextlib.suppress(OSError):
+                if Path(written).with_name(_TOKEN).read_text() == token:
+                    break
+            pause()
+        else:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "what process 0 has made there is not there. Save on a file system "
+                "that all processes share, or in an object store",
+                str(self._root),
+            )
+        yield Path(written)
 
     def shown(self, path: Path) -> Path:
         """Return the path."""

@@ -1,36 +1,72 @@
-"""What processes compare before they write: epoch, batch, metric and paths."""
+"""What processes compare before they write: the call, and every leaf.
 
+Each process tells process 0 a checksum of its account. If all checksums are equal,
+nothing else is sent. Otherwise process 0 asks one of the processes that differ for the
+whole account, and names what differs.
+"""
+
+import functools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 
-from flaxckpt._copies.held import HostCopy
+from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._decision.logs import Unusable, find
 from flaxckpt._processes.messages import process_index
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.job import translated
-from flaxckpt._trees.owned_shards import Shards
+from flaxckpt._trees.digest import checksum
+from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt.errors import CheckpointError, MetricError
 
-
-def with_sharding(copy: Any, leaf: Any) -> Any:
-    """Return a host copy that keeps the array's sharding, which its form depends on."""
-    if not isinstance(leaf, jax.Array) or isinstance(copy, Shards):
-        return copy
-    copy = copy.view(HostCopy)
-    copy.sharding = leaf.sharding
-    return copy
+_SHOWN = 3
 
 
-def summary(call: Call, paths: list[str]) -> dict[str, Any]:
-    """Return what has to be the same in all processes."""
-    state, values = call.kept, dict[str, Any]()
+def account_of(call: Call, pages: Sequence[Page], paths: list[str]) -> dict[str, Any]:
+    """Return, as JSON values, what has to be the same in all processes.
+
+    Args:
+        call: The call.
+        pages: What it writes.
+        paths: Their paths, as users know them.
+    """
+    state, metric = call.kept, dict[str, Any]()
     if state is not None and (name := find(call.logs, state.monitor)) in call.logs:
-        values[name] = _comparable(call.logs[name])
-    return {"epoch": call.epoch, "batch": call.batch, "values": values, "paths": paths}
+        metric[name] = _comparable(call.logs[name])
+    return {
+        "epoch": call.epoch,
+        "batch": call.batch,
+        "metric": metric,
+        "paths": paths,
+        "leaves": [dict(_rows(page)) for page in pages],
+    }
+
+
+def _rows(page: Page) -> Iterator[tuple[str, str]]:
+    """Yield the name of each leaf, and what has to be the same in all processes."""
+    for leaf, value in zip(page.layout.leaves, page.leaves, strict=True):
+        if value is None or not leaf.in_orbax:
+            yield leaf.name, str(leaf)
+        elif is_shared(value):
+            yield leaf.name, f"{leaf}, {_placement(value.sharding)}"
+        else:
+            yield leaf.name, f"{leaf}, a value of each process ({checksum(value)})"
+
+
+@functools.lru_cache(maxsize=1024)
+def _placement(sharding: jax.sharding.Sharding) -> str:
+    """Describe a sharding, less its memory: one process may have copied elsewhere."""
+    shown, devices = type(sharding).__name__, sorted(d.id for d in sharding.device_set)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        shown = f"{sharding.spec} on {dict(sharding.mesh.shape)}"
+        devices = [device.id for device in np.asarray(sharding.mesh.devices).flat]
+    summed = xxhash.xxh3_64_hexdigest(json.dumps(devices).encode())
+    return f"{shown} ({len(devices)} devices, {summed})"
 
 
 def _comparable(value: Any) -> Any:
@@ -40,35 +76,59 @@ def _comparable(value: Any) -> Any:
     return float(np.asarray(value)) if not value.shape else str(value.shape)
 
 
-def agree(summaries: Sequence[dict[str, Any]]) -> None:
-    """Check that the summaries of all processes are equal.
+def checksum_of(account: dict[str, Any]) -> str:
+    """Return a checksum of an account."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(account, default=str).encode())
 
-    Raises:
-        MetricError: If the monitored value differs.
-        CheckpointError: If the epoch, the batch or the paths differ.
+
+def error_between(
+    one: dict[str, Any], index: int, other: dict[str, Any]
+) -> CheckpointError:
+    """Return the error that tells how two accounts differ.
+
+    Args:
+        one: The account of process 0.
+        index: The other process.
+        other: Its account.
     """
-    first = summaries[0]
-    for name in first["values"]:
-        values = [each["values"].get(name, math.nan) for each in summaries]
+    both = f"in process 0 and {{}} in process {index}"
+    names = {**one["metric"], **other["metric"]}
+    for name in names:
+        values = [each["metric"].get(name, math.nan) for each in (one, other)]
         if len({repr(value) for value in values}) > 1:
-            raise MetricError(
+            return MetricError(
                 name,
-                f"differs between processes: {_listed(values)}. All processes must "
-                "decide alike. Pass a value that all processes share: the result of a "
-                "jitted function on sharded arrays, or "
+                f"differs between processes: {values[0]} {both.format(values[1])}. All "
+                "processes must decide alike. Pass a value that all processes share: "
+                "the result of a jitted function on sharded arrays, or "
                 "jax.experimental.multihost_utils.process_allgather(value).mean().",
             )
     for name in ("epoch", "batch", "paths"):
-        values = [each[name] for each in summaries]
-        if any(value != values[0] for value in values):
-            raise CheckpointError(
+        if one[name] != other[name]:
+            return CheckpointError(
                 f"update or save was called otherwise in one of the processes: {name} "
-                f"is {_listed(values)}. Make the same calls in all of them."
+                f"is {one[name]} {both.format(other[name])}. Make the same calls in "
+                "all of them."
             )
+    found = _differing(one["leaves"], other["leaves"])
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return CheckpointError(
+        f"The trees differ between processes: {'; '.join(found[:_SHOWN])}{more}. "
+        f"The second is process {index}'s. Save arrays that all processes share, with "
+        "one sharding, and equal values of everything else."
+    )
 
 
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(f"{value} in process {i}" for i, value in enumerate(values))
+def _differing(
+    one: Sequence[dict[str, str]], other: Sequence[dict[str, str]]
+) -> list[str]:
+    found: list[str] = []
+    for first, second in zip(one, other, strict=False):
+        for name in {**first, **second}:
+            pair = first.get(name, "missing"), second.get(name, "missing")
+            if pair[0] != pair[1]:
+                found.append(f"{name} is {pair[0]} and {pair[1]}")
+    return found or ["the trees have their leaves in another order"]
 
 
 def translated_for_all(error: BaseException, where: str) -> CheckpointError:

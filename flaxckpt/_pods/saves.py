@@ -1,18 +1,18 @@
-"""Saves of several processes: each writes its shards, and process 0 writes the rest.
+"""Saves of several processes: Orbax writes each process's share, in the background.
 
 All processes make the same calls. At a due check each process copies its shards, on its
 devices or to its host, and goes on. Threads in the background then compare what they
-have decided. If all agree, process 0 makes the directory, and each process writes the
-files of its shards. When all files are on disk, process 0 writes the record and gives
-the checkpoint its name. A save enters no collective, on the loop's thread or in the
-background, so it cannot wait for one that another process does not enter. Each message
-has a time-out.
+have decided and what they save. If all agree, process 0 makes the directory, and in
+each process Orbax writes a database of its share. When all are on disk, process 0
+merges them, writes the record and gives the checkpoint its name. A save enters no
+collective, on the loop's thread or in the background, so it cannot wait for one that
+another process does not enter. Each message has a time-out.
 
 An error in any process is raised in all processes at the same call: the next due check,
 `save`, `wait` or `close`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import write_share
+from flaxckpt._checkpoints.together import Share, write_share
 from flaxckpt._copies.held import Copies, fits
+from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
-from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
-from flaxckpt._direct.shares import Share
 from flaxckpt._pods.agreement import (
-    agree,
+    account_of,
+    checksum_of,
+    error_between,
     in_process,
-    summary,
     translated_for_all,
-    with_sharding,
 )
-from flaxckpt._pods.learning import learn
-from flaxckpt._processes.messages import Channel, Round, is_leader, process_count
+from flaxckpt._processes.messages import (
+    Channel,
+    Round,
+    is_leader,
+    process_count,
+    process_index,
+)
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
@@ -142,9 +146,6 @@ class PodSaver:
         self.report.count_delay(job.waited)
         try:
             self.queue.check()  # raises the error of any process in that save
-            for stored in contents.trees:
-                if not parts.disk.way.forms.has(stored.layout, stored.leaves):
-                    learn(self._channel.round(), parts, stored.layout, stored.leaves)
             self._copy(contents, call, job, to_slot=to_slot)
         except BaseException:
             self.queue.give_back(job)
@@ -195,97 +196,115 @@ class PodSaver:
         elif is_on_device:
             call.copies = copy_on_device(leaves, memory, plan)
         else:
-            call.copies = _on_host(contents, call, leaves, memory)
+            call.copies = _on_host(contents, call, leaves)
 
     # ---- in the background -----------------------------------------------------------
 
     def _write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part."""
         exchange, earlier = self._channel.round(), self._round
-        self._round, pages = exchange, list[Page]()
-        shown = self.report.shown
+        self._round, shown = exchange, self.report.shown
         settled: tuple[Call, list[Page]] | None = None
+        account: dict[str, Any] = {}
         try:
             settled = self._parts.publisher.pages_to_write(contents, _no_check)
-            pages = [] if settled is None else settled[1]
+            pages = settled[1] if settled is not None else []
             paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
-            exchange.tell("check", summary(contents.calls[-1], paths))
+            account = account_of(contents.calls[-1], pages, paths)
+            exchange.tell("check", checksum_of(account))
         except BaseException as error:
             exchange.tell("check", self._translated(error))
         if is_leader():
-            self._lead(exchange, earlier, settled)
+            self._lead(exchange, earlier, account, settled)
         else:
-            self._follow(exchange, pages)
+            self._follow(exchange, account, settled)
 
     def _lead(
         self,
         exchange: Round,
         earlier: Round | None,
+        account: dict[str, Any],
         settled: tuple[Call, list[Page]] | None,
     ) -> None:
-        index, parts = 0, self._parts
+        index, parts, area = 0, self._parts, self._series.area
 
-        def together(
-            written: Path, write: Callable[[], list[Share]]
-        ) -> list[list[Share]]:
+        def together(written: Path) -> Callable[[], list[Share]]:
             nonlocal index
             assert settled is not None
-            target = settled[1][index].path
-            place = self._series.area.meeting_place(written, target)
+            place = area.meeting_place(written, settled[1][index].path)
             exchange.tell(f"where {index}", place)
-            exchange.tell(f"share {index}", write())
-            shares = exchange.hear_all(f"share {index}")
+            subject = f"share {index}"
             index += 1
-            return shares
+            return lambda: [
+                Share.of_json(values) for values in exchange.hear_others(subject)
+            ]
 
         try:
-            agree(exchange.hear_all("check"))
+            _agree(exchange, account)
             if earlier is not None:
                 earlier.forget()
             if settled is not None:
                 call, pages = settled
                 parts.paths.take_lock(pages[0].path)
                 parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
-                with self._series.area.claim.turn:
+                with area.claim.turn:
                     parts.publisher.put(call, pages, together)
         except BaseException as error:
             failure = self._translated(error)
-            for subject in (f"where {index}", f"where {index + 1}", "done"):
+            for subject in ("go", f"where {index}", f"where {index + 1}", "done"):
                 exchange.tell(subject, failure, again=True)
             raise failure from failure.__cause__
         exchange.tell("done", None)
 
-    def _follow(self, exchange: Round, pages: Sequence[Page]) -> None:
+    def _follow(
+        self,
+        exchange: Round,
+        account: dict[str, Any],
+        settled: tuple[Call, list[Page]] | None,
+    ) -> None:
         shown, area, who = self.report.shown, self._series.area, in_process()
-        for index, page in enumerate(pages):
+        if exchange.hear("go") == process_index():
+            exchange.tell("account", account)
+        for index, page in enumerate(settled[1] if settled is not None else []):
             place = exchange.hear(f"where {index}")
             try:
                 with (
                     area.share(place) as here,
                     space_told(shown(page.path), page.layout.nbytes, here, who),
                 ):
-                    forms, what = self._parts.disk.way.forms, (page.layout, page.leaves)
-                    share = write_share(forms, here, *what, sync=area.sync)
-                exchange.tell(f"share {index}", share)
+                    kind: Any = {"sync": area.sync, "alone": area.is_mirror}
+                    share = write_share(here, page.layout, page.leaves, **kind)
+                exchange.tell(f"share {index}", share.to_json())
             except BaseException as error:
                 exchange.tell(f"share {index}", self._translated(error, page.path))
         exchange.hear("done")
-        if pages:
+        if settled is not None:
             self.counts.saved += 1
-            self.counts.direct += 1
+            self.counts.by_orbax += 1
+
+
+def _agree(exchange: Round, account: dict[str, Any]) -> None:
+    """Let the processes go on if their accounts are equal; process 0 calls this.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    own, *others = exchange.hear_all("check")
+    differing = (i for i, each in enumerate(others, 1) if each != own)
+    asked = next(differing, None)
+    exchange.tell("go", asked)
+    if asked is not None:
+        raise error_between(account, asked, exchange.hear("account", asked))
 
 
 def _no_check(path: Path) -> None:
     """Check nothing: process 0 checks the paths when it writes."""
 
 
-def _on_host(
-    contents: Contents, call: Call, leaves: list[Any], memory: Copies | None
-) -> Copies:
+def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:
+    """Copy to the host's memory, and wait for the copies."""
     number = len(leaves) - len(contents.scalars)
     for name, value in zip(contents.scalars, leaves[number:], strict=True):
         call.keep(name, np.asarray(value)[()])
     contents.scalars, leaves = [], leaves[:number]
-    copies = copied_to_host(leaves, memory)
-    copies.beside = list(map(with_sharding, copies.beside, leaves))
-    return copies
+    return Copies(None, [], list(map(copied_off_device, leaves)))

@@ -22,7 +22,7 @@ from flaxckpt._runtime.jax_internals import distributed_state
 from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
-_LEADER = 0
+LEADER = 0
 
 
 def are_several() -> bool:
@@ -46,7 +46,7 @@ def process_index() -> int:
 
 def is_leader() -> bool:
     """Tell whether this process is the one that leads."""
-    return process_index() == _LEADER
+    return process_index() == LEADER
 
 
 class Channel:
@@ -106,7 +106,7 @@ class Round:
         _client().key_value_set(f"{self._key}/{subject}/{process_index()}", text, again)
 
     def hear(
-        self, subject: str, process: int = _LEADER, timeout: float | None = None
+        self, subject: str, process: int = LEADER, timeout: float | None = None
     ) -> Any:
         """Wait for a message of a process.
 
@@ -139,6 +139,23 @@ class Round:
         for process in range(process_count()):
             left = max(until - time.monotonic(), 0.1)  # one time-out for all messages
             found.append(self.hear(subject, process, left))
+        return found
+
+    def hear_others(self, subject: str) -> list[Any]:
+        """Wait for the messages of all but process 0; raise the first error at the end.
+
+        By then no process is still at work on what the messages are about.
+        """
+        until, found = time.monotonic() + self._timeout, list[Any]()
+        errors: list[CheckpointError] = []
+        for process in range(1, process_count()):
+            try:
+                left = max(until - time.monotonic(), 0.1)
+                found.append(self.hear(subject, process, left))
+            except CheckpointError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return found
 
     def forget(self) -> None:

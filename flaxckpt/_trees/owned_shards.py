@@ -1,7 +1,6 @@
 """The parts of a leaf that this process stores, as pieces on the host."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -12,22 +11,8 @@ Piece: TypeAlias = tuple[tuple[int, ...], np.ndarray[Any, Any]]
 """Where in its array a piece begins, and its elements."""
 
 
-@dataclass
-class Shards:
-    """Host copies of this process's pieces of an array of several processes.
-
-    Attributes:
-        sharding: The sharding of the array.
-        pieces: The pieces, as `pieces` returns them for the array.
-    """
-
-    is_fully_addressable: ClassVar[bool] = False
-    sharding: jax.sharding.Sharding
-    pieces: list[Piece]
-
-
 def is_shared(value: Any) -> bool:
-    """Tell whether a leaf is an array of several processes, or copied from one."""
+    """Tell whether a leaf is an array of several processes."""
     return not getattr(value, "is_fully_addressable", True)
 
 
@@ -37,8 +22,6 @@ def pieces(value: Any) -> list[Piece]:
     They are the shards whose first replica is on this process, so that each shard is a
     piece of exactly one process. A leaf that is no JAX array is a single piece.
     """
-    if isinstance(value, Shards):
-        return value.pieces
     value = without_keys(value)
     if isinstance(value, jax.Array):
         return [

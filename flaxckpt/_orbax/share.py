@@ -1,0 +1,107 @@
+"""Orbax's handler writes this process's share of a tree that several processes hold.
+
+Orbax's `save` has the devices of all processes compute together, on the thread that
+calls it. So flaxckpt calls the handler of `save` instead, which computes nothing. The
+handler takes this process for the only one, and waits for no other: each process writes
+an OCDBT database of its own. Process 0 merges all databases that it finds.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from flaxckpt._copies.held import HostCopy
+from flaxckpt._direct.zarr import STATE
+from flaxckpt._disk.alias import aliased
+from flaxckpt._orbax.engine import calls_of_orbax, orbax_context, with_key
+from flaxckpt._orbax.state_handler import v1
+from flaxckpt._processes.messages import LEADER, process_index
+from flaxckpt._runtime.quiet import quiet
+from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.owned_shards import is_shared
+from flaxckpt._trees.ties import PyTree
+
+with quiet():
+    from orbax.checkpoint._src.metadata import step_metadata_serialization
+
+_METADATA_FILE = "_CHECKPOINT_METADATA"
+
+
+def write_share(
+    directory: Path,
+    layout: Layout,
+    leaves: list[Any],
+    wait_for_others: Callable[[], None],
+    *,
+    is_database: bool,
+) -> None:
+    """Have Orbax write this process's share of a tree, and process 0 the rest, too.
+
+    Args:
+        directory: The checkpoint; its directory of the tree exists.
+        layout: The tree's layout.
+        leaves: Its leaves.
+        wait_for_others: Returns once the other processes have written their shares.
+            Orbax calls it on a thread, and then merges the databases in process 0.
+        is_database: Whether each process writes a database. If not, each writes the
+            files of its shards.
+    """
+    values = list(map(_as_orbax_takes_it, leaves))
+    tree = layout.fill_for_orbax(list(map(with_key, layout.leaves, values)))
+    context = orbax_context(is_database=is_database)
+    context.multiprocessing.active_processes = {process_index()}
+    context.multiprocessing.primary_host = LEADER
+    # The parts of a replica may be smaller than a file.
+    context.array.saving.use_replica_parallel = is_database
+    with calls_of_orbax(context), aliased(directory) as plain:
+        begun = time.time_ns()
+        asyncio.run(_save(_Awaited(epath.Path(plain) / STATE, wait_for_others), tree))
+        if process_index() == LEADER:
+            _write_metadata(plain, begun)
+
+
+class _Awaited:
+    """A directory that exists; what awaits its creation waits for other processes."""
+
+    def __init__(self, path: epath.Path, wait: Callable[[], None]) -> None:
+        self.path, self._wait = path, wait
+
+    async def await_creation(self) -> epath.Path:
+        # The handler awaits this once it has begun to write, and before it merges.
+        await asyncio.to_thread(self._wait)
+        return self.path
+
+
+async def _save(directory: Any, tree: PyTree) -> None:
+    await (await v1.handlers.PyTreeHandler().save(directory, tree))
+
+
+def _as_orbax_takes_it(leaf: Any) -> Any:
+    """Return an array that is whole in every process as a host array, and no other."""
+    if isinstance(leaf, HostCopy):
+        return np.asarray(leaf)
+    is_whole = isinstance(leaf, jax.Array) and not is_shared(leaf)
+    return np.asarray(leaf) if is_whole else leaf
+
+
+def _write_metadata(directory: Path, begun: int) -> None:
+    """Write the file that tells which handler wrote the tree, as Orbax's `save` does.
+
+    Args:
+        directory: The checkpoint.
+        begun: When the save began, in ns since 1970.
+    """
+    kind = v1.handlers.PyTreeHandler
+    metadata = step_metadata_serialization.InternalCheckpointMetadata.create(
+        handler_typestrs={STATE: f"{kind.__module__}.{kind.__qualname__}"},
+        init_timestamp_nsecs=begun,
+        commit_timestamp_nsecs=time.time_ns(),
+    )
+    (directory / _METADATA_FILE).write_text(json.dumps(metadata.serialize()))
