@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from flaxckpt._checkpoints.finish import finish
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
 from flaxckpt._direct.forms import held_values, placements_of
-from flaxckpt._direct.zarr import STATE
+from flaxckpt._direct.zarr import DESCRIPTION, STATE
+from flaxckpt._disk.area import Area
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._orbax.share import write_share as write_by_orbax
 from flaxckpt._processes.messages import process_index
@@ -48,13 +49,21 @@ class Share:
         return cls(process, dict(map(tuple, sums)), files)
 
 
-# Tells the other processes of the directory, and returns a function that waits for
-# their shares.
-Together: TypeAlias = Callable[[Path], Callable[[], list[Share]]]
+@dataclass(frozen=True)
+class Together:
+    """How the other processes write their shares of a checkpoint.
+
+    Attributes:
+        begin: Tells them of the directory, and returns what waits for their shares.
+        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
+    """
+
+    begin: Callable[[Path], Callable[[], list[Share]]]
+    spreads: bool
 
 
 def write_share(
-    directory: Path, layout: Layout, leaves: list[Any], *, sync: bool, alone: bool
+    directory: Path, layout: Layout, leaves: list[Any], area: Area, *, spreads: bool
 ) -> Share:
     """Write this process's share of a checkpoint that process 0 begins and finishes.
 
@@ -62,32 +71,66 @@ def write_share(
         directory: The checkpoint.
         layout: The tree's layout.
         leaves: Its leaves.
-        sync: Whether to wait for the disk.
-        alone: Whether the directory is this process's own, from which the files are
-            taken to an object store.
+        area: The area, whose `share` the directory is.
+        spreads: As in `Together`.
 
     Returns:
         What was written, for `write_together` in process 0.
     """
     (directory / STATE).mkdir(exist_ok=True)
-    write_by_orbax(directory, layout, leaves, _nothing, is_database=not alone)
-    own = "*" if alone else f"*process_{process_index()}"
-    files = {
-        file.relative_to(directory).as_posix(): file
-        for each in _paths(directory, own)
+    _write_by_orbax(directory, layout, leaves, _nothing, area, spreads=spreads)
+    if area.is_mirror:
+        _keep_shards(directory, layout, leaves)
+    own = f"*process_{process_index()}"
+    written = [*(directory / STATE).glob(own), *(directory / STATE).glob(f"*/{own}")]
+    if area.sync:
+        for each in written:
+            sync_tree(each) if each.is_dir() else sync_path(each)
+    sizes = {
+        file.relative_to(directory).as_posix(): file.stat().st_size
+        for each in written
         for file in (each.rglob("*") if each.is_dir() else [each])
         if file.is_file()
     }
-    if sync:
-        for each in _paths(directory, own):
-            sync_tree(each) if each.is_dir() else sync_path(each)
-    sizes = {name: file.stat().st_size for name, file in files.items()}
     return Share(process_index(), _sums(layout, leaves, leads=False), sizes)
 
 
-def _paths(directory: Path, own: str) -> list[Path]:
-    state = directory / STATE
-    return [*state.glob(own), *(state / "array_metadatas").glob(own)]
+def _write_by_orbax(
+    directory: Path,
+    layout: Layout,
+    leaves: list[Any],
+    wait: Callable[[], None],
+    area: Area,
+    *,
+    spreads: bool,
+) -> None:
+    """Write the files of an object store in a directory of each process's own.
+
+    So there is no database then, which only process 0 could merge, and no file that
+    several processes write a part of.
+    """
+    is_database = not area.is_mirror
+    spreads = spreads and is_database
+    write_by_orbax(
+        directory, layout, leaves, wait, is_database=is_database, spreads=spreads
+    )
+
+
+def _keep_shards(directory: Path, layout: Layout, leaves: list[Any]) -> None:
+    """Delete what process 0 has written, too: all but the files of shards."""
+    held = [leaf for leaf in layout.leaves if leaf.in_orbax]
+    pairs = zip(held, held_values(layout, leaves), strict=True)
+    shared = {
+        (directory / STATE / leaf.stored_name).as_posix()
+        for leaf, value in pairs
+        if is_shared(value)
+    }
+    for file in filter(Path.is_file, directory.rglob("*")):
+        of_shard = file.name != DESCRIPTION and any(
+            parent.as_posix() in shared for parent in file.parents
+        )
+        if not of_shard and file.name != f"process_{process_index()}":
+            file.unlink()
 
 
 def _sums(layout: Layout, leaves: list[Any], *, leads: bool) -> dict[int, int]:
@@ -121,16 +164,15 @@ def write_together(
     with area.staging() as directory:
         written = directory / "new"
         (written / STATE).mkdir(parents=True)
-        wait = together(written)
+        wait = together.begin(written)
 
         def wait_for_others() -> None:
             shares.extend(wait())
             if not area.is_mirror:  # a store has the others' shares
                 _see(shares, written, area.shown(info.path))
 
-        write_by_orbax(
-            written, layout, leaves, wait_for_others, is_database=not area.is_mirror
-        )
+        spreads = together.spreads
+        _write_by_orbax(written, layout, leaves, wait_for_others, area, spreads=spreads)
         totals = _sums(layout, leaves, leads=True)
         for share in shares:
             for index, total in share.sums.items():

@@ -41,6 +41,7 @@ def write_share(
     wait_for_others: Callable[[], None],
     *,
     is_database: bool,
+    spreads: bool,
 ) -> None:
     """Have Orbax write this process's share of a tree, and process 0 the rest, too.
 
@@ -52,14 +53,17 @@ def write_share(
             Orbax calls it on a thread, and then merges the databases in process 0.
         is_database: Whether each process writes a database. If not, each writes the
             files of its shards.
+        spreads: Whether each process that has a replica of an array writes a part of
+            it. Orbax divides only arrays in some memories, so this must not be set if
+            the processes have an array in different memories.
     """
     values = list(map(_as_orbax_takes_it, leaves))
     tree = layout.fill_for_orbax(list(map(with_key, layout.leaves, values)))
     context = orbax_context(is_database=is_database)
     context.multiprocessing.active_processes = {process_index()}
-    context.multiprocessing.primary_host = LEADER
-    # The parts of a replica may be smaller than a file.
-    context.array.saving.use_replica_parallel = is_database
+    # Without a database, each process writes the description of each array as well.
+    context.multiprocessing.primary_host = LEADER if is_database else None
+    context.array.saving.use_replica_parallel = spreads
     with calls_of_orbax(context), aliased(directory) as plain:
         begun = time.time_ns()
         asyncio.run(_save(_Awaited(epath.Path(plain) / STATE, wait_for_others), tree))

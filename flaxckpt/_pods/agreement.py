@@ -69,6 +69,16 @@ def _placement(sharding: jax.sharding.Sharding) -> str:
     return f"{shown} ({len(devices)} devices, {summed})"
 
 
+def memories_of(pages: Sequence[Page]) -> str:
+    """Return a checksum of the memories in which the pages' arrays are."""
+    kinds = [
+        value.sharding.memory_kind if is_shared(value) else ""
+        for page in pages
+        for value in page.leaves
+    ]
+    return xxhash.xxh3_64_hexdigest(json.dumps(kinds).encode())
+
+
 def _comparable(value: Any) -> Any:
     """Return a metric in the form in which the processes compare it."""
     if not isinstance(value, jax.Array | np.ndarray):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import Share, write_share
+from flaxckpt._checkpoints.together import Share, Together, write_share
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
@@ -32,6 +32,7 @@ from flaxckpt._pods.agreement import (
     checksum_of,
     error_between,
     in_process,
+    memories_of,
     translated_for_all,
 )
 from flaxckpt._processes.messages import (
@@ -211,7 +212,7 @@ class PodSaver:
             pages = settled[1] if settled is not None else []
             paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
             account = account_of(contents.calls[-1], pages, paths)
-            exchange.tell("check", checksum_of(account))
+            exchange.tell("check", [checksum_of(account), memories_of(pages)])
         except BaseException as error:
             exchange.tell("check", self._translated(error))
         if is_leader():
@@ -228,7 +229,7 @@ class PodSaver:
     ) -> None:
         index, parts, area = 0, self._parts, self._series.area
 
-        def together(written: Path) -> Callable[[], list[Share]]:
+        def begin(written: Path) -> Callable[[], list[Share]]:
             nonlocal index
             assert settled is not None
             place = area.meeting_place(written, settled[1][index].path)
@@ -240,7 +241,7 @@ class PodSaver:
             ]
 
         try:
-            _agree(exchange, account)
+            spreads = _agree(exchange, account)
             if earlier is not None:
                 earlier.forget()
             if settled is not None:
@@ -248,7 +249,7 @@ class PodSaver:
                 parts.paths.take_lock(pages[0].path)
                 parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
                 with area.claim.turn:
-                    parts.publisher.put(call, pages, together)
+                    parts.publisher.put(call, pages, Together(begin, spreads))
         except BaseException as error:
             failure = self._translated(error)
             for subject in ("go", f"where {index}", f"where {index + 1}", "done"):
@@ -263,7 +264,8 @@ class PodSaver:
         settled: tuple[Call, list[Page]] | None,
     ) -> None:
         shown, area, who = self.report.shown, self._series.area, in_process()
-        if exchange.hear("go") == process_index():
+        asked, spreads = exchange.hear("go")
+        if asked == process_index():
             exchange.tell("account", account)
         for index, page in enumerate(settled[1] if settled is not None else []):
             place = exchange.hear(f"where {index}")
@@ -272,8 +274,8 @@ class PodSaver:
                     area.share(place) as here,
                     space_told(shown(page.path), page.layout.nbytes, here, who),
                 ):
-                    kind: Any = {"sync": area.sync, "alone": area.is_mirror}
-                    share = write_share(here, page.layout, page.leaves, **kind)
+                    what = here, page.layout, page.leaves
+                    share = write_share(*what, area, spreads=spreads)
                 exchange.tell(f"share {index}", share.to_json())
             except BaseException as error:
                 exchange.tell(f"share {index}", self._translated(error, page.path))
@@ -283,18 +285,23 @@ class PodSaver:
             self.counts.by_orbax += 1
 
 
-def _agree(exchange: Round, account: dict[str, Any]) -> None:
+def _agree(exchange: Round, account: dict[str, Any]) -> bool:
     """Let the processes go on if their accounts are equal; process 0 calls this.
+
+    Returns:
+        Whether all have their arrays in the same memories, and so can divide the
+        writing of replicas in the same way.
 
     Raises:
         CheckpointError: If they differ.
     """
-    own, *others = exchange.hear_all("check")
-    differing = (i for i, each in enumerate(others, 1) if each != own)
-    asked = next(differing, None)
-    exchange.tell("go", asked)
+    (own, memories), *others = exchange.hear_all("check")
+    asked = next((i for i, (each, _) in enumerate(others, 1) if each != own), None)
+    spreads = all(each == memories for _, each in others)
+    exchange.tell("go", [asked, spreads])
     if asked is not None:
         raise error_between(account, asked, exchange.hear("account", asked))
+    return spreads
 
 
 def _no_check(path: Path) -> None:
