@@ -56,10 +56,13 @@ class Together:
     Attributes:
         begin: Tells them of the directory, and returns what waits for their shares.
         spreads: Whether replicas are divided between processes; see `write_by_orbax`.
+        may_finish: Returns if no process has given the checkpoint up; from then on,
+            none does.
     """
 
     begin: Callable[[Path], Callable[[], list[Share]]]
     spreads: bool
+    may_finish: Callable[[], None]
 
 
 def write_share(
@@ -186,6 +189,7 @@ def write_together(
         if not area.is_mirror:
             kind = "together", layout, placements_of(held_values(layout, leaves))
             way.looks.check(written, area.shown(info.path), *kind)
+        together.may_finish()
         (commit or way.commit)(written, info.path)
 
 

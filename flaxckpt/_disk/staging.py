@@ -53,8 +53,12 @@ class Staging:
     def directory(self, *, reuse: Container[str] | None = None) -> Generator[Path]:
         """See `Area.staging`."""
         self._reuses = reuse is not None
-        if reuse is None:
-            self.sweep(spare=True)  # the save may need this space
+        # The save may need the space; another thread may be sweeping already.
+        if reuse is None and self._sweeping.acquire(blocking=False):
+            try:
+                self.sweep(spare=True)
+            finally:
+                self._sweeping.release()
         path = self.made() if reuse is None else self._cleared(reuse)
         try:
             yield path

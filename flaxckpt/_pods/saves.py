@@ -12,6 +12,7 @@ An error in any process is raised in all processes at the same call: the next du
 `save`, `wait` or `close`.
 """
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError
 
+_PAGES = 2  # the most that a save writes: one in the series, and one in the slot
+# Settled once: by process 0 before the checkpoint gets its name, or by another process
+# that has given up.
+_END = "end"
+
 
 class PodSaver:
     """Saves the trees of one series, from several processes.
@@ -78,7 +84,7 @@ class PodSaver:
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self.compile_ahead = parts.describer.compile_ahead
         self._channel = Channel(self._series.name, timeout)
-        self._round: Round | None = None
+        self._ended: list[Round] = []  # process 0 deletes their messages
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
@@ -130,6 +136,37 @@ class PodSaver:
             CheckpointError: As `ModelCheckpoint.update` does; also the error of another
                 process in the save before.
         """
+        job = self._claimed()
+        try:
+            path = self._prepare(job, tree, call, to_slot=to_slot)
+        except BaseException as error:
+            self._submit_refusal(job, error)
+            raise
+        self._parts.submit(job)
+        if self._parts.snapshot == "none":
+            self.wait()
+        return path
+
+    # ---- on the loop's thread --------------------------------------------------------
+
+    def _claimed(self) -> Job:
+        """Wait for the save before; raise the error of any process in it."""
+        # Without a key, no save supersedes another: processes would differ in which
+        # does.
+        job = self.queue.claim(None, 1)
+        assert job is not None
+        self.report.count_delay(job.waited)
+        try:
+            self.queue.check()
+        except BaseException:
+            self.queue.give_back(job)
+            raise
+        return job
+
+    def _prepare(
+        self, job: Job, tree: PyTree, call: Call, *, to_slot: bool
+    ) -> Path | None:
+        """Describe and copy what a job writes; return the path, if it is known."""
         parts = self._parts
         path = None if call.skips else parts.paths.known(call)
         contents = parts.describer.describe(
@@ -140,24 +177,34 @@ class PodSaver:
             # Unwrapping PRNG keys runs a program, which the background must not.
             stored.leaves = list(map(without_keys, stored.leaves))
             stored.kinds = kinds_of(stored.leaves)
-        # This waits for the save before. Without a key, no save supersedes another:
-        # processes would differ in which does.
-        job = self.queue.claim(None, 1)
-        assert job is not None
-        self.report.count_delay(job.waited)
-        try:
-            self.queue.check()  # raises the error of any process in that save
-            self._copy(contents, call, job, to_slot=to_slot)
-        except BaseException:
-            self.queue.give_back(job)
-            raise
+        self._copy(contents, call, job, to_slot=to_slot)
         parts.prepare(job, contents, call, path, write=self._write)
-        parts.submit(job)
-        if parts.snapshot == "none":
-            self.wait()
+        assert job.then is not None
+        job.then.after = self._sweep
         return path
 
-    # ---- on the loop's thread --------------------------------------------------------
+    def _sweep(self) -> None:
+        """Delete what retention has dropped, on a thread of its own.
+
+        The other processes wait for the next save meanwhile, and not for this.
+        """
+        threading.Thread(target=self._series.area.sweep, name="flaxckpt-sweep").start()
+
+    def _submit_refusal(self, job: Job, error: BaseException) -> None:
+        """Have a job tell the other processes, which will wait for this one.
+
+        This process raises the error at once, and not again.
+        """
+        failure, exchange = self._translated(error), self._channel.round()
+
+        def refuse() -> None:
+            exchange.tell("check", failure)
+            if is_leader():
+                self._tell_failure(exchange, failure)
+
+        job.memory = None
+        job.then = Job(path=self.report.shown(None), run=refuse)
+        self.queue.submit(job)
 
     def _translated(
         self, error: BaseException, path: Path | None = None
@@ -203,8 +250,11 @@ class PodSaver:
 
     def _write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part."""
-        exchange, earlier = self._channel.round(), self._round
-        self._round, shown = exchange, self.report.shown
+        with self._channel.at_work():
+            self._take_part(contents, self._channel.round())
+
+    def _take_part(self, contents: Contents, exchange: Round) -> None:
+        shown = self.report.shown
         settled: tuple[Call, list[Page]] | None = None
         account: dict[str, Any] = {}
         try:
@@ -216,18 +266,25 @@ class PodSaver:
         except BaseException as error:
             exchange.tell("check", self._translated(error))
         if is_leader():
-            self._lead(exchange, earlier, account, settled)
-        else:
+            self._lead(exchange, account, settled)
+            return
+        try:
             self._follow(exchange, account, settled)
+        except CheckpointError as error:
+            # Process 0 may be silent, and not dead. It makes no checkpoint from now on.
+            exchange.settle(_END, error)
+            raise
 
     def _lead(
         self,
         exchange: Round,
-        earlier: Round | None,
         account: dict[str, Any],
         settled: tuple[Call, list[Page]] | None,
     ) -> None:
         index, parts, area = 0, self._parts, self._series.area
+
+        def may_finish() -> None:
+            exchange.settle(_END, None)
 
         def begin(written: Path) -> Callable[[], list[Share]]:
             nonlocal index
@@ -237,25 +294,33 @@ class PodSaver:
             subject = f"share {index}"
             index += 1
             return lambda: [
-                Share.of_json(values) for values in exchange.hear_others(subject)
+                Share.of_json(values) for values in exchange.hear_all(subject, first=1)
             ]
 
         try:
             spreads = _agree(exchange, account)
-            if earlier is not None:
-                earlier.forget()
+            while self._ended:  # all processes have come to this one
+                self._ended.pop().forget()
             if settled is not None:
                 call, pages = settled
                 parts.paths.take_lock(pages[0].path)
                 parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
                 with area.claim.turn:
-                    parts.publisher.put(call, pages, Together(begin, spreads))
+                    parts.publisher.put(
+                        call, pages, Together(begin, spreads, may_finish)
+                    )
         except BaseException as error:
             failure = self._translated(error)
-            for subject in ("go", f"where {index}", f"where {index + 1}", "done"):
-                exchange.tell(subject, failure, again=True)
+            self._tell_failure(exchange, failure)
             raise failure from failure.__cause__
+        finally:
+            self._ended.append(exchange)
         exchange.tell("done", None)
+
+    def _tell_failure(self, exchange: Round, failure: CheckpointError) -> None:
+        """Tell it to the processes that wait for process 0, whatever they wait for."""
+        for subject in ("go", *(f"where {index}" for index in range(_PAGES)), "done"):
+            exchange.tell(subject, failure, again=True)
 
     def _follow(
         self,

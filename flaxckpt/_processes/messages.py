@@ -4,14 +4,19 @@ Messages go through the service's table of keys and values. Every process reache
 without a collective: from any thread, whatever the devices are doing, and with
 time-outs that hold (https://docs.jax.dev/en/latest/multi_process.html). Process 0
 leads.
+
+A process that works for long on what others wait for gives signs of life. A time-out is
+the time without a sign.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -22,6 +27,8 @@ from flaxckpt._runtime.jax_internals import distributed_state
 from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
+_SIGNS = 4  # in each time-out
+_LONGEST = 20  # time-outs for which a process gives signs, in case it hangs
 LEADER = 0
 
 
@@ -66,10 +73,32 @@ class Channel:
         self._key = f"flaxckpt/{name}/{_MADE[name]}"
         _MADE[name] += 1
         self._rounds = itertools.count()
+        self._signs = itertools.count(1)
 
     def round(self) -> "Round":
         """Begin the next exchange of messages."""
-        return Round(f"{self._key}/{next(self._rounds)}", self._timeout)
+        number = next(self._rounds)
+        return Round(f"{self._key}/{number}", self._timeout, f"{self._key}/signs")
+
+    @contextlib.contextmanager
+    def at_work(self) -> Generator[None]:
+        """Give signs of life while this process works on what others wait for."""
+        is_done = threading.Event()
+
+        def give_signs() -> None:
+            for _ in range(_SIGNS * _LONGEST):
+                if is_done.wait(self._timeout / _SIGNS):
+                    return
+                sign = str(next(self._signs))
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    _set(f"{self._key}/signs/{process_index()}", sign, again=True)
+
+        thread = threading.Thread(target=give_signs, name="flaxckpt-signs", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_done.set()
 
 
 _MADE: Counter[str] = Counter()
@@ -81,14 +110,15 @@ class Round:
     A message is a value that JSON has, or an error, which `hear` raises.
     """
 
-    def __init__(self, key: str, timeout: float) -> None:
+    def __init__(self, key: str, timeout: float, signs: str) -> None:
         """Send nothing yet.
 
         Args:
             key: Prefix of its messages' keys.
-            timeout: How long to wait for a message, in seconds.
+            timeout: How long to wait for a message or a sign of life, in seconds.
+            signs: Prefix of the keys of signs of life.
         """
-        self._key, self._timeout = key, timeout
+        self._key, self._timeout, self._signs = key, timeout, signs
 
     def tell(self, subject: str, content: Any, *, again: bool = False) -> None:
         """Send a message to all processes.
@@ -98,69 +128,111 @@ class Round:
             content: The message; `hear` raises a `CheckpointError`.
             again: Whether the message may replace an earlier one on the subject.
         """
-        if isinstance(content, CheckpointError):
-            message = {"error": [_name_of(type(content)), content.args]}
-        else:
-            message = {"content": content}
-        text = json.dumps(message, default=str)
-        _client().key_value_set(f"{self._key}/{subject}/{process_index()}", text, again)
+        _set(f"{self._key}/{subject}/{process_index()}", _encoded(content), again=again)
+
+    def settle(self, subject: str, content: Any) -> Any:
+        """Send a message unless a process has settled the subject; return what it said.
+
+        Raises:
+            CheckpointError: If the message that settled it is an error.
+        """
+        key = f"{self._key}/{subject}"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it is there already
+            _set(key, _encoded(content))
+        return _got(key, self._timeout)
 
     def hear(
-        self, subject: str, process: int = LEADER, timeout: float | None = None
+        self, subject: str, process: int = LEADER, watch: "_Watch | None" = None
     ) -> Any:
-        """Wait for a message of a process.
+        """Wait for a message of a process, as long as it gives signs of life.
 
         Args:
             subject: What the message is about.
             process: Index of the process.
-            timeout: How long to wait, in seconds; None for as long as usual.
+            watch: The signs of life that the caller has seen; None to begin now.
 
         Raises:
             CheckpointError: If the message is an error, or does not come in time.
         """
-        key, secs = f"{self._key}/{subject}/{process}", timeout or self._timeout
-        try:
-            text = _client().blocking_key_value_get(key, int(secs * 1e3))
-        except jax.errors.JaxRuntimeError as error:
-            raise CheckpointError(
-                f"Process {process} of {process_count()} gave no sign within "
-                f"{self._timeout:.3g} s ({subject}). It may have died, or not have "
-                "come to this call: every process must make the same calls."
-            ) from error
-        message = json.loads(text)
-        if "error" in message:
-            name, arguments = message["error"]
-            raise getattr(errors, name)(*arguments)
-        return message["content"]
-
-    def hear_all(self, subject: str) -> list[Any]:
-        """Wait for the messages of all processes, and return them in order."""
-        until, found = time.monotonic() + self._timeout, list[Any]()
-        for process in range(process_count()):
-            left = max(until - time.monotonic(), 0.1)  # one time-out for all messages
-            found.append(self.hear(subject, process, left))
-        return found
-
-    def hear_others(self, subject: str) -> list[Any]:
-        """Wait for the messages of all but process 0; raise the first error at the end.
-
-        By then no process is still at work on what the messages are about.
-        """
-        until, found = time.monotonic() + self._timeout, list[Any]()
-        errors: list[CheckpointError] = []
-        for process in range(1, process_count()):
+        watch = watch or _Watch(self._signs)
+        while True:
             try:
-                left = max(until - time.monotonic(), 0.1)
-                found.append(self.hear(subject, process, left))
+                return _got(f"{self._key}/{subject}/{process}", self._timeout / _SIGNS)
+            except jax.errors.JaxRuntimeError as error:
+                if watch.silence(process) >= self._timeout:
+                    raise CheckpointError(
+                        f"Process {process} of {process_count()} gave no sign within "
+                        f"{self._timeout:.3g} s ({subject}). It may have died, or not "
+                        "have come to this call: every process must make the same "
+                        "calls."
+                    ) from error
+
+    def hear_all(self, subject: str, first: int = LEADER) -> list[Any]:
+        """Wait for the messages of all processes, and return them in order.
+
+        Args:
+            subject: What the messages are about.
+            first: The first of the processes.
+
+        Raises:
+            CheckpointError: The first error among the messages, once all are there. By
+                then no process is at work on what they are about.
+        """
+        watch, found = _Watch(self._signs), list[Any]()
+        problems: list[CheckpointError] = []
+        for process in range(first, process_count()):
+            try:
+                found.append(self.hear(subject, process, watch))
             except CheckpointError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                problems.append(error)
+        if problems:
+            raise problems[0]
         return found
 
     def forget(self) -> None:
         """Delete all messages of the round, once every process has heard them."""
         _client().key_value_delete(self._key)
+
+
+class _Watch:
+    """The signs of life of all processes that somebody who waits has seen."""
+
+    def __init__(self, signs: str) -> None:
+        """Begin to wait; `signs` is the prefix of their keys."""
+        self._signs, self._since = signs, time.monotonic()
+        # Of each process, its newest sign, and when that was seen first.
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._has_looked = False
+
+    def silence(self, process: int) -> float:
+        """Look, and return for how long a process has given no new sign, in seconds."""
+        now = time.monotonic()
+        for key, sign in _client().key_value_dir_get(f"{self._signs}/"):
+            if self._seen.get(key, ("", 0.0))[0] != sign:
+                self._seen[key] = sign, now if self._has_looked else self._since
+        self._has_looked = True
+        return now - self._seen.get(f"{self._signs}/{process}", ("", self._since))[1]
+
+
+def _got(key: str, secs: float) -> Any:
+    """Wait for a message, and return it; raise it if it is an error."""
+    text = _client().blocking_key_value_get(key, max(int(secs * 1e3), 1))
+    message = json.loads(text)
+    if "error" in message:
+        name, arguments = message["error"]
+        raise getattr(errors, name)(*arguments)
+    return message["content"]
+
+
+def _encoded(content: Any) -> str:
+    message = {"content": content}
+    if isinstance(content, CheckpointError):
+        message = {"error": [_name_of(type(content)), content.args]}
+    return json.dumps(message, default=str)
+
+
+def _set(key: str, text: str, *, again: bool = False) -> None:
+    _client().key_value_set(key, text, again)
 
 
 def _name_of(kind: type[CheckpointError]) -> str:
