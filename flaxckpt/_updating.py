@@ -43,6 +43,7 @@ class Updater:
     _stale: CheckpointState | None = None
     _known: CheckpointState | None = None  # the state that the last call returned
     _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
+    _has_met: bool = False  # with the other processes, if there are several
     # None before the first check of it; True while no call could be due.
     _never_due: bool | None = None
 
@@ -57,6 +58,7 @@ class Updater:
         force: bool,
     ) -> CheckpointState:
         """Decide whether to save, and start the save."""
+        self._meet()
         self.saves.check()
         preempted = self.triggers.is_newly_preempted()
         overdue = self.triggers.is_interval_over()
@@ -113,6 +115,12 @@ class Updater:
         self._known = as_arguments(call.state, lambda: leaves_of(tree))
         return self._known
 
+    def _meet(self) -> None:
+        """Find out at the first call whether saves will work, and not hours later."""
+        if not self._has_met:
+            self.saves.meet()
+            self._has_met = True
+
     def _is_passed_over(
         self,
         given: CheckpointState,
@@ -144,6 +152,7 @@ class Updater:
         state: CheckpointState | None,
     ) -> Path:
         """Save now, whatever the policy says; return the checkpoint's path or URL."""
+        self._meet()
         self.saves.check()
         self.saves.check_parent()
         preempted = self.triggers.is_newly_preempted()

@@ -54,6 +54,7 @@ from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError
 
 _PAGES = 2  # the most that a save writes: one in the series, and one in the slot
+_MEETING = "where they meet"
 # Settled once: by process 0 before the checkpoint gets its name, or by another process
 # that has given up.
 _END = "end"
@@ -102,6 +103,43 @@ class PodSaver:
             "they save. Carry a flaxckpt.Snapshot through the program and save it "
             "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
         )
+
+    def meet(self) -> None:
+        """Take the lock, and check that all processes see the same directory.
+
+        Every process calls this before its first `update` or `save`.
+
+        Raises:
+            CheckpointError: If another run has the lock, or a process does not see what
+                process 0 has made; the same in all processes.
+        """
+        exchange, area = self._channel.round(), self._series.area
+        if not is_leader():
+            place = exchange.hear(_MEETING)
+            try:
+                if not area.is_mirror:
+                    with area.share(place):
+                        pass
+                exchange.tell("seen", None)
+            except BaseException as error:
+                exchange.tell("seen", self._translated(error))
+            exchange.hear("done")
+            return
+        try:
+            self._parts.paths.take_lock(None)
+            with area.staging() as directory:
+                place = ""  # an object store is one to all
+                if not area.is_mirror:
+                    place = area.meeting_place(directory / "new", self._series.root)
+                exchange.tell(_MEETING, place)
+                exchange.hear_all("seen", first=1)
+        except BaseException as error:
+            failure = self._translated(error)
+            for subject in (_MEETING, "done"):
+                exchange.tell(subject, failure, again=True)
+            raise failure from failure.__cause__
+        exchange.tell("done", None)
+        self._ended.append(exchange)
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that has the metric."""

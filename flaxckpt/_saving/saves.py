@@ -44,6 +44,9 @@ class Saver:
         self.close, self.lost_best = parts.queue.close, parts.lost_best
         self.compile_ahead = parts.describer.compile_ahead
 
+    def meet(self) -> None:
+        """Do nothing: there is nobody to meet."""
+
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that computes the metric.
 

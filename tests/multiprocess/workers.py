@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -327,6 +328,38 @@ def stay_away(directory):
     say([info.path.name for info in ckpt.checkpoints])
 
 
+def meet(directory):
+    """Say at which call of update all processes are told that they cannot save."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", save_freq=10)
+    state = ckpt.init()
+    for batch in range(5):
+        tree, loss = jax.block_until_ready(step(tree))
+        try:
+            state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+        except flaxckpt.CheckpointError as error:
+            say(batch, str(error))
+            return
+
+
+def lose_the_mount(directory):
+    """Have one process see another directory from the second save on."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20)
+    for epoch in range(2):
+        tree, _ = step(tree)
+        ckpt.save(tree, epoch)
+        try:
+            ckpt.wait()
+        except flaxckpt.CheckpointError as error:
+            say(epoch, str(error))
+        if jax.process_index() == 1:
+            subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
+    say([ckpt.counts.saved])
+
+
 def run_out_of_room(directory):
     """Have the system refuse to write large files in one of the processes, once."""
     mesh = mesh_of(jax.device_count() // 2, 2)
@@ -450,6 +483,8 @@ def count_messages(directory, **settings):
         for batch in range(19):
             tree, loss = step(tree)
             state = ckpt.update(state, tree, {"loss": loss}, 0, batch)
+            if batch == 0:  # at the first call, all processes meet
+                sent.clear()
             if batch == 8:
                 say(len(sent))
             if batch == 9:

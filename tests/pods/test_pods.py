@@ -161,6 +161,44 @@ def test_a_failure_of_one_is_raised_in_all_and_they_go_on(tmp_path):
         assert names == ["1", "3", "4"]
 
 
+def apart(tmp_path):
+    """Return settings by which each process has a file system of its own there."""
+    if not pod.can_be_apart():
+        pytest.skip("no file systems of their own for processes")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return {"scratch": scratch}
+
+
+def test_where_they_have_no_directory_in_common_the_first_call_tells(tmp_path):
+    settings = apart(tmp_path)
+    where = settings["scratch"] / "run"
+    for ((epoch, text),) in pod.run(tmp_path, "meet", 4, where, **settings):
+        assert epoch == 0
+        assert "what process 0 has made there is not there" in text
+        assert "(in process 1)" in text
+
+
+def test_a_run_that_another_one_writes_is_refused_at_the_first_call(tmp_path):
+    with flaxckpt.ModelCheckpoint(tmp_path / "run/{epoch}") as ckpt:
+        ckpt.save({"w": np.ones(3)}, 0)
+        for ((epoch, text),) in pod.run(tmp_path, "meet", 2, tmp_path / "run"):
+            assert epoch == 0
+            assert "are being written by process" in text
+
+
+def test_a_mount_that_is_lost_costs_no_earlier_checkpoint(tmp_path):
+    said = pod.run(tmp_path, "lose_the_mount", 2, tmp_path / "run", **apart(tmp_path))
+    for failed, saved in said:
+        assert failed[0] == 1
+        assert "what process 0 has made there is not there" in failed[1]
+        assert "(in process 1)" in failed[1]
+        assert saved == [1]
+    for info in flaxckpt.list_checkpoints(tmp_path / "run"):
+        flaxckpt.verify(info.path)
+    assert [info.epoch for info in flaxckpt.list_checkpoints(tmp_path / "run")] == [0]
+
+
 def test_told_to_end_all_save_at_the_same_step(tmp_path):
     running = pod.start(tmp_path, "train_until_told", 2, tmp_path / "run")
     running.wait_until(1, "runs")
@@ -186,7 +224,7 @@ def test_processes_whose_clocks_differ_save_at_the_same_step(tmp_path):
 
 def test_until_the_time_is_over_they_meet_at_few_calls(tmp_path):
     said = pod.run(tmp_path, "count_meetings", 2, tmp_path / "run")
-    assert [first for first, _ in said] == [4, 4]  # calls 1, 2, 4 and 8, of 9
+    assert [first for first, _ in said] == [3, 3]  # calls 2, 4 and 8, of 9
 
 
 def test_what_works_in_one_process_only_is_refused(tmp_path):
