@@ -14,7 +14,7 @@ from flaxckpt._checkpoints.series_writer import SeriesWriter
 from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.state import CheckpointState
-from flaxckpt._direct.frozen_files import Filter, Frozen
+from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._processes.messages import TIMEOUT_SECS, are_several
@@ -30,6 +30,7 @@ from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings, unknown_argument
+from flaxckpt._trees.chosen import Filter
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.ties import PyTree
 from flaxckpt._updating import Updater
@@ -81,6 +82,7 @@ class ModelCheckpoint:
         compress: bool = False,
         engine: str = "auto",
         frozen: Filter | type | None = None,
+        per_process: Filter | type | None = None,
         stop_on_error: bool = False,
         timeout_secs: float = TIMEOUT_SECS,
         **unknown: Never,
@@ -149,6 +151,10 @@ class ModelCheckpoint:
                 and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
                 filters work: `nnx.Not(nnx.LoRAParam)`. A frozen leaf is stored once,
                 and linked from each checkpoint; if it changes, it is written again.
+            per_process: Picks the leaves that each of several processes has for itself,
+                such as the state of its data iterator; as for `frozen`. A checkpoint
+                then has a value of each process, and each restores its own. All other
+                values must be equal in all processes.
             stop_on_error: Whether a program that calls `update` in jit ends at its next
                 save after a save has failed. If False, `wait`, `close` or the next call
                 outside of jit raises the error.

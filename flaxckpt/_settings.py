@@ -20,11 +20,11 @@ from flaxckpt._decision.reserved import is_reserved
 from flaxckpt._decision.scalars import is_real
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._decision.template import Template
-from flaxckpt._direct.frozen_files import Filter
 from flaxckpt._object_store.scratch import mirrored
 from flaxckpt._object_store.url import is_url
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
+from flaxckpt._trees.chosen import Filter
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt.errors import SettingError
@@ -42,7 +42,10 @@ _ADVICE = {
     "engine": 'pass "auto" or "orbax".',
     "max_in_flight": "pass a number of at least 1, or None.",
     "save_on_preemption": 'pass True, False or "flag".',
-    "frozen": "pass a function of a leaf's path and the leaf, or a type of leaf.",
+    **dict.fromkeys(
+        ("frozen", "per_process"),
+        "pass a function of a leaf's path and the leaf, or a type of leaf.",
+    ),
     "timeout_secs": "pass a number of seconds above 0.",
 }
 # Arguments of other libraries, and our arguments that do the same.
@@ -92,6 +95,7 @@ class Settings:
     compress: bool
     engine: str
     frozen: Filter | type | None
+    per_process: Filter | type | None
     stop_on_error: bool
     timeout_secs: float
 
@@ -114,16 +118,14 @@ class Settings:
         need("engine", self.engine in ("auto", "orbax"))
         need("max_in_flight", _is_count(self.max_in_flight))
         need("save_on_preemption", self.save_on_preemption in (False, True, "flag"))
-        need("frozen", self.frozen is None or callable(self.frozen))
+        for name in ("frozen", "per_process"):
+            chosen = getattr(self, name)
+            need(name, chosen is None or callable(chosen))
         kind = "compressed files" if self.compress else "files in an object store"
         is_linkable = self.frozen is None or not (self.compress or self.in_store)
         need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
         _ = self.slot  # checks `save_last`
         if are_several():
-            advice = "several processes store arrays without compression. Pass False."
-            need("compress", not self.compress, advice)
-            advice = 'several processes write shards by themselves. Pass "auto".'
-            need("engine", self.engine == "auto", advice)
             advice = "several processes save one tree at a time. Pass None."
             need("max_in_flight", self.max_in_flight in (None, 1), advice)
             advice = "several processes link no files. Pass None."

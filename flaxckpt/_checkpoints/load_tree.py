@@ -11,21 +11,24 @@ import numpy as np
 
 from flaxckpt._checkpoints.read import check_table, read
 from flaxckpt._object_store.source import Place
-from flaxckpt._orbax.engine import storable
+from flaxckpt._orbax.engine import storable, with_key
 from flaxckpt._orbax.foreign import naming_items, read_foreign
-from flaxckpt._runtime.failures import in_one_line
+from flaxckpt._processes.messages import process_count, process_index
+from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._runtime.frames import outside
 from flaxckpt._trees.convert import convert, put_on_shardings
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout, OverfullError
-from flaxckpt._trees.leaf import without_keys
+from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.match import Twin, difference_of_twins, match
+from flaxckpt._trees.per_process import decoded
 from flaxckpt._trees.placing import is_placement
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import Wanted, spread
 from flaxckpt.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointMismatchError,
     LeafDifference,
 )
@@ -68,7 +71,7 @@ def load_tree(
     except CheckpointMismatchError as error:
         if values is None:
             # The difference may come from a wrong table of leaves.
-            check_table(place, layout, layout.leaves)
+            check_table(place, layout, layout.as_stored.leaves)
         raise naming_items(path, error) from None
     flat = flatten(like)
     given = None if like is None else flat.leaves
@@ -173,7 +176,50 @@ def _read_each(place: Place, layout: Layout, asked: Plan, *, check: bool) -> lis
         values = read(place, layout, wanted, check=check)
         for index, position in positions.items():
             results[position] = values[index]
+    rows = {at: layout.leaves[i] for at, (i, _) in enumerate(asked) if i is not None}
+    rows = {at: leaf for at, leaf in rows.items() if leaf.rows}
+    if rows:
+        _check_count(place.path, list(rows.values()))
+    for at, leaf in rows.items():
+        results[at] = _own(place.path, leaf, results[at])
     return results
+
+
+def _check_count(path: Path, leaves: list[Leaf]) -> None:
+    """Check that there are as many processes as have saved their own values.
+
+    Raises:
+        CheckpointError: If there are several, but another number. One process gets the
+            values of process 0, with a warning.
+    """
+    number, names = leaves[0].rows[0], listed([leaf.name for leaf in leaves])
+    if process_count() == number:
+        return
+    told = (
+        f"Checkpoint {str(path)!r} has values that {number} processes had for "
+        f"themselves: {names}."
+    )
+    if process_count() > 1:
+        raise CheckpointError(
+            f"{told} This is one of {process_count()} processes, which cannot tell "
+            f"whose to take. Restore with {number} processes."
+        )
+    warnings.warn(
+        f"{told} This one process gets those of process 0.", stacklevel=outside()
+    )
+
+
+def _own(path: Path, leaf: Leaf, rows: Any) -> Any:
+    """Return this process's value of a leaf that each has for itself."""
+    try:
+        value = decoded(leaf, np.asarray(rows), process_index())
+    except (ValueError, UnicodeError) as error:
+        raise CheckpointCorruptError(
+            str(path), f"{leaf.name} is no {leaf} ({in_one_line(error)})"
+        ) from error
+    if leaf.kind != "key":
+        return value
+    return with_key(leaf, value)
 
 
 def _are_same(one: Any, other: Any) -> bool:

@@ -90,7 +90,8 @@ def _problem_of(written: Path) -> str:
         if read_record(written) is None or layout is None:
             raise CheckpointCorruptError(str(written), f"{RECORD_FILE} is missing")
         reader, turn = Reader(written), time.perf_counter()
-        held = {i: leaf for i, leaf in enumerate(layout.leaves) if leaf.in_orbax}
+        leaves = layout.as_stored.leaves
+        held = {i: leaf for i, leaf in enumerate(leaves) if leaf.in_orbax}
         with reader.expecting(held.values(), values=False):
             for index, leaf in held.items():
                 turn = give_way(turn)

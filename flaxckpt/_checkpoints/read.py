@@ -21,7 +21,7 @@ from flaxckpt._trees.digest import agree, combined, is_sum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared, pieces
-from flaxckpt._trees.wanted import Wanted
+from flaxckpt._trees.wanted import Wanted, on_host
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 _READ_THREADS = 8
@@ -78,12 +78,18 @@ def read(
     """Read the wanted leaves of a checkpoint, each onto its wanted sharding.
 
     Returns:
-        A value for each leaf of the layout; None if it is not wanted.
+        A value for each leaf of the layout; None if it is not wanted. For a value that
+        each process has for itself, the rows of all; see `per_process`.
 
     Raises:
         CheckpointCorruptError: If leaves cannot be read, or, with `check`, differ from
             what was saved; names the leaves and their files.
     """
+    if layout.as_stored is not layout:
+        own = {i: leaf for i, leaf in enumerate(layout.leaves) if leaf.rows}
+        layout = layout.as_stored
+        rows = {i: on_host(layout.leaves[i]) for i in own.keys() & wanted.keys()}
+        wanted = {**wanted, **rows}
     read = {i: layout.leaves[i] for i in wanted if layout.leaves[i].in_orbax}
     values, damaged, unchecked = _read_files(place, layout, read, wanted, check=check)
     others = {index: leaf for index, leaf in read.items() if index not in values}

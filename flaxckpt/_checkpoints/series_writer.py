@@ -34,6 +34,7 @@ class Page:
         layout: The tree's layout.
         leaves: Its leaves.
         weights: Where in the layout the weights are.
+        own: Positions of the leaves that each process has for itself.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Page:
     layout: Layout
     leaves: list[Any]
     weights: Skeleton
+    own: Sequence[int] = ()
 
 
 class SeriesWriter:

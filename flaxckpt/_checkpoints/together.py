@@ -55,14 +55,14 @@ class Together:
 
     Attributes:
         begin: Tells them of the directory, and returns what waits for their shares.
-        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
         may_finish: Returns if no process has given the checkpoint up; from then on,
             none does.
+        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
     """
 
     begin: Callable[[Path], Callable[[], list[Share]]]
-    spreads: bool
     may_finish: Callable[[], None]
+    spreads: bool
 
 
 def write_share(

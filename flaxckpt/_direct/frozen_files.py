@@ -6,12 +6,11 @@ only if its digest equals the stored leaf's digest. Otherwise the leaf is writte
 """
 
 import contextlib
-import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 
@@ -22,15 +21,10 @@ from flaxckpt._direct.sources import Files
 from flaxckpt._direct.zarr import STATE, ZarrArray
 from flaxckpt._disk.files import Draft, Stamp, stamp_of
 from flaxckpt._disk.record import read_leaves
+from flaxckpt._trees.chosen import Chosen, Filter
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS
-from flaxckpt._trees.remembered import Remembered
-from flaxckpt._trees.skeleton import key_of
-from flaxckpt._trees.ties import PyTree, flatten, nodes_with_paths
-from flaxckpt.errors import CheckpointError, SettingError
-
-Filter: TypeAlias = Callable[[tuple[str, ...], Any], bool]
-_STRUCTURES = 64  # tree structures for which the choice is remembered
+from flaxckpt.errors import CheckpointError
 
 
 @dataclass(eq=False)
@@ -71,6 +65,7 @@ class Frozen:
     """The frozen leaves of one series of checkpoints, and where they are stored.
 
     Attributes:
+        chosen: Tells which leaves of a tree are frozen.
         linked_bytes: How many bytes were linked so far, instead of being written.
     """
 
@@ -78,59 +73,15 @@ class Frozen:
         """Take the filter that chooses the frozen leaves; nothing is stored yet.
 
         Args:
-            chosen: Takes a leaf's path and the leaf, and tells whether it is frozen; or
-                the type of all frozen leaves. A Flax NNX `Variable` counts as one leaf,
-                so that NNX's filters work.
+            chosen: As for `Chosen`.
         """
-        if isinstance(chosen, type):
-            of_type = chosen
-            self._chosen: Filter = lambda path, leaf: isinstance(leaf, of_type)
-        else:
-            self._chosen = chosen
-        self._indices = Remembered[list[int]](_STRUCTURES)
+        self.chosen = Chosen("frozen", chosen)
         self._known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
         self._homes: dict[Any, Home] = {}
         self._drafted: list[tuple[Any, FrozenLeaf, list[str], list[Stamp], bool]] = []
         self.linked_bytes = 0
 
     # ---- on the loop's thread --------------------------------------------------------
-
-    def indices(self, tree: PyTree) -> list[int]:
-        """Return the indices of a tree's frozen leaves; filter each structure once."""
-        structure = flatten(tree).key
-        return self._indices.get_or_make(structure, lambda: self._choose(tree))
-
-    def _choose(self, tree: PyTree) -> list[int]:
-        nnx = sys.modules.get("flax.nnx")
-        whole = () if nnx is None else (nnx.Variable,)
-        found: list[int] = []
-        first = 0
-        for entries, node in nodes_with_paths(tree, whole):
-            after = first + len(jax.tree_util.tree_leaves(node))
-            path = tuple(str(key_of(entry)) for entry in entries)
-            try:
-                is_frozen = self._chosen(path, node)
-            except TypeError as error:
-                raise SettingError(
-                    "frozen",
-                    self._chosen,
-                    f"called with {path} and the leaf, it raised TypeError: {error}.",
-                ) from error
-            if is_frozen:
-                found += range(first, after)
-            first = after
-        return found
-
-    def refuse_all(self, tree: PyTree) -> SettingError:
-        """Make the error for a filter that chooses no leaf."""
-        paths = [path for path, _ in nodes_with_paths(tree, ())][:4]
-        names = ["/".join(str(key_of(entry)) for entry in path) for path in paths]
-        return SettingError(
-            "frozen",
-            self._chosen,
-            f"it holds for no leaf of the tree, which has {', '.join(names)}... It is "
-            "called with a leaf's path, a tuple of names, and the leaf.",
-        )
 
     def leaf(self, value: Any, *, is_known: bool) -> FrozenLeaf:
         """Make a `FrozenLeaf`, with the digest if this very array was stored before.

@@ -24,13 +24,6 @@ STATE = "state"  # the directory in a checkpoint that holds the tree
 DESCRIPTION = "zarr.json"  # of an array, beside its chunks
 STRINGS = f"{STATE}/_strings.json"
 NUMBERS = ("bool", "int", "float")
-DTYPES = {  # the dtypes in which Orbax stores leaves that have none of their own
-    "bool": "bool",
-    "int": "int64",
-    "float": "float64",
-    "complex": "complex128",
-    "key": "uint32",
-}
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over such memory without a copy
 _USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hostile
 

@@ -147,6 +147,8 @@ def _check_leaf(leaf: Any) -> None:
         fail(f"a leaf's path is {shown(path)}")
     if "stored" in leaf:
         _check_stored(leaf, len(path))
+    if "rows" in leaf and (0 in shape_in(leaf, "rows") or len(leaf["rows"]) != 2):
+        fail(f"a leaf has rows {shown(leaf['rows'])}")
     if kind in _ARRAYS:
         shape = shape_in(leaf, "shape")
         match_in(_DTYPE, leaf.get("dtype"), "a dtype")

@@ -58,7 +58,7 @@ def write_share(
             the processes have an array in different memories.
     """
     values = list(map(_as_orbax_takes_it, leaves))
-    tree = layout.fill_for_orbax(list(map(with_key, layout.leaves, values)))
+    tree = layout.fill_for_orbax(list(map(with_key, layout.as_stored.leaves, values)))
     context = orbax_context(is_database=is_database)
     context.multiprocessing.active_processes = {process_index()}
     # Without a database, each process writes the description of each array as well.

@@ -49,8 +49,12 @@ def account_of(call: Call, pages: Sequence[Page], paths: list[str]) -> dict[str,
 
 def _rows(page: Page) -> Iterator[tuple[str, str]]:
     """Yield the name of each leaf, and what has to be the same in all processes."""
-    for leaf, value in zip(page.layout.leaves, page.leaves, strict=True):
-        if value is None or not leaf.in_orbax:
+    pairs = zip(page.layout.leaves, page.leaves, strict=True)
+    for position, (leaf, value) in enumerate(pairs):
+        if position in page.own:  # the lengths of texts may differ
+            is_array = leaf.kind not in ("str", "bytes")
+            yield leaf.name, f"{leaf if is_array else leaf.kind}, each process's own"
+        elif value is None or not leaf.in_orbax:
             yield leaf.name, str(leaf)
         elif is_shared(value):
             yield leaf.name, f"{leaf}, {_placement(value.sharding)}"
@@ -125,7 +129,8 @@ def error_between(
     return CheckpointError(
         f"The trees differ between processes: {'; '.join(found[:_SHOWN])}{more}. "
         f"The second is process {index}'s. Save arrays that all processes share, with "
-        "one sharding, and equal values of everything else."
+        "one sharding, and equal values of everything else; or choose what differs "
+        "with per_process=, to save a value for each process."
     )
 
 

@@ -13,7 +13,6 @@ An error in any process is raised in all processes at the same call: the next du
 """
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import Share, Together, write_share
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
-from flaxckpt._pods.agreement import (
-    account_of,
-    checksum_of,
-    error_between,
-    in_process,
-    memories_of,
-    translated_for_all,
-)
+from flaxckpt._pods.joint_saves import JointSaves
 from flaxckpt._processes.messages import (
-    Channel,
-    Round,
     is_leader,
     process_count,
-    process_index,
 )
-from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
@@ -52,12 +38,6 @@ from flaxckpt._saving.receiver import Receiver
 from flaxckpt._trees.leaf import without_keys
 from flaxckpt._trees.ties import PyTree
 from flaxckpt.errors import CheckpointError
-
-_PAGES = 2  # the most that a save writes: one in the series, and one in the slot
-_MEETING = "where they meet"
-# Settled once: by process 0 before the checkpoint gets its name, or by another process
-# that has given up.
-_END = "end"
 
 
 class PodSaver:
@@ -84,8 +64,8 @@ class PodSaver:
         self.wait, self.close = parts.queue.wait, parts.queue.close
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self.compile_ahead = parts.describer.compile_ahead
-        self._channel = Channel(self._series.name, timeout)
-        self._ended: list[Round] = []  # process 0 deletes their messages
+        self._joint = JointSaves(parts, timeout)
+        self.meet = self._joint.meet
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
@@ -103,43 +83,6 @@ class PodSaver:
             "they save. Carry a flaxckpt.Snapshot through the program and save it "
             "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
         )
-
-    def meet(self) -> None:
-        """Take the lock, and check that all processes see the same directory.
-
-        Every process calls this before its first `update` or `save`.
-
-        Raises:
-            CheckpointError: If another run has the lock, or a process does not see what
-                process 0 has made; the same in all processes.
-        """
-        exchange, area = self._channel.round(), self._series.area
-        if not is_leader():
-            place = exchange.hear(_MEETING)
-            try:
-                if not area.is_mirror:
-                    with area.share(place):
-                        pass
-                exchange.tell("seen", None)
-            except BaseException as error:
-                exchange.tell("seen", self._translated(error))
-            exchange.hear("done")
-            return
-        try:
-            self._parts.paths.take_lock(None)
-            with area.staging() as directory:
-                place = ""  # an object store is one to all
-                if not area.is_mirror:
-                    place = area.meeting_place(directory / "new", self._series.root)
-                exchange.tell(_MEETING, place)
-                exchange.hear_all("seen", first=1)
-        except BaseException as error:
-            failure = self._translated(error)
-            for subject in (_MEETING, "done"):
-                exchange.tell(subject, failure, again=True)
-            raise failure from failure.__cause__
-        exchange.tell("done", None)
-        self._ended.append(exchange)
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that has the metric."""
@@ -216,7 +159,7 @@ class PodSaver:
             stored.leaves = list(map(without_keys, stored.leaves))
             stored.kinds = kinds_of(stored.leaves)
         self._copy(contents, call, job, to_slot=to_slot)
-        parts.prepare(job, contents, call, path, write=self._write)
+        parts.prepare(job, contents, call, path, write=self._joint.write)
         assert job.then is not None
         job.then.after = self._sweep
         return path
@@ -233,21 +176,9 @@ class PodSaver:
 
         This process raises the error at once, and not again.
         """
-        failure, exchange = self._translated(error), self._channel.round()
-
-        def refuse() -> None:
-            exchange.tell("check", failure)
-            if is_leader():
-                self._tell_failure(exchange, failure)
-
-        job.memory = None
-        job.then = Job(path=self.report.shown(None), run=refuse)
+        path, job.memory = self.report.shown(None), None
+        job.then = Job(path=path, run=self._joint.refusal(error))
         self.queue.submit(job)
-
-    def _translated(
-        self, error: BaseException, path: Path | None = None
-    ) -> CheckpointError:
-        return translated_for_all(error, self.report.shown(path))
 
     def _copy(self, contents: Contents, call: Call, job: Job, *, to_slot: bool) -> None:
         """Copy to where this process has room; processes may differ in that."""
@@ -283,132 +214,6 @@ class PodSaver:
             call.copies = copy_on_device(leaves, memory, plan)
         else:
             call.copies = _on_host(contents, call, leaves)
-
-    # ---- in the background -----------------------------------------------------------
-
-    def _write(self, contents: Contents) -> None:
-        """Agree with the other processes, and write this process's part."""
-        with self._channel.at_work():
-            self._take_part(contents, self._channel.round())
-
-    def _take_part(self, contents: Contents, exchange: Round) -> None:
-        shown = self.report.shown
-        settled: tuple[Call, list[Page]] | None = None
-        account: dict[str, Any] = {}
-        try:
-            settled = self._parts.publisher.pages_to_write(contents, _no_check)
-            pages = settled[1] if settled is not None else []
-            paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
-            account = account_of(contents.calls[-1], pages, paths)
-            exchange.tell("check", [checksum_of(account), memories_of(pages)])
-        except BaseException as error:
-            exchange.tell("check", self._translated(error))
-        if is_leader():
-            self._lead(exchange, account, settled)
-            return
-        try:
-            self._follow(exchange, account, settled)
-        except CheckpointError as error:
-            # Process 0 may be silent, and not dead. It makes no checkpoint from now on.
-            exchange.settle(_END, error)
-            raise
-
-    def _lead(
-        self,
-        exchange: Round,
-        account: dict[str, Any],
-        settled: tuple[Call, list[Page]] | None,
-    ) -> None:
-        index, parts, area = 0, self._parts, self._series.area
-
-        def may_finish() -> None:
-            exchange.settle(_END, None)
-
-        def begin(written: Path) -> Callable[[], list[Share]]:
-            nonlocal index
-            assert settled is not None
-            place = area.meeting_place(written, settled[1][index].path)
-            exchange.tell(f"where {index}", place)
-            subject = f"share {index}"
-            index += 1
-            return lambda: [
-                Share.of_json(values) for values in exchange.hear_all(subject, first=1)
-            ]
-
-        try:
-            spreads = _agree(exchange, account)
-            while self._ended:  # all processes have come to this one
-                self._ended.pop().forget()
-            if settled is not None:
-                call, pages = settled
-                parts.paths.take_lock(pages[0].path)
-                parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
-                with area.claim.turn:
-                    parts.publisher.put(
-                        call, pages, Together(begin, spreads, may_finish)
-                    )
-        except BaseException as error:
-            failure = self._translated(error)
-            self._tell_failure(exchange, failure)
-            raise failure from failure.__cause__
-        finally:
-            self._ended.append(exchange)
-        exchange.tell("done", None)
-
-    def _tell_failure(self, exchange: Round, failure: CheckpointError) -> None:
-        """Tell it to the processes that wait for process 0, whatever they wait for."""
-        for subject in ("go", *(f"where {index}" for index in range(_PAGES)), "done"):
-            exchange.tell(subject, failure, again=True)
-
-    def _follow(
-        self,
-        exchange: Round,
-        account: dict[str, Any],
-        settled: tuple[Call, list[Page]] | None,
-    ) -> None:
-        shown, area, who = self.report.shown, self._series.area, in_process()
-        asked, spreads = exchange.hear("go")
-        if asked == process_index():
-            exchange.tell("account", account)
-        for index, page in enumerate(settled[1] if settled is not None else []):
-            place = exchange.hear(f"where {index}")
-            try:
-                with (
-                    area.share(place) as here,
-                    space_told(shown(page.path), page.layout.nbytes, here, who),
-                ):
-                    what = here, page.layout, page.leaves
-                    share = write_share(*what, area, spreads=spreads)
-                exchange.tell(f"share {index}", share.to_json())
-            except BaseException as error:
-                exchange.tell(f"share {index}", self._translated(error, page.path))
-        exchange.hear("done")
-        if settled is not None:
-            self.counts.saved += 1
-            self.counts.by_orbax += 1
-
-
-def _agree(exchange: Round, account: dict[str, Any]) -> bool:
-    """Let the processes go on if their accounts are equal; process 0 calls this.
-
-    Returns:
-        Whether all have their arrays in the same memories, and so can divide the
-        writing of replicas in the same way.
-
-    Raises:
-        CheckpointError: If they differ.
-    """
-    (own, memories), *others = exchange.hear_all("check")
-    asked = next((i for i, (each, _) in enumerate(others, 1) if each != own), None)
-    spreads = all(each == memories for _, each in others)
-    exchange.tell("go", [asked, spreads])
-    if asked is not None:
-        raise error_between(account, asked, exchange.hear("account", asked))
-    return spreads
-
-
-def _no_check(path: Path) -> None:
-    """Check nothing: process 0 checks the paths when it writes."""
 
 
 def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._saving.call import Call, OnDevice, Undecided, fetched_value, is_unknown
@@ -28,6 +29,7 @@ class StoredTree:
         leaves: Its leaves, until the copies take their place.
         weights: Where in the layout the weights are.
         frozen: Positions of the frozen leaves.
+        own: Positions of the leaves that each process has for itself.
         kinds: Shape, dtype and sharding of each leaf; None if it is no JAX array.
     """
 
@@ -35,7 +37,12 @@ class StoredTree:
     leaves: list[Any]
     weights: Skeleton
     frozen: list[int]
+    own: list[int]
     kinds: list[Kind | None]
+
+    def page(self, path: Path, leaves: list[Any], *, in_slot: bool) -> Page:
+        """Return what to write at a path, with copies of the leaves."""
+        return Page(path, in_slot, self.layout, leaves, self.weights, self.own)
 
 
 @dataclass

@@ -16,8 +16,10 @@ from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
 from flaxckpt._settings import Settings
+from flaxckpt._trees.chosen import Chosen
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import weights_skeleton
@@ -42,6 +44,8 @@ class Describer:
         self._weights = settings.weights or default_weights
         self._weights_only, self._ahead = bool(settings.save_weights_only), ahead
         self._forms, self._frozen = way.forms, way.frozen
+        own = settings.per_process
+        self._own = None if own is None else Chosen("per_process", own)
         self._located: deque[tuple[Layout, Skeleton]] = deque(maxlen=_STRUCTURES)
         self._known = Remembered[tuple[list[Kind | None], Layout]](_STRUCTURES)
         self._is_new_to_weights = True
@@ -65,7 +69,8 @@ class Describer:
             is_traced: Whether the tree's arrays are traced.
 
         Raises:
-            SettingError: If there is no value to save, or if no leaf is frozen.
+            SettingError: If there is no value to save, or if `frozen` or `per_process`
+                chooses no leaf.
             UnsupportedLeafError: If a leaf cannot be saved.
         """
         whole = None
@@ -81,7 +86,9 @@ class Describer:
         contents = Contents(series, whole if to_slot else None, path)
         frozen = [index for stored in contents.trees for index in stored.frozen]
         if self._frozen is not None and not frozen:
-            raise self._frozen.refuse_all(tree)
+            raise self._frozen.chosen.refuse_all(tree)
+        if self._own is not None and not any(stored.own for stored in contents.trees):
+            raise self._own.refuse_all(tree)
         return contents
 
     def compile_ahead(self, tree: PyTree) -> None:
@@ -108,8 +115,11 @@ class Describer:
         if all(leaf.is_from_like for leaf in layout.leaves):
             raise _refusal_of_nothing(tree, is_picked=is_picked)
         weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
-        frozen = [] if self._frozen is None else self._frozen.indices(tree)
-        return StoredTree(layout, leaves, weights, frozen, kinds)
+        frozen = [] if self._frozen is None else self._frozen.chosen.indices(tree)
+        own = [] if self._own is None else self._own.indices(tree)
+
+        own = [i for i in own if _is_value(layout.leaves[i])]
+        return StoredTree(layout, leaves, weights, frozen, own, kinds)
 
     def _described(
         self, tree: PyTree, flat: Flat, *, is_traced: bool
@@ -200,3 +210,8 @@ def _refusal_of_nothing(tree: PyTree, *, is_picked: bool) -> SettingError:
         "a filter made it, the filter matched nothing."
     )
     return SettingError("tree", shown, advice)
+
+
+def _is_value(leaf: Leaf) -> bool:
+    """Tell whether a leaf may have a value in some process; its text may be empty."""
+    return leaf.in_orbax or leaf.kind == "bytes"

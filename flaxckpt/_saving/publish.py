@@ -85,12 +85,12 @@ class Publisher:
                 self.report.saving(call, path)
             assert tree is not None
             own = leaves[: len(tree.layout.leaves)]
-            pages.append(Page(path, False, tree.layout, own, tree.weights))
+            pages.append(tree.page(path, own, in_slot=False))
         tree = contents.slot
         if tree is not None and not (call.saves and tree is contents.series):
             own = leaves[len(leaves) - len(tree.layout.leaves) :]
             slot = self.disk.series.slot()
-            pages.append(Page(slot, True, tree.layout, own, tree.weights))
+            pages.append(tree.page(slot, own, in_slot=True))
         return call, pages
 
     def _chosen(self, contents: Contents) -> Call | None:

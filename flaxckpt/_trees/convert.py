@@ -27,7 +27,7 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     """
     kind = want.leaf.kind
     own: Callable[[Any], Any] = want.type or (lambda value: value)
-    if 0 in have.shape:
+    if 0 in have.shape and not have.rows:
         value = _empty(have)
     if have.kind == "bytes":
         return np.asarray(value).tobytes()

@@ -88,6 +88,13 @@ class Layout:
             for leaf in self.leaves
         ]
 
+    @functools.cached_property
+    def as_stored(self) -> "Layout":
+        """The layout with each leaf as the store has it."""
+        if not any(leaf.rows for leaf in self.leaves):
+            return self
+        return Layout(self.skeleton, tuple(leaf.as_stored for leaf in self.leaves))
+
     def part(self, skeleton: Skeleton) -> tuple["Layout", list[int]]:
         """Return the layout of a part, and the index in `leaves` of each of its leaves.
 
@@ -121,7 +128,7 @@ class Layout:
                     if key in LEAF_FIELDS - {"digest", "sums"}
                     and value != ""
                     and (key != "shape" or leaf.dtype)
-                    and (key != "stored" or value)
+                    and (key not in ("stored", "rows") or value)
                 }
                 for leaf in self.leaves
             ],
@@ -159,6 +166,7 @@ class Layout:
                 shape=tuple(each.get("shape", ())),
                 impl=each.get("impl", ""),
                 stored=tuple(each.get("stored", ())),
+                rows=tuple(each.get("rows", ())),
             )
             for each in table["leaves"]
         ]

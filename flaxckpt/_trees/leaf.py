@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,13 @@ ARRAYS = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own
 PLACED = "placed"  # wanted as it is stored, with a sharding from `like`
 SCALARS: dict[Any, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}
+STORED_DTYPES = {  # of leaves that have no dtype of their own, and of key data
+    "bool": "bool",
+    "int": "int64",
+    "float": "float64",
+    "complex": "complex128",
+    "key": "uint32",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Leaf:
         sums: Checksums of its files, in order; empty if they are not known.
         stored: The keys under which the store has it, if they differ from `path`: as
             many keys as `path` has, or a single key at the root; see `names`.
+        rows: For a value that each process has for itself: the number of processes, and
+            the width of the stored rows; see `per_process`. Else empty.
     """
 
     path: tuple[str, ...]
@@ -43,6 +52,7 @@ class Leaf:
     digest: str = ""
     sums: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -67,12 +77,20 @@ class Leaf:
     @property
     def is_text(self) -> bool:
         """Whether it is stored as text; text that UTF-8 cannot encode is an array."""
-        return self.kind == "str" and not self.dtype
+        return self.kind == "str" and not self.dtype and not self.rows
 
     @property
     def in_orbax(self) -> bool:
         """Whether Orbax stores it: Orbax takes no arrays without elements."""
-        return not self.is_from_like and 0 not in self.shape
+        return bool(self.rows) or not (self.is_from_like or 0 in self.shape)
+
+    @property
+    def as_stored(self) -> "Leaf":
+        """The leaf that the store has in place of this one."""
+        if not self.rows:
+            return self
+        of_rows = {"kind": "numpy", "dtype": "uint8", "shape": self.rows, "rows": ()}
+        return replace(self, impl="", **of_rows)
 
     @property
     def is_from_like(self) -> bool:

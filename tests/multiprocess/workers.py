@@ -328,6 +328,67 @@ def stay_away(directory):
     say([info.path.name for info in ckpt.checkpoints])
 
 
+def own_values(index):
+    """Values that differ between processes, of each kind of leaf."""
+    return {
+        "array": np.arange(3, dtype=np.int64) + 10**12 * index,
+        "scalar": np.float16(index),
+        "number": -index,
+        "fraction": index / 3,
+        "complex": complex(index, 1),
+        "flag": bool(index % 2),
+        "text": "é" * 50 * index,
+        "bytes": b"\xff" * 70 * index,
+        "local": jnp.arange(2, dtype=jnp.bfloat16) + index,
+        "key": jax.random.key(index),
+    }
+
+
+def keep_own(directory, names="all"):
+    """Save, and restore, values that each process has for itself."""
+    index = jax.process_index()
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    tree = {"own": own_values(index), **tree_of(mesh, SPECS["4x2"])}
+
+    def is_own(path, leaf):
+        return path[0] == "own" and (names == "all" or path[1] in names.split(","))
+
+    settings = {"per_process": is_own, "save_last": True, "timeout_secs": 20}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt:
+        try:
+            for epoch in range(2):
+                ckpt.save(tree, epoch)
+                ckpt.wait()
+        except flaxckpt.CheckpointError as error:
+            say(str(error))
+            return
+        check_own(ckpt.restore(tree).tree["own"], index)
+        check_own(flaxckpt.load(f"{directory}/2")["own"], index)
+    say("same")
+
+
+def load_own(directory):
+    """Load values that other processes had for themselves."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            found = flaxckpt.load(f"{directory}/2")
+        except flaxckpt.CheckpointError as error:
+            say(str(error))
+            return
+    check_own(found["own"], 0)
+    say([str(each.message) for each in caught])
+
+
+def check_own(found, index):
+    wanted = own_values(index)
+    assert jax.random.key_data(found.pop("key")).tolist() == [0, index]
+    wanted.pop("key")
+    for name, value in wanted.items():
+        assert type(found[name]) is type(value), name
+        assert getattr(found[name], "dtype", 0) == getattr(value, "dtype", 0), name
+        assert np.array_equal(found[name], value), name
+
+
 def meet(directory):
     """Say at which call of update all processes are told that they cannot save."""
     mesh = mesh_of(jax.device_count() // 2, 2)

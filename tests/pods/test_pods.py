@@ -161,6 +161,29 @@ def test_a_failure_of_one_is_raised_in_all_and_they_go_on(tmp_path):
         assert names == ["1", "3", "4"]
 
 
+def test_each_process_has_its_own_values_again(tmp_path):
+    run = tmp_path / "run"
+    assert pod.run(tmp_path, "keep_own", 2, run) == [["same"]] * 2
+    for info in flaxckpt.list_checkpoints(run):
+        flaxckpt.verify(info.path)
+        described = v1.metadata(info.path).metadata
+        assert described["own"]["array"].shape[0] == 2  # a row for each
+    for said in pod.run(tmp_path, "load_own", 4, run):
+        assert "values that 2 processes had for themselves: own/array" in said[0]
+        assert "This is one of 4 processes" in said[0]
+    (((told,),),) = pod.run(tmp_path, "load_own", 1, run)
+    assert "This one process gets those of process 0" in told
+
+
+def test_values_that_differ_are_an_error_that_names_them(tmp_path):
+    said = pod.run(tmp_path, "keep_own", 2, tmp_path / "run", "array,key,text,bytes")
+    for (text,) in said:
+        assert "The trees differ between processes: own/complex is complex" in text
+        assert "own/flag is bool" in text
+        assert "per_process=" in text
+    assert not flaxckpt.list_checkpoints(tmp_path / "run")
+
+
 def apart(tmp_path):
     """Return settings by which each process has a file system of its own there."""
     if not pod.can_be_apart():

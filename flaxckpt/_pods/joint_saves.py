@@ -1,0 +1,246 @@
+"""What the processes do together in the background: they meet, agree and write.
+
+Process 0 leads. In a save, the others tell it their accounts, and wait for its word. It
+makes a directory, and each process writes its share there. Process 0 finishes the
+checkpoint, and tells the others the end. It sends one message at each step, and hears
+one of each process. So the messages of a save grow with the number of processes, and
+not with its square.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flaxckpt._checkpoints.series_writer import Page
+from flaxckpt._checkpoints.together import Share, Together, write_share
+from flaxckpt._pods.agreement import (
+    account_of,
+    checksum_of,
+    error_between,
+    in_process,
+    memories_of,
+    translated_for_all,
+)
+from flaxckpt._pods.own_values import lengths_of, rows_of, widths_for, with_rows
+from flaxckpt._processes.messages import Channel, Round, is_leader, process_index
+from flaxckpt._runtime.failures import space_told
+from flaxckpt._saving.call import Call
+from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.parts import SaverParts
+from flaxckpt.errors import CheckpointError
+
+_PAGES = 2  # the most that a save writes: one in the series, and one in the slot
+# Settled once: by process 0 before the checkpoint gets its name, or by another process
+# that has given up.
+_END = "end"
+# What the processes wait for, where process 0 may have an error to tell.
+_AWAITED = ("go", *(f"where {index}" for index in range(_PAGES)), "done")
+
+
+@dataclass
+class _Agreed:
+    """What all processes have agreed to write.
+
+    Attributes:
+        call: The call; None to write nothing.
+        pages: Its pages.
+        spreads: Whether replicas are divided between processes.
+    """
+
+    call: Call | None
+    pages: list[Page]
+    spreads: bool
+
+
+class JointSaves:
+    """The part of this process in the saves of all processes."""
+
+    def __init__(self, parts: SaverParts, timeout: float) -> None:
+        """Meet nobody yet.
+
+        Args:
+            parts: The parts of the saver.
+            timeout: How long to wait for another process, in seconds.
+        """
+        self._parts, self._area = parts, parts.series.area
+        self._channel = Channel(parts.series.name, timeout)
+        self._ended: list[Round] = []  # process 0 deletes their messages
+
+    def translated(
+        self, error: BaseException, path: Path | None = None
+    ) -> CheckpointError:
+        """Return an error of this process as all of them raise it."""
+        return translated_for_all(error, self._parts.report.shown(path))
+
+    def meet(self) -> None:
+        """Take the lock, and check that all processes see the same directory.
+
+        Raises:
+            CheckpointError: If another run has the lock, or a process does not see what
+                process 0 has made; the same in all processes.
+        """
+        exchange = self._channel.round()
+        if not is_leader():
+            place = exchange.hear("where 0")
+            with self._telling(exchange, "seen"):
+                if place:
+                    with self._area.share(place):
+                        pass
+                exchange.tell("seen", None)
+            exchange.hear("done")
+            return
+        with self._telling_all(exchange):
+            self._parts.paths.take_lock(None)
+            with self._area.staging() as directory:
+                place = ""  # an object store is one to all
+                if not self._area.is_mirror:
+                    root = self._parts.series.root
+                    place = self._area.meeting_place(directory / "new", root)
+                exchange.tell("where 0", place)
+                exchange.hear_all("seen", first=1)
+        exchange.tell("done", None)
+
+    def refusal(self, error: BaseException) -> Callable[[], None]:
+        """Return what to run in place of `write`, if this process could not copy."""
+        exchange, failure = self._channel.round(), self.translated(error)
+
+        def refuse() -> None:
+            exchange.tell("check", failure)
+            if is_leader():
+                self._tell_all(exchange, failure)
+
+        return refuse
+
+    def write(self, contents: Contents) -> None:
+        """Agree with the other processes, and write this process's part.
+
+        Raises:
+            CheckpointError: The error of any process; the same in all of them.
+        """
+        exchange = self._channel.round()
+        with self._channel.at_work():
+            if is_leader():
+                with self._telling_all(exchange):
+                    self._lead(exchange, self._agreed(exchange, contents))
+                exchange.tell("done", None)
+                return
+            try:
+                self._follow(exchange, self._agreed(exchange, contents))
+            except CheckpointError as error:
+                # Process 0 may be silent, and not dead. It makes no checkpoint from
+                # now on.
+                exchange.settle(_END, error)
+                raise
+
+    def _agreed(self, exchange: Round, contents: Contents) -> _Agreed:
+        """Compare what this process would write with what the others would write.
+
+        Raises:
+            CheckpointError: If they differ, or a process has failed.
+        """
+        call: Call | None = None
+        account, rows, pages = dict[str, Any](), list[list[bytes]](), list[Page]()
+        with self._telling(exchange, "check"):
+            settled = self._parts.publisher.pages_to_write(contents, _no_check)
+            call, pages = settled or (None, [])
+            rows, shown = rows_of(pages), self._parts.report.shown
+            paths = ["the last" if p.in_slot else shown(p.path) for p in pages]
+            account = account_of(contents.calls[-1], pages, paths)
+            facts = checksum_of(account), memories_of(pages), lengths_of(rows)
+            exchange.tell("check", facts)
+        if is_leader():
+            checks = exchange.hear_all("check")
+            while self._ended:  # all processes have come to this save
+                self._ended.pop().forget()
+            sums, memories, lengths = zip(*checks, strict=True)
+            asked = next((i for i, each in enumerate(sums) if each != sums[0]), None)
+            widths = widths_for(lengths) if asked is None else []
+            exchange.tell("go", [asked, len(set(memories)) == 1, widths])
+        asked, spreads, widths = exchange.hear("go")
+        if asked is not None:
+            if asked == process_index():
+                exchange.tell("account", account)
+            if is_leader():
+                raise error_between(account, asked, exchange.hear("account", asked))
+            exchange.hear("done")  # raises the error
+        triples = zip(pages, rows, widths, strict=True)
+        return _Agreed(call, [with_rows(*each) for each in triples], spreads)
+
+    def _lead(self, exchange: Round, agreed: _Agreed) -> None:
+        """Begin and finish the checkpoints; write this process's shares."""
+        parts, call, pages = self._parts, agreed.call, agreed.pages
+        if call is None:
+            return
+        numbers = iter(range(len(pages)))
+
+        def begin(written: Path) -> Callable[[], list[Share]]:
+            index = next(numbers)
+            place = self._area.meeting_place(written, pages[index].path)
+            exchange.tell(f"where {index}", place)
+            subject = f"share {index}"
+            return lambda: list(map(Share.of_json, exchange.hear_all(subject, first=1)))
+
+        def may_finish() -> None:
+            exchange.settle(_END, None)
+
+        parts.paths.take_lock(pages[0].path)
+        parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
+        with self._area.claim.turn:
+            parts.publisher.put(
+                call, pages, Together(begin, may_finish, agreed.spreads)
+            )
+
+    def _follow(self, exchange: Round, agreed: _Agreed) -> None:
+        """Write this process's shares, and wait for the end."""
+        shown, who = self._parts.report.shown, in_process()
+        for index, page in enumerate(agreed.pages):
+            place = exchange.hear(f"where {index}")
+            with self._telling(exchange, f"share {index}", page.path):
+                with (
+                    self._area.share(place) as here,
+                    space_told(shown(page.path), page.layout.nbytes, here, who),
+                ):
+                    what = here, page.layout, page.leaves, self._area
+                    share = write_share(*what, spreads=agreed.spreads)
+                exchange.tell(f"share {index}", share.to_json())
+        exchange.hear("done")
+        if agreed.call is not None:
+            self._parts.report.counts.saved += 1
+            self._parts.report.counts.by_orbax += 1
+
+    # ---- errors ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _telling(
+        self, exchange: Round, subject: str, path: Path | None = None
+    ) -> Generator[None]:
+        """Tell process 0 of an error, which ends the block and goes no further.
+
+        Process 0 tells all processes, this one included.
+        """
+        try:
+            yield
+        except BaseException as error:
+            exchange.tell(subject, self.translated(error, path), again=True)
+
+    @contextlib.contextmanager
+    def _telling_all(self, exchange: Round) -> Generator[None]:
+        """Tell all processes of an error within, whatever they wait for."""
+        try:
+            yield
+        except BaseException as error:
+            failure = self.translated(error)
+            self._tell_all(exchange, failure)
+            raise failure from failure.__cause__
+        finally:
+            self._ended.append(exchange)
+
+    def _tell_all(self, exchange: Round, failure: CheckpointError) -> None:
+        for subject in _AWAITED:
+            exchange.tell(subject, failure, again=True)
+
+
+def _no_check(path: Path) -> None:
+    """Check nothing: process 0 checks the paths when it writes."""
