@@ -17,7 +17,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
-from flaxckpt._processes.messages import from_leader, gathered
+from flaxckpt._processes.messages import are_several, from_leader, joined
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import tries
@@ -198,9 +198,12 @@ class Restorer:
             time = found.info and str(found.info.time)
             if mark is not None and mark != time:
                 raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
-        except CheckpointError as error:
+        except Exception as error:
             problem = error
-        gathered("restored", problem)  # raises the error of any process
+        if are_several():  # this raises the error of any process
+            joined("restored", problem, lambda each: None)
+        elif problem is not None:
+            raise problem
         assert found is not None
         tree, info = found.tree, found.info
         if like is not None:

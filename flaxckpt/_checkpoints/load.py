@@ -10,7 +10,8 @@ from typing import Any
 from etils import epath
 
 from flaxckpt._checkpoints.load_tree import load_tree
-from flaxckpt._checkpoints.read import batches, read
+from flaxckpt._checkpoints.loaded_in_all import loaded_in_all
+from flaxckpt._checkpoints.read import Sums, batches, read
 from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
 from flaxckpt._disk.info import CheckpointInfo, Loaded
@@ -94,14 +95,14 @@ def restore(
     """Load a tree and its record, as `load` does."""
     check_like(like)
 
-    def read(where: Place) -> Loaded:
+    def read(where: Place, sums: Sums) -> Loaded:
         info = _info_of(path, where.path)
         layout, _ = read_table(where.path)
         with _quick(where, layout):
-            tree = load_tree(where, layout, None, like, cast=cast, check=verify)
+            tree = load_tree(where, layout, None, like, sums, cast=cast, check=verify)
         return Loaded(tree, info)
 
-    return undisturbed(path, read)
+    return loaded_in_all(path, like, read)
 
 
 def _info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
@@ -150,7 +151,7 @@ def load_weights(
     """
     check_like(like)
 
-    def read(where: Place) -> Loaded:
+    def read(where: Place, sums: Sums) -> Loaded:
         info = _info_of(path, where.path)
         layout, weights = read_table(where.path)
         if layout is not None and weights is None:
@@ -166,10 +167,10 @@ def load_weights(
             )
         part = plain_weights if layout is None else weights
         with _quick(where, layout):
-            tree = load_tree(where, layout, part, like, cast=cast, check=verify)
+            tree = load_tree(where, layout, part, like, sums, cast=cast, check=verify)
         return Loaded(tree, info)
 
-    loaded = undisturbed(path, read)
+    loaded = loaded_in_all(path, like, read)
     return loaded if with_info else loaded.tree
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from flaxckpt._checkpoints.read import check_table, read
+from flaxckpt._checkpoints.read import Sums, check_table, read
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import storable, with_key
 from flaxckpt._orbax.foreign import naming_items, read_foreign
@@ -43,6 +43,7 @@ def load_tree(
     layout: Layout | None,
     part: Skeleton | Callable[[Layout], Skeleton],
     like: PyTree,
+    sums: Sums,
     *,
     cast: bool,
     check: bool,
@@ -80,7 +81,7 @@ def load_tree(
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     with jax.ensure_compile_time_eval():  # within a trace, the leaves are no tracers
         if values is None:
-            stored = _read_each(place, layout, asked, check=check)
+            stored = _read_each(place, layout, asked, sums, check=check)
         else:
             stored = [None if i is None else values[i] for i, _ in asked]
         leaves = _converted(path, view, plan, stored, given, cast=cast)
@@ -160,7 +161,9 @@ def _check_twins(
         )
 
 
-def _read_each(place: Place, layout: Layout, asked: Plan, *, check: bool) -> list[Any]:
+def _read_each(
+    place: Place, layout: Layout, asked: Plan, sums: Sums, *, check: bool
+) -> list[Any]:
     """Read each leaf once for each place, so that each place has an array to donate."""
     rounds: list[dict[int, int]] = []
     times: Counter[int] = Counter()
@@ -173,7 +176,7 @@ def _read_each(place: Place, layout: Layout, asked: Plan, *, check: bool) -> lis
     results: list[Any] = [None] * len(asked)
     for positions in rounds or [{}]:
         wanted = {index: asked[position][1] for index, position in positions.items()}
-        values = read(place, layout, wanted, check=check)
+        values = read(place, layout, wanted, sums, check=check)
         for index, position in positions.items():
             results[position] = values[index]
     rows = {at: layout.leaves[i] for at, (i, _) in enumerate(asked) if i is not None}

@@ -14,10 +14,10 @@ from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import with_key
 from flaxckpt._orbax.files import data_files, is_database, leaf_files
 from flaxckpt._orbax.restore import read_by_orbax
-from flaxckpt._processes.messages import are_several, gathered
+from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.failures import listed
 from flaxckpt._runtime.unchecked import unchecked_pool
-from flaxckpt._trees.digest import agree, combined, is_sum
+from flaxckpt._trees.digest import agree, combined
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared, pieces
@@ -72,10 +72,59 @@ def _reader(place: Place, layout: Layout) -> Reader | None:
         return None
 
 
+class Sums:
+    """Sums over this process's shards of leaves, which all processes have to add up.
+
+    Attributes:
+        place: The checkpoint.
+        leaves: The leaves.
+        totals: The sums; see `combined`.
+    """
+
+    def __init__(self) -> None:
+        """Begin without leaves."""
+        self.place: Place | None = None
+        self.leaves: list[Leaf] = []
+        self.totals: list[int] = []
+
+    def begin(self, place: Place) -> "Sums":
+        """Begin anew, with a checkpoint."""
+        self.place, self.leaves, self.totals = place, [], []
+        return self
+
+    def add(self, leaf: Leaf, value: Any) -> None:
+        """Add up a leaf's shards."""
+        self.leaves.append(leaf)
+        self.totals.append(combined(pieces(value)))
+
+
+def damage(place: Place, leaves: Sequence[Leaf]) -> CheckpointCorruptError:
+    """Return the error that leaves are not what was saved."""
+    place.complete()
+    names = listed([leaf.name for leaf in leaves])
+    files = listed(data_files(located(place.path), leaves))
+    return CheckpointCorruptError(
+        str(place.path), f"not what was saved: {names} (in one of the files {files})"
+    )
+
+
 def read(
-    place: Place, layout: Layout, wanted: Mapping[int, Wanted], *, check: bool
+    place: Place,
+    layout: Layout,
+    wanted: Mapping[int, Wanted],
+    sums: Sums | None = None,
+    *,
+    check: bool,
 ) -> list[Any]:
     """Read the wanted leaves of a checkpoint, each onto its wanted sharding.
+
+    Args:
+        place: The checkpoint.
+        layout: Its layout.
+        wanted: What each wanted leaf is to be read as, by its index in the layout.
+        sums: Gets the arrays of several processes, which this process cannot check; may
+            be None if none is wanted.
+        check: Whether to compare the leaves with their digests.
 
     Returns:
         A value for each leaf of the layout; None if it is not wanted. For a value that
@@ -99,15 +148,9 @@ def read(
         values |= {index: by_orbax[index] for index in others}
     if check:
         unchecked |= others
-        damaged += _differing(unchecked, values)
+        damaged += _differing(unchecked, values, sums)
     if damaged:
-        place.complete()
-        names = listed([leaf.name for leaf in damaged])
-        files = listed(data_files(located(place.path), damaged))
-        raise CheckpointCorruptError(
-            str(place.path),
-            f"not what was saved: {names} (in one of the files {files})",
-        )
+        raise damage(place, damaged)
     return [values.get(index) for index in range(len(layout.leaves))]
 
 
@@ -188,20 +231,23 @@ def _as_key(leaf: Leaf, data: Any, want: Wanted) -> Any:
     return with_key(leaf, data)
 
 
-def _differing(leaves: Mapping[int, Leaf], values: Mapping[int, Any]) -> list[Leaf]:
-    """Return the leaves whose values do not have their recorded digests."""
+def _differing(
+    leaves: Mapping[int, Leaf], values: Mapping[int, Any], sums: Sums | None
+) -> list[Leaf]:
+    """Return the leaves whose values do not have their recorded digests.
+
+    Arrays of several processes are left to `sums`.
+    """
     recorded = {index: leaf for index, leaf in leaves.items() if leaf.digest}
     whole = {i: leaf for i, leaf in recorded.items() if not is_shared(values[i])}
     same = agree([values[i] for i in whole], [leaf.digest for leaf in whole.values()])
     damaged = [
         leaf for leaf, is_same in zip(whole.values(), same, strict=True) if not is_same
     ]
-    shared = {i: leaf for i, leaf in recorded.items() if i not in whole}
-    if shared:  # each process has a part of them
-        parts = [combined(pieces(values[i])) for i in shared]
-        totals = map(sum, zip(*gathered("digests", parts), strict=True))
-        pairs = zip(shared.values(), totals, strict=True)
-        damaged += [leaf for leaf, total in pairs if not is_sum(total, leaf.digest)]
+    for index, leaf in recorded.items():
+        if index not in whole:
+            assert sums is not None
+            sums.add(leaf, values[index])
     return damaged
 
 

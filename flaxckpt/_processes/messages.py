@@ -242,24 +242,42 @@ def _name_of(kind: type[CheckpointError]) -> str:
     )
 
 
-def gathered(name: str, content: Any) -> list[Any]:
-    """Return what each process passes, in order; every process must call this.
+def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
+    """Return in all processes what process 0 makes of what each of them passes.
+
+    Every process must call this.
 
     Args:
         name: What the exchange is about.
-        content: This process's value; a `CheckpointError` is raised in all processes.
+        content: This process's part. An exception is raised in all processes: here as
+            it is, and elsewhere as a `CheckpointError`.
+        join: Takes the parts of all processes, in order; process 0 calls it.
 
     Raises:
-        CheckpointError: The error of the first process that passes one; or if a process
-            does not come.
+        CheckpointError: If another process passes an exception, or does not come.
     """
-    if not are_several():
-        if isinstance(content, CheckpointError):
-            raise content
-        return [content]
     exchange = _channel(name).round()
-    exchange.tell("each", content)
-    return exchange.hear_all("each")
+    told = content
+    if isinstance(content, Exception) and not isinstance(content, CheckpointError):
+        index = process_index()
+        told = CheckpointError(f"Process {index} failed: {in_one_line(content)}.")
+    exchange.tell("part", told)
+    if is_leader():
+        try:
+            exchange.tell("all", join(exchange.hear_all("part")))
+        except CheckpointError as error:
+            exchange.tell("all", error)
+    try:
+        return exchange.hear("all")
+    except CheckpointError:
+        if isinstance(content, Exception):
+            raise content from None
+        raise
+
+
+def at_work(name: str) -> contextlib.AbstractContextManager[None]:
+    """Give signs of life before `joined` of this name, for which others wait."""
+    return _channel(name).at_work()
 
 
 def from_leader(name: str, make: Callable[[], Any]) -> Any:
