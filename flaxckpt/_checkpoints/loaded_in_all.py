@@ -42,7 +42,7 @@ def loaded_in_all(
         loaded: Any = None
         try:
             with at_work("loaded"):
-                loaded = undisturbed(path, lambda place: read(place, sums.begin(place)))
+                loaded = undisturbed(path, functools.partial(_read, read, sums))
             info = loaded.info
             account: Any = [info and [str(info.time), info.series], sums.totals]
         except Exception as error:
@@ -59,6 +59,10 @@ def loaded_in_all(
         f"Checkpoint {str(path)!r} was replaced so often that the processes never read "
         "the same one. Read it when it is not being written, or save less often."
     )
+
+
+def _read(read: Callable[[Place, Sums], Loaded], sums: Sums, place: Place) -> Loaded:
+    return read(place, sums.begin(place))
 
 
 def _is_shared(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from flaxckpt import ModelCheckpoint
 from flaxckpt._direct import forms as _forms
-from flaxckpt._direct.forms import Forms, forms_of_series, shared_forms
+from flaxckpt._direct.forms import shared_forms
 
 
 def save(directory, tree, times, **settings):
@@ -57,12 +57,3 @@ def test_one_series_does_not_push_out_the_forms_of_others(tmp_path):
 def test_a_form_is_for_one_structure_and_placement(tmp_path, other, is_known):
     save(tmp_path / "one", tree_of(4), 1)
     assert save(tmp_path / "other", other(), 1).direct == is_known
-
-
-def test_in_several_processes_each_series_has_its_own(monkeypatch):
-    assert forms_of_series() is forms_of_series() is shared_forms()
-    monkeypatch.setattr(_forms, "are_several", lambda: True)
-    one, other = forms_of_series(), forms_of_series()
-    assert isinstance(one, Forms)
-    assert one is not other
-    assert one is not shared_forms()

@@ -8,8 +8,8 @@ import pytest
 from flaxckpt._saving.call import Call, OnDevice, Save, Skip, Undecided
 from flaxckpt._saving.contents import Contents, StoredTree
 
-WHOLE = StoredTree("whole", ["a", "b"], "weights", [], [None] * 2)
-WEIGHTS = StoredTree("picked", ["a"], "weights", [], [None])
+WHOLE = StoredTree("whole", ["a", "b"], "weights", [], [], [None] * 2)
+WEIGHTS = StoredTree("picked", ["a"], "weights", [], [], [None])
 PATH = Path("run/1")
 
 
