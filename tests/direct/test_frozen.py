@@ -112,7 +112,7 @@ def test_what_is_stored_is_not_copied_again(tmp_path):
     with opened(tmp_path) as ckpt:
         ckpt.save(tree, 0)
         ckpt.wait()
-        frozen = ckpt._saves._parts.frozen
+        frozen = ckpt._saves._parts.disk.way.frozen
         leaf = frozen.leaf(tree["base"], is_known=True)
         assert leaf.digest
         assert not frozen.leaf(jnp.copy(tree["base"]), is_known=True).digest
