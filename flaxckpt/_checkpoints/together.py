@@ -13,7 +13,7 @@ from flaxckpt._direct.zarr import DESCRIPTION, STATE
 from flaxckpt._disk.area import Area
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._orbax.share import write_share as write_by_orbax
-from flaxckpt._processes.messages import process_index
+from flaxckpt._processes.messages import SilenceError, process_index
 from flaxckpt._trees.digest import combined, digest_of_sum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared, pieces
@@ -170,7 +170,13 @@ def write_together(
         wait = together.begin(written)
 
         def wait_for_others() -> None:
-            shares.extend(wait())
+            try:
+                shares.extend(wait())
+            except SilenceError:
+                # A silent process may still write. If the directory were gone,
+                # TensorStore would wait for it there, for ever.
+                area.spare(directory)
+                raise
             if not area.is_mirror:  # a store has the others' shares
                 _see(shares, written, area.shown(info.path))
 

@@ -66,6 +66,9 @@ class Area(Protocol):
         """
         ...
 
+    def spare(self, directory: Path) -> None:
+        """Keep a directory of `staging`, whatever happens, until a later save."""
+
     def meeting_place(self, written: Path, target: Path) -> str:
         """Return where other processes write their shares of a checkpoint, for `share`.
 

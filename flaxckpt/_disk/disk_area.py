@@ -103,6 +103,10 @@ class DiskArea(Area):
         # Not the method of `Staging` itself: a job that holds this one keeps the claim.
         self._staging.sweep(spare=spare)
 
+    def spare(self, directory: Path) -> None:
+        """See `Area.spare`."""
+        self._staging.spare(directory)
+
     def meeting_place(self, written: Path, target: Path) -> str:
         """See `Area.meeting_place`; a token proves that others see the directory."""
         del target
@@ -187,7 +191,7 @@ class DiskArea(Area):
             else:
                 os.rename(target, written)
         except OSError:
-            self._staging.spare(written.parent)  # it holds the old directory
+            self.spare(written.parent)  # it holds the old directory
 
     def remove(self, path: Path) -> None:
         """See `Area.remove`."""

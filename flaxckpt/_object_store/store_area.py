@@ -190,6 +190,10 @@ class StoreArea(Area):
                 self._delete_files(self._unused[0])
                 del self._unused[0]
 
+    def spare(self, directory: Path) -> None:
+        """See `Area.spare`."""
+        self._mirror.spare(directory)
+
     def meeting_place(self, written: Path, target: Path) -> str:
         """Return where the processes upload their shares; see `Area.meeting_place`."""
         place = self._place_for(written, target)

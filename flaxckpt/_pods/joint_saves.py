@@ -24,7 +24,13 @@ from flaxckpt._pods.agreement import (
     translated_for_all,
 )
 from flaxckpt._pods.own_values import lengths_of, rows_of, widths_for, with_rows
-from flaxckpt._processes.messages import Channel, Round, is_leader, process_index
+from flaxckpt._processes.messages import (
+    Channel,
+    Round,
+    SilenceError,
+    is_leader,
+    process_index,
+)
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
@@ -32,6 +38,7 @@ from flaxckpt._saving.parts import SaverParts
 from flaxckpt.errors import CheckpointError
 
 _PAGES = 2  # the most that a save writes: one in the series, and one in the slot
+_PATIENCE = 20  # time-outs
 # Settled once: by process 0 before the checkpoint gets its name, or by another process
 # that has given up.
 _END = "end"
@@ -126,13 +133,19 @@ class JointSaves:
                     self._lead(exchange, self._agreed(exchange, contents))
                 exchange.tell("done", None)
                 return
+            call = None
             try:
-                self._follow(exchange, self._agreed(exchange, contents))
-            except CheckpointError as error:
-                # Process 0 may be silent, and not dead. It makes no checkpoint from
-                # now on.
+                agreed = self._agreed(exchange, contents)
+                call = agreed.call
+                self._follow(exchange, agreed)
+            except SilenceError as error:
+                # Process 0 may be silent, and not dead. This raises the error, and
+                # process 0 makes no checkpoint from now on, unless it has begun to.
                 exchange.settle(_END, error)
-                raise
+                self._hear_the_end(exchange, error)
+            if call is not None:
+                self._parts.report.counts.saved += 1
+                self._parts.report.counts.by_orbax += 1
 
     def _agreed(self, exchange: Round, contents: Contents) -> _Agreed:
         """Compare what this process would write with what the others would write.
@@ -206,9 +219,15 @@ class JointSaves:
                     share = write_share(*what, spreads=agreed.spreads)
                 exchange.tell(f"share {index}", share.to_json())
         exchange.hear("done")
-        if agreed.call is not None:
-            self._parts.report.counts.saved += 1
-            self._parts.report.counts.by_orbax += 1
+
+    def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
+        """Wait on, while process 0 finishes a checkpoint and gives no sign."""
+        for _ in range(_PATIENCE):
+            with contextlib.suppress(SilenceError):
+                return exchange.hear("done")
+        raise CheckpointError(
+            f"{error} It had begun to finish the checkpoint, which may be there."
+        ) from error
 
     # ---- errors ----------------------------------------------------------------------
 

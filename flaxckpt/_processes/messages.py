@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
@@ -28,6 +27,7 @@ from flaxckpt.errors import CheckpointError
 
 TIMEOUT_SECS = 600.0
 _SIGNS = 4  # in each time-out
+_LAST_LOOK_SECS = 0.01
 _LONGEST = 20  # time-outs for which a process gives signs, in case it hangs
 LEADER = 0
 
@@ -54,6 +54,10 @@ def process_index() -> int:
 def is_leader() -> bool:
     """Tell whether this process is the one that leads."""
     return process_index() == LEADER
+
+
+class SilenceError(CheckpointError):
+    """A process gave no sign of life in time; to users, a `CheckpointError`."""
 
 
 class Channel:
@@ -152,20 +156,24 @@ class Round:
             watch: The signs of life that the caller has seen; None to begin now.
 
         Raises:
-            CheckpointError: If the message is an error, or does not come in time.
+            CheckpointError: If the message is an error.
+            SilenceError: If it does not come in time.
         """
         watch = watch or _Watch(self._signs)
         while True:
+            is_silent = watch.is_silent(process)
+            wait = _LAST_LOOK_SECS if is_silent else self._timeout / _SIGNS
             try:
-                return _got(f"{self._key}/{subject}/{process}", self._timeout / _SIGNS)
+                return _got(f"{self._key}/{subject}/{process}", wait)
             except jax.errors.JaxRuntimeError as error:
-                if watch.silence(process) >= self._timeout:
-                    raise CheckpointError(
+                if is_silent:
+                    raise SilenceError(
                         f"Process {process} of {process_count()} gave no sign within "
                         f"{self._timeout:.3g} s ({subject}). It may have died, or not "
                         "have come to this call: every process must make the same "
                         "calls."
                     ) from error
+            watch.look()
 
     def hear_all(self, subject: str, first: int = LEADER) -> list[Any]:
         """Wait for the messages of all processes, and return them in order.
@@ -195,23 +203,29 @@ class Round:
 
 
 class _Watch:
-    """The signs of life of all processes that somebody who waits has seen."""
+    """The signs of life that somebody who waits has seen, of all processes.
+
+    It counts its looks, and not the time: a process that was stopped for a while must
+    not take the others for dead.
+    """
 
     def __init__(self, signs: str) -> None:
-        """Begin to wait; `signs` is the prefix of their keys."""
-        self._signs, self._since = signs, time.monotonic()
-        # Of each process, its newest sign, and when that was seen first.
-        self._seen: dict[str, tuple[str, float]] = {}
-        self._has_looked = False
+        """Begin to wait; `signs` is the prefix of the signs' keys."""
+        self._signs, self._looks = signs, 0
+        # Of each process, its newest sign, and the look that has found it.
+        self._seen: dict[str, tuple[str, int]] = {}
 
-    def silence(self, process: int) -> float:
-        """Look, and return for how long a process has given no new sign, in seconds."""
-        now = time.monotonic()
+    def look(self) -> None:
+        """Look for new signs; what the first look finds may be old."""
         for key, sign in _client().key_value_dir_get(f"{self._signs}/"):
-            if self._seen.get(key, ("", 0.0))[0] != sign:
-                self._seen[key] = sign, now if self._has_looked else self._since
-        self._has_looked = True
-        return now - self._seen.get(f"{self._signs}/{process}", ("", self._since))[1]
+            if self._seen.get(key, ("", 0))[0] != sign:
+                self._seen[key] = sign, self._looks
+        self._looks += 1
+
+    def is_silent(self, process: int) -> bool:
+        """Tell whether there was no new sign of a process for a time-out of looks."""
+        last = self._seen.get(f"{self._signs}/{process}", ("", 0))[1]
+        return self._looks - last >= _SIGNS
 
 
 def _got(key: str, secs: float) -> Any:

@@ -3,6 +3,7 @@
 python workers.py WORKER INDEX COUNT PORT DEVICES ARGUMENT...
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -419,6 +420,80 @@ def lose_the_mount(directory):
         if jax.process_index() == 1:
             subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
     say([ckpt.counts.saved])
+
+
+def be_slow(directory, slow, what):
+    """Save while one process takes far longer than the time-out, but is alive."""
+    from flaxckpt._pods import joint_saves
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    settings = {"timeout_secs": 2, "max_to_keep": 1}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt:
+        owner = {"share": joint_saves, "commit": ckpt._series.area}.get(what)
+        owner = owner or ckpt._series.area
+        name = {"share": "write_share"}.get(what, what)
+        done = getattr(owner, name)
+
+        def late(*args, **kwargs):
+            time.sleep(7)
+            return done(*args, **kwargs)
+
+        if jax.process_index() == int(slow):
+            setattr(owner, name, late)
+        for epoch in range(2):
+            tree, loss = step(tree)
+            ckpt.save(tree, epoch, logs={"loss": loss})
+        ckpt.wait()
+    say(ckpt.counts.saved)
+
+
+def be_mute(directory, when):
+    """Save while process 0 takes far longer than the time-out, and gives no sign."""
+    from flaxckpt._checkpoints import together
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    _, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=2)
+    if jax.process_index() == 0:
+        owner, name = {
+            "before": (together, "finish"), "after": (ckpt._series.area, "commit"),
+        }[when]  # fmt: skip
+        done = getattr(owner, name)
+
+        def late(*args, **kwargs):
+            time.sleep(7)
+            return done(*args, **kwargs)
+
+        setattr(owner, name, late)
+        ckpt._saves._joint._channel.at_work = contextlib.nullcontext
+    try:
+        ckpt.save(tree, 0)
+        ckpt.wait()
+    except flaxckpt.CheckpointError as error:
+        say(str(error))
+    say(ckpt.counts.saved, [info.epoch for info in ckpt.checkpoints])
+
+
+def be_stopped(directory):
+    """Save again and again; say what each process is told."""
+    faulthandler.dump_traceback_later(45)
+    from jax._src import distributed
+
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    _, tree = make_step(mesh)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=2)
+    for epoch in range(1000):  # without steps, in which the others would wait
+        try:
+            ckpt.save(tree, epoch)
+            ckpt.wait()
+        except flaxckpt.CheckpointError as error:
+            say("failed", epoch, str(error))
+            break
+        if epoch == 2:
+            say("saves")
+    distributed.global_state.client.wait_at_barrier("all are here", 60_000)
+    say("saved", [info.epoch for info in ckpt.checkpoints][-1])
 
 
 def run_out_of_room(directory):

@@ -152,6 +152,37 @@ def test_one_that_does_not_come_is_named_in_time(tmp_path):
     assert said[0][1] == said[1][0] == ["1"]
 
 
+@pytest.mark.parametrize(("slow", "what"), [(1, "share"), (0, "commit"), (0, "sweep")])
+def test_one_that_is_slow_but_alive_is_waited_for(tmp_path, slow, what):
+    assert pod.run(tmp_path, "be_slow", 2, tmp_path / "run", slow, what) == [[2]] * 2
+
+
+def test_a_process_0_that_is_silent_is_given_up_by_all(tmp_path):
+    for text, *saved in pod.run(tmp_path, "be_mute", 4, tmp_path / "run", "before"):
+        assert "Process 0 of 4 gave no sign within 2 s" in text
+        assert saved == [[0, []]]
+
+
+def test_a_process_0_that_has_begun_to_finish_is_waited_for(tmp_path):
+    said = pod.run(tmp_path, "be_mute", 4, tmp_path / "run", "after")
+    assert said == [[[1, [0]]]] * 4
+
+
+def test_one_that_is_silent_is_given_up_by_all(tmp_path):
+    stopped = 1  # process 0 has the coordination service
+    running = pod.start(tmp_path, "be_stopped", 4, tmp_path / "run")
+    running.wait_until(stopped, "saves")
+    running.processes[stopped].send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    running.processes[stopped].send_signal(signal.SIGCONT)
+    said = running.wait()
+    (at,) = {lines[-2][1] for lines in said}  # the epoch that failed, in all
+    for lines in said:
+        assert lines[-2][0] == "failed"
+        assert f"Process {stopped} of 4 gave no sign within 2 s" in lines[-2][2]
+        assert lines[-1] == ["saved", at - 1]
+
+
 def test_a_failure_of_one_is_raised_in_all_and_they_go_on(tmp_path):
     said = pod.run(tmp_path, "run_out_of_room", 2, tmp_path / "run")
     for failed, names in said:
