@@ -1,4 +1,4 @@
-"""Find the checkpoints below a directory, and those that are hidden there."""
+"""Find the checkpoints below a directory, and the hidden ones among them."""
 
 import dataclasses
 import errno
@@ -147,7 +147,7 @@ def _find(
             continue
         deeper: dict[Path, int | None] = {}
         # Entries under their own names come first, because the search goes on below
-        # them. It does not go on below hidden entries.
+        # them. It does not go on below hidden checkpoints.
         for entry in sorted(entries, key=_is_replaced):
             try:
                 for path, left_below in _candidates(directory, entry, below):
@@ -195,7 +195,7 @@ def _sorted(found: Iterable[CheckpointInfo | LeftOut]) -> tuple[Infos, list[Left
 
 
 def replaced_paths(root: Path, depth: int) -> Generator[Path]:
-    """Yield what is hidden in `root`, and up to `depth` directories below it."""
+    """Yield the hidden checkpoints in `root`, and up to `depth` directories below."""
     for directory in _directories(root, depth):
         names = [entry.name for entry in _entries(directory)]
         for name in sorted(names):
