@@ -1,12 +1,13 @@
-"""What does the loop of several processes pay for saves?
+"""What do saves of several processes cost, the first one of a run included?
 
-As `bench_loop.py`, in 2 and in 4 processes on this machine, whose collectives go over
-the loopback: a donated step on a state that is sharded over all of them, and a save
-every 10 steps. Beside it Orbax's `CheckpointManager`; they take turns in the same
-processes. Each number is that of the process that paid most.
+2 and 4 processes of this machine, whose collectives go over the loopback. Each way to
+save gets new processes in each round, so that it pays for all that it does once. The
+loop is as in `bench_loop.py`: a donated step on a state that is sharded over all
+processes, and a save every 10 steps. Then one save at a time: when it is on disk, how
+many files it has, and how many bytes the busiest process has written. Each time is that
+of the process that took longest.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -21,33 +22,60 @@ from pathlib import Path
 import harness
 
 CHILD = "child"
-NAMES = ["flaxckpt", "Orbax v0 CheckpointManager"]
-STEPS, EVERY = 20, 10
-DEADLINE_SECS = 120
+FLAXCKPT, ORBAX, ALONE = "flaxckpt", "Orbax v0 CheckpointManager", "without saves"
+PLAIN = "Orbax v1 save"
+STEPS, EVERY = 40, 10
+DEADLINE_SECS = 300
 
 
-def child(
-    index: int, count: int, port: int, root: Path, megabytes: int, rounds: int
-) -> None:
-    """Run the loops, as one of the processes; the first one prints what it took."""
+def child(index: int, count: int, port: int, root: Path, what: str, way: str) -> None:
+    """Measure one way, as one of the processes; the first one prints the result."""
     import absl.logging
     import jax
 
     absl.logging.set_verbosity(absl.logging.ERROR)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
-    import numpy as np
-    import peers
-    from jax.experimental.multihost_utils import process_allgather
     from jax.sharding import NamedSharding, PartitionSpec
 
+    kind, leaves, rows, columns, is_replicated = json.loads(what)
     mesh = jax.make_mesh((count,), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    shape = (megabytes * 2**20 // 25 // 4 // 1024, 1024)
+    spec = PartitionSpec() if is_replicated else PartitionSpec("data")
+    sharding = NamedSharding(mesh, spec)
 
     def make():
-        keys = jax.random.split(jax.random.key(0), 25)
-        return {f"w{i:02}": jax.random.normal(keys[i], shape) for i in range(25)}
+        tree = {f"w{i:04}": jax.numpy.ones((rows, columns)) * i for i in range(leaves)}
+        return jax.tree.map(jax.numpy.tanh, tree)
+
+    tree = jax.block_until_ready(jax.jit(make, out_shardings=sharding)())
+    run = loop if kind == "loop" else one_by_one
+    found = run(tree, root, way)
+    if index == 0:
+        print("FOUND", json.dumps(found), flush=True)
+
+
+def greatest(*numbers: float) -> list[float]:
+    """Return for each number the greatest of all processes."""
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.max(process_allgather(np.array(numbers)), axis=0).tolist()
+
+
+def settled() -> None:
+    """Wait until all processes have come here, and the machine has come to rest."""
+    import jax
+
+    greatest(0.0)
+    if jax.process_index() == 0:
+        harness.settle()
+    greatest(0.0)
+
+
+def loop(tree, root: Path, way: str) -> list[list[float]]:
+    """Train; return what all steps took, and how long each save blocked."""
+    import jax
+    import numpy as np
 
     x = np.random.default_rng(0).normal(size=(1024, 16)).astype(np.float32)
 
@@ -57,56 +85,103 @@ def child(
         new = {name: w * 0.999 + 1e-4 * rows[name] for name, w in tree.items()}
         return new, sum(y.sum() for y in found.values())
 
-    first = jax.jit(make, out_shardings=sharding)()
-    copy = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))
-    step = jax.jit(step, donate_argnums=0)
-    # Not `peers.make`, where a process might delete what another has made already.
-    ways = {"without saves": None}
-    ways |= {name: peers.ALL[name](root / name) for name in NAMES}
-    numbers = itertools.count()
+    def small_step(tree):
+        new = {name: w * 0.999 for name, w in tree.items()}
+        return new, sum(w.sum() for w in tree.values())
 
-    def run(way):
-        tree, loss = step(copy(first))
-        jax.block_until_ready(loss)
-        if index == 0:
-            harness.settle()
-        process_allgather(np.zeros(()))
-        blocked, start = [0.0], time.perf_counter()
-        for number in range(STEPS):
-            tree, loss = step(tree)
-            loss.block_until_ready()
-            if way is not None and number % EVERY == 0:
-                called = time.perf_counter()
-                way.save(tree, next(numbers))
-                blocked.append(time.perf_counter() - called)
-        jax.block_until_ready(tree)
-        took = time.perf_counter() - start
-        if way is not None:
-            way.wait()
-        times = np.array([took, statistics.median(blocked[1:] or blocked)])
-        return np.max(process_allgather(times), axis=0).tolist()
-
-    for way in [*ways.values(), ways["flaxckpt"]]:
-        run(way)  # what is compiled and made once
-    for number in range(rounds):
-        names = list(ways)[:: -1 if number % 2 else 1]
-        found = {name: run(ways[name]) for name in names}
-        if index == 0:
-            print("FOUND", json.dumps(found), flush=True)
-    for way in ways.values():
-        if way is not None:
-            way.close()
+    is_small = next(iter(tree.values())).shape[1] < 1024
+    step = jax.jit(small_step if is_small else step, donate_argnums=0)
+    for _ in range(2):
+        tree, loss = step(tree)
+        loss.block_until_ready()
+    save, wait = saver(root, way)
+    settled()
+    blocked, start = list[float](), time.perf_counter()
+    for number in range(1, STEPS + 1):
+        tree, loss = step(tree)
+        loss.block_until_ready()
+        called = time.perf_counter()
+        save(tree, number)
+        if number % EVERY == 0:
+            blocked.append(time.perf_counter() - called)
+    jax.block_until_ready(tree)
+    took = time.perf_counter() - start
+    wait()
+    return [greatest(took), greatest(*blocked)]
 
 
-def measure(count: int, megabytes: int, rounds: int) -> list[dict[str, list[float]]]:
-    """Run all processes, and return what each round took."""
+def saver(root: Path, way: str):
+    """Return what each step calls, and what waits for the last save."""
+    import orbax.checkpoint as v0
+
+    import flaxckpt
+
+    if way == ALONE:
+        return lambda tree, number: None, lambda: None
+    if way == ORBAX:
+        options = v0.CheckpointManagerOptions(
+            max_to_keep=1, save_interval_steps=EVERY, enable_async_checkpointing=True
+        )
+        manager = v0.CheckpointManager(root / "orbax", options=options)
+
+        def save(tree, number):
+            manager.save(number, args=v0.args.StandardSave(tree))
+
+        return save, manager.close
+    ckpt = flaxckpt.ModelCheckpoint(root / "flaxckpt" / "last", save_freq=EVERY)
+    state = ckpt.init()
+
+    def update(tree, number):
+        nonlocal state
+        state = ckpt.update(state, tree, {}, epoch=0, batch=number - 1)
+
+    return update, ckpt.close
+
+
+def one_by_one(tree, root: Path, way: str) -> list[float]:
+    """Save twice; return when each was on disk, the files, the busiest to the mean."""
+    import jax
+    from orbax.checkpoint import v1
+
+    import flaxckpt
+
+    if way == FLAXCKPT:
+        ckpt = flaxckpt.ModelCheckpoint(root / way / "{epoch}")
+
+        def save(number):
+            ckpt.save(tree, epoch=number)
+            ckpt.wait()
+    else:
+
+        def save(number):
+            v1.save(root / way / str(number + 1), tree)
+
+    took = list[float]()
+    for number in range(2):
+        settled()
+        start = time.perf_counter()
+        save(number)
+        took += greatest(time.perf_counter() - start)
+    settled()
+    files = [file for file in (root / way / "2").rglob("*") if file.is_file()]
+    written = dict.fromkeys(range(jax.process_count()), 0)
+    for file in files:
+        names = [part for part in file.parts if part.startswith("ocdbt.process_")]
+        if names:
+            written[int(names[0].rpartition("_")[2])] += file.stat().st_size
+    mean = sum(written.values()) / len(written) or 1
+    return [*took, len(files), max(written.values()) / mean]
+
+
+def run(count: int, what: list, way: str):
+    """Run new processes, and return what the first one has found."""
     root = Path(tempfile.mkdtemp(prefix="flaxckpt-bench-"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", __file__, CHILD]
-    arguments = [str(each) for each in (count, port, root, megabytes, rounds)]
+    arguments = [str(each) for each in (count, port, root, json.dumps(what), way)]
     running = [
         subprocess.Popen(
             [*command, str(index), *arguments],
@@ -126,32 +201,71 @@ def measure(count: int, megabytes: int, rounds: int) -> list[dict[str, list[floa
     if any(process.returncode for process in running):
         raise RuntimeError("a process failed; its error is above")
     lines = printed[0].splitlines()
-    return [json.loads(line[6:]) for line in lines if line.startswith("FOUND ")]
+    return next(json.loads(line[6:]) for line in lines if line.startswith("FOUND "))
+
+
+def in_turn(count: int, what: list, ways: list[str], rounds: int):
+    """Return what each way has found in each round."""
+    found = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in ways[:: -1 if number % 2 else 1]:
+            found[way].append(run(count, what, way))
+    return found
+
+
+def loops(title: str, count: int, what: list, options) -> None:
+    found = in_turn(count, ["loop", *what], [ALONE, FLAXCKPT, ORBAX], options.rounds)
+    saves = STEPS // EVERY
+    alone = statistics.median(took for (took,), _ in found[ALONE])
+    ways = FLAXCKPT, ORBAX
+    lost = {way: [(took - alone) / saves for (took,), _ in found[way]] for way in ways}
+    harness.report(f"{title}: the loop loses, per save", "s", lost, options.json)
+    harness.note(f"A step takes {alone / STEPS:.4f} s.", options.json)
+    harness.ratios(lost, options.json, ORBAX)
+    for name, chosen in (
+        ("the first save", lambda blocked: blocked[0]),
+        ("a later save", lambda blocked: statistics.median(blocked[1:])),
+    ):
+        blocks = {way: [chosen(each) for _, each in found[way]] for way in ways}
+        harness.report(f"{title}: blocked, {name}", "s", blocks, options.json)
+        harness.ratios(blocks, options.json, ORBAX)
+
+
+def saves(title: str, count: int, what: list, options) -> None:
+    found = in_turn(count, ["save", *what], [FLAXCKPT, PLAIN], options.rounds)
+    for index, (name, unit) in enumerate(
+        [
+            ("on disk, the first save", "s"),
+            ("on disk, the second save", "s"),
+            ("files", "number"),
+            ("bytes of the busiest process to the mean", "ratio"),
+        ]
+    ):
+        numbers = {way: [each[index] for each in found[way]] for way in found}
+        harness.report(f"{title}: {name}", unit, numbers, options.json)
+        harness.ratios(numbers, options.json, PLAIN)
 
 
 def main() -> None:
     if sys.argv[1:2] == [CHILD]:
-        index, count, port, root, megabytes, rounds = sys.argv[2:]
-        numbers = int(megabytes), int(rounds)
-        child(int(index), int(count), int(port), Path(root), *numbers)
+        index, count, port, root, what, way = sys.argv[2:]
+        child(int(index), int(count), int(port), Path(root), what, way)
         return
     options = harness.arguments(__doc__)
     megabytes = 25 if options.quick else 100
+    big = [25, megabytes * 2**20 // 25 // 4 // 1024, 1024]
+    small, many = [1000, 4, 256], [2000, 4, 256]
+    cases = {
+        f"{megabytes} MB in 25 leaves": (loops, [*big, False]),
+        "1,000 leaves of 4 KB": (loops, [*small, False]),
+        "2,000 leaves of 4 KB": (saves, [*many, False]),
+        f"{megabytes} MB in 25 replicated leaves": (saves, [*big, True]),
+    }
     for count in (2,) if options.quick else (2, 4):
-        found = measure(count, megabytes, options.rounds)
-        saves = STEPS // EVERY
-        lost = {
-            name: [(one[name][0] - one["without saves"][0]) / saves for one in found]
-            for name in NAMES
-        }
-        blocked = {name: [one[name][1] for one in found] for name in NAMES}
-        title = f"{count} processes, {megabytes} MB"
-        harness.report(f"{title}: the loop loses, per save", "s", lost, options.json)
-        alone = statistics.median(one["without saves"][0] for one in found) / STEPS
-        harness.note(f"A step takes {alone:.4f} s.", options.json)
-        harness.ratios(lost, options.json, NAMES[1])
-        harness.report(f"{title}: blocked, per save", "s", blocked, options.json)
-        harness.ratios(blocked, options.json, NAMES[1])
+        for name, (measure, what) in cases.items():
+            title = f"{count} processes, {name}"
+            if options.only in title:
+                measure(title, count, what, options)
 
 
 if __name__ == "__main__":

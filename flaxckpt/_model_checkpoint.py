@@ -145,7 +145,8 @@ class ModelCheckpoint:
                 times the work.
             engine: Who writes the values. With `"auto"` flaxckpt writes them straight
                 from memory, once Orbax has written a tree of the same form in this
-                process; with `"orbax"`, in one process only, Orbax writes all values.
+                process; with `"orbax"`, and in several processes, Orbax writes all
+                values.
             frozen: Picks the leaves that stay the same for the whole run, such as base
                 weights in fine-tuning: a function of a leaf's path (a tuple of names)
                 and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
@@ -158,8 +159,9 @@ class ModelCheckpoint:
             stop_on_error: Whether a program that calls `update` in jit ends at its next
                 save after a save has failed. If False, `wait`, `close` or the next call
                 outside of jit raises the error.
-            timeout_secs: In several processes, after how many seconds the others raise
-                an error if a process does not come. In `restore` it is always 600.
+            timeout_secs: In several processes, after how many seconds without a sign of
+                life of a process the others raise an error. In `restore` it is always
+                600.
             **unknown: Refused with an error that suggests the right name.
 
         Raises:

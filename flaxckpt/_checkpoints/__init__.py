@@ -4,11 +4,12 @@
 by several processes. `looks` checks the first one of each tree structure and way of
 writing. `load` has the public functions: they read the table of leaves by `read_table`,
 and the tree by `load_tree`, which reads leaves by `read`. `undisturbed` reads again if
-a writer interfered. `series` is all that one filepath has on disk, and `series_writer`
-writes it. For that, `ledger` remembers what is there, and `target` checks a path.
-`rivals` looks for a better checkpoint at a save's path, and `aside` decides which of
-the two goes aside. `retention` chooses what `series_writer` deletes. `listing` lists a
-directory without a series.
+a writer interfered, and `loaded_in_all` has all processes load the same checkpoint.
+`series` is all that one filepath has on disk, and `series_writer` writes it. For that,
+`ledger` remembers what is there, and `target` checks a path. `rivals` looks for a
+better checkpoint at a save's path, and `aside` decides which of the two goes aside.
+`retention` chooses what `series_writer` deletes. `listing` lists a directory without a
+series.
 
 The lock, the renaming of a written directory to its place, and the deletion of what a
 crash has left are the `area`'s; see `_disk` and `_object_store`.
