@@ -79,30 +79,32 @@ class Updater:
                 self._known = state
             return state
         self._never_due = False
-        self.saves.check_parent()
-        anyway = preempted or force is not False or due is not np.True_
-        if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
-            self._stale = None if self.settings.by_epoch else given
-            self._known = as_arguments(state, lambda: leaves_of(tree))
-            return self._known
-        check_state(state, self.settings.fresh)
-        check_there("force", [("", force)])
-        logs = with_values(logs)
-        self.advice.of_no_best(logs)
-        if is_traced(due, force, epoch, batch, logs, state):
-            state = self.programs.update(
-                given, state, due, tree, logs, epoch, batch, force
-            )
-            self.advice.of_left_out(logs)
-            return state
-        self.programs.finish()
+        with self.saves.telling_others():
+            self.saves.check_parent()
+            anyway = preempted or force is not False or due is not np.True_
+            if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
+                self._stale = None if self.settings.by_epoch else given
+                self._known = as_arguments(state, lambda: leaves_of(tree))
+                return self._known
+            check_state(state, self.settings.fresh)
+            check_there("force", [("", force)])
+            logs = with_values(logs)
+            self.advice.of_no_best(logs)
+            if is_traced(due, force, epoch, batch, logs, state):
+                state = self.programs.update(
+                    given, state, due, tree, logs, epoch, batch, force
+                )
+                self.advice.of_left_out(logs)
+                return state
+            self.programs.finish()
+            with unchecked():
+                if state.save_best_only and self.saves.lost_best():
+                    state = self.restorer.with_best_on_disk(state)
+                call = Call(bool(force), epoch, batch, logs, state)
+                if due or (overdue and self.triggers.is_comparable(logs)):
+                    self.saves.decide(call, now=preempted)
+        to_slot = bool((due or overdue) and self.settings.save_last) or preempted
         with unchecked():
-            if state.save_best_only and self.saves.lost_best():
-                state = self.restorer.with_best_on_disk(state)
-            call = Call(bool(force), epoch, batch, logs, state)
-            if due or (overdue and self.triggers.is_comparable(logs)):
-                self.saves.decide(call, now=preempted)
-            to_slot = bool((due or overdue) and self.settings.save_last) or preempted
             path = self.saves.start(tree, call, to_slot=to_slot)
         self.triggers.restart()
         if preempted:
@@ -154,22 +156,24 @@ class Updater:
         """Save now, whatever the policy says; return the checkpoint's path or URL."""
         self._meet()
         self.saves.check()
-        self.saves.check_parent()
         preempted = self.triggers.is_newly_preempted()
-        logs = with_values(logs)
-        if is_traced(epoch, batch, logs, state):
-            raise CheckpointError(
-                "save was called in a running JAX trace (jit, scan...). Call "
-                "update(..., force=True) there, which saves when the program runs."
-            )
-        if state is not None:
-            check_state(state, self.settings.fresh)
-        self.programs.finish()
+        with self.saves.telling_others():
+            self.saves.check_parent()
+            logs = with_values(logs)
+            if is_traced(epoch, batch, logs, state):
+                raise CheckpointError(
+                    "save was called in a running JAX trace (jit, scan...). Call "
+                    "update(..., force=True) there, which saves when the program runs."
+                )
+            if state is not None:
+                check_state(state, self.settings.fresh)
+            self.programs.finish()
+            with unchecked():
+                call = Call(True, epoch, batch, logs, state)
+                call.by_hand = True
+                template = self.settings.template
+                path = Path(template.render(call.epoch, call.batch, logs))
         with unchecked():
-            call = Call(True, epoch, batch, logs, state)
-            call.by_hand = True
-            template = self.settings.template
-            path = Path(template.render(call.epoch, call.batch, logs))
             self.saves.start(tree, call, to_slot=preempted)
         self.triggers.restart()
         if preempted:

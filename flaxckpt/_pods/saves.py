@@ -12,7 +12,9 @@ An error in any process is raised in all processes at the same call: the next du
 `save`, `wait` or `close`.
 """
 
+import contextlib
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,18 @@ class PodSaver:
             "they save. Carry a flaxckpt.Snapshot through the program and save it "
             "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
         )
+
+    @contextlib.contextmanager
+    def telling_others(self) -> Generator[None]:
+        """Tell the other processes of an error in what comes before `start`.
+
+        They make the same call, and wait for this process there.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._submit_refusal(self._claimed(), error)
+            raise
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that has the metric."""

@@ -11,6 +11,8 @@ due check depends on a value that a device still computes, the device decides, a
 copies only if there is something to save. The writing thread learns the decision later.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from flaxckpt._copies.held import Copies, fits
@@ -46,6 +48,10 @@ class Saver:
 
     def meet(self) -> None:
         """Do nothing: there is nobody to meet."""
+
+    def telling_others(self) -> AbstractContextManager[None]:
+        """Do nothing: there is nobody to tell of an error."""
+        return contextlib.nullcontext()
 
     def decide(self, call: Call, *, now: bool) -> None:
         """Decide a due check, or leave it to the device that computes the metric.

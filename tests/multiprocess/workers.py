@@ -308,6 +308,29 @@ def differ(directory, kind):
     say([info.path.name for info in ckpt.checkpoints])
 
 
+def fail_early(directory, kind):
+    """Fail in one process, before it has looked at the tree; then go on."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    step, tree = make_step(mesh)
+    index = jax.process_index()
+    ckpt = flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", "loss", save_best_only=True, timeout_secs=30
+    )
+    state = ckpt.init()
+    for epoch in range(4):
+        tree, _ = step(tree)
+        logs = {"loss": 1.0 - epoch / 10}
+        if epoch == 1 and index == 1:
+            logs = {"loss": np.ones(2)} if kind == "metric" else "no logs"
+        try:
+            state = ckpt.update(state, tree, logs, epoch)
+            ckpt.wait()
+        except (flaxckpt.CheckpointError, TypeError) as error:
+            say(epoch, type(error).__name__, str(error))
+    ckpt.close()
+    say([info.path.name for info in ckpt.checkpoints])
+
+
 def stay_away(directory):
     """Leave one process out of a call."""
     mesh = mesh_of(jax.device_count() // 2, 2)

@@ -144,6 +144,18 @@ def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind
         assert names == ["1", "2"]
 
 
+@pytest.mark.parametrize("kind", ["metric", "logs"])
+def test_an_error_before_the_copy_is_told_to_all_at_once(tmp_path, kind):
+    running = pod.start(tmp_path, "fail_early", 2, tmp_path / "run", kind)
+    said = running.wait()
+    assert time.monotonic() - running.started < 30  # the time-out
+    for (epoch, name, text), names in said:
+        assert epoch == 1
+        assert name == {"metric": "MetricError", "logs": "SettingError"}[kind]
+        assert "logs" in text
+        assert names == ["1", "3", "4"]
+
+
 def test_one_that_does_not_come_is_named_in_time(tmp_path):
     said = pod.run(tmp_path, "stay_away", 2, tmp_path / "run")
     text, in_time = said[0][0]
