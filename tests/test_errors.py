@@ -73,7 +73,8 @@ def test_an_error_of_another_class_reaches_others_as_the_nearest_here(monkeypatc
         assert issubclass(kind, getattr(errors, name))
     told = Told()
     monkeypatch.setattr(_messages, "_client", lambda: told)
-    exchange, error = _messages.Round("key", 1.0), looks.IncompleteError("/p", "cause")
+    exchange = _messages.Round("key", 1.0, "signs")
+    error = looks.IncompleteError("/p", "cause")
     exchange.tell("save", error)
     with pytest.raises(errors.CheckpointWriteError) as raised:
         exchange.hear("save")

@@ -295,7 +295,7 @@ def test_until_the_time_is_over_they_meet_at_few_calls(tmp_path):
 
 def test_what_works_in_one_process_only_is_refused(tmp_path):
     for said in pod.run(tmp_path, "refuse", 2, tmp_path / "run"):
-        assert said == ["compress", "engine", "max_in_flight", "frozen"]
+        assert said == ["max_in_flight", "frozen"]
 
 
 def test_within_jit_the_alternatives_are_named(tmp_path):
