@@ -11,7 +11,7 @@ from flaxckpt._checkpoints.retention import PreservationPolicy
 from flaxckpt._checkpoints.rivals import Rivals
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.target import check_target
-from flaxckpt._checkpoints.together import Together, write_together
+from flaxckpt._checkpoints.together import Share, Together, write_together
 from flaxckpt._checkpoints.write import Checkpoint, Way, write_checkpoint
 from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.area import OccupiedError
@@ -79,7 +79,7 @@ class SeriesWriter:
 
     def write(
         self, page: Page, info: CheckpointInfo, together: Together | None = None
-    ) -> Task | None:
+    ) -> Task | Share:
         """Write a checkpoint and put it in its place. The area must be open.
 
         Args:
@@ -90,8 +90,7 @@ class SeriesWriter:
                 shares; see `write_together`. None if this process writes all.
 
         Returns:
-            The task, which tells whether flaxckpt or Orbax wrote the values; None if
-            several processes wrote them.
+            What tells whether flaxckpt or Orbax wrote the values, in this process.
         """
         ledger, area = self._ledger, self.series.area
         ledger.refresh()
@@ -101,18 +100,18 @@ class SeriesWriter:
         earlier = Path(next(reversed(ledger.infos))) if ledger.infos else None
         ledger.doubt()  # if this fails half-way, the disk is read again
         with space_told(area.shown(page.path), page.layout.nbytes, self.series.root):
-            task = None
+            done: Task | Share
             if together is None:
-                task = write_checkpoint(what, self.way, earlier=earlier, commit=commit)
+                done = write_checkpoint(what, self.way, earlier=earlier, commit=commit)
             else:
-                write_together(what, self.way, together, commit)
+                done = write_together(what, self.way, together, commit)
         ledger.newest = info.time
         if page.in_slot:
             ledger.has_slot = True
         else:
             ledger.add(info)
         ledger.settle()
-        return task
+        return done
 
     def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
         """Put a page at the slot's path, or at the second if another series has that.

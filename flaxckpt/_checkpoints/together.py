@@ -1,22 +1,31 @@
 """Writes one checkpoint by several processes: process 0 leads, each writes a share."""
 
+import collections
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flaxckpt._checkpoints.finish import finish
+from flaxckpt._checkpoints.looks import IncompleteError
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
+from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.forms import held_values, placements_of
+from flaxckpt._direct.write import is_part, sum_of_share
+from flaxckpt._direct.write import write_share as write_directly
 from flaxckpt._direct.zarr import DESCRIPTION, STATE
-from flaxckpt._disk.area import Area
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
+from flaxckpt._orbax.share import finish_shares
 from flaxckpt._orbax.share import write_share as write_by_orbax
-from flaxckpt._processes.messages import SilenceError, process_index
-from flaxckpt._trees.digest import combined, digest_of_sum
+from flaxckpt._processes.messages import LEADER, SilenceError, process_index
+from flaxckpt._runtime.failures import is_about_space
+from flaxckpt._trees.digest import digest_of_sum
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.owned_shards import is_shared, pieces
+from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt.errors import CheckpointWriteError
 
 # A network's file system may show other machines what was written a little later.
@@ -32,21 +41,26 @@ class Share:
         sums: The sums over its shards, for the leaves of which it has shards: the
             leaf's place among those that Orbax stores, and the sum; see `combined`.
         files: The size of each file that it has written, by the path in the checkpoint.
+        is_direct: Whether the values were written straight from memory, not by Orbax.
+        fault: What failed if Orbax had to write after all; only the process itself
+            knows it.
     """
 
     process: int
     sums: dict[int, int]
     files: dict[str, int]
+    is_direct: bool
+    fault: Exception | None = None
 
     def to_json(self) -> list[Any]:
         """Return it as JSON values, for `Share.of_json`."""
-        return [self.process, list(self.sums.items()), self.files]
+        return [self.process, list(self.sums.items()), self.files, self.is_direct]
 
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> "Share":
         """Return the share that `to_json` described."""
-        process, sums, files = values
-        return cls(process, dict(map(tuple, sums)), files)
+        process, sums, *others = values
+        return cls(process, dict(map(tuple, sums)), *others)
 
 
 @dataclass(frozen=True)
@@ -57,16 +71,30 @@ class Together:
         begin: Tells them of the directory, and returns what waits for their shares.
         may_finish: Returns if no process has given the checkpoint up; from then on,
             none does.
-        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
+        how: How all of them write.
     """
 
     begin: Callable[[Path], Callable[[], list[Share]]]
     may_finish: Callable[[], None]
+    how: "How"
+
+
+@dataclass(frozen=True)
+class How:
+    """What the processes have agreed on, of how they write.
+
+    Attributes:
+        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
+        directly: Whether a process that knows the form of its share writes it straight
+            from memory.
+    """
+
     spreads: bool
+    directly: bool
 
 
 def write_share(
-    directory: Path, layout: Layout, leaves: list[Any], area: Area, *, spreads: bool
+    directory: Path, layout: Layout, leaves: list[Any], way: Way, how: How
 ) -> Share:
     """Write this process's share of a checkpoint that process 0 begins and finishes.
 
@@ -74,49 +102,105 @@ def write_share(
         directory: The checkpoint.
         layout: The tree's layout.
         leaves: Its leaves.
-        area: The area, whose `share` the directory is.
-        spreads: As in `Together`.
+        way: How to write it; the directory is a `share` of the area.
+        how: How all processes write.
 
     Returns:
         What was written, for `write_together` in process 0.
     """
     (directory / STATE).mkdir(exist_ok=True)
-    _write_by_orbax(directory, layout, leaves, _nothing, area, spreads=spreads)
-    if area.is_mirror:
+    share = _write(directory, layout, leaves, way, how, _nothing)
+    if way.area.is_mirror:
         _keep_shards(directory, layout, leaves)
-    own = f"*process_{process_index()}"
+    own = f"*process_{share.process}"
     written = [*(directory / STATE).glob(own), *(directory / STATE).glob(f"*/{own}")]
-    if area.sync:
+    if way.area.sync:
         for each in written:
             sync_tree(each) if each.is_dir() else sync_path(each)
-    sizes = {
-        file.relative_to(directory).as_posix(): file.stat().st_size
-        for each in written
-        for file in (each.rglob("*") if each.is_dir() else [each])
-        if file.is_file()
-    }
-    return Share(process_index(), _sums(layout, leaves, leads=False), sizes)
+    for each in written:
+        for file in each.rglob("*") if each.is_dir() else [each]:
+            if file.is_file():
+                name = file.relative_to(directory).as_posix()
+                share.files[name] = file.stat().st_size
+    return share
 
 
-def _write_by_orbax(
+def _write(
     directory: Path,
     layout: Layout,
     leaves: list[Any],
+    way: Way,
+    how: How,
     wait: Callable[[], None],
-    area: Area,
-    *,
-    spreads: bool,
-) -> None:
-    """Write the files of an object store in a directory of each process's own.
+) -> Share:
+    """Write what this process has of a tree, and process 0 the rest, too.
 
-    So there is no database then, which only process 0 could merge, and no file that
-    several processes write a part of.
+    If Orbax has written such a share before, the values go straight from memory into
+    this process's database. A fault of that costs time, and no checkpoint: Orbax writes
+    then.
+
+    The files of an object store are written in a directory of each process's own. So
+    there is no database, which only process 0 could merge, and no file that several
+    processes write a part of.
+
+    Args:
+        directory: The checkpoint.
+        layout: The tree's layout.
+        leaves: Its leaves.
+        way: How to write it.
+        how: How all processes write.
+        wait: Returns once the other processes have written, for process 0.
     """
-    is_database = not area.is_mirror
-    spreads = spreads and is_database
-    write_by_orbax(
-        directory, layout, leaves, wait, is_database=is_database, spreads=spreads
-    )
+    process, held = process_index(), held_values(layout, leaves)
+    is_database = not way.area.is_mirror
+    spreads = how.spreads and is_database
+    knows_forms = is_database and way.writes_directly and not way.compress
+    sums: list[int] | None = None
+    fault: Exception | None = None
+    form, begun = None, time.time_ns()
+    if knows_forms and how.directly:
+        form = way.forms.find(layout, held, is_database=True, spreads=spreads)
+    if form is not None:
+        sums, fault = _write_directly(form, directory, held)
+    if sums is not None:
+        wait()
+        if process == LEADER:
+            finish_shares(directory, begun)
+    else:
+        write_by_orbax(
+            directory,
+            layout,
+            leaves,
+            wait,
+            is_database=is_database,
+            spreads=spreads,
+            compress=way.compress,
+        )
+        if knows_forms and fault is None:
+            way.forms.learn_share(directory, layout, held, process, spreads=spreads)
+        sums = [sum_of_share(value, process) for value in held]
+    parts = enumerate(zip(sums, held, strict=True))
+    found = {i: each for i, (each, value) in parts if is_part(value, process)}
+    return Share(process, found, {}, fault is None and form is not None, fault)
+
+
+def _write_directly(
+    form: Form, directory: Path, held: list[Any]
+) -> tuple[list[int] | None, Exception | None]:
+    """Write a share straight from memory; return the sums, or what has failed."""
+    process = process_index()
+    try:
+        with Draft(directory, sync=False) as draft:
+            sums = write_directly(form, draft, directory, held, process)
+            draft.finish()
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # Orbax would meet with it as well
+    except Exception as fault:
+        if is_about_space(fault):
+            raise
+        shutil.rmtree(directory / STATE / database_of(process), ignore_errors=True)
+        return None, fault.with_traceback(None)  # the frames hold the tree
+    return sums, None
 
 
 def _keep_shards(directory: Path, layout: Layout, leaves: list[Any]) -> None:
@@ -136,18 +220,9 @@ def _keep_shards(directory: Path, layout: Layout, leaves: list[Any]) -> None:
             file.unlink()
 
 
-def _sums(layout: Layout, leaves: list[Any], *, leads: bool) -> dict[int, int]:
-    held = held_values(layout, leaves)
-    return {
-        index: combined(pieces(value))
-        for index, value in enumerate(held)
-        if leads or is_shared(value)
-    }
-
-
 def write_together(
     checkpoint: Checkpoint, way: Way, together: Together, commit: Commit | None = None
-) -> None:
+) -> Share:
     """Write a checkpoint as `write_checkpoint` does, with the other processes' shares.
 
     Only process 0 calls this.
@@ -157,6 +232,9 @@ def write_together(
         way: How to write it; the area is open.
         together: Has the other processes write their shares.
         commit: As for `write_checkpoint`.
+
+    Returns:
+        The share of this process.
 
     Raises:
         CheckpointWriteError: As `write_checkpoint` does; also if this process does not
@@ -180,23 +258,40 @@ def write_together(
             if not area.is_mirror:  # a store has the others' shares
                 _see(shares, written, area.shown(info.path))
 
-        spreads = together.spreads
-        _write_by_orbax(written, layout, leaves, wait_for_others, area, spreads=spreads)
-        totals = _sums(layout, leaves, leads=True)
+        own = _write(written, layout, leaves, way, together.how, wait_for_others)
+        shares.insert(LEADER, own)
+        totals = collections.Counter[int]()
         for share in shares:
-            for index, total in share.sums.items():
-                totals[index] += total
-        digests = [digest_of_sum(totals[index]) for index in range(len(totals))]
+            totals.update(share.sums)
+        digests = [digest_of_sum(totals[index]) for index in sorted(own.sums)]
         with Draft(written, sync=False) as draft:
             table = way.tables.table(layout, checkpoint.weights, (digests, []))
             finish(draft, written, info, table)
         if area.sync:
             sync_tree(written)
         if not area.is_mirror:
-            kind = "together", layout, placements_of(held_values(layout, leaves))
-            way.looks.check(written, area.shown(info.path), *kind)
+            _look(written, checkpoint, way, shares)
         together.may_finish()
         (commit or way.commit)(written, info.path)
+    return own
+
+
+def _look(
+    written: Path, checkpoint: Checkpoint, way: Way, shares: Sequence[Share]
+) -> None:
+    """Look whether all is there, if it is the first of its kind.
+
+    Raises:
+        IncompleteError: If something is missing. From now on Orbax writes.
+    """
+    kind = ("together", *(share.is_direct for share in shares))
+    placements = placements_of(held_values(checkpoint.layout, checkpoint.leaves))
+    shown = way.area.shown(checkpoint.info.path)
+    try:
+        way.looks.check(written, shown, kind, checkpoint.layout, placements)
+    except IncompleteError:
+        way.writes_directly = False
+        raise
 
 
 def _see(shares: list[Share], written: Path, shown: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from flaxckpt._direct.zarr import Array, ZarrArray
 from flaxckpt._trees.digest import as_digest, checksum, digest
 from flaxckpt._trees.leaf import without_keys
-from flaxckpt._trees.owned_shards import Piece, pieces
+from flaxckpt._trees.owned_shards import Piece, pieces, shards
 
 
 def digest_as_stored(stored: ZarrArray | str, value: Any) -> str:
@@ -22,11 +22,11 @@ def chunks_of(
     stored: ZarrArray, value: Any
 ) -> Iterator[tuple[str, tuple[int, ...], Array]]:
     """Yield each chunk's key, first index by axis, and values in C order."""
-    if stored.shape == stored.chunk:
+    if stored.is_one_chunk and stored.held is None:
         ((key, start),) = stored.keys()
         yield key, start, np.asarray(_on_host(value), order="C")
         return
-    parts = pieces(value)
+    parts = pieces(value) if stored.held is None else shards(value)
     for key, start in stored.keys():
         yield key, start, np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
 
@@ -51,7 +51,7 @@ def _within(
         if all(at >= 0 for at in low) and all(
             at <= size for at, size in zip(high, piece.shape, strict=True)
         ):
-            return piece[tuple(map(slice, low, high))]
+            return np.asarray(piece)[tuple(map(slice, low, high))]
     return None
 
 

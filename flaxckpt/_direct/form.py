@@ -29,16 +29,20 @@ Fingerprints: TypeAlias = tuple[list[str], list[Sequence[str]]]
 class Form:
     """What is the same in all checkpoints of one structure, with the same shardings.
 
+    Of several processes, each has a form of its share.
+
     Attributes:
         is_database: Whether the arrays are in an OCDBT database.
         contents: Contents of Orbax's own files, by their paths in the checkpoint.
         arrays: How each leaf's values are stored. A text leaf has its name instead,
             since one file holds all texts.
+        spreads: Of a share, whether replicas are divided between processes; else None.
     """
 
     is_database: bool
     contents: Mapping[str, bytes]
     arrays: Sequence[ZarrArray | str]
+    spreads: bool | None = None
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -76,3 +80,8 @@ class Form:
                 fields[key] = now
             return json.dumps(fields).encode()
         return content
+
+
+def database_of(process: int) -> str:
+    """Return the name, in the tree's directory, of a process's database."""
+    return f"ocdbt.process_{process}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.frozen_files import FrozenLeaf
-from flaxckpt._direct.learn import learn
+from flaxckpt._direct.learn import learn, learn_share
 from flaxckpt._trees.layout import Layout
 
 _REMEMBERED = 64
@@ -21,7 +21,12 @@ class Forms:
         self._known: tuple[tuple[Layout, list[Any], Form], ...] = ()
 
     def find(
-        self, layout: Layout, held: list[Any], *, is_database: bool
+        self,
+        layout: Layout,
+        held: list[Any],
+        *,
+        is_database: bool,
+        spreads: bool | None = None,
     ) -> Form | None:
         """Return the form of a tree; None if Orbax has not written such a tree yet.
 
@@ -29,10 +34,11 @@ class Forms:
             layout: The tree's layout.
             held: The leaves that Orbax stores.
             is_database: Whether the arrays go into a database.
+            spreads: Of a share, whether replicas are divided; see `Form`.
         """
-        asked = layout, placements_of(held), is_database
+        asked = layout, placements_of(held), is_database, spreads
         for known in self._known:
-            if (*known[:2], known[2].is_database) == asked:
+            if (*known[:2], known[2].is_database, known[2].spreads) == asked:
                 self._note(known)
                 return known[2]
         return None
@@ -52,8 +58,25 @@ class Forms:
 
     def learn(self, directory: Path, layout: Layout, held: list[Any]) -> Form | None:
         """Learn the form of a checkpoint that Orbax has just written; see `learn`."""
-        form = learn(directory, layout, held)
-        if form and not self.find(layout, held, is_database=form.is_database):
+        return self._noted(layout, held, learn(directory, layout, held))
+
+    def learn_share(
+        self,
+        directory: Path,
+        layout: Layout,
+        held: list[Any],
+        process: int,
+        *,
+        spreads: bool,
+    ) -> None:
+        """Learn the form of the share of a process; see `learn_share`."""
+        form = learn_share(directory, layout, held, process, spreads=spreads)
+        self._noted(layout, held, form)
+
+    def _noted(self, layout: Layout, held: list[Any], form: Form | None) -> Form | None:
+        if form and not self.find(
+            layout, held, is_database=form.is_database, spreads=form.spreads
+        ):
             self._note((layout, placements_of(held), form))
         return form
 

@@ -5,13 +5,18 @@ chunk the size and both ends. If they differ, because of another version of Orba
 unknown option, it learns nothing, and Orbax goes on writing.
 """
 
+import collections
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from flaxckpt._direct.chunks import chunks_of
-from flaxckpt._direct.form import Form
+from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
     DESCRIPTION,
@@ -26,8 +31,11 @@ from flaxckpt._direct.zarr import (
     raw_bytes,
     trailer_of,
 )
+from flaxckpt._processes.messages import LEADER
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS, Leaf
+
+_OTHERWISE = OtherwiseError, KeyError, ValueError, TypeError, AttributeError
 
 
 def learn(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -43,44 +51,158 @@ def learn(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None
     """
     leaves = [leaf for leaf in layout.leaves if leaf.in_orbax]
     is_database = (directory / STATE / "manifest.ocdbt").exists()
-    contents: dict[str, bytes] = {}
-    names: set[str] = set()
-    store = Database(directory / STATE) if is_database else Files(directory / STATE)
-    arrays: list[ZarrArray | str] = []
+    names = {leaf.stored_name for leaf in leaves if not leaf.is_text}
     try:
+        store = Database(directory / STATE) if is_database else Files(directory / STATE)
+        arrays: list[ZarrArray | str] = []
         for leaf, value in zip(leaves, values, strict=True):
-            name = leaf.stored_name
-            if leaf.is_text:
-                arrays.append(name)
-                continue
-            stored = _stored_array(name, leaf, value, store)
-            for key, _, chunk in chunks_of(stored, value):
-                _compare(store.ends(key), raw_bytes(chunk))
-            arrays.append(stored if is_database else stored.with_keys("."))
-            names.add(name)
-        for path in sorted(directory.rglob("*")):
-            name = path.relative_to(directory).as_posix()
-            if path.is_file() and not _holds_values(name, is_database, names):
-                contents[name] = path.read_bytes()
-        learnt = Form(is_database, contents, arrays)
-        if any(leaf.is_text for leaf in leaves):
-            text = learnt.current(STRINGS, contents[STRINGS], values)
-            if json.loads(text) != json.loads(contents[STRINGS]):
-                return None
-    except (OtherwiseError, KeyError, ValueError, TypeError, AttributeError):
+            stored = _stored(leaf, value, store)
+            if isinstance(stored, ZarrArray) and not is_database:
+                stored = stored.with_keys(".")
+            arrays.append(stored)
+        contents = {
+            name: path.read_bytes()
+            for name, path in _files(directory)
+            if not _holds_values(name, is_database, names)
+        }
+        return _checked(Form(is_database, contents, arrays), values)
+    except _OTHERWISE:
         return None
+
+
+def learn_share(
+    directory: Path,
+    layout: Layout,
+    values: Sequence[Any],
+    process: int,
+    *,
+    spreads: bool,
+) -> Form | None:
+    """Learn how Orbax has just written the share of a process, as `learn` does.
+
+    Args:
+        directory: The checkpoint.
+        layout: Its layout.
+        values: The leaves that Orbax stores.
+        process: The process. It has a database of its own, which for process 0 has the
+            description of each array, and for others only chunks.
+        spreads: Whether replicas are divided between processes.
+    """
+    leaves = [leaf for leaf in layout.as_stored.leaves if leaf.in_orbax]
+    state = directory / STATE
+    shapes = state / "array_metadatas" / f"process_{process}"
+    try:
+        store = Database(state / database_of(process))
+        chunks = _chunk_shapes(shapes) if shapes.exists() else {}
+        keys = _by_name(store.keys)
+        arrays = [
+            _held(leaf, value, store, keys.get(leaf.stored_name, {}), chunks)
+            for leaf, value in zip(leaves, values, strict=True)
+        ]
+        contents = {shapes.relative_to(directory).as_posix(): shapes.read_bytes()}
+        if process != LEADER:
+            return Form(True, contents, arrays, spreads)
+        contents |= {
+            name: path.read_bytes()
+            for name, path in _files(directory)
+            if name.startswith(f"{STATE}/")
+            and not _holds_values(name, True, set())
+            and path.parent != shapes.parent
+        }
+        return _checked(Form(True, contents, arrays, spreads), values)
+    except _OTHERWISE:
+        return None
+
+
+def _chunk_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read which shape the chunks of each array have, by the array's name."""
+    found = json.loads(file.read_bytes())["array_metadatas"]
+    metadata = [each["array_metadata"] for each in found]
+    return {each["param_name"]: tuple(each["chunk_shape"]) for each in metadata}
+
+
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(directory).as_posix(), path
+
+
+def _checked(learnt: Form, values: Sequence[Any]) -> Form:
+    """Return a form; raise if it has texts in another way than is written here."""
+    if any(isinstance(stored, str) for stored in learnt.arrays):
+        content = learnt.contents[STRINGS]
+        if json.loads(learnt.current(STRINGS, content, values)) != json.loads(content):
+            raise OtherwiseError
     return learnt
 
 
-def _stored_array(name: str, leaf: Leaf, value: Any, store: Store) -> ZarrArray:
-    """Read how Orbax has stored an array; raise if the way is not known here."""
+def _by_name(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Group the keys of chunks by the array's name, and what is behind its `/c`."""
+    found = collections.defaultdict[str, dict[str, str]](dict)
+    for key in keys:
+        if not key.endswith(DESCRIPTION):
+            name, _, number = key.rpartition("/c")
+            found[name][number] = key
+    return found
+
+
+def _stored(leaf: Leaf, value: Any, store: Store) -> ZarrArray | str:
+    """Read how Orbax has stored a leaf; raise if the way is not known here."""
+    if leaf.is_text:
+        return leaf.stored_name
+    dtype, name = _dtype(leaf, value), leaf.stored_name
+    return _compared(_described(name, dtype, store), value, store)
+
+
+def _held(
+    leaf: Leaf,
+    value: Any,
+    store: Database,
+    keys: Mapping[str, str],
+    chunks: Mapping[str, tuple[int, ...]],
+) -> ZarrArray | str:
+    """Read how Orbax has stored this process's part of a leaf.
+
+    Args:
+        leaf: The leaf.
+        value: Its value.
+        store: This process's database.
+        keys: The keys of the leaf's chunks, by what is behind the name and `/c`.
+        chunks: The shapes of chunks, by the arrays' names.
+    """
+    if leaf.is_text:
+        return leaf.stored_name
+    dtype, name, shape = _dtype(leaf, value), leaf.stored_name, np.shape(value)
+    if below(name, DESCRIPTION) in store.keys:
+        stored = _described(name, dtype, store)
+    else:
+        chunk = chunks[name] if keys else shape
+        stored = ZarrArray(name, b"", jnp.dtype(dtype), shape, chunk)
+    starts = [
+        tuple(int(at) * size for at, size in zip(number, stored.chunk, strict=True))
+        for number in (behind.split("/")[1:] for behind in keys)
+    ]
+    return _compared(replace(stored, held=tuple(sorted(starts))), value, store)
+
+
+def _dtype(leaf: Leaf, value: Any) -> str:
     # Orbax may have been given another dtype than the leaf's own.
-    dtype = leaf.dtype if leaf.kind in ARRAYS else dtype_of(value)
+    return leaf.dtype if leaf.kind in ARRAYS else dtype_of(value)
+
+
+def _described(name: str, dtype: str, store: Store) -> ZarrArray:
     if not name:  # the leaf is the whole tree; its files are among Orbax's own
         raise OtherwiseError
     stored = parsed(name, store.read(below(name, DESCRIPTION)), dtype)
     if stored.separator != "/":
         raise OtherwiseError
+    return stored
+
+
+def _compared(stored: ZarrArray, value: Any, store: Store) -> ZarrArray:
+    """Return how an array is stored; raise if its chunks have other bytes."""
+    for key, _, chunk in chunks_of(stored, value):
+        _compare(store.ends(key), raw_bytes(chunk))
     return stored
 
 

@@ -252,12 +252,13 @@ class Database(Store):
             self._coming.pop(key, None)
 
     @functools.cached_property
-    def _keys(self) -> frozenset[str]:
+    def keys(self) -> frozenset[str]:
+        """All keys."""
         return frozenset([key.decode() for key in self._result(self._store.list())])
 
     def has(self, key: str, nbytes: int | None) -> bool:
         del nbytes  # the index does not tell a value's size
-        return key in self._keys
+        return key in self.keys
 
     def read(self, key: str) -> bytes:
         found = self._result(self._coming.get(key) or self._store.read(key))

@@ -1,23 +1,33 @@
 """Writes values as Orbax would store them: in files, or in an OCDBT database."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorstore
 import xxhash
 
 from flaxckpt._direct.chunks import chunks_of, digest_as_stored
-from flaxckpt._direct.form import Fingerprints, Form
+from flaxckpt._direct.form import Fingerprints, Form, database_of
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
 from flaxckpt._direct.sources import BLOCK_BYTES
 from flaxckpt._direct.threads import give_way, writing_pool, writing_threads
 from flaxckpt._direct.zarr import STATE, Array, ZarrArray, raw_bytes, trailer_of
 from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.files import Draft
-from flaxckpt._trees.digest import Digest, as_digest, checksum, checksum_in, digest
+from flaxckpt._processes.messages import LEADER
+from flaxckpt._trees.digest import (
+    Digest,
+    as_digest,
+    checksum,
+    checksum_in,
+    digest,
+    sum_here,
+)
+from flaxckpt._trees.owned_shards import is_shared
 
+Mark = TypeVar("Mark")  # what a leaf's fingerprint is
 _DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
 
@@ -42,10 +52,43 @@ def write_values(
     for path, content in form.contents_for(values, f"{STATE}/"):
         draft.write(path, [content])
     if form.is_database:
-        with aliased(directory / STATE) as plain:
-            database = tensorstore.KvStore.open(database_at(plain)).result()
-            return _write_into(database, form, values), []
+        return _write_database(directory / STATE, form, values, digest_as_stored), []
     return _write_files(form, draft, values, frozen)
+
+
+def write_share(
+    form: Form, draft: Draft, directory: Path, values: Sequence[Any], process: int
+) -> list[int]:
+    """Write one process's share of a tree, in the form that Orbax has shown.
+
+    Args:
+        form: How Orbax has written the share of such a tree.
+        draft: The draft to write small files to.
+        directory: The draft's directory. The caller must sync the database's files.
+        values: The leaves that Orbax stores.
+        process: The process, to whose database the values go.
+
+    Returns:
+        For each leaf, what `sum_of_share` returns.
+    """
+    for path, content in form.contents_for(values):
+        draft.write(path, [content])
+    database = directory / STATE / database_of(process)
+    mark = lambda _, value: sum_of_share(value, process)  # noqa: E731
+    return _write_database(database, form, values, mark)
+
+
+def is_part(value: Any, process: int) -> bool:
+    """Tell whether a process counts a leaf in its share.
+
+    Process 0 counts all, and others only arrays of several processes.
+    """
+    return process == LEADER or is_shared(value)
+
+
+def sum_of_share(value: Any, process: int) -> int:
+    """Return the sum over a process's pieces of a leaf; 0 if it counts none."""
+    return sum_here(value) if is_part(value, process) else 0
 
 
 def fingerprints_of(form: Form, values: Sequence[Any]) -> Fingerprints:
@@ -63,17 +106,35 @@ def fingerprints_of(form: Form, values: Sequence[Any]) -> Fingerprints:
     return digests, sums
 
 
-def _write_into(database: Any, form: Form, values: Sequence[Any]) -> list[str]:
-    digests: list[str] = []
+def _write_database(
+    directory: Path,
+    form: Form,
+    values: Sequence[Any],
+    fingerprint: Callable[[ZarrArray | str, Any], Mark],
+) -> list[Mark]:
+    """Write into a database, and return the fingerprint of each leaf."""
+    with aliased(directory) as plain:
+        database = tensorstore.KvStore.open(database_at(plain)).result()
+        return _write_into(database, form, values, fingerprint)
+
+
+def _write_into(
+    database: Any,
+    form: Form,
+    values: Sequence[Any],
+    fingerprint: Callable[[ZarrArray | str, Any], Mark],
+) -> list[Mark]:
+    marks: list[Mark] = []
     transaction, size = tensorstore.Transaction(), 0
     into = database.with_transaction(transaction)
     turn = time.perf_counter()
     for stored, value in zip(form.arrays, values, strict=True):
         turn = give_way(turn)
-        digests.append(digest_as_stored(stored, value))
+        marks.append(fingerprint(stored, value))
         if isinstance(stored, str):
             continue
-        into.write(stored.description_key, stored.description)
+        if stored.description:
+            into.write(stored.description_key, stored.description)
         for key, _, chunk in chunks_of(stored, value):
             into.write(key, chunk.tobytes() + trailer_of(chunk.nbytes))
             size += chunk.nbytes
@@ -82,7 +143,7 @@ def _write_into(database: Any, form: Form, values: Sequence[Any]) -> list[str]:
             transaction, size = tensorstore.Transaction(), 0
             into = database.with_transaction(transaction)
     transaction.commit_sync()
-    return digests
+    return marks
 
 
 def _write_files(

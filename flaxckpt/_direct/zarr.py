@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -30,7 +30,11 @@ _USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hosti
 
 @dataclass(frozen=True)
 class ZarrArray:
-    """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks."""
+    """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks.
+
+    Of several processes, each stores some of the chunks (`held`, the first index of
+    each), and all but process 0 have no description. None stands for all chunks.
+    """
 
     name: str
     description: bytes
@@ -38,6 +42,7 @@ class ZarrArray:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
+    held: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def is_one_chunk(self) -> bool:
@@ -60,8 +65,11 @@ class ZarrArray:
 
     def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the key of each chunk's file, and the chunk's first index by axis."""
-        grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
-        for start in itertools.product(*grid):
+        starts: Iterable[tuple[int, ...]] | None = self.held
+        if starts is None:
+            grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
+            starts = itertools.product(*grid)
+        for start in starts:
             number = [str(at // part) for at, part in zip(start, self.chunk)]  # noqa: B905
             yield below(self.name, self.separator.join(["c", *number])), start
 

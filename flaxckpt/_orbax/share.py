@@ -30,6 +30,9 @@ from flaxckpt._trees.ties import PyTree
 
 with quiet():
     from orbax.checkpoint._src.metadata import step_metadata_serialization
+    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
+
+ts_utils: Any = tensorstore_utils
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 
@@ -42,6 +45,7 @@ def write_share(
     *,
     is_database: bool,
     spreads: bool,
+    compress: bool,
 ) -> None:
     """Have Orbax write this process's share of a tree, and process 0 the rest, too.
 
@@ -56,10 +60,11 @@ def write_share(
         spreads: Whether each process that has a replica of an array writes a part of
             it. Orbax divides only arrays in some memories, so this must not be set if
             the processes have an array in different memories.
+        compress: Whether Orbax compresses the arrays.
     """
     values = list(map(_as_orbax_takes_it, leaves))
     tree = layout.fill_for_orbax(list(map(with_key, layout.as_stored.leaves, values)))
-    context = orbax_context(is_database=is_database)
+    context = orbax_context(is_database=is_database, compress=compress)
     context.multiprocessing.active_processes = {process_index()}
     # Without a database, each process writes the description of each array as well.
     context.multiprocessing.primary_host = LEADER if is_database else None
@@ -69,6 +74,23 @@ def write_share(
         asyncio.run(_save(_Awaited(epath.Path(plain) / STATE, wait_for_others), tree))
         if process_index() == LEADER:
             _write_metadata(plain, begun)
+
+
+def finish_shares(directory: Path, begun: int) -> None:
+    """Merge the databases of all processes, and write Orbax's file on the whole.
+
+    Args:
+        directory: The checkpoint.
+        begun: When the save began, in ns since 1970.
+    """
+    context = ts_utils.get_ts_context(use_ocdbt=True)
+    with quiet(), aliased(directory) as plain:
+        state = epath.Path(plain) / STATE
+        merged = ocdbt_utils.merge_ocdbt_per_process_files(
+            state, context, use_zarr3=True, enable_validation=False
+        )
+        asyncio.run(merged)
+        _write_metadata(plain, begun)
 
 
 class _Awaited:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import Share, Together, write_share
+from flaxckpt._checkpoints.together import How, Share, Together, write_share
 from flaxckpt._pods.agreement import (
     account_of,
     checksum_of,
@@ -53,12 +53,12 @@ class _Agreed:
     Attributes:
         call: The call; None to write nothing.
         pages: Its pages.
-        spreads: Whether replicas are divided between processes.
+        how: How all processes write.
     """
 
     call: Call | None
     pages: list[Page]
-    spreads: bool
+    how: How
 
 
 class JointSaves:
@@ -72,6 +72,7 @@ class JointSaves:
             timeout: How long to wait for another process, in seconds.
         """
         self._parts, self._area = parts, parts.series.area
+        self._way = parts.publisher.disk.way
         self._channel = Channel(parts.series.name, timeout)
         self._ended: list[Round] = []  # process 0 deletes their messages
 
@@ -133,19 +134,18 @@ class JointSaves:
                     self._lead(exchange, self._agreed(exchange, contents))
                 exchange.tell("done", None)
                 return
-            call = None
+            call, is_direct = None, True
             try:
                 agreed = self._agreed(exchange, contents)
                 call = agreed.call
-                self._follow(exchange, agreed)
+                is_direct = self._follow(exchange, agreed)
             except SilenceError as error:
                 # Process 0 may be silent, and not dead. This raises the error, and
                 # process 0 makes no checkpoint from now on, unless it has begun to.
                 exchange.settle(_END, error)
                 self._hear_the_end(exchange, error)
             if call is not None:
-                self._parts.report.counts.saved += 1
-                self._parts.report.counts.by_orbax += 1
+                self._parts.report.count_saved(is_direct=is_direct)
 
     def _agreed(self, exchange: Round, contents: Contents) -> _Agreed:
         """Compare what this process would write with what the others would write.
@@ -170,8 +170,9 @@ class JointSaves:
             sums, memories, lengths = zip(*checks, strict=True)
             asked = next((i for i, each in enumerate(sums) if each != sums[0]), None)
             widths = widths_for(lengths) if asked is None else []
-            exchange.tell("go", [asked, len(set(memories)) == 1, widths])
-        asked, spreads, widths = exchange.hear("go")
+            how = How(len(set(memories)) == 1, self._way.writes_directly)
+            exchange.tell("go", [asked, how.spreads, how.directly, widths])
+        asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
             if asked == process_index():
                 exchange.tell("account", account)
@@ -179,7 +180,8 @@ class JointSaves:
                 raise error_between(account, asked, exchange.hear("account", asked))
             exchange.hear("done")  # raises the error
         triples = zip(pages, rows, widths, strict=True)
-        return _Agreed(call, [with_rows(*each) for each in triples], spreads)
+        how = How(spreads, directly)
+        return _Agreed(call, [with_rows(*each) for each in triples], how)
 
     def _lead(self, exchange: Round, agreed: _Agreed) -> None:
         """Begin and finish the checkpoints; write this process's shares."""
@@ -201,12 +203,15 @@ class JointSaves:
         parts.paths.take_lock(pages[0].path)
         parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
         with self._area.claim.turn:
-            parts.publisher.put(
-                call, pages, Together(begin, may_finish, agreed.spreads)
-            )
+            parts.publisher.put(call, pages, Together(begin, may_finish, agreed.how))
 
-    def _follow(self, exchange: Round, agreed: _Agreed) -> None:
-        """Write this process's shares, and wait for the end."""
+    def _follow(self, exchange: Round, agreed: _Agreed) -> bool:
+        """Write this process's shares, and wait for the end.
+
+        Returns:
+            Whether the values were written straight from memory, not by Orbax.
+        """
+        publisher, is_direct = self._parts.publisher, True
         shown, who = self._parts.report.shown, in_process()
         for index, page in enumerate(agreed.pages):
             place = exchange.hear(f"where {index}")
@@ -215,10 +220,13 @@ class JointSaves:
                     self._area.share(place) as here,
                     space_told(shown(page.path), page.layout.nbytes, here, who),
                 ):
-                    what = here, page.layout, page.leaves, self._area
-                    share = write_share(*what, spreads=agreed.spreads)
+                    what = here, page.layout, page.leaves, self._way
+                    share = write_share(*what, agreed.how)
+                publisher.note_fault(page.path, share.fault)
+                is_direct = is_direct and share.is_direct
                 exchange.tell(f"share {index}", share.to_json())
         exchange.hear("done")
+        return is_direct
 
     def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
         """Wait on, while process 0 finishes a checkpoint and gives no sign."""

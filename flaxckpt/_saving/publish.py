@@ -144,23 +144,20 @@ class Publisher:
                 saved_as=series.saved_as(page.path),
             )
             task = self.disk.write(page, info, together)
-            if task is not None:
-                is_direct = is_direct and task.is_direct
-                self._note_fault(page.path, task.fault)
+            is_direct = is_direct and task.is_direct
+            self.note_fault(page.path, task.fault)
             settle()
             shown = self.report.shown(page.path)
             self.report.say(call, f"finished saving model to {shown}")
         if call.saves:
             for problem in self.disk.prune(resumable=not self.weights_only):
                 self.report.warn(problem)
-        counts = self.report.counts
-        counts.saved += 1
-        counts.direct += is_direct
-        counts.by_orbax += not is_direct
+        self.report.count_saved(is_direct=is_direct)
         if self.disk.way.frozen is not None:
-            counts.linked_bytes = self.disk.way.frozen.linked_bytes
+            self.report.counts.linked_bytes = self.disk.way.frozen.linked_bytes
 
-    def _note_fault(self, path: Path, fault: Exception | None) -> None:
+    def note_fault(self, path: Path, fault: Exception | None) -> None:
+        """Warn if the direct way has failed, and have Orbax write from now on."""
         if fault is not None:
             self.disk.way.writes_directly = False
             self.report.warn(

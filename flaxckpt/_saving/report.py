@@ -70,6 +70,12 @@ class Report:
         self.counts.delayed += secs > 0
         self.counts.delayed_secs += secs
 
+    def count_saved(self, *, is_direct: bool) -> None:
+        """Count a save that was written, by flaxckpt's direct way or by Orbax."""
+        self.counts.saved += 1
+        self.counts.direct += is_direct
+        self.counts.by_orbax += not is_direct
+
     def decided(self, call: Call) -> None:
         """Print a decision as Keras does, or keep it for the message about the save."""
         state = call.kept

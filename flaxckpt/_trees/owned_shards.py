@@ -25,18 +25,29 @@ def pieces(value: Any) -> list[Piece]:
     value = without_keys(value)
     if isinstance(value, jax.Array):
         return [
-            (
-                tuple(
-                    part.indices(size)[0]
-                    for part, size in zip(shard.index, value.shape, strict=True)
-                ),
-                np.asarray(shard.data),
-            )
+            (_start(shard, value), np.asarray(shard.data))
             for shard in value.addressable_shards
             if shard.replica_id == 0
         ]
     array = as_array(value)
     return [((0,) * array.ndim, array)]
+
+
+def shards(value: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """Return each shard that this process has, once, where `pieces` has first replicas.
+
+    A shard of a JAX array stays on its device.
+    """
+    value = without_keys(value)
+    if not isinstance(value, jax.Array):
+        return [*pieces(value)]
+    found = {_start(shard, value): shard.data for shard in value.addressable_shards}
+    return [*found.items()]
+
+
+def _start(shard: jax.Shard, value: jax.Array) -> tuple[int, ...]:
+    pairs = zip(shard.index, value.shape, strict=True)
+    return tuple(part.indices(size)[0] for part, size in pairs)
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:

@@ -384,7 +384,7 @@ def test_frozen_leaves_may_be_donated_while_a_save_is_under_way(tmp_path, monkey
 
     def late(*args, **kwargs):
         go.wait(60)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     donate = jax.jit(lambda x: x * 2, donate_argnums=0)
     x, y = tree_of(1, 0), tree_of(2, 0)

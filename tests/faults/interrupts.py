@@ -124,7 +124,7 @@ class Run:
     def _write(self, *args, **kwargs):
         self._arrived.set()
         assert self._go.wait(DEADLINE_SECS)
-        self._original(*args, **kwargs)
+        return self._original(*args, **kwargs)
 
     def hold(self):
         """Have the next write wait, once it is begun."""

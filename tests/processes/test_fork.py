@@ -52,7 +52,7 @@ HEAD = """
     def wait_and_write(*args, **kwargs):
         begun.set()
         assert go.wait(60)
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 """
 
 # With a save under way, whose thread may hold any lock.

@@ -851,7 +851,7 @@ def test_an_error_while_copying_does_not_tear_what_waits(tmp_path, monkeypatch):
     def wait_and_write(*args, **kwargs):
         arrived.set()
         assert go.wait(60)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     ckpt = flaxckpt.ModelCheckpoint(tmp_path / "best")

@@ -77,7 +77,7 @@ BLOCKED = """
     def wait_and_write(*args, **kwargs):
         begun.set()
         assert go.wait(60)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     _series_writer.write_checkpoint = wait_and_write
     ckpt = flaxckpt.ModelCheckpoint(sys.argv[1] + "/{epoch}", max_in_flight=1)
@@ -264,7 +264,7 @@ AT_END = """
     def fail(what, *args, **kwargs):
         if what.info.epoch == 0:
             raise OSError("injected")
-        write(what, *args, **kwargs)
+        return write(what, *args, **kwargs)
 
     _series_writer.write_checkpoint = fail
     all = [flaxckpt.ModelCheckpoint(f"{sys.argv[1]}/{i}/{{epoch}}") for i in range(4)]
@@ -318,7 +318,7 @@ def test_a_dropped_object_finishes_what_it_saves_first(tmp_path, monkeypatch):
     def wait_and_write(*args, **kwargs):
         begun.set()
         assert go.wait(60)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     drop = _lock.FileLock.drop

@@ -61,7 +61,7 @@ def held(monkeypatch):
     def wait_and_write(*args, **kwargs):
         arrived.set()
         assert go.wait(60)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     try:

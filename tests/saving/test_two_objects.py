@@ -107,14 +107,11 @@ def test_another_one_saves_while_one_is_writing(tmp_path, monkeypatch, moment):
 
     def wait_and_write(what, *args, **kwargs):
         if what.info.epoch != 2:
-            write(what, *args, **kwargs)
-            return
-        if moment == "after":
-            write(what, *args, **kwargs)
+            return write(what, *args, **kwargs)
+        done = write(what, *args, **kwargs) if moment == "after" else None
         begun.set()
         go.wait(5)  # or until it is clear that the other one waits for its turn
-        if moment == "before":
-            write(what, *args, **kwargs)
+        return done or write(what, *args, **kwargs)
 
     monkeypatch.setattr(_series_writer, "write_checkpoint", wait_and_write)
     one.save(tree_of(2), 2)
