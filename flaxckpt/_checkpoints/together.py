@@ -13,7 +13,7 @@ import jax
 from flaxckpt._checkpoints.finish import finish
 from flaxckpt._checkpoints.looks import IncompleteError
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
-from flaxckpt._direct.form import Form, database_of
+from flaxckpt._direct.form import Form
 from flaxckpt._direct.forms import held_values, placements_of
 from flaxckpt._direct.write import is_part, sum_of_share
 from flaxckpt._direct.write import write_share as write_directly
@@ -112,8 +112,7 @@ def write_share(
     share = _write(directory, layout, leaves, way, how, _nothing)
     if way.area.is_mirror:
         _keep_shards(directory, layout, leaves)
-    own = f"*process_{share.process}"
-    written = [*(directory / STATE).glob(own), *(directory / STATE).glob(f"*/{own}")]
+    written = _written_by(share.process, directory)
     if way.area.sync:
         for each in written:
             sync_tree(each) if each.is_dir() else sync_path(each)
@@ -123,6 +122,12 @@ def write_share(
                 name = file.relative_to(directory).as_posix()
                 share.files[name] = file.stat().st_size
     return share
+
+
+def _written_by(process: int, directory: Path) -> list[Path]:
+    """Return what a process alone has written: its database and its small files."""
+    state, name = directory / STATE, f"*process_{process}"
+    return [*state.glob(name), *state.glob(f"*/{name}")]
 
 
 def _write(
@@ -198,7 +203,8 @@ def _write_directly(
     except Exception as fault:
         if is_about_space(fault):
             raise
-        shutil.rmtree(directory / STATE / database_of(process), ignore_errors=True)
+        for each in _written_by(process, directory):
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
         return None, fault.with_traceback(None)  # the frames hold the tree
     return sums, None
 

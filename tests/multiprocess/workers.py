@@ -87,6 +87,33 @@ def save_tree(directory):
         say([info.path.name for info in ckpt.checkpoints])
 
 
+def save_in_ways(directory, setting, faulty="", process="0"):
+    """Save three times, in one process with a fault of the direct way at the second."""
+    from flaxckpt._direct import write
+
+    tree = tree_of(mesh_of(jax.device_count() // 2, 2), SPECS["4x2"])
+    settings = {"compress": {"compress": True}, "orbax": {"engine": "orbax"}}
+    settings = settings.get(setting, {})
+    original = getattr(write, faulty, None)
+
+    def fail(*args, **kwargs):
+        setattr(write, faulty, original)
+        raise RuntimeError("injected")
+
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt,
+    ):
+        warnings.simplefilter("always")
+        for epoch in range(3):
+            if epoch == 1 and faulty and jax.process_index() == int(process):
+                setattr(write, faulty, fail)
+            ckpt.save(tree, epoch, logs={"loss": 1.0})
+            ckpt.wait()
+    say(ckpt.counts.direct, ckpt.counts.by_orbax)
+    say([str(each.message) for each in caught if "direct way" in str(each.message)])
+
+
 def restore_tree(directory, *ways):
     """Restore it, in each way that it is to be sharded here, and compare all values."""
     for specs in ways:
@@ -673,8 +700,6 @@ def fail_as_leader():
 def refuse(directory):
     """Pass the arguments that work in one process only."""
     for name, value in {
-        "compress": True,
-        "engine": "orbax",
         "max_in_flight": 2,
         "frozen": jax.Array,
     }.items():

@@ -1,7 +1,9 @@
 """Several processes of one run: what they write together, and what they agree on."""
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from multiprocess import pod
 from multiprocess.workers import values
 from orbax.checkpoint import v1
@@ -109,6 +112,63 @@ def test_what_one_has_saved_is_checked_where_it_is_sharded(tmp_path, written):
         for log in running.logs:
             assert ("PASSED OVER" in log.read_text()) == is_damaged
             assert ("bfloat16" in log.read_text()) == is_damaged
+
+
+@pytest.mark.parametrize("setting", ["", "compress", "orbax"])
+def test_a_share_that_orbax_has_shown_is_written_straight_from_memory(
+    tmp_path, setting
+):
+    said = pod.run(tmp_path, "save_in_ways", 2, tmp_path / "run", setting, devices=4)
+    assert said == [[[0, 3] if setting else [2, 1], []]] * 2
+    contents = [
+        _contents(info.path) for info in flaxckpt.list_checkpoints(tmp_path / "run")
+    ]
+    assert len(contents) == 3
+    assert contents[0] == contents[1] == contents[2]
+    said = pod.run(tmp_path, "restore_tree", 4, tmp_path / "run", "columns")
+    assert said == [["same"]] * 4
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+    "name", ["database_of", "sum_of_share", "database_at", "chunks_of", "trailer_of"]
+)
+def test_a_fault_of_the_direct_way_in_one_process_costs_no_checkpoint(
+    tmp_path, name, process
+):
+    run = tmp_path / "run"
+    said = pod.run(tmp_path, "save_in_ways", 2, run, "", name, process, devices=4)
+    (counts, warned), good = said[process], said[1 - process]
+    # After a fault of process 0, Orbax writes in all.
+    assert (counts, good) == ([0, 3], [[1 + process, 2 - process], []])
+    assert len(warned) == 1
+    assert "injected" in warned[0]
+    infos = flaxckpt.list_checkpoints(run)
+    contents = [_contents(info.path) for info in infos]
+    assert contents[0] == contents[1] == contents[2]
+    flaxckpt.verify(infos[1].path)
+
+
+def _contents(path):
+    """Verify a checkpoint; return its database, and its small files less the times."""
+    flaxckpt.verify(path)
+    base = {"driver": "file", "path": f"{path}/state/"}
+    database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    values = {
+        key: database.read(key).result().value for key in database.list().result()
+    }
+    small = [path / "_CHECKPOINT_METADATA", *(path / "state").rglob("*")]
+    for file in small:
+        parts = file.relative_to(path).parts
+        is_data = "d" in parts or file.name == "manifest.ocdbt"
+        if file.is_file() and not is_data:
+            found = json.loads(re.sub(rb"\d{19}", b"0", file.read_bytes()))
+            if isinstance(
+                found.get("array_metadatas"), list
+            ):  # in the order of threads
+                found["array_metadatas"].sort(key=json.dumps)
+            values[parts] = found
+    return values
 
 
 @pytest.mark.parametrize("processes", [2, 4])
