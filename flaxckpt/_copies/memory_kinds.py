@@ -34,18 +34,16 @@ def copied(array: jax.Array) -> jax.Array:
         jax.device_put(part.data, part.data.sharding, may_alias=False)
         for part in array.addressable_shards
     ]
-    return jax.make_array_from_single_device_arrays(
-        array.shape, array.sharding, parts, dtype=array.dtype
-    )
+    return _joined(array, array.sharding, parts)
 
 
 def copied_off_device(leaf: Any) -> Any:
     """Copy an array into the host's memory, and wait for the copy.
 
     An array of several processes stays one: each process copies its shards. Other
-    leaves are passed on.
+    leaves are passed on, and so are arrays without elements: nothing is stored of them.
     """
-    if not isinstance(leaf, jax.Array):
+    if not isinstance(leaf, jax.Array) or not leaf.size:
         return leaf
     if leaf.is_fully_addressable:
         return np.array(leaf)
@@ -53,10 +51,17 @@ def copied_off_device(leaf: Any) -> Any:
         jax.device_put(part.data, _host_memory(part.data.sharding), may_alias=False)
         for part in leaf.addressable_shards
     ]
-    copy = jax.make_array_from_single_device_arrays(
-        leaf.shape, _host_memory(leaf.sharding), parts, dtype=leaf.dtype
-    )
-    return copy.block_until_ready()
+    return _joined(leaf, _host_memory(leaf.sharding), parts).block_until_ready()
+
+
+def _joined(
+    array: jax.Array, sharding: jax.sharding.Sharding, parts: list[jax.Array]
+) -> jax.Array:
+    """Return the array of which this process has these copies of shards."""
+    with jax.enable_x64(True):  # without it, JAX narrows 64-bit dtypes
+        return jax.make_array_from_single_device_arrays(
+            array.shape, sharding, parts, dtype=array.dtype
+        )
 
 
 def _host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

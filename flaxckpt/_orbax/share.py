@@ -16,15 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._copies.held import HostCopy
 from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import aliased
 from flaxckpt._orbax.engine import calls_of_orbax, orbax_context, with_key
 from flaxckpt._orbax.state_handler import v1
+from flaxckpt._processes.mesh import mesh_of_processes
 from flaxckpt._processes.messages import LEADER, process_index
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.ties import PyTree
 
@@ -62,8 +65,8 @@ def write_share(
             the processes have an array in different memories.
         compress: Whether Orbax compresses the arrays.
     """
-    values = list(map(_as_orbax_takes_it, leaves))
-    tree = layout.fill_for_orbax(list(map(with_key, layout.as_stored.leaves, values)))
+    values = list(map(_as_orbax_takes_it, layout.as_stored.leaves, leaves))
+    tree = layout.fill_for_orbax(values)
     context = orbax_context(is_database=is_database, compress=compress)
     context.multiprocessing.active_processes = {process_index()}
     # Without a database, each process writes the description of each array as well.
@@ -109,12 +112,27 @@ async def _save(directory: Any, tree: PyTree) -> None:
     await (await v1.handlers.PyTreeHandler().save(directory, tree))
 
 
-def _as_orbax_takes_it(leaf: Any) -> Any:
-    """Return an array that is whole in every process as a host array, and no other."""
-    if isinstance(leaf, HostCopy):
-        return np.asarray(leaf)
-    is_whole = isinstance(leaf, jax.Array) and not is_shared(leaf)
-    return np.asarray(leaf) if is_whole else leaf
+def _as_orbax_takes_it(leaf: Leaf, value: Any) -> Any:
+    """Return an array that is whole in every process as a host array, and no other.
+
+    Orbax takes no array of this process alone. Keys cannot be host arrays, so they
+    become one array of all processes, which have equal values.
+    """
+    is_whole = isinstance(value, jax.Array) and not is_shared(value)
+    if is_whole or isinstance(value, HostCopy):
+        value = np.asarray(value)
+    if leaf.kind == "key" and not is_shared(value):
+        value = _replicated(np.asarray(value))
+    return with_key(leaf, value)
+
+
+def _replicated(value: np.ndarray[Any, Any]) -> jax.Array:
+    """Put a value that all processes have onto one device of each."""
+    mesh = mesh_of_processes()
+    part = jax.device_put(value, jax.local_devices()[0])
+    return jax.make_array_from_single_device_arrays(
+        value.shape, NamedSharding(mesh, PartitionSpec()), [part]
+    )
 
 
 def _write_metadata(directory: Path, begun: int) -> None:

@@ -17,14 +17,47 @@ import xxhash
 
 from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._decision.logs import Unusable, find
-from flaxckpt._processes.messages import process_index
+from flaxckpt._processes.messages import process_count, process_index
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.job import translated
 from flaxckpt._trees.digest import checksum
+from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared
-from flaxckpt.errors import CheckpointError, MetricError
+from flaxckpt.errors import CheckpointError, MetricError, UnsupportedLeafError
 
 _SHOWN = 3
+
+
+def check_parts(layout: Layout, leaves: Sequence[Any]) -> None:
+    """Check that each process has a part of each array that several processes share.
+
+    JAX cannot copy an array of which a process has no part, and Orbax cannot write it.
+
+    Raises:
+        UnsupportedLeafError: If a process has no part of an array; the same in all
+            processes.
+    """
+    pairs = zip(layout.leaves, leaves, strict=True)
+    refused = [
+        (leaf.name, problem)
+        for leaf, value in pairs
+        if is_shared(value) and (problem := _problem_of_parts(value.sharding))
+    ]
+    if refused:
+        raise UnsupportedLeafError(tuple(refused))
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem_of_parts(sharding: jax.sharding.Sharding) -> str:
+    """Say which process has no part of arrays with a sharding; empty if all have."""
+    found = {device.process_index for device in sharding.device_set}
+    lacking = [index for index in range(process_count()) if index not in found]
+    if not lacking:
+        return ""
+    return (
+        f"an array on devices of {len(found)} of {process_count()} processes: process "
+        f"{lacking[0]} has no part of it"
+    )
 
 
 def account_of(call: Call, pages: Sequence[Page], paths: list[str]) -> dict[str, Any]:

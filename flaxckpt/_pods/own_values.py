@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._checkpoints.series_writer import Page
+from flaxckpt._processes.mesh import mesh_of_processes
 from flaxckpt._processes.messages import process_count
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.per_process import encoded, padded
@@ -58,9 +59,7 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
 
 def _stacked(row: np.ndarray[Any, Any], number: int) -> jax.Array:
     """Make an array of a row of each process, on one device of each."""
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    devices = np.array([first[process] for process in range(number)])
-    sharding = NamedSharding(Mesh(devices, ("process",)), PartitionSpec("process"))
+    sharding = NamedSharding(mesh_of_processes(), PartitionSpec("process"))
     part = jax.device_put(row, jax.local_devices()[0])
     shape = number, row.shape[1]
     return jax.make_array_from_single_device_arrays(shape, sharding, [part])

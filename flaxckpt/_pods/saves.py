@@ -27,6 +27,7 @@ from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
+from flaxckpt._pods.agreement import check_parts
 from flaxckpt._pods.joint_saves import JointSaves
 from flaxckpt._processes.messages import (
     is_leader,
@@ -169,6 +170,7 @@ class PodSaver:
         )
         contents.take_up_scalars(call, waits=True)  # processes would differ in that
         for stored in contents.trees:
+            check_parts(stored.layout, stored.leaves)
             # Unwrapping PRNG keys runs a program, which the background must not.
             stored.leaves = list(map(without_keys, stored.leaves))
             stored.kinds = kinds_of(stored.leaves)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flaxckpt._runtime.jax_internals import put_alike
 from flaxckpt._trees.describe import impl_of
-from flaxckpt._trees.leaf import ARRAYS, PYTHON, Leaf
+from flaxckpt._trees.leaf import ARRAYS, PYTHON, STORED_DTYPES, Leaf, key_numbers
 from flaxckpt._trees.wanted import Wanted
 
 
@@ -28,7 +28,7 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     kind = want.leaf.kind
     own: Callable[[Any], Any] = want.type or (lambda value: value)
     if 0 in have.shape and not have.rows:
-        value = _empty(have)
+        value = _empty(have, want.sharding)
     if have.kind == "bytes":
         return np.asarray(value).tobytes()
     if have.kind == "str" and not have.is_text:
@@ -68,7 +68,8 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
 
     One call of `device_put` puts one host array of each shape, dtype and sharding, and
     all other arrays. `put_alike` puts the rest: JAX takes several times as long to put
-    an array of a new kind.
+    an array of a new kind. Of a host array for several processes each puts its shards:
+    `device_put` would have all processes compare the array, in a collective.
     """
     shardings = {
         position: want.sharding
@@ -77,6 +78,9 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     }
     groups: dict[Any, list[int]] = {}
     for at, sharding in shardings.items():
+        if not (sharding.is_fully_addressable or isinstance(leaves[at], jax.Array)):
+            leaves[at] = _put_own_shards(np.asarray(leaves[at]), sharding)
+            continue
         group: Any = at
         if type(leaves[at]) is np.ndarray and wanted[at].is_in_one_piece:
             group = leaves[at].shape, leaves[at].dtype, sharding
@@ -92,7 +96,16 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
                 leaves[at] = each
 
 
-def _empty(leaf: Leaf) -> Any:
-    if leaf.kind == "key":
-        return jax.random.split(jax.random.key(0, impl=leaf.impl), leaf.shape)
-    return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+def _put_own_shards(value: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(
+        value.shape, sharding, value.__getitem__, dtype=value.dtype
+    )
+
+
+def _empty(leaf: Leaf, sharding: Any) -> Any:
+    """Make an array without elements; if it is of keys, put it on the sharding."""
+    if leaf.kind != "key":
+        return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+    data = np.zeros((*leaf.shape, *key_numbers(leaf.impl)), STORED_DTYPES["key"])
+    placed = jnp.asarray(data) if sharding is None else _put_own_shards(data, sharding)
+    return jax.random.wrap_key_data(placed, impl=leaf.impl)

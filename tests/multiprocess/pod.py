@@ -104,10 +104,11 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
 
     Args:
         directory: For their logs.
-        worker: Name of a function in `workers.py`.
+        worker: Name of a function in `workers.py`, or of a module beside it and a
+            function there, with a dot between them.
         count: How many.
         *arguments: For it.
-        devices: How many devices each process has.
+        devices: How many devices each process has: a number, or one for each.
         faults: Environment variables of some processes, by index.
         scratch: A directory to have for temporary files, each process another one
             under that name, as if it were on a machine of its own; of the size
@@ -117,10 +118,11 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes, logs = [], []
+    devices = [devices] * count if isinstance(devices, int) else devices
     for index in range(count):
         log = Path(directory) / f"{worker}-{port}-{index}.log"
         command = [sys.executable, str(HERE / "workers.py"), worker]
-        command += [str(index), str(count), str(port), str(devices)]
+        command += [str(index), str(count), str(port), str(devices[index])]
         environment = {**os.environ, **(faults or {}).get(index, {})}
         environment.pop("XLA_FLAGS", None)
         if scratch is not None:

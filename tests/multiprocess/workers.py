@@ -1,10 +1,13 @@
 """What the processes of a pod run; see `pod.py`.
 
 python workers.py WORKER INDEX COUNT PORT DEVICES ARGUMENT...
+
+WORKER is a function here, or MODULE.FUNCTION for one of a module beside this one.
 """
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import resource
@@ -759,7 +762,13 @@ def main():
             heartbeat_timeout_seconds=10,
             shutdown_timeout_seconds=20,
         )
-    globals()[worker](*arguments)
+    module, _, name = worker.rpartition(".")
+    if module:
+        sys.path.append(str(Path(__file__).parents[1]))
+        named = vars(importlib.import_module(f"multiprocess.{module}"))
+    else:
+        named = globals()
+    named[name](*arguments)
 
 
 if __name__ == "__main__":
