@@ -1,5 +1,6 @@
 """Writes one checkpoint by several processes: process 0 leads, each writes a share."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from flaxckpt._processes.messages import SilenceError, process_index
 from flaxckpt._trees.digest import combined, digest_of_sum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared, pieces
-from flaxckpt.errors import CheckpointWriteError
+from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 # A network's file system may show other machines what was written a little later.
 _VISIBLE_SECS = 30.0
@@ -163,27 +164,40 @@ def write_together(
             see what another has written.
     """
     info, layout, area = checkpoint.info, checkpoint.layout, way.area
-    leaves, shares = checkpoint.leaves, list[Share]()
+    leaves, shares = checkpoint.leaves, None
     with area.staging() as directory:
         written = directory / "new"
         (written / STATE).mkdir(parents=True)
         wait = together.begin(written)
 
+        def hear() -> list[Share]:
+            nonlocal shares
+            if shares is None:
+                shares = []  # the others are heard once
+                try:
+                    shares = wait()
+                except SilenceError:
+                    # A silent process may still write. If the directory were gone,
+                    # TensorStore would wait for it there, for ever.
+                    area.spare(directory)
+                    raise
+            return shares
+
         def wait_for_others() -> None:
-            try:
-                shares.extend(wait())
-            except SilenceError:
-                # A silent process may still write. If the directory were gone,
-                # TensorStore would wait for it there, for ever.
-                area.spare(directory)
-                raise
+            heard = hear()
             if not area.is_mirror:  # a store has the others' shares
-                _see(shares, written, area.shown(info.path))
+                _see(heard, written, area.shown(info.path))
 
         spreads = together.spreads
-        _write_by_orbax(written, layout, leaves, wait_for_others, area, spreads=spreads)
+        try:
+            _write_by_orbax(
+                written, layout, leaves, wait_for_others, area, spreads=spreads
+            )
+        finally:
+            with contextlib.suppress(CheckpointError):
+                hear()  # if this process has failed, the others may still write
         totals = _sums(layout, leaves, leads=True)
-        for share in shares:
+        for share in shares or []:
             for index, total in share.sums.items():
                 totals[index] += total
         digests = [digest_of_sum(totals[index]) for index in range(len(totals))]
