@@ -75,6 +75,12 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
         for position, want in wanted.items()
         if want.sharding is not None and want.leaf.kind == "jax"
     }
+    for at in [at for at in shardings if _is_of_all(leaves[at], shardings[at])]:
+        # `device_put` would have the processes compare the values, in a collective.
+        value, sharding = leaves[at], shardings.pop(at)
+        leaves[at] = jax.make_array_from_callback(
+            value.shape, sharding, value.__getitem__
+        )
     groups: dict[Any, list[int]] = {}
     for at, sharding in shardings.items():
         group: Any = at
@@ -90,6 +96,11 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
             alike = put_alike([leaves[at] for at in others], array, shardings[first])
             for at, each in zip(others, alike, strict=True):
                 leaves[at] = each
+
+
+def _is_of_all(value: Any, sharding: Any) -> bool:
+    """Tell whether several processes put a host array, each its part."""
+    return isinstance(value, np.ndarray) and not sharding.is_fully_addressable
 
 
 def _empty(leaf: Leaf) -> Any:
