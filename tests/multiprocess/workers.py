@@ -698,7 +698,12 @@ def keep_the_better(directory):
         say(shown, float(ckpt.restore(tree, "best").state.best))
 
 
-def main():
+def main(workers):
+    """Run the worker that the command line names.
+
+    Args:
+        workers: The workers, by name.
+    """
     worker, index, count, port, devices, *arguments = sys.argv[1:]
     faulthandler.dump_traceback_later(110, exit=True)  # tells where it hangs
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -711,8 +716,8 @@ def main():
             heartbeat_timeout_seconds=10,
             shutdown_timeout_seconds=20,
         )
-    globals()[worker](*arguments)
+    workers[worker](*arguments)
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
