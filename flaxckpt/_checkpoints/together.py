@@ -1,6 +1,7 @@
 """Writes one checkpoint by several processes: process 0 leads, each writes a share."""
 
 import collections
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from flaxckpt._runtime.failures import is_about_space
 from flaxckpt._trees.digest import digest_of_sum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared
-from flaxckpt.errors import CheckpointWriteError
+from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 # A network's file system may show other machines what was written a little later.
 _VISIBLE_SECS = 30.0
@@ -247,25 +248,36 @@ def write_together(
             see what another has written.
     """
     info, layout, area = checkpoint.info, checkpoint.layout, way.area
-    leaves, shares = checkpoint.leaves, list[Share]()
+    leaves, shares = checkpoint.leaves, None
     with area.staging() as directory:
         written = directory / "new"
         (written / STATE).mkdir(parents=True)
         wait = together.begin(written)
 
-        def wait_for_others() -> None:
-            try:
-                shares.extend(wait())
-            except SilenceError:
-                # A silent process may still write. If the directory were gone,
-                # TensorStore would wait for it there, for ever.
-                area.spare(directory)
-                raise
-            if not area.is_mirror:  # a store has the others' shares
-                _see(shares, written, area.shown(info.path))
+        def hear() -> list[Share]:
+            nonlocal shares
+            if shares is None:
+                shares = []  # the others are heard once
+                try:
+                    shares = wait()
+                except SilenceError:
+                    # A silent process may still write. If the directory were gone,
+                    # TensorStore would wait for it there, for ever.
+                    area.spare(directory)
+                    raise
+            return shares
 
-        own = _write(written, layout, leaves, way, together.how, wait_for_others)
-        shares.insert(LEADER, own)
+        def wait_for_others() -> None:
+            heard = hear()
+            if not area.is_mirror:  # a store has the others' shares
+                _see(heard, written, area.shown(info.path))
+
+        try:
+            own = _write(written, layout, leaves, way, together.how, wait_for_others)
+        finally:
+            with contextlib.suppress(CheckpointError):
+                hear()  # if this process has failed, the others may still write
+        shares = [own, *hear()]
         totals = collections.Counter[int]()
         for share in shares:
             totals.update(share.sums)

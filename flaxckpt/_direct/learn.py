@@ -93,13 +93,15 @@ def learn_share(
     shapes = state / "array_metadatas" / f"process_{process}"
     try:
         store = Database(state / database_of(process))
-        chunks = _chunk_shapes(shapes) if shapes.exists() else {}
+        contents, chunks = dict[str, bytes](), dict[str, tuple[int, ...]]()
+        if shapes.exists():  # there are none for host arrays
+            contents[shapes.relative_to(directory).as_posix()] = shapes.read_bytes()
+            chunks = _chunk_shapes(shapes.read_bytes())
         keys = _by_name(store.keys)
         arrays = [
             _held(leaf, value, store, keys.get(leaf.stored_name, {}), chunks)
             for leaf, value in zip(leaves, values, strict=True)
         ]
-        contents = {shapes.relative_to(directory).as_posix(): shapes.read_bytes()}
         if process != LEADER:
             return Form(True, contents, arrays, spreads)
         contents |= {
@@ -114,9 +116,9 @@ def learn_share(
         return None
 
 
-def _chunk_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _chunk_shapes(metadata_of_arrays: bytes) -> dict[str, tuple[int, ...]]:
     """Read which shape the chunks of each array have, by the array's name."""
-    found = json.loads(file.read_bytes())["array_metadatas"]
+    found = json.loads(metadata_of_arrays)["array_metadatas"]
     metadata = [each["array_metadata"] for each in found]
     return {each["param_name"]: tuple(each["chunk_shape"]) for each in metadata}
 

@@ -65,6 +65,8 @@ class Staging:
         except BaseException:
             if path not in self._spared:
                 shutil.rmtree(path, ignore_errors=True)
+                if reuse is None:  # another process may have written there meanwhile
+                    self.trash.append(path)
             raise
         self.trash += self._spared  # a later save is on disk
         self._spared.clear()
@@ -80,6 +82,8 @@ class Staging:
         """Return an old directory that can be written over, or make a new one."""
         while self.trash:
             path = self.trash.pop()
+            if not path.is_dir():
+                continue
             try:
                 keep_only(path / "new", names)
             except OSError:  # somebody has made a part of it immutable

@@ -38,6 +38,8 @@ with quiet():
 ts_utils: Any = tensorstore_utils
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"
+# For this directory, Orbax would have a process wait for process 0, up to ten minutes.
+_ARRAYS_METADATA = "array_metadatas"
 
 
 def write_share(
@@ -74,6 +76,7 @@ def write_share(
     context.array.saving.use_replica_parallel = spreads
     with calls_of_orbax(context), aliased(directory) as plain:
         begun = time.time_ns()
+        (directory / STATE / _ARRAYS_METADATA).mkdir(exist_ok=True)
         asyncio.run(_save(_Awaited(epath.Path(plain) / STATE, wait_for_others), tree))
         if process_index() == LEADER:
             _write_metadata(plain, begun)

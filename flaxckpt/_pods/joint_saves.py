@@ -29,6 +29,7 @@ from flaxckpt._processes.messages import (
     Round,
     SilenceError,
     is_leader,
+    process_count,
     process_index,
 )
 from flaxckpt._runtime.failures import space_told
@@ -43,7 +44,11 @@ _PATIENCE = 20  # time-outs
 # that has given up.
 _END = "end"
 # What the processes wait for, where process 0 may have an error to tell.
-_AWAITED = ("go", *(f"where {index}" for index in range(_PAGES)), "done")
+_AWAITED = (
+    "refused", "go", *(f"where {index}" for index in range(_PAGES)), "done",
+)  # fmt: skip
+# What process 0 waits for, where another process may have given up.
+_ASKED = ("seen", "check", "account", *(f"share {index}" for index in range(_PAGES)))
 
 
 @dataclass
@@ -90,36 +95,64 @@ class JointSaves:
                 process 0 has made; the same in all processes.
         """
         exchange = self._channel.round()
-        if not is_leader():
-            place = exchange.hear("where 0")
-            with self._telling(exchange, "seen"):
-                if place:
-                    with self._area.share(place):
-                        pass
-                exchange.tell("seen", None)
-            exchange.hear("done")
-            return
-        with self._telling_all(exchange):
-            self._parts.paths.take_lock(None)
-            with self._area.staging() as directory:
-                place = ""  # an object store is one to all
-                if not self._area.is_mirror:
-                    root = self._parts.series.root
-                    place = self._area.meeting_place(directory / "new", root)
-                exchange.tell("where 0", place)
-                exchange.hear_all("seen", first=1)
-        exchange.tell("done", None)
+        with self._channel.at_work():
+            if is_leader():
+                with self._telling_all(exchange):
+                    self._parts.paths.take_lock(None)
+                    with self._area.staging() as directory:
+                        place = ""  # an object store is one to all
+                        if not self._area.is_mirror:
+                            root = self._parts.series.root
+                            place = self._area.meeting_place(directory / "new", root)
+                        exchange.tell("where 0", place)
+                        exchange.hear_all("seen", first=1)
+                    exchange.settle(_END, None)
+                exchange.tell("done", None)
+                return
+            with self._giving_up(exchange):
+                place = exchange.hear("where 0")
+                with self._telling(exchange, "seen"):
+                    if place:
+                        with self._area.share(place):
+                            pass
+                    exchange.tell("seen", None)
+                exchange.hear("done")
 
     def refusal(self, error: BaseException) -> Callable[[], None]:
-        """Return what to run in place of `write`, if this process could not copy."""
+        """Return what to run in place of `write`, if this process could not copy.
+
+        The processes that could copy raise the error at their next call. Then this
+        process raises it again there. Otherwise it would be one save ahead of them.
+        """
         exchange, failure = self._channel.round(), self.translated(error)
 
         def refuse() -> None:
-            exchange.tell("check", failure)
-            if is_leader():
-                self._tell_all(exchange, failure)
+            with self._channel.at_work(), self._giving_up(exchange):
+                exchange.tell("check", failure)
+                if is_leader():
+                    self._tell_whether_all_refuse(exchange, failure)
+                exchange.hear("refused")
 
         return refuse
+
+    def _tell_whether_all_refuse(
+        self, exchange: Round, failure: CheckpointError
+    ) -> None:
+        """Have all processes raise the error, unless each has raised its own."""
+
+        def refuses(process: int) -> bool:
+            try:
+                exchange.hear("check", process)
+            except CheckpointError as error:
+                return not isinstance(error, SilenceError)
+            return False
+
+        if all(map(refuses, range(1, process_count()))):
+            exchange.settle(_END, None)
+            exchange.tell("refused", None)
+        else:
+            self._tell_all(exchange, failure)
+        self._ended.append(exchange)
 
     def write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part.
@@ -135,15 +168,10 @@ class JointSaves:
                 exchange.tell("done", None)
                 return
             call, is_direct = None, True
-            try:
+            with self._giving_up(exchange):
                 agreed = self._agreed(exchange, contents)
                 call = agreed.call
                 is_direct = self._follow(exchange, agreed)
-            except SilenceError as error:
-                # Process 0 may be silent, and not dead. This raises the error, and
-                # process 0 makes no checkpoint from now on, unless it has begun to.
-                exchange.settle(_END, error)
-                self._hear_the_end(exchange, error)
             if call is not None:
                 self._parts.report.count_saved(is_direct=is_direct)
 
@@ -187,6 +215,7 @@ class JointSaves:
         """Begin and finish the checkpoints; write this process's shares."""
         parts, call, pages = self._parts, agreed.call, agreed.pages
         if call is None:
+            exchange.settle(_END, None)
             return
         numbers = iter(range(len(pages)))
 
@@ -228,15 +257,6 @@ class JointSaves:
         exchange.hear("done")
         return is_direct
 
-    def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
-        """Wait on, while process 0 finishes a checkpoint and gives no sign."""
-        for _ in range(_PATIENCE):
-            with contextlib.suppress(SilenceError):
-                return exchange.hear("done")
-        raise CheckpointError(
-            f"{error} It had begun to finish the checkpoint, which may be there."
-        ) from error
-
     # ---- errors ----------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -251,6 +271,38 @@ class JointSaves:
             yield
         except BaseException as error:
             exchange.tell(subject, self.translated(error, path), again=True)
+
+    @contextlib.contextmanager
+    def _giving_up(self, exchange: Round) -> Generator[None]:
+        """Settle the end if this process stops before process 0 has told it the end.
+
+        Process 0 may be silent, and not dead: from then on, it makes no checkpoint. If
+        it has begun to finish one, this process waits for its word.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, CheckpointError) and not isinstance(
+                error, SilenceError
+            ):
+                raise  # process 0 has told it
+            failure = self.translated(error)
+            try:
+                exchange.settle(_END, failure)
+            except CheckpointError:
+                for subject in _ASKED:
+                    exchange.tell(subject, failure, again=True)
+                raise
+            self._hear_the_end(exchange, failure)
+
+    def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
+        """Wait on, while process 0 finishes a checkpoint and gives no sign."""
+        for _ in range(_PATIENCE):
+            with contextlib.suppress(SilenceError):
+                return exchange.hear("done")
+        raise CheckpointError(
+            f"{error} It had begun to finish the checkpoint, which may be there."
+        ) from error
 
     @contextlib.contextmanager
     def _telling_all(self, exchange: Round) -> Generator[None]:

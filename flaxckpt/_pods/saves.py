@@ -190,7 +190,7 @@ class PodSaver:
     def _submit_refusal(self, job: Job, error: BaseException) -> None:
         """Have a job tell the other processes, which will wait for this one.
 
-        This process raises the error at once, and not again.
+        This process raises the error at once.
         """
         path, job.memory = self.report.shown(None), None
         job.then = Job(path=path, run=self._joint.refusal(error))

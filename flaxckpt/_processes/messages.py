@@ -143,6 +143,9 @@ class Round:
         key = f"{self._key}/{subject}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # it is there already
             _set(key, _encoded(content))
+        for _ in range(_SIGNS):  # a process that was stopped meanwhile looks again
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                return _got(key, self._timeout / _SIGNS)
         return _got(key, self._timeout)
 
     def hear(

@@ -44,12 +44,20 @@ class Pod:
             assert self.codes == [0] * len(self.codes), self.told()
         return self.said()
 
+    def order(self, **order):
+        """Send an order to all processes, as a line of JSON."""
+        for process in self.processes:
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+
     def kill(self):
         """End what is left; under jax.distributed, SIGTERM would not."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
 
     @property
     def codes(self):
@@ -68,20 +76,25 @@ class Pod:
         ]
 
     def wait_until(self, index, what, *, beginning=False):
-        """Wait until a process has said something, or something that begins so."""
+        """Wait until a process has said something, or something that begins so.
+
+        Returns:
+            What it has said.
+        """
         until = time.monotonic() + DEADLINE_SECS
 
-        def is_said():
-            said = self.said()[index]
-            if beginning:
-                return any(line[: len(what)] == what for line in said)
-            return what in said
+        def found():
+            for line in self.said()[index]:
+                if line == what or (beginning and line[: len(what)] == what):
+                    return line
+            return None
 
-        while not is_said():
+        while (line := found()) is None:
             if self.processes[index].poll() is not None or time.monotonic() > until:
                 self.kill()
                 raise AssertionError(f"{what} was never said\n{self.told()}")
             time.sleep(0.02)
+        return line
 
     def told(self):
         """Return all that they have printed, for a failure's message."""
@@ -99,13 +112,23 @@ def can_be_apart():
     return subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
 
 
-def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=None):
+def start(
+    directory,
+    worker,
+    count,
+    *arguments,
+    devices=2,
+    faults=None,
+    scratch=None,
+    script="workers.py",
+    takes_orders=False,
+    is_apart=False,
+):
     """Start a worker in several processes.
 
     Args:
         directory: For their logs.
-        worker: Name of a function in `workers.py`, or of a module beside it and a
-            function there, with a dot between them.
+        worker: Name of a function in the script.
         count: How many.
         *arguments: For it.
         devices: How many devices each process has: a number, or one for each.
@@ -113,6 +136,9 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
         scratch: A directory to have for temporary files, each process another one
             under that name, as if it were on a machine of its own; of the size
             that SCRATCH_SIZE in its environment gives, if any.
+        script: The file with the worker.
+        takes_orders: Whether the workers read orders; see `Pod.order`.
+        is_apart: Whether what a process mounts is there for itself alone.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -121,7 +147,7 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
     devices = [devices] * count if isinstance(devices, int) else devices
     for index in range(count):
         log = Path(directory) / f"{worker}-{port}-{index}.log"
-        command = [sys.executable, str(HERE / "workers.py"), worker]
+        command = [sys.executable, str(HERE / script), worker]
         command += [str(index), str(count), str(port), str(devices[index])]
         environment = {**os.environ, **(faults or {}).get(index, {})}
         environment.pop("XLA_FLAGS", None)
@@ -129,14 +155,18 @@ def start(directory, worker, count, *arguments, devices=2, faults=None, scratch=
             environment["TMPDIR"] = str(scratch)
             size = '-o size="${SCRATCH_SIZE:-50%}"'
             mount = f'mount -t tmpfs {size} none "$TMPDIR" && exec "$0" "$@"'
-            command = ["unshare", "--mount", "sh", "-c", mount, *command]
+            command = ["sh", "-c", mount, *command]
+        if is_apart or scratch is not None:
+            command = ["unshare", "--mount", *command]
         with log.open("w") as out:
             processes.append(
                 subprocess.Popen(
                     [*command, *map(str, arguments)],
+                    stdin=subprocess.PIPE if takes_orders else None,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     env=environment,
+                    text=True,
                 )
             )
         logs.append(log)

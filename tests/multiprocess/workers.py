@@ -1,13 +1,10 @@
 """What the processes of a pod run; see `pod.py`.
 
 python workers.py WORKER INDEX COUNT PORT DEVICES ARGUMENT...
-
-WORKER is a function here, or MODULE.FUNCTION for one of a module beside this one.
 """
 
 import contextlib
 import faulthandler
-import importlib
 import json
 import os
 import resource
@@ -749,7 +746,12 @@ def keep_the_better(directory):
         say(shown, float(ckpt.restore(tree, "best").state.best))
 
 
-def main():
+def main(workers):
+    """Run the worker that the command line names.
+
+    Args:
+        workers: The workers, by name.
+    """
     worker, index, count, port, devices, *arguments = sys.argv[1:]
     faulthandler.dump_traceback_later(110, exit=True)  # tells where it hangs
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -762,14 +764,8 @@ def main():
             heartbeat_timeout_seconds=10,
             shutdown_timeout_seconds=20,
         )
-    module, _, name = worker.rpartition(".")
-    if module:
-        sys.path.append(str(Path(__file__).parents[1]))
-        named = vars(importlib.import_module(f"multiprocess.{module}"))
-    else:
-        named = globals()
-    named[name](*arguments)
+    workers[worker](*arguments)
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

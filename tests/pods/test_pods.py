@@ -1,8 +1,6 @@
 """Several processes of one run: what they write together, and what they agree on."""
 
 import json
-import os
-import random
 import re
 import shutil
 import signal
@@ -425,33 +423,3 @@ def test_what_fails_in_process_0_alone_keeps_no_other_one_waiting(tmp_path):
         "CheckpointError"
     ] * 2
     assert "Process 0 failed: PermissionError: [Errno 13]" in said[1][0][1]
-
-
-KILLS = 200 if os.environ.get("FLAXCKPT_FAULTS") == "full" else 4
-SEED = int(os.environ.get("FLAXCKPT_SEED", random.randrange(10**6)))
-
-
-@pytest.mark.slow
-def test_killed_at_any_time_it_goes_on_from_what_was_on_disk(tmp_path):
-    """Kill one of four at random, again and again; the others have to end, too."""
-    chance = random.Random(SEED)
-    victims = [0, 1] + [chance.randrange(4) for _ in range(KILLS - 2)]
-    for number, victim in enumerate(victims):
-        if number % 4 == 0:  # before there is nothing left to improve
-            directory, on_disk = tmp_path / f"run-{number}", -1
-        running = pod.start(tmp_path, "train", 4, directory, 1000, 0.01)
-        running.wait_until(0, ["starts at"], beginning=True)
-        time.sleep(chance.uniform(0, 1.5))
-        running.processes[victim].kill()
-        said = running.wait(check=False)  # which tells of a hang
-        told = f"seed {SEED}, kill {number}\n{running.told()}"
-        assert all(code != 0 for code in running.codes), told
-        starts = {lines[0][1] for lines in said if lines}  # some were killed before
-        assert starts == {said[0][0][1]}
-        assert said[0][0][1] > on_disk, told
-        listed = [info.epoch for info in flaxckpt.list_checkpoints(directory)]
-        found = [line[1] for lines in said for line in lines if line[0] == "on disk"]
-        on_disk = max([on_disk, *found])
-        assert not found or max(listed) >= on_disk, told
-    for info in flaxckpt.list_checkpoints(directory):
-        flaxckpt.verify(info.path)

@@ -59,8 +59,8 @@ PODS = {
 def test_what_orbax_saves_is_saved_and_restored_in_each_process(tmp_path, kind):
     devices, names, snapshot = PODS[kind]
     said = pod.run(
-        tmp_path, "tree_workers.save_trees", len(devices), tmp_path, snapshot, *names,
-        devices=devices,
+        tmp_path, "save_trees", len(devices), tmp_path, snapshot, *names,
+        devices=devices, script="tree_workers.py",
     )  # fmt: skip
     problems, by_both = [], 0
     for name, *told in zip(names, *said, strict=True):
@@ -69,7 +69,8 @@ def test_what_orbax_saves_is_saved_and_restored_in_each_process(tmp_path, kind):
         by_both += not (any(by_orbax) or any(saved))
         found = _problem(name, by_orbax, saved, loaded)
         if not found and not any(saved):
-            found = _problem_on_disk(tmp_path / "flaxckpt" / name / "1", name, devices)
+            flaxckpt.verify(tmp_path / "flaxckpt" / name / "1")
+            found = _problem_on_disk(tmp_path / "flaxckpt" / name / "2", name, devices)
         if found:
             problems.append(f"{name}: {found}")
     assert not problems, "\n".join(problems)
