@@ -143,7 +143,7 @@ def normal(
         value = np.array(value, dtype=value.dtype.newbyteorder("="))
         leaf = Leaf(path, kind, str(value.dtype), value.shape)
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise RefusedError("an integer of more than 64 bits")
+        raise RefusedError("an integer that int64 does not hold")
     elif isinstance(value, bytes):
         leaf = Leaf(path, "bytes", "uint8", (len(value),))
         return leaf, np.frombuffer(value, np.uint8)

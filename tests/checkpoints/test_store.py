@@ -347,7 +347,7 @@ def test_leaves_that_cannot_be_saved(tmp_path):
         ckpt.update(ckpt.init(), tree, {}, 0)
     assert str(caught.value) == (
         "9 leaves of the tree cannot be saved:\n"
-        "  big: an integer of more than 64 bits\n"
+        "  big: an integer that int64 does not hold\n"
         "  deleted: an array that was deleted (donated to a jitted call)\n"
         "  masked: a masked array; save its data and mask as two arrays\n"
         "  obj/0: an object of type object\n"
