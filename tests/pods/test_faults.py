@@ -40,7 +40,7 @@ def faults(draw, kinds=KINDS):
     fault = {"kind": kind, "point": point}
     fault["number"] = draw(st.integers(0, most.get(point, 4)))
     if kind in ("late", "silent", "stopped"):
-        fault["secs"] = TIMEOUT_SECS * draw(st.sampled_from([0.4, 2.5]))
+        fault["secs"] = TIMEOUT_SECS * draw(st.sampled_from([0.4, 1.5, 2.5]))
     if kind == "blind":
         fault["in_share"] = draw(st.booleans())
     return fault
@@ -146,7 +146,8 @@ def test_at_the_moments_at_which_they_could_disagree(lived, moment):
     if kind == "blind" and not HIDES:
         pytest.skip("no file systems of their own for processes")
     fault = {"kind": kind, "point": point, "number": number}
-    fault |= {"secs": 2.5 * TIMEOUT_SECS, "in_share": process == 1}
+    late = 1.5 if kind == "late" else 2.5  # the others are in the next save, or beyond
+    fault |= {"secs": late * TIMEOUT_SECS, "in_share": process == 1}
     order = {"fault": fault, "process": process, "epoch": epoch, "kind": what}
     order |= {"improves": False, "waits": kind != "refusing", "timeout": TIMEOUT_SECS}
     said, directory = lived.carry_out(order)
