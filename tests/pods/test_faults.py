@@ -40,7 +40,7 @@ def faults(draw, kinds=KINDS):
     fault = {"kind": kind, "point": point}
     fault["number"] = draw(st.integers(0, most.get(point, 4)))
     if kind in ("late", "silent", "stopped"):
-        fault["secs"] = TIMEOUT_SECS * draw(st.sampled_from([0.4, 2.5]))
+        fault["secs"] = TIMEOUT_SECS * draw(st.sampled_from([0.4, 1.5, 2.5]))
     if kind == "blind":
         fault["in_share"] = draw(st.booleans())
     return fault
@@ -116,10 +116,50 @@ def lived(request, tmp_path_factory):
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=200 if FULL else 12, **SETTINGS)
+@hypothesis.settings(max_examples=200 if FULL else 10, **SETTINGS)
 def test_whatever_befalls_one_all_are_told_the_same(lived, data):
     order = data.draw(orders(lived.count, faults()))
+    check(order, *lived.carry_out(order))
+
+
+# What befalls which process in which save, what is saved there, and whether all are told
+# of an error.
+MOMENTS = {
+    "process 0 settles too late": ("silent", "settle", 0, 0, 1, "each", True),
+    "process 0 is silent once it has settled": ("silent", "settled", 0, 0, 1, "each", False),
+    "process 0 is silent where it saves nothing": ("silent", "tell", 2, 0, 1, "best", False),
+    "process 0 is silent as they have met": ("silent", "tell", 1, 0, 0, "each", False),
+    "process 0 is silent as they meet": ("silent", "tell", 0, 0, 0, "each", True),
+    "process 0 comes too late": ("late", "call", 0, 0, 0, "each", True),
+    "process 0 loses the directory": ("blind", "told", 2, 0, 1, "each", True),
+    "a process writes elsewhere": ("blind", "heard", 1, 1, 1, "each", True),
+    "a process cannot copy": ("refusing", "copy", 0, 1, 0, "each", True),
+    "process 0 cannot copy": ("refusing", "copy", 0, 0, 0, "each", True),
+    "a process is stopped as it settles": ("stopped", "settling", 0, 0, 1, "each", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lived", [2, 3] if FULL else [2], indirect=True)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_at_the_moments_at_which_they_could_disagree(lived, moment):
+    kind, point, number, process, epoch, what, fails = MOMENTS[moment]
+    if kind == "blind" and not HIDES:
+        pytest.skip("no file systems of their own for processes")
+    fault = {"kind": kind, "point": point, "number": number}
+    late = 1.5 if kind == "late" else 2.5  # the others are in the next save, or beyond
+    fault |= {"secs": late * TIMEOUT_SECS, "in_share": process == 1}
+    order = {"fault": fault, "process": process, "epoch": epoch, "kind": what}
+    order |= {"improves": False, "waits": kind != "refusing", "timeout": TIMEOUT_SECS}
     said, directory = lived.carry_out(order)
+    errors = [error for each in said for *_, error, _ in each["told"]]
+    check(order, said, directory)
+    assert any(errors) == fails, json.dumps(said, indent=1)
+    if moment == "a process writes elsewhere":
+        assert any("process 1 has written" in (error or "") for error in errors)
+
+
+def check(order, said, directory):
+    """Check all that an order without a death has to leave behind."""
     shown = json.dumps([order, said], indent=1)
     check_agreement(order, said, shown)
     check_calls(order, said[0]["told"], directory, shown)
