@@ -120,9 +120,14 @@ class Restorer:
         """
         candidates, told = self._candidates(which), set[str]()
         errors: dict[str, CheckpointCorruptError] = {}
+        lost: list[tuple[Any, CheckpointNotFoundError]] = []
         while True:
             # All processes of a run go by what process 0 lists.
-            listed, problems = from_leader("restore", lambda: next(candidates))
+            listed, problems = from_leader(
+                "restore", lambda: next(candidates, (None, ()))
+            )
+            if listed is None:
+                raise self._never_there(lost)
             for problem in sorted(set(problems) - told):
                 warnings.warn(problem, stacklevel=outside())
             told.update(problems)
@@ -134,7 +139,8 @@ class Restorer:
                         except CheckpointCorruptError as error:
                             errors[mark] = error
                             _warn_of_damage(error)
-            except CheckpointNotFoundError:
+            except CheckpointNotFoundError as error:
+                lost.append((listed, error))
                 continue  # a writer has deleted it, and has saved a newer one
             if errors:
                 raise next(iter(errors.values()))
@@ -146,7 +152,6 @@ class Restorer:
         Raises:
             CheckpointCorruptError: If none can be listed, and some are damaged.
             CheckpointPathError: If one that may be of this filepath cannot be read.
-            CheckpointError: If checkpoints were deleted as fast as they were listed.
         """
         for _ in tries():
             if which == "best":
@@ -167,8 +172,23 @@ class Restorer:
             told = [f"PASSED OVER: {e}" for e in damaged if e in ours]
             others = [e for e in left_out if isinstance(e, CheckpointPathError)]
             yield places, told + [f"Left out: {e}" for e in others]
+
+    def _never_there(
+        self, lost: list[tuple[Any, CheckpointNotFoundError]]
+    ) -> CheckpointError:
+        """Make the error for checkpoints that were listed, and not there to be loaded.
+
+        Args:
+            lost: What was listed at each try, and the error of a process.
+        """
+        listed, error = lost[-1]
+        if are_several() and all(listed == each for each, _ in lost):
+            return CheckpointError(
+                f"{error} Process 0 sees it. All processes must see one directory: "
+                "save on a file system that they share."
+            )
         root = str(self._series.area.shown(self._series.root))
-        raise CheckpointError(
+        return CheckpointError(
             f"The checkpoints in {root!r} were deleted faster than they could be "
             "loaded. Restore again, or keep more of them (max_to_keep)."
         )

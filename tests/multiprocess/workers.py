@@ -471,6 +471,21 @@ def lose_the_mount(directory):
     say([ckpt.counts.saved])
 
 
+def restore_blind(directory):
+    """Restore where one process does not see the checkpoints."""
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    _, tree = make_step(mesh)
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        ckpt.save(tree, 0)
+    if jax.process_index() == 1:
+        subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        try:
+            ckpt.restore(tree)
+        except flaxckpt.CheckpointError as error:
+            say(type(error).__name__, str(error))
+
+
 def be_slow(directory, slow, what):
     """Save while one process takes far longer than the time-out, but is alive."""
     from flaxckpt._pods import joint_saves

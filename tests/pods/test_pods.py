@@ -313,6 +313,17 @@ def test_a_run_that_another_one_writes_is_refused_at_the_first_call(tmp_path):
             assert "are being written by process" in text
 
 
+def test_a_restore_that_one_process_cannot_see_says_so(tmp_path):
+    shared = tmp_path / "run"
+    shared.mkdir()
+    for ((name, text),) in pod.run(
+        tmp_path, "restore_blind", 2, shared, **apart(tmp_path)
+    ):
+        assert name == "CheckpointError"
+        assert f"No checkpoint at '{shared}/1'" in text
+        assert "Process 0 sees it" in text
+
+
 def test_a_mount_that_is_lost_costs_no_earlier_checkpoint(tmp_path):
     said = pod.run(tmp_path, "lose_the_mount", 2, tmp_path / "run", **apart(tmp_path))
     for failed, saved in said:
