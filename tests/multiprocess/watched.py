@@ -57,6 +57,7 @@ def train_watched(directory):
         "w": place(w, mesh, "data", "model"),
         "own": jax.process_index(),
         "host": np.arange(8, dtype=np.float32),
+        "number": 2.5,
     }
     settings = {"per_process": lambda path, leaf: path == ("own",), "timeout_secs": 20}
     numbers = []
@@ -75,7 +76,9 @@ def train_watched(directory):
         found = ckpt.restore(tree)
         check_same(found.tree["w"], tree["w"])
         like = {**tree, "host": place(np.zeros(8, np.float32), mesh)}
+        like["number"] = place(np.float32(0), mesh)
         found = ckpt.restore(like)
+        check_same(found.tree["number"], place(np.float32(2.5), mesh))
         check_same(found.tree["host"], place(tree["host"], mesh))
         say(numbers)
         say("saved", ckpt.counts.saved)
