@@ -24,7 +24,7 @@ import harness
 CHILD = "child"
 FLAXCKPT, ORBAX, ALONE = "flaxckpt", "Orbax v0 CheckpointManager", "without saves"
 PLAIN = "Orbax v1 save"
-STEPS, EVERY = 40, 10
+STEPS, EVERY = 100, 10
 DEADLINE_SECS = 300
 
 

@@ -1,6 +1,5 @@
 """Finishes a checkpoint whose tree is written: the table of leaves, and the record."""
 
-import functools
 import importlib.metadata
 import json
 from collections import deque
@@ -18,17 +17,16 @@ from flaxckpt._trees.skeleton import Skeleton
 _REMEMBERED = 8
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that write a checkpoint."""
-    return {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # as in a bare source tree
         return "unknown"
+
+
+# The packages that write a checkpoint. To look these up takes 10 ms, which the first
+# save should not take.
+_VERSIONS = {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
 
 
 class Tables:
@@ -63,5 +61,5 @@ def finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> N
     if not (written / STATE / "manifest.ocdbt").exists():  # no database
         draft.write(ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
-    draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
+    draft.write(RECORD_FILE, [encode_record(info, _VERSIONS, table)])
     draft.finish()

@@ -14,11 +14,11 @@ from typing import Any
 from flaxckpt._checkpoints.read import batches, read
 from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._direct.read import Reader
-from flaxckpt._direct.threads import give_way
 from flaxckpt._disk.record import RECORD_FILE, read_record
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.files import NEEDED
 from flaxckpt._processes.messages import are_several
+from flaxckpt._runtime.threads import give_way
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.wanted import on_host
 from flaxckpt.errors import CheckpointCorruptError, CheckpointWriteError

@@ -1,9 +1,10 @@
 """Programs that copy a tree, compiled in the background before they are needed.
 
 Without this module, the first two calls that save compile them: a program that copies
-into new memory, and one that copies into the memory of an earlier save. A thread starts
-before the first save only for a tree of more than `MOST_TOGETHER` arrays, since a
-smaller one needs only one program of each.
+into new memory, and one that copies into the memory of an earlier save. In one process,
+a thread starts before the first save only for a tree of more than `MOST_TOGETHER`
+arrays, since a smaller one needs only one program of each. Of several processes, all
+would wait for the slowest compiler.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, is_array, kind_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.forks import use_threads
+from flaxckpt._runtime.threads import stand_back
 from flaxckpt._runtime.unchecked import unchecked_pool
 
 
@@ -55,27 +57,28 @@ class Ahead:
 
     def compile_kinds(self, kinds: list[Kind | None]) -> None:
         """Have the programs compiled that copy arrays of these kinds, unless few."""
-        if self._is_used and len(kinds) > MOST_TOGETHER:
+        are_many = len(kinds) > MOST_TOGETHER or are_several()
+        if self._is_used and are_many:
             self.compile_plan(self._plans.plan(kinds))
 
     def compile_plan(self, plan: Plan, is_wanted: Any = np.True_) -> None:
         """Have the programs of a plan compiled.
 
-        Nothing happens if the last call had the same plan and kind of `is_wanted`, or
-        in several processes. The thread ends when it is done, when a call names another
-        plan, or after one more program when the interpreter ends.
+        Nothing happens if the last call had the same plan and kind of `is_wanted`. The
+        thread ends when it is done, when a call names another plan, or after one more
+        program when the interpreter ends.
 
         Args:
             plan: How a tree is copied.
             is_wanted: As for `Program.refill`: an array if a device decides.
         """
         told = plan, 1 if is_wanted is np.True_ else 2
-        if told == self._told or not plan.batches or are_several():
+        if told == self._told or not plan.batches:
             return
         with contextlib.suppress(Exception):
             use_threads()
             ending, self._told = _ending(), told
-            pool = unchecked_pool(1, "flaxckpt-compile")
+            pool = unchecked_pool(1, "flaxckpt-compile", stand_back)
             pool.submit(self._compile, told, is_wanted, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 

@@ -98,6 +98,7 @@ def learn_share(
             contents[shapes.relative_to(directory).as_posix()] = shapes.read_bytes()
             chunks = _chunk_shapes(shapes.read_bytes())
         keys = _by_name(store.keys)
+        store.expect_all()
         arrays = [
             _held(leaf, value, store, keys.get(leaf.stored_name, {}), chunks)
             for leaf, value in zip(leaves, values, strict=True)
@@ -184,7 +185,8 @@ def _held(
         tuple(int(at) * size for at, size in zip(number, stored.chunk, strict=True))
         for number in (behind.split("/")[1:] for behind in keys)
     ]
-    return _compared(replace(stored, held=tuple(sorted(starts))), value, store)
+    stored = replace(stored, held=tuple(sorted(starts)))
+    return _compared(stored, value, store)
 
 
 def _dtype(leaf: Leaf, value: Any) -> str:
@@ -204,17 +206,13 @@ def _described(name: str, dtype: str, store: Store) -> ZarrArray:
 def _compared(stored: ZarrArray, value: Any, store: Store) -> ZarrArray:
     """Return how an array is stored; raise if its chunks have other bytes."""
     for key, _, chunk in chunks_of(stored, value):
-        _compare(store.ends(key), raw_bytes(chunk))
+        _compare(store.ends(key, chunk.nbytes), raw_bytes(chunk))
     return stored
 
 
-def _compare(ends: tuple[int, bytes, bytes], chunk: Bytes) -> None:
+def _compare(ends: tuple[bytes, bytes], chunk: Bytes) -> None:
     trailer = trailer_of(chunk.nbytes)
-    if ends != (
-        chunk.nbytes + len(trailer),
-        (chunk[:HEAD].tobytes() + trailer)[:HEAD],
-        trailer,
-    ):
+    if ends != ((chunk[:HEAD].tobytes() + trailer)[:HEAD], trailer):
         raise OtherwiseError
 
 

@@ -43,6 +43,7 @@ from flaxckpt._trees.leaf import STORED_DTYPES, Leaf, key_numbers
 
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
 _AHEAD_BYTES = 2**30  # of descriptions, and of chunks, that a thread reads ahead
+_ALL_BYTES = 64 * 2**20  # of a database that is read at once
 _MANIFEST_BYTES = 64 * 2**20
 HEAD = 64  # bytes at the beginning of a file that `ends` returns
 _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
@@ -121,10 +122,10 @@ class Store:
         raw_bytes(values)[:] = np.frombuffer(found, np.uint8, values.nbytes)
         return [checksum(values)] if check else []
 
-    def ends(self, key: str) -> tuple[int, bytes, bytes]:
-        """Return a file's size, its first `HEAD` bytes, and its last bytes."""
+    def ends(self, key: str, nbytes: int) -> tuple[bytes, bytes]:
+        """Return a file's first `HEAD` bytes, and all bytes from `nbytes` on."""
         found = self.read(key)
-        return len(found), found[:HEAD], found[-len(trailer_of(0)) :]
+        return found[:HEAD], found[nbytes:]
 
     def check_room(self, name: str, nbytes: int) -> None:
         """Check that an array can have `nbytes`, before it gets memory.
@@ -167,11 +168,10 @@ class Files(Store):
                 raise OtherwiseError
         return [summed.hexdigest()] if summed else []
 
-    def ends(self, key: str) -> tuple[int, bytes, bytes]:
+    def ends(self, key: str, nbytes: int) -> tuple[bytes, bytes]:
         with self._opened(key) as file:
-            size, length = os.fstat(file).st_size, len(trailer_of(0))
-            head = os.pread(file, HEAD, 0)
-            return size, head, os.pread(file, length, max(size - length, 0))
+            rest = max(os.fstat(file).st_size - nbytes, 0)
+            return os.pread(file, HEAD, 0), os.pread(file, rest, nbytes)
 
     def check_room(self, name: str, nbytes: int) -> None:
         if nbytes > _ROOM_BYTES and nbytes > _size_of(self._path(name)):
@@ -246,6 +246,11 @@ class Database(Store):
         """Begin to read values; they stay in memory until they are forgotten."""
         self._coming |= {key: self._store.read(key) for key in keys}
 
+    def expect_all(self) -> None:
+        """Begin to read everything, unless it is too much to keep."""
+        if self._size <= _ALL_BYTES:
+            self.expect(self.keys)
+
     def forget(self, keys: Iterable[str]) -> None:
         """Drop expected values."""
         for key in keys:
@@ -265,6 +270,14 @@ class Database(Store):
         if found.state != "value":
             raise OtherwiseError
         return bytes(found.value)
+
+    def ends(self, key: str, nbytes: int) -> tuple[bytes, bytes]:
+        if nbytes <= BLOCK_BYTES:
+            return super().ends(key, nbytes)
+        ranges = slice(0, HEAD), slice(nbytes, None)
+        parts = [self._store.read(key, byte_range=each) for each in ranges]
+        head, rest = (bytes(self._result(part).value) for part in parts)
+        return head, rest
 
     def check_room(self, name: str, nbytes: int) -> None:
         if nbytes > _ROOM_BYTES and nbytes > self._size:

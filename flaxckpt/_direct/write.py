@@ -12,11 +12,11 @@ from flaxckpt._direct.chunks import chunks_of, digest_as_stored
 from flaxckpt._direct.form import Fingerprints, Form, database_of
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
 from flaxckpt._direct.sources import BLOCK_BYTES
-from flaxckpt._direct.threads import give_way, writing_pool, writing_threads
 from flaxckpt._direct.zarr import STATE, Array, ZarrArray, raw_bytes, trailer_of
 from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.files import Draft
 from flaxckpt._processes.messages import LEADER
+from flaxckpt._runtime.threads import give_way, writing_pool, writing_threads
 from flaxckpt._trees.digest import (
     Digest,
     as_digest,
@@ -136,7 +136,7 @@ def _write_into(
         if stored.description:
             into.write(stored.description_key, stored.description)
         for key, _, chunk in chunks_of(stored, value):
-            into.write(key, chunk.tobytes() + trailer_of(chunk.nbytes))
+            into.write(key, b"".join((raw_bytes(chunk).data, trailer_of(chunk.nbytes))))
             size += chunk.nbytes
         if size > _BATCH_BYTES:
             transaction.commit_sync()
@@ -213,5 +213,9 @@ def _blocks(chunk: Array) -> Iterator[Array]:
 def database_at(directory: Path) -> dict[str, Any]:
     base = {"driver": "file", "path": f"{directory}/"}
     threads = {"limit": writing_threads()}
-    context = {"file_io_concurrency": threads, "data_copy_concurrency": threads}
+    context = {
+        "file_io_concurrency": threads,
+        "data_copy_concurrency": threads,
+        "file_io_sync": False,  # the caller syncs each file once
+    }
     return {"driver": "ocdbt", "base": base, "config": _DATABASE, "context": context}

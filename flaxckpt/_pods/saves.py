@@ -24,7 +24,7 @@ import numpy as np
 
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied_off_device
-from flaxckpt._copies.on_device import copy_on_device, fill, unfilled
+from flaxckpt._copies.on_device import fill, unfilled
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._pods.agreement import check_parts
@@ -220,16 +220,32 @@ class PodSaver:
             if is_on_device and plan.is_on_one_mesh(value, *best):
                 call.judge_on_device(value)
                 call.copies = unfilled(leaves, plan)
-                fill(call.copies, leaves, memory, contents.wanted(call))
+                self._fill(call.copies, leaves, memory, contents.wanted(call))
                 return
             call.judge()  # each process waits for its own value
             self.report.decided(call)
         if call.skips and not to_slot:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
-            call.copies = copy_on_device(leaves, memory, plan)
+            call.copies = unfilled(leaves, plan)
+            self._fill(call.copies, leaves, memory)
         else:
             call.copies = _on_host(contents, call, leaves)
+
+    def _fill(
+        self,
+        copies: Copies,
+        leaves: list[Any],
+        memory: Copies | None,
+        is_wanted: Any = np.True_,
+    ) -> None:
+        """Fill copies on the devices; after the first one, compile for the next."""
+        ahead, plan = self._parts.ahead, copies.plan
+        assert plan is not None
+        ahead.keep_to(plan)
+        fill(copies, leaves, memory, is_wanted)
+        if memory is None:
+            ahead.compile_plan(plan, is_wanted)
 
 
 def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:

@@ -10,10 +10,10 @@ import warnings
 from collections import deque
 from typing import Any
 
-from flaxckpt._direct.threads import stand_back
 from flaxckpt._runtime.failures import chain_of
 from flaxckpt._runtime.frames import is_nested, outside
 from flaxckpt._runtime.locks import new_lock, unlock_all
+from flaxckpt._runtime.threads import stand_back
 from flaxckpt._runtime.unchecked import stay_unchecked
 from flaxckpt._saving.at_exit import UNHEARD, error_at_exit
 from flaxckpt._saving.job import (
