@@ -195,7 +195,8 @@ def _read_files(
     if reader.is_database:
         nbytes = sum(leaf.nbytes for leaf in known.values())
         threads = min(threads, 1 + nbytes // _THREAD_BYTES)
-    tasks = _tasks(known)
+    ahead = reader.most_at_once or _TASK_LEAVES
+    tasks = _tasks(known, min(_TASK_LEAVES, ahead))
     with unchecked_pool(threads, "flaxckpt-read") as pool:
         read_in_tasks = itertools.chain.from_iterable(pool.map(read_all, tasks))
         pairs = dict(zip(itertools.chain(*tasks), read_in_tasks, strict=True))
@@ -211,12 +212,17 @@ def _read_files(
     return values, damaged, unchecked
 
 
-def _tasks(leaves: Mapping[int, Leaf]) -> list[list[int]]:
-    """Group leaves for threads: to hand a thread one small leaf costs as much again."""
+def _tasks(leaves: Mapping[int, Leaf], most: int) -> list[list[int]]:
+    """Group leaves for threads: to hand a thread one small leaf costs as much again.
+
+    Args:
+        leaves: The leaves.
+        most: How many leaves a group has at most.
+    """
     tasks: list[list[int]] = []
     room = 0
     for index, leaf in leaves.items():
-        if not tasks or room < leaf.nbytes or len(tasks[-1]) == _TASK_LEAVES:
+        if not tasks or room < leaf.nbytes or len(tasks[-1]) == most:
             tasks.append([])
             room = _TASK_BYTES
         tasks[-1].append(index)

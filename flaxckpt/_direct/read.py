@@ -123,6 +123,11 @@ class Reader:
         found = parse_zarr(self._store.read(below(leaf.stored_name, DESCRIPTION)))
         return (found.shape, found.dtype) != array_of(leaf)
 
+    @property
+    def most_at_once(self) -> int:
+        """Of how many leaves `expecting` reads values at once; 0 for none."""
+        return self._store.most_at_once
+
     @contextlib.contextmanager
     def expecting(
         self, leaves: Iterable[Leaf], *, values: bool = True
@@ -135,7 +140,7 @@ class Reader:
             yield
             return
         arrays = [leaf for leaf in leaves if not leaf.is_text]
-        arrays = arrays[: self._store.most_at_once if values else None]
+        arrays = arrays[: self.most_at_once if values else None]
         keys = [below(leaf.stored_name, DESCRIPTION) for leaf in arrays]
         keys += [first_chunk(leaf) for leaf in arrays if values]
         try:

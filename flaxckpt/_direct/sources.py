@@ -103,6 +103,11 @@ def outlined(store: "Store", leaf: Leaf) -> tuple[ZarrArray, int | None]:
 class Store:
     """Where a checkpoint's arrays are read from."""
 
+    @property
+    def most_at_once(self) -> int:
+        """Of how many leaves values may be read ahead; 0 for none."""
+        return 0
+
     def read(self, key: str) -> bytes:
         """Read a file, or a database's value of that key."""
         raise NotImplementedError
@@ -239,7 +244,7 @@ class Database(Store):
 
     @property
     def most_at_once(self) -> int:
-        """Of how many leaves to expect values; each may be as large as the database."""
+        # Each value may be as large as the database.
         return _AHEAD_BYTES // max(self._size, 1)
 
     def expect(self, keys: Iterable[str]) -> None:

@@ -7,6 +7,6 @@ interrupt leaves locked. `unchecked` leaves JAX's debugging checks out of the pa
 own copies and makes pools whose threads run without them, and `gone` finds deleted
 arrays. `quiet` keeps Orbax's log lines from the console, `failures` puts an error in
 one line, and `beside` adds problems to an error that is being raised. `patience` says
-how often a reader looks again, and `collector` pauses the collection of garbage. `threads`
-leaves the cores and the interpreter's lock to training.
+how often a reader looks again, and `collector` pauses the collection of garbage.
+`threads` leaves the cores and the interpreter's lock to training.
 """
