@@ -145,8 +145,8 @@ class ModelCheckpoint:
                 times the work.
             engine: Who writes the values. With `"auto"` flaxckpt writes them straight
                 from memory, once Orbax has written a tree of the same form in this
-                process; with `"orbax"`, and in several processes, Orbax writes all
-                values.
+                process; with `"orbax"` Orbax writes all values, and so it does for
+                several processes in an object store.
             frozen: Picks the leaves that stay the same for the whole run, such as base
                 weights in fine-tuning: a function of a leaf's path (a tuple of names)
                 and the leaf, or a type of leaf. An NNX `Variable` is one leaf, so NNX's
@@ -221,8 +221,8 @@ class ModelCheckpoint:
                 shardings. Within jit its shardings cannot be seen; without `like`, each
                 save gathers the whole tree on one device. Outside of jit, the first two
                 saves of a tree compile programs that copy it; with `like` of more than
-                128 arrays, a thread compiles them now. `restore` does both for the tree
-                that it returns.
+                128 arrays (in several processes, of any number), a thread compiles them
+                now. `restore` does both for the tree that it returns.
 
         Returns:
             The state for the first call of `update`.

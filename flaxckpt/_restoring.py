@@ -17,7 +17,7 @@ from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
-from flaxckpt._processes.messages import are_several, from_leader, joined
+from flaxckpt._processes.messages import are_several, at_work, from_leader, joined
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import tries
@@ -214,7 +214,8 @@ class Restorer:
         where: Any = epath.Path(shown) if is_url(shown) else Path(shown)
         found, problem = None, None
         try:
-            found = restore(path, like, cast=cast, verify=verify)
+            with at_work("restored"):
+                found = restore(path, like, cast=cast, verify=verify)
             time = found.info and str(found.info.time)
             if mark is not None and mark != time:
                 raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")

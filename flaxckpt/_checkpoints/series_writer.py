@@ -86,8 +86,8 @@ class SeriesWriter:
             page: What to write.
             info: Its record, with the time when the caller asked for it. The time that
                 is written is later than that of all checkpoints of the series.
-            together: Has the other processes write their shares, and returns all
-                shares; see `write_together`. None if this process writes all.
+            together: Has the other processes write their shares; see `write_together`.
+                None if this process writes all.
 
         Returns:
             What tells whether flaxckpt or Orbax wrote the values, in this process.

@@ -70,8 +70,8 @@ class Together:
 
     Attributes:
         begin: Tells them of the directory, and returns what waits for their shares.
-        may_finish: Returns if no process has given the checkpoint up; from then on,
-            none does.
+        may_finish: Returns once no process can give the checkpoint up any more; raises
+            if one has.
         how: How all of them write.
     """
 
@@ -82,7 +82,7 @@ class Together:
 
 @dataclass(frozen=True)
 class How:
-    """What the processes have agreed on, of how they write.
+    """The terms on which all processes write.
 
     Attributes:
         spreads: Whether replicas are divided between processes; see `write_by_orbax`.

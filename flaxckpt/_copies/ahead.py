@@ -3,8 +3,8 @@
 Without this module, the first two calls that save compile them: a program that copies
 into new memory, and one that copies into the memory of an earlier save. In one process,
 a thread starts before the first save only for a tree of more than `MOST_TOGETHER`
-arrays, since a smaller one needs only one program of each. Of several processes, all
-would wait for the slowest compiler.
+arrays, since a smaller one needs only one program of each. In several processes a
+thread always starts, because all would wait for the slowest compiler.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, is_array, kind_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.forks import use_threads
-from flaxckpt._runtime.threads import stand_back
 from flaxckpt._runtime.unchecked import unchecked_pool
 
 
@@ -56,9 +55,9 @@ class Ahead:
         self.compile_kinds(kinds)
 
     def compile_kinds(self, kinds: list[Kind | None]) -> None:
-        """Have the programs compiled that copy arrays of these kinds, unless few."""
-        are_many = len(kinds) > MOST_TOGETHER or are_several()
-        if self._is_used and are_many:
+        """Have programs compiled that copy such arrays, unless one process has few."""
+        is_worthwhile = len(kinds) > MOST_TOGETHER or are_several()
+        if self._is_used and is_worthwhile:
             self.compile_plan(self._plans.plan(kinds))
 
     def compile_plan(self, plan: Plan, is_wanted: Any = np.True_) -> None:
@@ -78,7 +77,7 @@ class Ahead:
         with contextlib.suppress(Exception):
             use_threads()
             ending, self._told = _ending(), told
-            pool = unchecked_pool(1, "flaxckpt-compile", stand_back)
+            pool = unchecked_pool(1, "flaxckpt-compile")
             pool.submit(self._compile, told, is_wanted, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 

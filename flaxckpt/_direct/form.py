@@ -29,14 +29,15 @@ Fingerprints: TypeAlias = tuple[list[str], list[Sequence[str]]]
 class Form:
     """What is the same in all checkpoints of one structure, with the same shardings.
 
-    Of several processes, each has a form of its share.
+    In several processes, each process has a form of its own share.
 
     Attributes:
         is_database: Whether the arrays are in an OCDBT database.
         contents: Contents of Orbax's own files, by their paths in the checkpoint.
         arrays: How each leaf's values are stored. A text leaf has its name instead,
             since one file holds all texts.
-        spreads: Of a share, whether replicas are divided between processes; else None.
+        spreads: For a share, whether replicas are divided between processes; None for a
+            whole tree.
     """
 
     is_database: bool

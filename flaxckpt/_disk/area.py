@@ -85,7 +85,7 @@ class Area(Protocol):
             place: What `meeting_place` returned in process 0.
 
         Raises:
-            CheckpointError: If this process does not see the directory of process 0.
+            FileNotFoundError: If this process does not see the directory of process 0.
         """
         ...
 

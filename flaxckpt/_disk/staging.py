@@ -93,7 +93,7 @@ class Staging:
         return self.made()
 
     def spare(self, directory: Path) -> None:
-        """Keep a directory, which holds an old checkpoint, until a later save."""
+        """Keep a directory that somebody may still need, until a later save."""
         self._spared.append(directory)
 
     def sweep(self, *, spare: bool = True) -> None:

@@ -1,9 +1,10 @@
 """Orbax's handler writes this process's share of a tree that several processes hold.
 
 Orbax's `save` has the devices of all processes compute together, on the thread that
-calls it. So flaxckpt calls the handler of `save` instead, which computes nothing. The
-handler takes this process for the only one, and waits for no other: each process writes
-an OCDBT database of its own. Process 0 merges all databases that it finds.
+calls it. So flaxckpt calls the handler that `save` calls, which computes nothing on
+devices. The handler is told that this process is the only one, so it waits for no
+other: each process writes an OCDBT database of its own. Process 0 merges all databases
+that it finds.
 """
 
 import asyncio

@@ -121,8 +121,8 @@ class JointSaves:
     def refusal(self, error: BaseException) -> Callable[[], None]:
         """Return what to run in place of `write`, if this process could not copy.
 
-        The processes that could copy raise the error at their next call. Then this
-        process raises it again there. Otherwise it would be one save ahead of them.
+        The other processes raise the error at their next call, and this process raises
+        it there again. Otherwise it would be one save ahead of them.
         """
         exchange, failure = self._channel.round(), self.translated(error)
 
@@ -263,9 +263,9 @@ class JointSaves:
     def _telling(
         self, exchange: Round, subject: str, path: Path | None = None
     ) -> Generator[None]:
-        """Tell process 0 of an error, which ends the block and goes no further.
+        """Report an error in the block to process 0, and suppress it here.
 
-        Process 0 tells all processes, this one included.
+        Process 0 then tells it to all processes, this one included.
         """
         try:
             yield
@@ -276,8 +276,9 @@ class JointSaves:
     def _giving_up(self, exchange: Round) -> Generator[None]:
         """Settle the end if this process stops before process 0 has told it the end.
 
-        Process 0 may be silent, and not dead: from then on, it makes no checkpoint. If
-        it has begun to finish one, this process waits for its word.
+        Process 0 may be silent and yet alive. Once this process has settled the end,
+        process 0 makes no checkpoint. If process 0 has settled it before, this process
+        waits for its word.
         """
         try:
             yield

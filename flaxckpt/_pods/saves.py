@@ -1,15 +1,16 @@
-"""Saves of several processes: Orbax writes each process's share, in the background.
+"""Saves of several processes: each writes its share, in the background.
 
 All processes make the same calls. At a due check each process copies its shards, on its
 devices or to its host, and goes on. Threads in the background then compare what they
-have decided and what they save. If all agree, process 0 makes the directory, and in
-each process Orbax writes a database of its share. When all are on disk, process 0
+have decided and what they save. If all agree, process 0 makes the directory, and each
+process writes a database of its share. When all are on disk, process 0
 merges them, writes the record and gives the checkpoint its name. A save enters no
 collective, on the loop's thread or in the background, so it cannot wait for one that
 another process does not enter. Each message has a time-out.
 
-An error in any process is raised in all processes at the same call: the next due check,
-`save`, `wait` or `close`.
+All processes raise an error in any of them at the same call: the next due check,
+`save`, `wait` or `close`. A process that could not copy raises its error at once as
+well.
 """
 
 import contextlib

@@ -206,7 +206,7 @@ class Round:
 
 
 class _Watch:
-    """The signs of life that somebody who waits has seen, of all processes.
+    """The signs of life of all processes, as a waiting process has seen them.
 
     It counts its looks, and not the time: a process that was stopped for a while must
     not take the others for dead.
@@ -281,9 +281,13 @@ def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
     exchange.tell("part", told)
     if is_leader():
         try:
-            exchange.tell("all", join(exchange.hear_all("part")))
+            parts = exchange.hear_all("part")
+            while _past():  # all processes have come here
+                _past().pop().forget()
+            exchange.tell("all", join(parts))
         except CheckpointError as error:
             exchange.tell("all", error)
+        _past().append(exchange)
     try:
         return exchange.hear("all")
     except CheckpointError:
@@ -293,8 +297,11 @@ def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
 
 
 def at_work(name: str) -> contextlib.AbstractContextManager[None]:
-    """Give signs of life before `joined` of this name, for which others wait."""
-    return _channel(name).at_work()
+    """Give signs of life before `joined` of this name, for which others wait.
+
+    Nothing happens in one process.
+    """
+    return _channel(name).at_work() if are_several() else contextlib.nullcontext()
 
 
 def from_leader(name: str, make: Callable[[], Any]) -> Any:
@@ -309,7 +316,8 @@ def from_leader(name: str, make: Callable[[], Any]) -> Any:
     exchange = _channel(name).round()
     if is_leader():
         try:
-            made = make()
+            with at_work(name):
+                made = make()
         except CheckpointError as error:
             made = error
         except BaseException as error:  # the other processes wait for this one
@@ -317,7 +325,17 @@ def from_leader(name: str, make: Callable[[], Any]) -> Any:
             exchange.tell("leader", failed)
             raise
         exchange.tell("leader", made)
+        _past().append(exchange)
     return exchange.hear("leader")
+
+
+@functools.cache
+def _past() -> list[Round]:
+    """Return the rounds of `joined` and `from_leader` whose messages are still there.
+
+    Every process has left them once it comes to the next `joined`.
+    """
+    return []
 
 
 @functools.cache
