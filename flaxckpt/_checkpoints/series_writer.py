@@ -10,8 +10,9 @@ from flaxckpt._checkpoints.ledger import Ledger
 from flaxckpt._checkpoints.retention import PreservationPolicy
 from flaxckpt._checkpoints.rivals import Rivals
 from flaxckpt._checkpoints.series import Series
+from flaxckpt._checkpoints.share import Share
 from flaxckpt._checkpoints.target import check_target
-from flaxckpt._checkpoints.together import Share, Together, write_together
+from flaxckpt._checkpoints.together import Together, write_together
 from flaxckpt._checkpoints.write import Checkpoint, Way, write_checkpoint
 from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.area import OccupiedError

@@ -2,66 +2,24 @@
 
 import collections
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from flaxckpt._checkpoints.finish import finish
 from flaxckpt._checkpoints.looks import IncompleteError
+from flaxckpt._checkpoints.share import Share, Terms, write_part
 from flaxckpt._checkpoints.write import Checkpoint, Commit, Way
-from flaxckpt._direct.form import Form
 from flaxckpt._direct.forms import held_values, placements_of
-from flaxckpt._direct.write import is_part, sum_of_share
-from flaxckpt._direct.write import write_share as write_directly
-from flaxckpt._direct.zarr import DESCRIPTION, STATE
-from flaxckpt._disk.files import Draft, sync_path, sync_tree
-from flaxckpt._orbax.share import finish_shares
-from flaxckpt._orbax.share import write_share as write_by_orbax
-from flaxckpt._processes.messages import LEADER, SilenceError, process_index
-from flaxckpt._runtime.failures import is_about_space
+from flaxckpt._direct.zarr import STATE
+from flaxckpt._disk.files import Draft, sync_tree
+from flaxckpt._processes.messages import SilenceError, process_index
 from flaxckpt._trees.digest import digest_of_sum
-from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 # A network's file system may show other machines what was written a little later.
 _VISIBLE_SECS = 30.0
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process has written of a checkpoint.
-
-    Attributes:
-        process: The process.
-        sums: The sums over its shards, for the leaves of which it has shards: the
-            leaf's place among those that Orbax stores, and the sum; see `combined`.
-        files: The size of each file that it has written, by the path in the checkpoint.
-        is_direct: Whether the values were written straight from memory, not by Orbax.
-        fault: What failed if Orbax had to write after all; only the process itself
-            knows it.
-    """
-
-    process: int
-    sums: dict[int, int]
-    files: dict[str, int]
-    is_direct: bool
-    fault: Exception | None = None
-
-    def to_json(self) -> list[Any]:
-        """Return it as JSON values, for `Share.of_json`."""
-        return [self.process, list(self.sums.items()), self.files, self.is_direct]
-
-    @classmethod
-    def of_json(cls, values: Sequence[Any]) -> "Share":
-        """Return the share that `to_json` described."""
-        process, sums, *others = values
-        return cls(process, dict(map(tuple, sums)), *others)
 
 
 @dataclass(frozen=True)
@@ -72,159 +30,12 @@ class Together:
         begin: Tells them of the directory, and returns what waits for their shares.
         may_finish: Returns once no process can give the checkpoint up any more; raises
             if one has.
-        how: How all of them write.
+        terms: How all of them write.
     """
 
     begin: Callable[[Path], Callable[[], list[Share]]]
     may_finish: Callable[[], None]
-    how: "How"
-
-
-@dataclass(frozen=True)
-class How:
-    """The terms on which all processes write.
-
-    Attributes:
-        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
-        directly: Whether a process that knows the form of its share writes it straight
-            from memory.
-    """
-
-    spreads: bool
-    directly: bool
-
-
-def write_share(
-    directory: Path, layout: Layout, leaves: list[Any], way: Way, how: How
-) -> Share:
-    """Write this process's share of a checkpoint that process 0 begins and finishes.
-
-    Args:
-        directory: The checkpoint.
-        layout: The tree's layout.
-        leaves: Its leaves.
-        way: How to write it; the directory is a `share` of the area.
-        how: How all processes write.
-
-    Returns:
-        What was written, for `write_together` in process 0.
-    """
-    (directory / STATE).mkdir(exist_ok=True)
-    share = _write(directory, layout, leaves, way, how, _nothing)
-    if way.area.is_mirror:
-        _keep_shards(directory, layout, leaves)
-    written = _written_by(share.process, directory)
-    if way.area.sync:
-        for each in written:
-            sync_tree(each) if each.is_dir() else sync_path(each)
-    for each in written:
-        for file in each.rglob("*") if each.is_dir() else [each]:
-            if file.is_file():
-                name = file.relative_to(directory).as_posix()
-                share.files[name] = file.stat().st_size
-    return share
-
-
-def _written_by(process: int, directory: Path) -> list[Path]:
-    """Return what a process alone has written: its database and its small files."""
-    state, name = directory / STATE, f"*process_{process}"
-    return [*state.glob(name), *state.glob(f"*/{name}")]
-
-
-def _write(
-    directory: Path,
-    layout: Layout,
-    leaves: list[Any],
-    way: Way,
-    how: How,
-    wait: Callable[[], None],
-) -> Share:
-    """Write what this process has of a tree, and process 0 the rest, too.
-
-    If Orbax has written such a share before, the values go straight from memory into
-    this process's database. A fault of that costs time, and no checkpoint: Orbax writes
-    then.
-
-    The files of an object store are written in a directory of each process's own. So
-    there is no database, which only process 0 could merge, and no file that several
-    processes write a part of.
-
-    Args:
-        directory: The checkpoint.
-        layout: The tree's layout.
-        leaves: Its leaves.
-        way: How to write it.
-        how: How all processes write.
-        wait: Returns once the other processes have written, for process 0.
-    """
-    process, held = process_index(), held_values(layout, leaves)
-    is_database = not way.area.is_mirror
-    spreads = how.spreads and is_database
-    knows_forms = is_database and way.writes_directly and not way.compress
-    sums: list[int] | None = None
-    fault: Exception | None = None
-    form, begun = None, time.time_ns()
-    if knows_forms and how.directly:
-        form = way.forms.find(layout, held, is_database=True, spreads=spreads)
-    if form is not None:
-        sums, fault = _write_directly(form, directory, held)
-    if sums is not None:
-        wait()
-        if process == LEADER:
-            finish_shares(directory, begun)
-    else:
-        write_by_orbax(
-            directory,
-            layout,
-            leaves,
-            wait,
-            is_database=is_database,
-            spreads=spreads,
-            compress=way.compress,
-        )
-        if knows_forms and fault is None:
-            way.forms.learn_share(directory, layout, held, process, spreads=spreads)
-        sums = [sum_of_share(value, process) for value in held]
-    parts = enumerate(zip(sums, held, strict=True))
-    found = {i: each for i, (each, value) in parts if is_part(value, process)}
-    return Share(process, found, {}, fault is None and form is not None, fault)
-
-
-def _write_directly(
-    form: Form, directory: Path, held: list[Any]
-) -> tuple[list[int] | None, Exception | None]:
-    """Write a share straight from memory; return the sums, or what has failed."""
-    process = process_index()
-    try:
-        with Draft(directory, sync=False) as draft:
-            sums = write_directly(form, draft, directory, held, process)
-            draft.finish()
-    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # Orbax would meet with it as well
-    except Exception as fault:
-        if is_about_space(fault):
-            raise
-        for each in _written_by(process, directory):
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
-        return None, fault.with_traceback(None)  # the frames hold the tree
-    return sums, None
-
-
-def _keep_shards(directory: Path, layout: Layout, leaves: list[Any]) -> None:
-    """Delete what process 0 has written, too: all but the files of shards."""
-    held = [leaf for leaf in layout.leaves if leaf.in_orbax]
-    pairs = zip(held, held_values(layout, leaves), strict=True)
-    shared = {
-        (directory / STATE / leaf.stored_name).as_posix()
-        for leaf, value in pairs
-        if is_shared(value)
-    }
-    for file in filter(Path.is_file, directory.rglob("*")):
-        of_shard = file.name != DESCRIPTION and any(
-            parent.as_posix() in shared for parent in file.parents
-        )
-        if not of_shard and file.name != f"process_{process_index()}":
-            file.unlink()
+    terms: Terms
 
 
 def write_together(
@@ -273,7 +84,9 @@ def write_together(
                 _see(heard, written, area.shown(info.path))
 
         try:
-            own = _write(written, layout, leaves, way, together.how, wait_for_others)
+            own = write_part(
+                written, layout, leaves, way, together.terms, wait_for_others
+            )
         finally:
             with contextlib.suppress(CheckpointError):
                 hear()  # if this process has failed, the others may still write
@@ -339,7 +152,3 @@ def _size(file: Path) -> int | None:
         return file.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _nothing() -> None:
-    return

@@ -43,7 +43,7 @@ _METADATA_FILE = "_CHECKPOINT_METADATA"
 _ARRAYS_METADATA = "array_metadatas"
 
 
-def write_share(
+def have_orbax_write_share(
     directory: Path,
     layout: Layout,
     leaves: list[Any],

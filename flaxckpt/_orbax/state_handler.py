@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from flaxckpt._direct.form import Fingerprints
-from flaxckpt._runtime.failures import is_about_space
+from flaxckpt._runtime.failures import is_of_the_machine
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._runtime.unchecked import unchecked
 from flaxckpt._trees.ties import PyTree
@@ -84,11 +82,9 @@ async def _write(
     try:
         with unchecked():  # Orbax has a thread of its own for this
             task.fingerprints = write(path)
-    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # Orbax would meet with it as well
     except Exception as fault:
-        if is_about_space(fault):
-            raise
+        if is_of_the_machine(fault):
+            raise  # Orbax would meet with it as well
         # Without the frames, which hold the tree.
         task.fault = fault.with_traceback(None)
         for entry in path.iterdir():

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._checkpoints.together import How, Share, Together, write_share
+from flaxckpt._checkpoints.share import Share, Terms, write_share
+from flaxckpt._checkpoints.together import Together
 from flaxckpt._pods.agreement import (
     account_of,
     checksum_of,
@@ -58,12 +59,12 @@ class _Agreed:
     Attributes:
         call: The call; None to write nothing.
         pages: Its pages.
-        how: How all processes write.
+        terms: How all processes write.
     """
 
     call: Call | None
     pages: list[Page]
-    how: How
+    terms: Terms
 
 
 class JointSaves:
@@ -198,8 +199,8 @@ class JointSaves:
             sums, memories, lengths = zip(*checks, strict=True)
             asked = next((i for i, each in enumerate(sums) if each != sums[0]), None)
             widths = widths_for(lengths) if asked is None else []
-            how = How(len(set(memories)) == 1, self._way.writes_directly)
-            exchange.tell("go", [asked, how.spreads, how.directly, widths])
+            terms = Terms(len(set(memories)) == 1, self._way.writes_directly)
+            exchange.tell("go", [asked, terms.spreads, terms.directly, widths])
         asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
             if asked == process_index():
@@ -208,8 +209,8 @@ class JointSaves:
                 raise error_between(account, asked, exchange.hear("account", asked))
             exchange.hear("done")  # raises the error
         triples = zip(pages, rows, widths, strict=True)
-        how = How(spreads, directly)
-        return _Agreed(call, [with_rows(*each) for each in triples], how)
+        terms = Terms(spreads, directly)
+        return _Agreed(call, [with_rows(*each) for each in triples], terms)
 
     def _lead(self, exchange: Round, agreed: _Agreed) -> None:
         """Begin and finish the checkpoints; write this process's shares."""
@@ -232,7 +233,7 @@ class JointSaves:
         parts.paths.take_lock(pages[0].path)
         parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
         with self._area.claim.turn:
-            parts.publisher.put(call, pages, Together(begin, may_finish, agreed.how))
+            parts.publisher.put(call, pages, Together(begin, may_finish, agreed.terms))
 
     def _follow(self, exchange: Round, agreed: _Agreed) -> bool:
         """Write this process's shares, and wait for the end.
@@ -250,7 +251,7 @@ class JointSaves:
                     space_told(shown(page.path), page.layout.nbytes, here, who),
                 ):
                     what = here, page.layout, page.leaves, self._way
-                    share = write_share(*what, agreed.how)
+                    share = write_share(*what, agreed.terms)
                 publisher.note_fault(page.path, share.fault)
                 is_direct = is_direct and share.is_direct
                 exchange.tell(f"share {index}", share.to_json())

@@ -11,6 +11,8 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from flaxckpt.errors import CheckpointError, CheckpointWriteError
 
 _HEAD, _TAIL = 220, 80  # characters that are kept of a long line
@@ -99,6 +101,12 @@ def _code_of(error: BaseException) -> int | None:
 def is_about_space(error: BaseException) -> bool:
     """Tell whether an error says that the disk is full or the quota used up."""
     return any(map(_code_of, chain_of(error)))
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Tell whether an error is of the system, of JAX or of memory, not of a bug."""
+    kinds = OSError, MemoryError, jax.errors.JaxRuntimeError
+    return isinstance(error, kinds) or is_about_space(error)
 
 
 def _size(nbytes: int) -> str:
