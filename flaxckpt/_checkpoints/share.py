@@ -115,7 +115,7 @@ def write_part(
 
     If Orbax has written such a share before, the values go straight from memory into
     this process's database. A fault of that costs time, and no checkpoint: Orbax writes
-    then.
+    then. If the databases cannot be merged, this save fails, and Orbax writes the next.
 
     The files of an object store are written in a directory of each process's own. So
     there is no database, which only process 0 could merge, and no file that several
@@ -143,7 +143,11 @@ def write_part(
     if sums is not None:
         wait()
         if process == LEADER:
-            finish_shares(directory, begun)
+            try:
+                finish_shares(directory, begun)
+            except Exception:
+                way.writes_directly = False  # the handler merges in its own way
+                raise
     else:
         have_orbax_write_share(
             directory,

@@ -32,12 +32,6 @@ from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.ties import PyTree
 
-with quiet():
-    from orbax.checkpoint._src.metadata import step_metadata_serialization
-    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
-
-ts_utils: Any = tensorstore_utils
-
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 # For this directory, Orbax would have a process wait for process 0, up to ten minutes.
 _ARRAYS_METADATA = "array_metadatas"
@@ -90,7 +84,9 @@ def finish_shares(directory: Path, begun: int) -> None:
         directory: The checkpoint.
         begun: When the save began, in ns since 1970.
     """
-    context = ts_utils.get_ts_context(use_ocdbt=True)
+    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
+
+    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
     with quiet(), aliased(directory) as plain:
         state = epath.Path(plain) / STATE
         merged = ocdbt_utils.merge_ocdbt_per_process_files(
@@ -146,6 +142,8 @@ def _write_metadata(directory: Path, begun: int) -> None:
         directory: The checkpoint.
         begun: When the save began, in ns since 1970.
     """
+    from orbax.checkpoint._src.metadata import step_metadata_serialization
+
     kind = v1.handlers.PyTreeHandler
     metadata = step_metadata_serialization.InternalCheckpointMetadata.create(
         handler_typestrs={STATE: f"{kind.__module__}.{kind.__qualname__}"},

@@ -221,7 +221,7 @@ class PodSaver:
             if is_on_device and plan.is_on_one_mesh(value, *best):
                 call.judge_on_device(value)
                 call.copies = unfilled(leaves, plan)
-                self._fill(call.copies, leaves, memory, contents.wanted(call))
+                self._parts.fill(call.copies, leaves, memory, contents.wanted(call))
                 return
             call.judge()  # each process waits for its own value
             self.report.decided(call)
@@ -229,24 +229,9 @@ class PodSaver:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
             call.copies = unfilled(leaves, plan)
-            self._fill(call.copies, leaves, memory)
+            self._parts.fill(call.copies, leaves, memory)
         else:
             call.copies = _on_host(contents, call, leaves)
-
-    def _fill(
-        self,
-        copies: Copies,
-        leaves: list[Any],
-        memory: Copies | None,
-        is_wanted: Any = np.True_,
-    ) -> None:
-        """Fill copies on the devices; after the first one, compile for the next."""
-        ahead, plan = self._parts.ahead, copies.plan
-        assert plan is not None
-        ahead.keep_to(plan)
-        fill(copies, leaves, memory, is_wanted)
-        if memory is None:
-            ahead.compile_plan(plan, is_wanted)
 
 
 def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from flaxckpt._checkpoints.series_writer import SeriesWriter
 from flaxckpt._copies.ahead import Ahead
 from flaxckpt._copies.held import Copies
+from flaxckpt._copies.on_device import fill
 from flaxckpt._copies.on_host import fits_on_device
 from flaxckpt._copies.plan import Plans
 from flaxckpt._runtime.forks import use_threads
@@ -93,6 +95,27 @@ class SaverParts:
         return self.snapshot == "device" or (
             self.snapshot == "auto" and fits_on_device(leaves)
         )
+
+    def fill(
+        self,
+        copies: Copies,
+        leaves: list[Any],
+        memory: Copies | None,
+        is_wanted: Any = np.True_,
+    ) -> None:
+        """Fill copies on devices; after a first one, compile the programs of the next.
+
+        Args:
+            copies: Copies that have a plan.
+            leaves: What to copy.
+            memory: Earlier copies, whose memory is used; None for new memory.
+            is_wanted: As for `Program.refill`.
+        """
+        assert copies.plan is not None
+        self.ahead.keep_to(copies.plan)
+        fill(copies, leaves, memory, is_wanted)
+        if memory is None:
+            self.ahead.compile_plan(copies.plan, is_wanted)
 
     # ---- the steps of a job ----------------------------------------------------------
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from flaxckpt._copies.held import Copies, fits
-from flaxckpt._copies.on_device import fill, unfilled
+from flaxckpt._copies.on_device import unfilled
 from flaxckpt._copies.on_host import copied_to_host
 from flaxckpt._copies.plan import Plan
 from flaxckpt._saving.call import Call, Undecided
@@ -166,13 +166,9 @@ class Saver:
         self._parts.prepare(job, contents, call, where)
         used = call.copies.plan
         if used is not None:
-            wanted, ahead = contents.wanted(call), self._parts.ahead
             if not fits(job.memory, used) or _is_torn(job, used):
                 job.memory = None  # freed before new memory is allocated
-            ahead.keep_to(used)
-            fill(call.copies, leaves, job.memory, wanted)
-            if job.memory is None:
-                ahead.compile_plan(used, wanted)
+            self._parts.fill(call.copies, leaves, job.memory, contents.wanted(call))
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

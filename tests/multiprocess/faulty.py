@@ -41,13 +41,15 @@ class Moment:
 
     def __init__(self):
         self._lock, self._fault, self._left = threading.Lock(), None, 0
-        self.is_silent, self.hidden = False, []
+        self.is_silent, self.hidden, self.has_struck = False, [], False
 
     def set(self, fault, directory):
         """Choose the moment; None for no fault."""
         self._directory = str(directory)
         self._left = fault["number"] if fault else 0
         self._fault = fault
+        if fault is not None:
+            self.has_struck = False
 
     def heal(self):
         """Show again what was hidden."""
@@ -68,7 +70,7 @@ class Moment:
             self._left -= 1
             if self._left >= 0 or self._fault is None:
                 return
-            self._fault = None
+            self._fault, self.has_struck = None, True
         getattr(self, f"_{fault['kind']}")(fault)
 
     def _late(self, fault):
@@ -92,8 +94,9 @@ class Moment:
         if fault["in_share"]:
             hidden = Path(path).glob(".flaxckpt-*/new/state")
             path = str(next(hidden, path))
-        if _LIBC.mount(b"none", os.fsencode(path), b"tmpfs", 0, None) == 0:
-            self.hidden.append(path)
+        if _LIBC.mount(b"none", os.fsencode(path), b"tmpfs", 0, None):
+            raise AssertionError(f"cannot hide {path}")
+        self.hidden.append(path)
 
     def _failing(self, fault):
         raise OSError(28, "No space left on device")
@@ -245,7 +248,8 @@ class Run:
     def end(self):
         """Close, and return what the processes have to agree on."""
         self._try("close", None, self._ckpt.close)
-        return {"told": self.told, "saved": self._ckpt.counts.saved}
+        saved = self._ckpt.counts.saved
+        return {"told": self.told, "saved": saved, "struck": MOMENT.has_struck}
 
 
 def all_are_here(name):

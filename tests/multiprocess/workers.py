@@ -114,6 +114,35 @@ def save_in_ways(directory, setting, faulty="", process="0"):
     say([str(each.message) for each in caught if "direct way" in str(each.message)])
 
 
+def fail_as_it_finishes(directory, what):
+    """Have process 0 fail at the second save, once all shares are written."""
+    from flaxckpt._checkpoints import looks, share
+
+    tree = tree_of(mesh_of(jax.device_count() // 2, 2), SPECS["4x2"])
+    owner, name, error = {
+        "merge": (share, "finish_shares", RuntimeError("injected")),
+        "look": (looks, "_problem_of", None),
+    }[what]
+    original = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        setattr(owner, name, original)
+        if error is not None:
+            raise error
+        return "injected"
+
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(3):
+            if epoch == 1 and jax.process_index() == 0:
+                setattr(owner, name, fail)
+            try:
+                ckpt.save(tree, epoch, logs={"loss": 1.0})
+                ckpt.wait()
+            except flaxckpt.CheckpointError as told:
+                say(epoch, str(told))
+    say(ckpt.counts.direct, ckpt.counts.by_orbax)
+
+
 def restore_tree(directory, *ways):
     """Restore it, in each way that it is to be sharded here, and compare all values."""
     for specs in ways:

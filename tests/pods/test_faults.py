@@ -119,7 +119,9 @@ def lived(request, tmp_path_factory):
 @hypothesis.settings(max_examples=200 if FULL else 10, **SETTINGS)
 def test_whatever_befalls_one_all_are_told_the_same(lived, data):
     order = data.draw(orders(lived.count, faults()))
-    check(order, *lived.carry_out(order))
+    said, directory = lived.carry_out(order)
+    hypothesis.event(f"has struck: {said[order['process']]['struck']}")
+    check(order, said, directory)
 
 
 # What befalls which process in which save, what is saved there, and whether all are told
@@ -154,6 +156,7 @@ def test_at_the_moments_at_which_they_could_disagree(lived, moment):
     errors = [error for each in said for *_, error, _ in each["told"]]
     check(order, said, directory)
     assert any(errors) == fails, json.dumps(said, indent=1)
+    assert said[process]["struck"]
     if moment == "a process writes elsewhere":
         assert any("process 1 has written" in (error or "") for error in errors)
 

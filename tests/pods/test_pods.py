@@ -147,6 +147,20 @@ def test_a_fault_of_the_direct_way_in_one_process_costs_no_checkpoint(
     flaxckpt.verify(infos[1].path)
 
 
+@pytest.mark.parametrize("what", ["merge", "look"])
+def test_what_fails_as_process_0_finishes_is_told_to_all_and_orbax_writes_then(
+    tmp_path, what
+):
+    run = tmp_path / "run"
+    for (epoch, text), counts in pod.run(tmp_path, "fail_as_it_finishes", 2, run, what):
+        assert epoch == 1
+        assert "injected" in text
+        assert counts == [0, 2]
+    infos = flaxckpt.list_checkpoints(run)
+    assert [info.path.name for info in infos] == ["1", "3"]
+    assert _contents(infos[0].path) == _contents(infos[1].path)
+
+
 def _contents(path):
     """Verify a checkpoint; return its database, and its small files less the times."""
     flaxckpt.verify(path)
