@@ -25,7 +25,7 @@ import numpy as np
 
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied_off_device
-from flaxckpt._copies.on_device import fill, unfilled
+from flaxckpt._copies.on_device import unfilled
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._pods.agreement import check_parts
