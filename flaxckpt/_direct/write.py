@@ -1,13 +1,16 @@
 """Writes values as Orbax would store them: in files, or in an OCDBT database."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorstore
 import xxhash
 
+from flaxckpt._direct import ocdbt
 from flaxckpt._direct.chunks import chunks_of, digest_as_stored
 from flaxckpt._direct.form import Fingerprints, Form, database_of
 from flaxckpt._direct.frozen_files import Frozen, FrozenLeaf
@@ -22,14 +25,17 @@ from flaxckpt._trees.digest import (
     as_digest,
     checksum,
     checksum_in,
+    combined,
     digest,
     sum_here,
 )
-from flaxckpt._trees.owned_shards import is_shared
+from flaxckpt._trees.leaf import without_keys
+from flaxckpt._trees.owned_shards import is_shared, pieces
 
 Mark = TypeVar("Mark")  # what a leaf's fingerprint is
-_DATABASE = {"compression": None, "max_inline_value_bytes": 1024}
+_DATABASE = {"compression": None, "max_inline_value_bytes": ocdbt.INLINE_BYTES}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
+_LARGE_BYTES = 2**18  # of a value; for smaller ones TensorStore is as good
 
 
 def write_values(
@@ -73,9 +79,12 @@ def write_share(
     """
     for path, content in form.contents_for(values):
         draft.write(path, [content])
-    database = directory / STATE / database_of(process)
+    name = f"{STATE}/{database_of(process)}"
+    if _has_large_values(form):
+        with contextlib.suppress(ocdbt.TooLargeError):
+            return _write_large_values(draft, name, form, values, process)
     mark = lambda _, value: sum_of_share(value, process)  # noqa: E731
-    return _write_database(database, form, values, mark)
+    return _write_database(directory / name, form, values, mark)
 
 
 def is_part(value: Any, process: int) -> bool:
@@ -144,6 +153,64 @@ def _write_into(
             into = database.with_transaction(transaction)
     transaction.commit_sync()
     return marks
+
+
+def _has_large_values(form: Form) -> bool:
+    """Tell whether the chunks are so large that TensorStore's copies cost too much."""
+    arrays = [stored for stored in form.arrays if not isinstance(stored, str)]
+    sizes = [stored.chunk_bytes for stored in arrays for _ in stored.keys()]
+    return bool(sizes) and sum(sizes) >= _LARGE_BYTES * len(sizes)
+
+
+def _write_large_values(
+    draft: Draft, name: str, form: Form, values: Sequence[Any], process: int
+) -> list[int]:
+    """Write a share's database without TensorStore; return what `write_share` does."""
+    sizes = dict[str, int]()
+    for stored in form.arrays:
+        if not isinstance(stored, str):
+            if stored.description:
+                sizes[stored.description_key] = len(stored.description)
+            behind = len(trailer_of(stored.chunk_bytes))
+            for key, _ in stored.keys():
+                sizes[key] = stored.chunk_bytes + behind
+    sums, turn = list[int](), time.perf_counter()
+    with ocdbt.writing(draft, name, sizes) as put:
+        for stored, value in zip(form.arrays, values, strict=True):
+            turn = give_way(turn)
+            if isinstance(stored, str):
+                sums.append(sum_of_share(value, process))
+                continue
+            if stored.description:
+                put(stored.description_key, [stored.description])
+            sums.append(_put_chunks(put, stored, without_keys(value), process))
+    return sums
+
+
+def _put_chunks(put: ocdbt.Put, stored: ZarrArray, value: Any, process: int) -> int:
+    """Write the chunks of a leaf, and return what `sum_of_share` does.
+
+    If the chunks are the pieces that are summed, each block of them is summed and
+    written while it is in the CPU cache.
+    """
+    own = dict(pieces(value)) if is_part(value, process) else {}
+    shapes = {start: piece.shape for start, piece in own.items()}
+    if shapes and shapes == {start: stored.chunk for _, start in stored.keys()}:
+        digested = Digest()
+        for key, start in stored.keys():
+            piece = np.asarray(own[start], order="C")
+            put(key, _parts(piece, digested.blocks(piece, start)))
+        return digested.total
+    for key, _, chunk in chunks_of(stored, value):
+        put(key, _parts(chunk, _blocks(chunk)))
+    return combined(own.items())
+
+
+def _parts(chunk: Array, blocks: Iterable[Array]) -> Iterator[Any]:
+    """Yield the parts of what is stored of a chunk, whose blocks are given."""
+    for block in blocks:
+        yield raw_bytes(block).data
+    yield trailer_of(chunk.nbytes)
 
 
 def _write_files(

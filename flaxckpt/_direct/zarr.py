@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._direct.crc32c import crc32c
 from flaxckpt._disk.zarr_json import parse_zarr
 from flaxckpt._trees.owned_shards import is_shared, pieces
 
@@ -48,6 +49,11 @@ class ZarrArray:
     def is_one_chunk(self) -> bool:
         """Whether one chunk holds the whole array."""
         return self.shape == self.chunk
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a chunk's values."""
+        return math.prod(self.chunk) * self.dtype.itemsize
 
     @property
     def description_key(self) -> str:
@@ -163,14 +169,4 @@ def raw_bytes(array: Array) -> Bytes:
 def trailer_of(nbytes: int) -> bytes:
     """Return the index behind a chunk: its part's offset and size, and a checksum."""
     index = struct.pack("<QQ", 0, nbytes)
-    return index + struct.pack("<I", _crc32c(index))
-
-
-def _crc32c(data: bytes) -> int:
-    """Compute Castagnoli's CRC (RFC 3720, appendix B.4); slow, for a few bytes."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
+    return index + struct.pack("<I", crc32c(index))

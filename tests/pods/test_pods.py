@@ -112,12 +112,13 @@ def test_what_one_has_saved_is_checked_where_it_is_sharded(tmp_path, written):
             assert ("bfloat16" in log.read_text()) == is_damaged
 
 
-@pytest.mark.parametrize("setting", ["", "compress", "orbax"])
+@pytest.mark.parametrize("setting", ["", "large", "compress", "orbax"])
 def test_a_share_that_orbax_has_shown_is_written_straight_from_memory(
     tmp_path, setting
 ):
     said = pod.run(tmp_path, "save_in_ways", 2, tmp_path / "run", setting, devices=4)
-    assert said == [[[0, 3] if setting else [2, 1], []]] * 2
+    is_direct = setting in ("", "large")
+    assert said == [[[2, 1] if is_direct else [0, 3], []]] * 2
     contents = [
         _contents(info.path) for info in flaxckpt.list_checkpoints(tmp_path / "run")
     ]
@@ -129,13 +130,18 @@ def test_a_share_that_orbax_has_shown_is_written_straight_from_memory(
 
 @pytest.mark.parametrize("process", [0, 1])
 @pytest.mark.parametrize(
-    "name", ["database_of", "sum_of_share", "database_at", "chunks_of", "trailer_of"]
+    ("setting", "name"),
+    [
+        *(("", name) for name in ("database_of", "sum_of_share", "database_at")),
+        *(("", name) for name in ("chunks_of", "trailer_of")),
+        *(("large", name) for name in ("chunks_of", "trailer_of", "give_way")),
+    ],
 )
 def test_a_fault_of_the_direct_way_in_one_process_costs_no_checkpoint(
-    tmp_path, name, process
+    tmp_path, setting, name, process
 ):
-    run = tmp_path / "run"
-    said = pod.run(tmp_path, "save_in_ways", 2, run, "", name, process, devices=4)
+    run, faulty = tmp_path / "run", (setting, name, process)
+    said = pod.run(tmp_path, "save_in_ways", 2, run, *faulty, devices=4)
     (counts, warned), good = said[process], said[1 - process]
     # After a fault of process 0, Orbax writes in all.
     assert (counts, good) == ([0, 3], [[1 + process, 2 - process], []])
