@@ -58,6 +58,7 @@ class Updater:
         force: bool,
     ) -> CheckpointState:
         """Decide whether to save, and start the save."""
+        self.saves.check_parent()
         self._meet()
         self.saves.check()
         preempted = self.triggers.is_newly_preempted()
@@ -80,7 +81,6 @@ class Updater:
             return state
         self._never_due = False
         with self.saves.telling_others():
-            self.saves.check_parent()
             anyway = preempted or force is not False or due is not np.True_
             if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
                 self._stale = None if self.settings.by_epoch else given
@@ -154,11 +154,11 @@ class Updater:
         state: CheckpointState | None,
     ) -> Path:
         """Save now, whatever the policy says; return the checkpoint's path or URL."""
+        self.saves.check_parent()
         self._meet()
         self.saves.check()
         preempted = self.triggers.is_newly_preempted()
         with self.saves.telling_others():
-            self.saves.check_parent()
             logs = with_values(logs)
             if is_traced(epoch, batch, logs, state):
                 raise CheckpointError(

@@ -1,5 +1,6 @@
 """Finishes a checkpoint whose tree is written: the table of leaves, and the record."""
 
+import functools
 import importlib.metadata
 import json
 from collections import deque
@@ -17,6 +18,12 @@ from flaxckpt._trees.skeleton import Skeleton
 _REMEMBERED = 8
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that write a checkpoint."""
+    return {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -24,9 +31,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-# The packages that write a checkpoint. To look these up takes 10 ms, which the first
-# save should not take.
-_VERSIONS = {name: _version(name) for name in ("flaxckpt", "jax", "orbax-checkpoint")}
+versions()  # takes 10 ms, which the first save should not take
 
 
 class Tables:
@@ -61,5 +66,5 @@ def finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> N
     if not (written / STATE / "manifest.ocdbt").exists():  # no database
         draft.write(ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
-    draft.write(RECORD_FILE, [encode_record(info, _VERSIONS, table)])
+    draft.write(RECORD_FILE, [encode_record(info, versions(), table)])
     draft.finish()

@@ -158,9 +158,10 @@ def write_part(
             spreads=spreads,
             compress=way.compress,
         )
-        if knows_forms and fault is None:
-            way.forms.learn_share(directory, layout, held, process, spreads=spreads)
-        sums = [sum_of_share(value, process) for value in held]
+        if spreads or (knows_forms and fault is None):
+            what = directory, layout, held, process
+            sums = way.forms.learn_share(*what, spreads=spreads)
+        sums = sums or [sum_of_share(value, process) for value in held]
     parts = enumerate(zip(sums, held, strict=True))
     found = {i: each for i, (each, value) in parts if is_part(value, process)}
     return Share(process, found, {}, fault is None and form is not None, fault)

@@ -1,6 +1,6 @@
 """A leaf cut into the chunks in which it is stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,31 +28,33 @@ def chunks_of(
         return
     parts = pieces(value) if stored.held is None else shards(value)
     for key, start in stored.keys():
-        yield key, start, np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
+        chunk = np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
+        yield key, start, chunk.reshape(stored.chunk)
 
 
 def _cut(
     parts: list[Piece], value: Any, start: tuple[int, ...], chunk: tuple[int, ...]
 ) -> Array:
-    found = _within(parts, start, chunk)
+    found = next(within(parts, start, chunk), None)
     if found is not None:
         return found
     parts[:] = [((0,) * len(chunk), _on_host(value))]  # the chunk spans several shards
     return _cut(parts, value, start, chunk)
 
 
-def _within(
-    parts: list[Piece], start: tuple[int, ...], chunk: tuple[int, ...]
-) -> Array | None:
-    """Return a chunk from the piece that holds it whole; None if no piece does."""
+def within(
+    parts: Sequence[tuple[tuple[int, ...], Any]],
+    start: tuple[int, ...],
+    chunk: tuple[int, ...],
+) -> Iterator[Array]:
+    """Yield a chunk from each of the pieces that hold it whole."""
     for begin, piece in parts:
         low = [at - base for at, base in zip(start, begin, strict=True)]
         high = [at + size for at, size in zip(low, chunk, strict=True)]
         if all(at >= 0 for at in low) and all(
             at <= size for at, size in zip(high, piece.shape, strict=True)
         ):
-            return np.asarray(piece)[tuple(map(slice, low, high))]
-    return None
+            yield np.asarray(piece)[tuple(map(slice, low, high))]
 
 
 def _on_host(value: Any) -> Array:

@@ -68,10 +68,19 @@ class Forms:
         process: int,
         *,
         spreads: bool,
-    ) -> None:
-        """Learn the form of the share of a process; see `learn_share`."""
-        form = learn_share(directory, layout, held, process, spreads=spreads)
+    ) -> list[int] | None:
+        """Learn the form of the share of a process; see `learn_share`.
+
+        Returns:
+            For each leaf, the sum over the chunks in the share; None if the way in
+            which Orbax has written it is not known here.
+        """
+        learnt = learn_share(directory, layout, held, process, spreads=spreads)
+        if learnt is None:
+            return None
+        form, sums = learnt
         self._noted(layout, held, form)
+        return sums
 
     def _noted(self, layout: Layout, held: list[Any], form: Form | None) -> Form | None:
         if form and not self.find(

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._direct.chunks import chunks_of
+from flaxckpt._direct.chunks import chunks_of, within
 from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
@@ -32,10 +32,18 @@ from flaxckpt._direct.zarr import (
     trailer_of,
 )
 from flaxckpt._processes.messages import LEADER
+from flaxckpt._trees.digest import combined, sum_here
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import ARRAYS, Leaf
+from flaxckpt._trees.owned_shards import shards
 
-_OTHERWISE = OtherwiseError, KeyError, ValueError, TypeError, AttributeError
+_OTHERWISE = (
+    OtherwiseError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 def learn(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None:
@@ -77,7 +85,7 @@ def learn_share(
     process: int,
     *,
     spreads: bool,
-) -> Form | None:
+) -> tuple[Form, list[int]] | None:
     """Learn how Orbax has just written the share of a process, as `learn` does.
 
     Args:
@@ -87,6 +95,10 @@ def learn_share(
         process: The process. It has a database of its own, which for process 0 has the
             description of each array, and for others only chunks.
         spreads: Whether replicas are divided between processes.
+
+    Returns:
+        The form, and for each leaf the sum over the chunks that were written here; see
+        `combined`. Replicas may differ, so it matters which was written.
     """
     leaves = [leaf for leaf in layout.as_stored.leaves if leaf.in_orbax]
     state = directory / STATE
@@ -99,12 +111,15 @@ def learn_share(
             chunks = _chunk_shapes(shapes.read_bytes())
         keys = _by_name(store.keys)
         store.expect_all()
-        arrays = [
-            _held(leaf, value, store, keys.get(leaf.stored_name, {}), chunks)
-            for leaf, value in zip(leaves, values, strict=True)
-        ]
+        arrays: list[ZarrArray | str] = []
+        sums: list[int] = []
+        for leaf, value in zip(leaves, values, strict=True):
+            named = keys.get(leaf.stored_name, {})
+            stored = _held(leaf, value, store, named, chunks)
+            arrays.append(stored)
+            sums.append(_sum_as_stored(stored, value, store, process))
         if process != LEADER:
-            return Form(True, contents, arrays, spreads)
+            return Form(True, contents, arrays, spreads), sums
         contents |= {
             name: path.read_bytes()
             for name, path in _files(directory)
@@ -112,7 +127,7 @@ def learn_share(
             and not _holds_values(name, True, set())
             and path.parent != shapes.parent
         }
-        return _checked(Form(True, contents, arrays, spreads), values)
+        return _checked(Form(True, contents, arrays, spreads), values), sums
     except _OTHERWISE:
         return None
 
@@ -185,8 +200,25 @@ def _held(
         tuple(int(at) * size for at, size in zip(number, stored.chunk, strict=True))
         for number in (behind.split("/")[1:] for behind in keys)
     ]
-    stored = replace(stored, held=tuple(sorted(starts)))
-    return _compared(stored, value, store)
+    return replace(stored, held=tuple(sorted(starts)))
+
+
+def _sum_as_stored(
+    stored: ZarrArray | str, value: Any, store: Database, process: int
+) -> int:
+    """Return the sum over the chunks of a leaf here; raise if they have other bytes."""
+    if isinstance(stored, str):
+        return sum_here(value) if process == LEADER else 0
+    parts, total = shards(value), 0
+    for key, start in stored.keys():
+        found = [*within(parts, start, stored.chunk)]
+        if len(found) > 1:  # Orbax has written one of the replicas
+            content = store.read(key)
+            found = [chunk for chunk in found if content.startswith(chunk.tobytes())]
+        chunk = np.ascontiguousarray(found[0]).reshape(stored.chunk)
+        _compare(store.ends(key, chunk.nbytes), raw_bytes(chunk))
+        total += combined([(start, chunk)])
+    return total
 
 
 def _dtype(leaf: Leaf, value: Any) -> str:

@@ -4,9 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import tensorstore
 import xxhash
 
@@ -29,10 +28,10 @@ from flaxckpt._trees.digest import (
     digest,
     sum_here,
 )
-from flaxckpt._trees.leaf import without_keys
-from flaxckpt._trees.owned_shards import is_shared, pieces
+from flaxckpt._trees.owned_shards import is_shared
 
 Mark = TypeVar("Mark")  # what a leaf's fingerprint is
+Chunk: TypeAlias = tuple[str, tuple[int, ...], Array]  # as `chunks_of` yields it
 _DATABASE = {"compression": None, "max_inline_value_bytes": ocdbt.INLINE_BYTES}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
 _LARGE_BYTES = 2**18  # of a value; for smaller ones TensorStore is as good
@@ -58,7 +57,8 @@ def write_values(
     for path, content in form.contents_for(values, f"{STATE}/"):
         draft.write(path, [content])
     if form.is_database:
-        return _write_database(directory / STATE, form, values, digest_as_stored), []
+        mark = lambda stored, value, _: digest_as_stored(stored, value)  # noqa: E731
+        return _write_database(directory / STATE, form, values, mark), []
     return _write_files(form, draft, values, frozen)
 
 
@@ -75,7 +75,7 @@ def write_share(
         process: The process, to whose database the values go.
 
     Returns:
-        For each leaf, what `sum_of_share` returns.
+        For each leaf, the sum over the chunks that were written; see `combined`.
     """
     for path, content in form.contents_for(values):
         draft.write(path, [content])
@@ -83,7 +83,12 @@ def write_share(
     if _has_large_values(form):
         with contextlib.suppress(ocdbt.TooLargeError):
             return _write_large_values(draft, name, form, values, process)
-    mark = lambda _, value: sum_of_share(value, process)  # noqa: E731
+
+    def mark(stored: ZarrArray | str, value: Any, chunks: list[Chunk]) -> int:
+        if isinstance(stored, str):
+            return sum_of_share(value, process)
+        return combined((start, chunk) for _, start, chunk in chunks)
+
     return _write_database(directory / name, form, values, mark)
 
 
@@ -119,7 +124,7 @@ def _write_database(
     directory: Path,
     form: Form,
     values: Sequence[Any],
-    fingerprint: Callable[[ZarrArray | str, Any], Mark],
+    fingerprint: Callable[[ZarrArray | str, Any, list[Chunk]], Mark],
 ) -> list[Mark]:
     """Write into a database, and return the fingerprint of each leaf."""
     with aliased(directory) as plain:
@@ -131,7 +136,7 @@ def _write_into(
     database: Any,
     form: Form,
     values: Sequence[Any],
-    fingerprint: Callable[[ZarrArray | str, Any], Mark],
+    fingerprint: Callable[[ZarrArray | str, Any, list[Chunk]], Mark],
 ) -> list[Mark]:
     marks: list[Mark] = []
     transaction, size = tensorstore.Transaction(), 0
@@ -139,12 +144,13 @@ def _write_into(
     turn = time.perf_counter()
     for stored, value in zip(form.arrays, values, strict=True):
         turn = give_way(turn)
-        marks.append(fingerprint(stored, value))
+        chunks = [] if isinstance(stored, str) else [*chunks_of(stored, value)]
+        marks.append(fingerprint(stored, value, chunks))
         if isinstance(stored, str):
             continue
         if stored.description:
             into.write(stored.description_key, stored.description)
-        for key, _, chunk in chunks_of(stored, value):
+        for key, _, chunk in chunks:
             into.write(key, b"".join((raw_bytes(chunk).data, trailer_of(chunk.nbytes))))
             size += chunk.nbytes
         if size > _BATCH_BYTES:
@@ -183,27 +189,19 @@ def _write_large_values(
                 continue
             if stored.description:
                 put(stored.description_key, [stored.description])
-            sums.append(_put_chunks(put, stored, without_keys(value), process))
+            sums.append(_put_chunks(put, stored, value))
     return sums
 
 
-def _put_chunks(put: ocdbt.Put, stored: ZarrArray, value: Any, process: int) -> int:
-    """Write the chunks of a leaf, and return what `sum_of_share` does.
+def _put_chunks(put: ocdbt.Put, stored: ZarrArray, value: Any) -> int:
+    """Write the chunks of a leaf, and return the sum over them; see `combined`.
 
-    If the chunks are the pieces that are summed, each block of them is summed and
-    written while it is in the CPU cache.
+    Each block of them is summed and written while it is in the CPU cache.
     """
-    own = dict(pieces(value)) if is_part(value, process) else {}
-    shapes = {start: piece.shape for start, piece in own.items()}
-    if shapes and shapes == {start: stored.chunk for _, start in stored.keys()}:
-        digested = Digest()
-        for key, start in stored.keys():
-            piece = np.asarray(own[start], order="C")
-            put(key, _parts(piece, digested.blocks(piece, start)))
-        return digested.total
-    for key, _, chunk in chunks_of(stored, value):
-        put(key, _parts(chunk, _blocks(chunk)))
-    return combined(own.items())
+    digested = Digest()
+    for key, start, chunk in chunks_of(stored, value):
+        put(key, _parts(chunk, digested.blocks(chunk, start)))
+    return digested.total
 
 
 def _parts(chunk: Array, blocks: Iterable[Array]) -> Iterator[Any]:

@@ -76,7 +76,7 @@ def account_of(call: Call, pages: Sequence[Page], paths: list[str]) -> dict[str,
         "batch": call.batch,
         "metric": metric,
         "paths": paths,
-        "leaves": [dict(_rows(page)) for page in pages],
+        "leaves": [list(_rows(page)) for page in pages],
     }
 
 
@@ -168,14 +168,22 @@ def error_between(
 
 
 def _differing(
-    one: Sequence[dict[str, str]], other: Sequence[dict[str, str]]
+    one: Sequence[Sequence[tuple[str, str]]], other: Sequence[Sequence[tuple[str, str]]]
 ) -> list[str]:
     found: list[str] = []
     for first, second in zip(one, other, strict=False):
-        for name in {**first, **second}:
-            pair = first.get(name, "missing"), second.get(name, "missing")
-            if pair[0] != pair[1]:
-                found.append(f"{name} is {pair[0]} and {pair[1]}")
+        names = [[name for name, _ in each] for each in (first, second)]
+        if names[0] == names[1]:
+            triples = zip(names[0], first, second, strict=True)
+            pairs = [(name, a[1], b[1]) for name, a, b in triples]
+        else:
+            here, there = dict(first), dict(second)
+            missing = "missing"
+            pairs = [
+                (name, here.get(name, missing), there.get(name, missing))
+                for name in {**here, **there}
+            ]
+        found += [f"{name} is {a} and {b}" for name, a, b in pairs if a != b]
     return found or ["the trees have their leaves in another order"]
 
 

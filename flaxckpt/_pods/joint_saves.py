@@ -199,7 +199,9 @@ class JointSaves:
             sums, memories, lengths = zip(*checks, strict=True)
             asked = next((i for i, each in enumerate(sums) if each != sums[0]), None)
             widths = widths_for(lengths) if asked is None else []
-            terms = Terms(len(set(memories)) == 1, self._way.writes_directly)
+            # The chunks of compressed arrays are not known.
+            spreads = len(set(memories)) == 1 and not self._way.compress
+            terms = Terms(spreads, self._way.writes_directly)
             exchange.tell("go", [asked, terms.spreads, terms.directly, widths])
         asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
@@ -272,6 +274,8 @@ class JointSaves:
             yield
         except BaseException as error:
             exchange.tell(subject, self.translated(error, path), again=True)
+            if not isinstance(error, Exception):
+                raise
 
     @contextlib.contextmanager
     def _giving_up(self, exchange: Round) -> Generator[None]:
@@ -294,8 +298,12 @@ class JointSaves:
             except CheckpointError:
                 for subject in _ASKED:
                     exchange.tell(subject, failure, again=True)
-                raise
+                if isinstance(error, Exception):
+                    raise
+                raise error from None
             self._hear_the_end(exchange, failure)
+            if not isinstance(error, Exception):
+                raise
 
     def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
         """Wait on, while process 0 finishes a checkpoint and gives no sign."""
@@ -314,6 +322,8 @@ class JointSaves:
         except BaseException as error:
             failure = self.translated(error)
             self._tell_all(exchange, failure)
+            if not isinstance(error, Exception):
+                raise
             raise failure from failure.__cause__
         finally:
             self._ended.append(exchange)

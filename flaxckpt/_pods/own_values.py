@@ -51,7 +51,10 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
     )
     for at, row, width in zip(page.own, rows, widths, strict=True):
         leaves[at] = _stacked(padded(row, width), number)
-        stored[at] = replace(stored[at], rows=(number, width))
+        # Texts of about the same length have one layout, and so one form.
+        is_text = stored[at].kind in ("str", "bytes") and stored[at].shape
+        shape = (width,) if is_text else stored[at].shape
+        stored[at] = replace(stored[at], rows=(number, width), shape=shape)
     return replace(
         page, layout=Layout(page.layout.skeleton, tuple(stored)), leaves=leaves
     )

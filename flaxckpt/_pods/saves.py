@@ -34,6 +34,7 @@ from flaxckpt._processes.messages import (
     is_leader,
     process_count,
 )
+from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
@@ -155,8 +156,9 @@ class PodSaver:
         self.report.count_delay(job.waited)
         try:
             self.queue.check()
-        except BaseException:
-            self.queue.give_back(job)
+        except BaseException as error:
+            # The other processes may have no error left to raise, and would wait.
+            self._submit_refusal(job, error)
             raise
         return job
 
@@ -184,9 +186,18 @@ class PodSaver:
     def _sweep(self) -> None:
         """Delete what retention has dropped, on a thread of its own.
 
-        The other processes wait for the next save meanwhile, and not for this.
+        The other processes wait for the next save meanwhile, and not for this. The next
+        call warns of what could not be deleted.
         """
-        threading.Thread(target=self._series.area.sweep, name="flaxckpt-sweep").start()
+
+        def sweep() -> None:
+            try:
+                self._series.area.sweep()
+            except Exception as error:
+                self.report.warn(f"Not all could be deleted: {in_one_line(error)}.")
+
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            threading.Thread(target=sweep, name="flaxckpt-sweep").start()
 
     def _submit_refusal(self, job: Job, error: BaseException) -> None:
         """Have a job tell the other processes, which will wait for this one.

@@ -186,8 +186,8 @@ class Round:
             first: The first of the processes.
 
         Raises:
-            CheckpointError: The first error among the messages, once all are there. By
-                then no process is at work on what they are about.
+            SilenceError: If a process is silent. It may still be at work.
+            CheckpointError: The first error among the messages, once all are there.
         """
         watch, found = _Watch(self._signs), list[Any]()
         problems: list[CheckpointError] = []
@@ -197,7 +197,8 @@ class Round:
             except CheckpointError as error:
                 problems.append(error)
         if problems:
-            raise problems[0]
+            silent = (each for each in problems if isinstance(each, SilenceError))
+            raise next(silent, problems[0])
         return found
 
     def forget(self) -> None:
@@ -266,8 +267,8 @@ def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
 
     Args:
         name: What the exchange is about.
-        content: This process's part. An exception is raised in all processes: here as
-            it is, and elsewhere as a `CheckpointError`.
+        content: This process's part. All processes raise the first exception among the
+            parts, as a `CheckpointError`.
         join: Takes the parts of all processes, in order; process 0 calls it.
 
     Raises:
@@ -290,9 +291,9 @@ def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
         _past().append(exchange)
     try:
         return exchange.hear("all")
-    except CheckpointError:
+    except CheckpointError as error:
         if isinstance(content, Exception):
-            raise content from None
+            raise error from content
         raise
 
 

@@ -20,6 +20,7 @@ from flaxckpt._trees.chosen import Chosen
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import weights_skeleton
@@ -117,8 +118,10 @@ class Describer:
         weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.chosen.indices(tree)
         own = [] if self._own is None else self._own.indices(tree)
-
-        own = [i for i in own if _is_value(layout.leaves[i])]
+        # Arrays of all processes are no process's own.
+        own = [
+            i for i in own if _is_value(layout.leaves[i]) and not is_shared(leaves[i])
+        ]
         return StoredTree(layout, leaves, weights, frozen, own, kinds)
 
     def _described(

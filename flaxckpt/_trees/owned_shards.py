@@ -34,15 +34,14 @@ def pieces(value: Any) -> list[Piece]:
 
 
 def shards(value: Any) -> list[tuple[tuple[int, ...], Any]]:
-    """Return each shard that this process has, once, where `pieces` has first replicas.
+    """Return all shards that this process has, where `pieces` has first replicas.
 
     A shard of a JAX array stays on its device.
     """
     value = without_keys(value)
     if not isinstance(value, jax.Array):
         return [*pieces(value)]
-    found = {_start(shard, value): shard.data for shard in value.addressable_shards}
-    return [*found.items()]
+    return [(_start(shard, value), shard.data) for shard in value.addressable_shards]
 
 
 def _start(shard: jax.Shard, value: jax.Array) -> tuple[int, ...]:

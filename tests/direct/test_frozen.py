@@ -145,7 +145,7 @@ def test_a_restart_links_to_what_an_earlier_version_has_digested(tmp_path):
     table["digests"] = digests(list(tree_of(7, 1).values()))
     text = json.dumps(table).encode()
     (path / "flaxckpt_leaves.json").write_bytes(text)
-    record = encode_record(read_record(path), _finish._VERSIONS, text)
+    record = encode_record(read_record(path), _finish.versions(), text)
     (path / "flaxckpt.json").write_bytes(record)
     assert_holds(path, 7, 1)
     with opened(tmp_path) as ckpt:

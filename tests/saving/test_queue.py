@@ -183,6 +183,7 @@ def test_the_program_s_end_knows_a_queue_with_work_or_with_an_error():
 
 def test_a_save_that_begins_when_a_wait_ends_is_known_to_the_program_s_end(monkeypatch):
     queue, go, others = JobQueue(), threading.Event(), []
+    waited_for = threading.Event()
 
     class Unheard(set):
         def discard(self, one):
@@ -195,7 +196,8 @@ def test_a_save_that_begins_when_a_wait_ends_is_known_to_the_program_s_end(monke
 
     unheard = Unheard()
     monkeypatch.setattr(_queue, "UNHEARD", unheard)
-    submit(queue, None, lambda: None)
+    submit(queue, None, lambda: waited_for.wait(60))
+    threading.Timer(0.2, waited_for.set).start()  # this thread is in `wait` by then
     queue.wait()
     others[0].join()
     assert queue in unheard
