@@ -34,7 +34,7 @@ Mark = TypeVar("Mark")  # what a leaf's fingerprint is
 Chunk: TypeAlias = tuple[str, tuple[int, ...], Array]  # as `chunks_of` yields it
 _DATABASE = {"compression": None, "max_inline_value_bytes": ocdbt.INLINE_BYTES}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
-_LARGE_BYTES = 2**18  # of a value; for smaller ones TensorStore is as good
+_LARGE_BYTES = 2**18  # of a chunk, on average: from here on, a share needs no copies
 
 
 def write_values(
@@ -162,7 +162,7 @@ def _write_into(
 
 
 def _has_large_values(form: Form) -> bool:
-    """Tell whether the chunks are so large that TensorStore's copies cost too much."""
+    """Tell whether the chunks are so large that TensorStore's copies cost time."""
     arrays = [stored for stored in form.arrays if not isinstance(stored, str)]
     sizes = [stored.chunk_bytes for stored in arrays for _ in stored.keys()]
     return bool(sizes) and sum(sizes) >= _LARGE_BYTES * len(sizes)

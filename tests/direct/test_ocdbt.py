@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from flaxckpt._direct import ocdbt
 from flaxckpt._direct import write as _write
+from flaxckpt._direct.chunks import chunks_of
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.zarr import ZarrArray, trailer_of
 from flaxckpt._disk.files import Draft
 from flaxckpt._orbax.share import finish_shares
-from flaxckpt._trees.digest import sum_here
+from flaxckpt._trees.digest import combined, sum_here
 
 pytestmark = pytest.mark.direct
 
@@ -273,7 +274,11 @@ def test_a_share_is_written_alike_in_both_ways(tmp_path, monkeypatch, way, proce
         sums = _write.write_share(form, draft, tmp_path, [*values, "abc"], process)
         draft.finish()
     assert bool(used) == (way == "by TensorStore")
-    assert sums == [sum_here(each) * (process == 0) for each in [*values, "abc"]]
+    written = [
+        combined((start, chunk) for _, start, chunk in chunks_of(array, value))
+        for array, value in zip(arrays, values, strict=True)
+    ]
+    assert sums == [*written, sum_here("abc") * (process == 0)]
     found = content(tmp_path / f"state/ocdbt.process_{process}")
     for array, value in zip(arrays, values, strict=True):
         if array.description:
