@@ -12,14 +12,12 @@ many small arrays.
 
 import functools
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flaxckpt._direct.zarr import STATE, STRINGS, ZarrArray
 
-_TIMES = "_CHECKPOINT_METADATA"
 # The leaves' digests, and the checksums of each leaf's files. A database has no such
 # checksums.
 Fingerprints: TypeAlias = tuple[list[str], list[Sequence[str]]]
@@ -74,12 +72,6 @@ class Form:
             pairs = zip(self.arrays, values, strict=True)
             texts = {name: text for name, text in pairs if isinstance(name, str)}
             return json.dumps(texts).encode()
-        if path == _TIMES:
-            fields = json.loads(content)
-            now = time.time_ns()
-            for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
-                fields[key] = now
-            return json.dumps(fields).encode()
         return content
 
 

@@ -153,10 +153,10 @@ def _write_into(
         for key, _, chunk in chunks:
             into.write(key, b"".join((raw_bytes(chunk).data, trailer_of(chunk.nbytes))))
             size += chunk.nbytes
-        if size > _BATCH_BYTES:
-            transaction.commit_sync()
-            transaction, size = tensorstore.Transaction(), 0
-            into = database.with_transaction(transaction)
+            if size > _BATCH_BYTES:
+                transaction.commit_sync()
+                transaction, size = tensorstore.Transaction(), 0
+                into = database.with_transaction(transaction)
     transaction.commit_sync()
     return marks
 

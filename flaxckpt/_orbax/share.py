@@ -24,7 +24,7 @@ from flaxckpt._direct.zarr import STATE
 from flaxckpt._disk.alias import aliased
 from flaxckpt._orbax.engine import calls_of_orbax, orbax_context, with_key
 from flaxckpt._orbax.state_handler import v1
-from flaxckpt._processes.mesh import mesh_of_processes
+from flaxckpt._processes.mesh import device_here, mesh_of_processes
 from flaxckpt._processes.messages import LEADER, process_index
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
@@ -129,7 +129,7 @@ def _as_orbax_takes_it(leaf: Leaf, value: Any) -> Any:
 def _replicated(value: np.ndarray[Any, Any]) -> jax.Array:
     """Put a value that all processes have onto one device of each."""
     mesh = mesh_of_processes()
-    part = jax.device_put(value, jax.local_devices()[0])
+    part = jax.device_put(value, device_here())
     return jax.make_array_from_single_device_arrays(
         value.shape, NamedSharding(mesh, PartitionSpec()), [part]
     )

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._processes.mesh import mesh_of_processes
+from flaxckpt._processes.mesh import device_here, mesh_of_processes
 from flaxckpt._processes.messages import process_count
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.per_process import encoded, padded
@@ -63,6 +63,6 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
 def _stacked(row: np.ndarray[Any, Any], number: int) -> jax.Array:
     """Make an array of a row of each process, on one device of each."""
     sharding = NamedSharding(mesh_of_processes(), PartitionSpec("process"))
-    part = jax.device_put(row, jax.local_devices()[0])
+    part = jax.device_put(row, device_here())
     shape = number, row.shape[1]
     return jax.make_array_from_single_device_arrays(shape, sharding, [part])

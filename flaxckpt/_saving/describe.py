@@ -11,6 +11,7 @@ from flaxckpt._copies.ahead import Ahead
 from flaxckpt._copies.plan import kinds_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._orbax.engine import storable
+from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.call import Call
@@ -19,7 +20,7 @@ from flaxckpt._settings import Settings
 from flaxckpt._trees.chosen import Chosen
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
@@ -101,10 +102,12 @@ class Describer:
             tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
         """
         with contextlib.suppress(Exception):  # the save raises what is wrong
-            if not self._weights_only:
-                self._ahead.compile(leaves_of(tree))
-            elif self._weights is default_weights:
-                self._ahead.compile(leaves_of(default_weights(tree)))
+            if self._weights_only and self._weights is not default_weights:
+                return
+            leaves = leaves_of(default_weights(tree) if self._weights_only else tree)
+            if are_several():  # which copy the data of keys
+                leaves = list(map(without_keys, leaves))
+            self._ahead.compile(leaves)
 
     def _stored(
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool

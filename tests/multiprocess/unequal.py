@@ -1,0 +1,144 @@
+"""Workers for what one process has or meets alone; see `pod.py`."""
+
+import warnings
+
+import jax
+import numpy as np
+import workers
+from jax.sharding import NamedSharding, PartitionSpec
+from workers import place, say
+
+import flaxckpt
+
+SIZE = 4  # elements of each device
+
+
+def mesh_of_all():
+    return jax.make_mesh((jax.device_count(),), ("data",))
+
+
+def sharded(mesh):
+    return place(np.arange(jax.device_count() * SIZE, dtype=np.float32), mesh, "data")
+
+
+def replicated(mesh, make):
+    """Return an array that claims to be replicated, made anew for each device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    parts = [
+        jax.device_put(make(device.id), device)
+        for device in sorted(sharding.addressable_devices, key=lambda each: each.id)
+    ]
+    shape = np.shape(parts[0])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def save_replicas(directory, differing):
+    """Save arrays whose replicas differ between processes, devices, or not at all."""
+    mesh = mesh_of_all()
+    number = {
+        "processes": lambda device: jax.process_index(),
+        "devices": lambda device: device,
+        "none": lambda device: 0,
+    }[differing]
+    make = lambda device: np.arange(64, dtype=np.float32) + number(device) / 8  # noqa: E731
+    tree = {"w": sharded(mesh), "statistics": replicated(mesh, make)}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(3):
+            ckpt.save(tree, epoch)
+    say(ckpt.counts.direct)
+    found = ckpt.restore(tree).tree["statistics"]
+    say([np.asarray(part.data).tolist() for part in found.addressable_shards])
+
+
+def save_two_of_a_name(directory):
+    """Save two leaves whose paths read alike; the first one differs."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    tree = {"w": sharded(mesh), "a": {"b": np.arange(3) + index}, "a/b": np.arange(3)}
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}")
+    ckpt.save(tree, 0)
+    try:
+        ckpt.wait()
+    except flaxckpt.CheckpointError as error:
+        say(str(error))
+
+
+def save_texts(directory, kind):
+    """Save texts of each process whose lengths change, and restore the last ones."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    texts = ["x" * (3 + 2 * epoch + index) for epoch in range(6)]
+    if kind == "bytes":
+        texts = [text.encode() for text in texts]
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", per_process=lambda path, leaf: path != ("w",)
+    ) as ckpt:
+        for epoch, text in enumerate(texts):
+            ckpt.save({"w": sharded(mesh), "text": text}, epoch)
+            ckpt.wait()
+    found = ckpt.restore({"w": sharded(mesh), "text": texts[0]}).tree["text"]
+    say(ckpt.counts.direct, found == texts[-1])
+
+
+def choose_all(directory):
+    """Choose all leaves as each process's own, an array of all processes, too."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    tree = {"w": sharded(mesh), "n": index}
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", per_process=lambda path, leaf: True
+    ) as ckpt:
+        ckpt.save(tree, 0)
+    say(ckpt.restore(tree).tree["n"])
+
+
+def be_warned(directory):
+    """Take a warning, which one process alone gets, for an error; then go on."""
+    from flaxckpt._direct import write
+
+    mesh, original = mesh_of_all(), write.trailer_of
+
+    def fail(*args):
+        write.trailer_of = original
+        raise RuntimeError("injected")
+
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(7):
+            if epoch == 1 and jax.process_index() == 1:
+                write.trailer_of = fail
+            try:
+                ckpt.save({"w": sharded(mesh)}, epoch)
+            except (flaxckpt.CheckpointError, UserWarning):
+                say(epoch)
+        ckpt.close()
+    say([info.path.name for info in ckpt.checkpoints])
+
+
+def restore_otherwise(directory, *kinds):
+    """Have each process fail in its own way at the newest checkpoint."""
+    from flaxckpt import _restoring
+
+    mesh = mesh_of_all()
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20)
+    for epoch in range(2):
+        ckpt.save({"w": sharded(mesh), "n": epoch}, epoch)
+    ckpt.wait()
+    restore, tried = _restoring.restore, []
+    errors = {
+        "gone": flaxckpt.CheckpointNotFoundError("/some", (), "it was replaced"),
+        "damaged": flaxckpt.CheckpointCorruptError("/some", "of a test"),
+    }
+
+    def fail_once(*args, **kwargs):
+        tried.append(args)
+        if len(tried) == 1:
+            raise errors[kinds[jax.process_index()]]
+        return restore(*args, **kwargs)
+
+    _restoring.restore = fail_once
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        say(ckpt.restore().epoch)
+
+
+if __name__ == "__main__":
+    workers.main(globals())

@@ -1,0 +1,50 @@
+"""What one of several processes has or meets alone."""
+
+import pytest
+from multiprocess import pod
+
+import flaxckpt
+
+
+def run(directory, worker, *arguments, count=2, devices=2):
+    return pod.run(
+        directory, worker, count, directory / "run", *arguments,
+        script="unequal.py", devices=devices,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("differing", ["processes", "devices", "none"])
+def test_replicas_that_differ_are_saved_as_one_array(tmp_path, differing):
+    """JAX says that replicas are equal, and does not check it."""
+    said = run(tmp_path, "save_replicas", differing)
+    values = [value for _, shards in said for value in shards]
+    assert all(value == values[0] for value in values)
+    assert [direct for direct, _ in said] == [2, 2]
+    for info in flaxckpt.list_checkpoints(tmp_path / "run"):
+        flaxckpt.verify(info.path)
+
+
+def test_two_leaves_whose_paths_read_alike_are_compared_each(tmp_path):
+    for (text,) in run(tmp_path, "save_two_of_a_name"):
+        assert "The trees differ between processes: a/b is" in text
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes"])
+def test_own_texts_may_change_their_length(tmp_path, kind):
+    assert run(tmp_path, "save_texts", kind) == [[[5, True]]] * 2
+
+
+def test_an_array_of_all_is_no_process_s_own(tmp_path):
+    assert run(tmp_path, "choose_all") == [[0], [1]]
+
+
+def test_a_warning_that_one_takes_for_an_error_leaves_all_in_step(tmp_path):
+    said = run(tmp_path, "be_warned")
+    assert [errors for *errors, _ in said] == [[3], [2, 3]]
+    assert [names for *_, names in said] == [["1", "2", "5", "6", "7"]] * 2
+
+
+@pytest.mark.parametrize("kinds", [("gone", "damaged"), ("damaged", "gone")])
+def test_all_restore_the_same_whatever_each_has_met(tmp_path, kinds):
+    said = run(tmp_path, "restore_otherwise", *kinds)
+    assert said == [[1 if kinds[0] == "gone" else 0]] * 2
