@@ -22,11 +22,11 @@ def chunks_of(
     stored: ZarrArray, value: Any
 ) -> Iterator[tuple[str, tuple[int, ...], Array]]:
     """Yield each chunk's key, first index by axis, and values in C order."""
-    if stored.is_one_chunk and stored.held is None:
+    if stored.is_one_chunk and stored.own_chunks is None:
         ((key, start),) = stored.keys()
         yield key, start, np.asarray(_on_host(value), order="C")
         return
-    parts = pieces(value) if stored.held is None else shards(value)
+    parts = pieces(value) if stored.own_chunks is None else shards(value)
     for key, start in stored.keys():
         chunk = np.ascontiguousarray(_cut(parts, value, start, stored.chunk))
         yield key, start, chunk.reshape(stored.chunk)

@@ -115,7 +115,7 @@ def learn_share(
         sums: list[int] = []
         for leaf, value in zip(leaves, values, strict=True):
             named = keys.get(leaf.stored_name, {})
-            stored = _held(leaf, value, store, named, chunks)
+            stored = _stored_share(leaf, value, store, named, chunks)
             arrays.append(stored)
             sums.append(_sum_as_stored(stored, value, store, process))
         if process != LEADER:
@@ -172,7 +172,7 @@ def _stored(leaf: Leaf, value: Any, store: Store) -> ZarrArray | str:
     return _compared(_described(name, dtype, store), value, store)
 
 
-def _held(
+def _stored_share(
     leaf: Leaf,
     value: Any,
     store: Database,
@@ -200,7 +200,7 @@ def _held(
         tuple(int(at) * size for at, size in zip(number, stored.chunk, strict=True))
         for number in (behind.split("/")[1:] for behind in keys)
     ]
-    return replace(stored, held=tuple(sorted(starts)))
+    return replace(stored, own_chunks=tuple(sorted(starts)))
 
 
 def _sum_as_stored(

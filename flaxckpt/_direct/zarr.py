@@ -33,8 +33,8 @@ _USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hosti
 class ZarrArray:
     """How an array is stored: name, `zarr.json`, dtype, and the grid of its chunks.
 
-    Of several processes, each stores some of the chunks (`held`, the first index of
-    each), and all but process 0 have no description. None stands for all chunks.
+    Of several processes, each stores some of the chunks (`own_chunks`, with the first
+    index of each; None stands for all), and only process 0 has the description.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ZarrArray:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     separator: str = "/"
-    held: tuple[tuple[int, ...], ...] | None = None
+    own_chunks: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def is_one_chunk(self) -> bool:
@@ -71,7 +71,7 @@ class ZarrArray:
 
     def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the key of each chunk's file, and the chunk's first index by axis."""
-        starts: Iterable[tuple[int, ...]] | None = self.held
+        starts: Iterable[tuple[int, ...]] | None = self.own_chunks
         if starts is None:
             grid = [range(0, size, part) for size, part in zip(self.shape, self.chunk)]  # noqa: B905
             starts = itertools.product(*grid)

@@ -17,9 +17,8 @@ import xxhash
 
 from flaxckpt._checkpoints.series_writer import Page
 from flaxckpt._decision.logs import Unusable, find
-from flaxckpt._processes.messages import process_count, process_index
+from flaxckpt._processes.messages import process_count
 from flaxckpt._saving.call import Call
-from flaxckpt._saving.job import translated
 from flaxckpt._trees.digest import checksum
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.owned_shards import is_shared
@@ -185,12 +184,3 @@ def _differing(
             ]
         found += [f"{name} is {a} and {b}" for name, a, b in pairs if a != b]
     return found or ["the trees have their leaves in another order"]
-
-
-def translated_for_all(error: BaseException, where: str) -> CheckpointError:
-    return translated(error, where, in_process())
-
-
-def in_process() -> str:
-    """Return the text that names this process at the end of an error's cause."""
-    return f" (in process {process_index()})"

@@ -20,9 +20,7 @@ from flaxckpt._pods.agreement import (
     account_of,
     checksum_of,
     error_between,
-    in_process,
     memories_of,
-    translated_for_all,
 )
 from flaxckpt._pods.own_values import lengths_of, rows_of, widths_for, with_rows
 from flaxckpt._processes.messages import (
@@ -36,6 +34,7 @@ from flaxckpt._processes.messages import (
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.job import translated
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt.errors import CheckpointError
 
@@ -86,7 +85,7 @@ class JointSaves:
         self, error: BaseException, path: Path | None = None
     ) -> CheckpointError:
         """Return an error of this process as all of them raise it."""
-        return translated_for_all(error, self._parts.report.shown(path))
+        return translated(error, self._parts.report.shown(path), _in_this_process())
 
     def meet(self) -> None:
         """Take the lock, and check that all processes see the same directory.
@@ -244,7 +243,7 @@ class JointSaves:
             Whether the values were written straight from memory, not by Orbax.
         """
         publisher, is_direct = self._parts.publisher, True
-        shown, who = self._parts.report.shown, in_process()
+        shown, who = self._parts.report.shown, _in_this_process()
         for index, page in enumerate(agreed.pages):
             place = exchange.hear(f"where {index}")
             with self._telling(exchange, f"share {index}", page.path):
@@ -335,3 +334,8 @@ class JointSaves:
 
 def _no_check(path: Path) -> None:
     """Check nothing: process 0 checks the paths when it writes."""
+
+
+def _in_this_process() -> str:
+    """Return the text that names this process at the end of an error's cause."""
+    return f" (in process {process_index()})"

@@ -221,14 +221,14 @@ def test_a_wrong_value_leaves_no_database(tmp_path, wrong):
     assert not (tmp_path / "db/manifest.ocdbt").exists()
 
 
-def stored(name, value, chunk, held=None, description=b"{}"):
-    if held is None:
+def stored(name, value, chunk, own_chunks=None, description=b"{}"):
+    if own_chunks is None:
         grid = itertools.product(
             *(range(0, size, part) for size, part in zip(value.shape, chunk))  # noqa: B905
         )
-        held = tuple(grid)
+        own_chunks = tuple(grid)
     dtype, shape = value.dtype, value.shape
-    return ZarrArray(name, description, dtype, shape, chunk, held=held)
+    return ZarrArray(name, description, dtype, shape, chunk, own_chunks=own_chunks)
 
 
 def shares():
@@ -246,10 +246,10 @@ def shares():
     copied = placed((64, 32), ("x",))
     yield copied, stored("parts of replicas", copied, (8, 32))
     yield copied, stored("columns of replicas", copied, (16, 16))
-    yield copied, stored("some", copied, (16, 32), held=((0, 0), (32, 0)))
+    yield copied, stored("some", copied, (16, 32), own_chunks=((0, 0), (32, 0)))
     odd = placed((12, 6), ("x",), jnp.bfloat16)
     yield odd, stored("odd", odd, (3, 6))
-    yield copied, stored("none", copied, (16, 32), held=())
+    yield copied, stored("none", copied, (16, 32), own_chunks=())
     for value in (np.arange(500_000.0), np.float32(3.5), np.ones((3, 5), bool)):
         yield value, stored("host", value, value.shape)
 
