@@ -44,7 +44,7 @@ def child(index: int, count: int, port: int, root: Path, what: str, way: str) ->
     sharding = NamedSharding(mesh, spec)
 
     def make():
-        # Random numbers: Orbax compresses by default, and trained weights do not shrink.
+        # Orbax compresses by default, and trained weights hardly shrink.
         values = jax.random.normal(jax.random.key(0), (leaves, rows, columns))
         return {f"w{i:04}": values[i] for i in range(leaves)}
 
