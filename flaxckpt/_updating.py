@@ -58,7 +58,6 @@ class Updater:
         force: bool,
     ) -> CheckpointState:
         """Decide whether to save, and start the save."""
-        self.saves.check_parent()
         self._meet()
         self.saves.check()
         preempted = self.triggers.is_newly_preempted()
@@ -80,6 +79,7 @@ class Updater:
                 self._known = state
             return state
         self._never_due = False
+        self.saves.check_parent()  # a forked child must tell nobody of its error
         with self.saves.telling_others():
             anyway = preempted or force is not False or due is not np.True_
             if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
@@ -154,9 +154,9 @@ class Updater:
         state: CheckpointState | None,
     ) -> Path:
         """Save now, whatever the policy says; return the checkpoint's path or URL."""
-        self.saves.check_parent()
         self._meet()
         self.saves.check()
+        self.saves.check_parent()  # a forked child must tell nobody of its error
         preempted = self.triggers.is_newly_preempted()
         with self.saves.telling_others():
             logs = with_values(logs)

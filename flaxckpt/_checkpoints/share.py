@@ -10,7 +10,7 @@ from typing import Any
 from flaxckpt._checkpoints.write import Way
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.forms import held_values
-from flaxckpt._direct.write import is_part, sum_of_share
+from flaxckpt._direct.write import sum_of_share
 from flaxckpt._direct.write import write_share as write_directly
 from flaxckpt._direct.zarr import DESCRIPTION, STATE
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
@@ -162,8 +162,8 @@ def write_part(
             what = directory, layout, held, process
             sums = way.forms.learn_share(*what, spreads=spreads)
         sums = sums or [sum_of_share(value, process) for value in held]
-    parts = enumerate(zip(sums, held, strict=True))
-    found = {i: each for i, (each, value) in parts if is_part(value, process)}
+    # Keys that each process has are written by all, where replicas are divided.
+    found = {i: each for i, each in enumerate(sums) if each or process == LEADER}
     return Share(process, found, {}, fault is None and form is not None, fault)
 
 

@@ -92,17 +92,12 @@ def write_share(
     return _write_database(directory / name, form, values, mark)
 
 
-def is_part(value: Any, process: int) -> bool:
-    """Tell whether a process counts a leaf in its share.
-
-    Process 0 counts all, and others only arrays of several processes.
-    """
-    return process == LEADER or is_shared(value)
-
-
 def sum_of_share(value: Any, process: int) -> int:
-    """Return the sum over a process's pieces of a leaf; 0 if it counts none."""
-    return sum_here(value) if is_part(value, process) else 0
+    """Return the sum over a process's pieces of a leaf.
+
+    Process 0 counts all leaves, and others only arrays of several processes.
+    """
+    return sum_here(value) if process == LEADER or is_shared(value) else 0
 
 
 def fingerprints_of(form: Form, values: Sequence[Any]) -> Fingerprints:

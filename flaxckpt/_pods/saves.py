@@ -70,7 +70,11 @@ class PodSaver:
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self.compile_ahead = parts.describer.compile_ahead
         self._joint = JointSaves(parts, timeout)
-        self.meet = self._joint.meet
+
+    def meet(self) -> None:
+        """Meet the other processes; see `JointSaves.meet`."""
+        self.check_parent()
+        self._joint.meet()
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
