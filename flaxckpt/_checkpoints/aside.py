@@ -91,8 +91,8 @@ def choose_place(
     Args:
         path: The path.
         free: A place aside with nothing in it.
-        there: The monitored values of the checkpoints at the path and aside; None for a
-            checkpoint without a value.
+        there: The monitored values of the checkpoints at the path and aside, those
+            aside from the oldest to the newest; None for a checkpoint without a value.
         value: The save's monitored value, as it is compared; None if it has none.
         mode: `"min"` or `"max"`.
         by_hand: Whether the save gets the path, and a better checkpoint moves aside.
@@ -109,5 +109,9 @@ def choose_place(
         return Placed(path, rest=[place for place in aside if place != best])
     if by_hand and not swaps:
         return Placed(path, kept=free, rest=aside)
-    place, rest = aside[0] if aside else free, aside[1:]
-    return Placed(path, place, rest) if by_hand else Placed(place, rest=rest)
+    if not by_hand:
+        return Placed(aside[0] if aside else free, rest=aside[1:])
+    # The newest one aside may be the newest of all. It stays until this one is at the
+    # path: a kill may come between the renames.
+    place = free if len(aside) < 2 else aside[0]
+    return Placed(path, place, [each for each in aside if each != place])

@@ -46,11 +46,13 @@ class Rivals:
         self._ledger.refresh()
         series, infos = self._series, self._ledger.infos
         names = places_aside(path, series.tag)
-        values = {
-            place: series.value_of(infos[str(place)].logs)
+        found = {
+            place: infos[str(place)]
             for place in names
             if str(place) in infos and os.path.lexists(place)
         }
+        by_age = sorted(found, key=lambda place: found[place].time)
+        values = {place: series.value_of(found[place].logs) for place in by_age}
         if overwrite:
             return Placed(path, rest=[*values])
         reason = ""
