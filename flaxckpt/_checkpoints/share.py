@@ -57,7 +57,8 @@ class Terms:
     """The terms on which all processes write.
 
     Attributes:
-        spreads: Whether replicas are divided between processes; see `write_by_orbax`.
+        spreads: Whether replicas are divided between processes; see
+            `have_orbax_write_share`.
         directly: Whether a process that knows the form of its share writes it straight
             from memory.
     """
@@ -76,7 +77,7 @@ def write_share(
         layout: The tree's layout.
         leaves: Its leaves.
         way: How to write it; the directory is a `share` of the area.
-        terms: Terms all processes write.
+        terms: The terms on which all processes write.
 
     Returns:
         What was written, for `write_together` in process 0.
@@ -126,7 +127,7 @@ def write_part(
         layout: The tree's layout.
         leaves: Its leaves.
         way: How to write it.
-        terms: Terms all processes write.
+        terms: The terms on which all processes write.
         wait: Returns once the other processes have written, for process 0.
     """
     process, held = process_index(), held_values(layout, leaves)

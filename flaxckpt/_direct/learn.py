@@ -19,6 +19,7 @@ from flaxckpt._direct.chunks import chunks_of, within
 from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
+    ARRAYS_METADATA,
     DESCRIPTION,
     STATE,
     STRINGS,
@@ -102,7 +103,7 @@ def learn_share(
     """
     leaves = [leaf for leaf in layout.as_stored.leaves if leaf.in_orbax]
     state = directory / STATE
-    shapes = state / "array_metadatas" / f"process_{process}"
+    shapes = state / ARRAYS_METADATA / f"process_{process}"
     try:
         store = Database(state / database_of(process))
         contents, chunks = dict[str, bytes](), dict[str, tuple[int, ...]]()

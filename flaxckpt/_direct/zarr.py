@@ -24,6 +24,7 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 STATE = "state"  # the directory in a checkpoint that holds the tree
 DESCRIPTION = "zarr.json"  # of an array, beside its chunks
 STRINGS = f"{STATE}/_strings.json"
+ARRAYS_METADATA = "array_metadatas"  # Orbax's directory with a file for each process
 NUMBERS = ("bool", "int", "float")
 _ALIGNMENT = 64  # bytes; JAX on CPU takes over such memory without a copy
 _USUAL_BYTES = 4096  # a larger `zarr.json` is not cached, since it may be hostile

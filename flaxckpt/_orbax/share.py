@@ -20,8 +20,9 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._copies.held import HostCopy
-from flaxckpt._direct.zarr import STATE
+from flaxckpt._direct.zarr import ARRAYS_METADATA, STATE
 from flaxckpt._disk.alias import aliased
+from flaxckpt._disk.record import ORBAX_FILE
 from flaxckpt._orbax.engine import calls_of_orbax, orbax_context, with_key
 from flaxckpt._orbax.state_handler import v1
 from flaxckpt._processes.mesh import device_here, mesh_of_processes
@@ -31,10 +32,6 @@ from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.ties import PyTree
-
-_METADATA_FILE = "_CHECKPOINT_METADATA"
-# For this directory, Orbax would have a process wait for process 0, up to ten minutes.
-_ARRAYS_METADATA = "array_metadatas"
 
 
 def have_orbax_write_share(
@@ -71,7 +68,8 @@ def have_orbax_write_share(
     context.array.saving.use_replica_parallel = spreads
     with calls_of_orbax(context), aliased(directory) as plain:
         begun = time.time_ns()
-        (directory / STATE / _ARRAYS_METADATA).mkdir(exist_ok=True)
+        # Orbax would have a process wait for process 0 to make it, up to ten minutes.
+        (directory / STATE / ARRAYS_METADATA).mkdir(exist_ok=True)
         asyncio.run(_save(_Awaited(epath.Path(plain) / STATE, wait_for_others), tree))
         if process_index() == LEADER:
             _write_metadata(plain, begun)
@@ -150,4 +148,4 @@ def _write_metadata(directory: Path, begun: int) -> None:
         init_timestamp_nsecs=begun,
         commit_timestamp_nsecs=time.time_ns(),
     )
-    (directory / _METADATA_FILE).write_text(json.dumps(metadata.serialize()))
+    (directory / ORBAX_FILE).write_text(json.dumps(metadata.serialize()))
