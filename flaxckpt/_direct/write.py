@@ -2,9 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import tensorstore
 import xxhash
@@ -24,14 +24,12 @@ from flaxckpt._trees.digest import (
     as_digest,
     checksum,
     checksum_in,
-    combined,
     digest,
     sum_here,
 )
 from flaxckpt._trees.owned_shards import is_shared
 
 Mark = TypeVar("Mark")  # what a leaf's fingerprint is
-Chunk: TypeAlias = tuple[str, tuple[int, ...], Array]  # as `chunks_of` yields it
 _DATABASE = {"compression": None, "max_inline_value_bytes": ocdbt.INLINE_BYTES}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
 _LARGE_BYTES = 2**18  # of a chunk, on average: from here on, a share needs no copies
@@ -57,8 +55,8 @@ def write_values(
     for path, content in form.contents_for(values, f"{STATE}/"):
         draft.write(path, [content])
     if form.is_database:
-        mark = lambda stored, value, _: digest_as_stored(stored, value)  # noqa: E731
-        return _write_database(directory / STATE, form, values, mark), []
+        with _writing(directory / STATE) as put:
+            return _put_leaves(put, form, values, _put_digested), []
     return _write_files(form, draft, values, frozen)
 
 
@@ -79,17 +77,24 @@ def write_share(
     """
     for path, content in form.contents_for(values):
         draft.write(path, [content])
-    name = f"{STATE}/{database_of(process)}"
-    if _has_large_values(form):
-        with contextlib.suppress(ocdbt.TooLargeError):
-            return _write_large_values(draft, name, form, values, process)
 
-    def mark(stored: ZarrArray | str, value: Any, chunks: list[Chunk]) -> int:
+    def put_summed(put: ocdbt.Put, stored: ZarrArray | str, value: Any) -> int:
         if isinstance(stored, str):
             return sum_of_share(value, process)
-        return combined((start, chunk) for _, start, chunk in chunks)
+        digested = Digest()  # of each block while it is in the CPU cache
+        for key, start, chunk in chunks_of(stored, value):
+            put(key, _parts(chunk, digested.blocks(chunk, start)))
+        return digested.total
 
-    return _write_database(directory / name, form, values, mark)
+    name = f"{STATE}/{database_of(process)}"
+    if _has_large_values(form):
+        with (
+            contextlib.suppress(ocdbt.TooLargeError),
+            ocdbt.writing(draft, name, _sizes(form)) as put,
+        ):
+            return _put_leaves(put, form, values, put_summed)
+    with _writing(directory / name) as put:
+        return _put_leaves(put, form, values, put_summed)
 
 
 def sum_of_share(value: Any, process: int) -> int:
@@ -115,45 +120,52 @@ def fingerprints_of(form: Form, values: Sequence[Any]) -> Fingerprints:
     return digests, sums
 
 
-def _write_database(
-    directory: Path,
+def _put_leaves(
+    put: ocdbt.Put,
     form: Form,
     values: Sequence[Any],
-    fingerprint: Callable[[ZarrArray | str, Any, list[Chunk]], Mark],
+    put_leaf: Callable[[ocdbt.Put, ZarrArray | str, Any], Mark],
 ) -> list[Mark]:
-    """Write into a database, and return the fingerprint of each leaf."""
-    with aliased(directory) as plain:
-        database = tensorstore.KvStore.open(database_at(plain)).result()
-        return _write_into(database, form, values, fingerprint)
-
-
-def _write_into(
-    database: Any,
-    form: Form,
-    values: Sequence[Any],
-    fingerprint: Callable[[ZarrArray | str, Any, list[Chunk]], Mark],
-) -> list[Mark]:
+    """Put leaves into a database; return what `put_leaf` returns for each."""
     marks: list[Mark] = []
-    transaction, size = tensorstore.Transaction(), 0
-    into = database.with_transaction(transaction)
     turn = time.perf_counter()
     for stored, value in zip(form.arrays, values, strict=True):
         turn = give_way(turn)
-        chunks = [] if isinstance(stored, str) else [*chunks_of(stored, value)]
-        marks.append(fingerprint(stored, value, chunks))
-        if isinstance(stored, str):
-            continue
-        if stored.description:
-            into.write(stored.description_key, stored.description)
-        for key, _, chunk in chunks:
-            into.write(key, b"".join((raw_bytes(chunk).data, trailer_of(chunk.nbytes))))
-            size += chunk.nbytes
+        if isinstance(stored, ZarrArray) and stored.description:
+            put(stored.description_key, [stored.description])
+        marks.append(put_leaf(put, stored, value))
+    return marks
+
+
+def _put_digested(put: ocdbt.Put, stored: ZarrArray | str, value: Any) -> str:
+    """Put the chunks of a leaf into a database, and return the leaf's digest."""
+    found = digest_as_stored(stored, value)
+    if isinstance(stored, ZarrArray):
+        for key, _, chunk in chunks_of(stored, value):
+            put(key, _parts(chunk, [chunk]))
+    return found
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Generator[ocdbt.Put]:
+    """Write a database by TensorStore; see `ocdbt.writing`."""
+    with aliased(directory) as plain:
+        database = tensorstore.KvStore.open(database_at(plain)).result()
+        transaction, size = tensorstore.Transaction(), 0
+        into = database.with_transaction(transaction)
+
+        def put(key: str, parts: Iterable[Any]) -> None:
+            nonlocal transaction, size, into
+            value = b"".join(parts)
+            into.write(key, value)
+            size += len(value)
             if size > _BATCH_BYTES:
                 transaction.commit_sync()
                 transaction, size = tensorstore.Transaction(), 0
                 into = database.with_transaction(transaction)
-    transaction.commit_sync()
-    return marks
+
+        yield put
+        transaction.commit_sync()
 
 
 def _has_large_values(form: Form) -> bool:
@@ -163,10 +175,8 @@ def _has_large_values(form: Form) -> bool:
     return bool(sizes) and sum(sizes) >= _LARGE_BYTES * len(sizes)
 
 
-def _write_large_values(
-    draft: Draft, name: str, form: Form, values: Sequence[Any], process: int
-) -> list[int]:
-    """Write a share's database without TensorStore; return what `write_share` does."""
+def _sizes(form: Form) -> dict[str, int]:
+    """Return the size of each value of a database, by its key."""
     sizes = dict[str, int]()
     for stored in form.arrays:
         if not isinstance(stored, str):
@@ -175,28 +185,7 @@ def _write_large_values(
             behind = len(trailer_of(stored.chunk_bytes))
             for key, _ in stored.keys():
                 sizes[key] = stored.chunk_bytes + behind
-    sums, turn = list[int](), time.perf_counter()
-    with ocdbt.writing(draft, name, sizes) as put:
-        for stored, value in zip(form.arrays, values, strict=True):
-            turn = give_way(turn)
-            if isinstance(stored, str):
-                sums.append(sum_of_share(value, process))
-                continue
-            if stored.description:
-                put(stored.description_key, [stored.description])
-            sums.append(_put_chunks(put, stored, value))
-    return sums
-
-
-def _put_chunks(put: ocdbt.Put, stored: ZarrArray, value: Any) -> int:
-    """Write the chunks of a leaf, and return the sum over them; see `combined`.
-
-    Each block of them is summed and written while it is in the CPU cache.
-    """
-    digested = Digest()
-    for key, start, chunk in chunks_of(stored, value):
-        put(key, _parts(chunk, digested.blocks(chunk, start)))
-    return digested.total
+    return sizes
 
 
 def _parts(chunk: Array, blocks: Iterable[Array]) -> Iterator[Any]:
