@@ -3,10 +3,11 @@
 https://google.github.io/tensorstore/kvstore/ocdbt/index.html#storage-format
 
 TensorStore gets each value as a copy, and holds what it has not committed in memory,
-which takes about as long as the writing itself if values are large. Here the values go
-into one data file block by block, and behind them the only node of the B+tree, with all
-keys and with the small values. The manifest refers to the node. Fields of many entries
-are stored by column: first one field of all entries, then the next.
+which takes about as long as the writing itself if values are large, and it may make
+several data files. Here the values go into one data file block by block, and behind
+them the only node of the B+tree, with all keys and with the small values. The manifest
+refers to the node. Fields of many entries are stored by column: first one field of all
+entries, then the next.
 """
 
 import contextlib

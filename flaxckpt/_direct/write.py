@@ -32,7 +32,6 @@ from flaxckpt._trees.owned_shards import is_shared
 Mark = TypeVar("Mark")  # what a leaf's fingerprint is
 _DATABASE = {"compression": None, "max_inline_value_bytes": ocdbt.INLINE_BYTES}
 _BATCH_BYTES = 32 * 2**20  # of values that a database holds in memory until a commit
-_LARGE_BYTES = 2**18  # of a chunk, on average: from here on, a share needs no copies
 
 
 def write_values(
@@ -87,12 +86,11 @@ def write_share(
         return digested.total
 
     name = f"{STATE}/{database_of(process)}"
-    if _has_large_values(form):
-        with (
-            contextlib.suppress(ocdbt.TooLargeError),
-            ocdbt.writing(draft, name, _sizes(form)) as put,
-        ):
-            return _put_leaves(put, form, values, put_summed)
+    with (
+        contextlib.suppress(ocdbt.TooLargeError),
+        ocdbt.writing(draft, name, _sizes(form)) as put,
+    ):
+        return _put_leaves(put, form, values, put_summed)
     with _writing(directory / name) as put:
         return _put_leaves(put, form, values, put_summed)
 
@@ -166,13 +164,6 @@ def _writing(directory: Path) -> Generator[ocdbt.Put]:
 
         yield put
         transaction.commit_sync()
-
-
-def _has_large_values(form: Form) -> bool:
-    """Tell whether the chunks are so large that TensorStore's copies cost time."""
-    arrays = [stored for stored in form.arrays if not isinstance(stored, str)]
-    sizes = [stored.chunk_bytes for stored in arrays for _ in stored.keys()]
-    return bool(sizes) and sum(sizes) >= _LARGE_BYTES * len(sizes)
 
 
 def _sizes(form: Form) -> dict[str, int]:

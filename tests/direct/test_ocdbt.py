@@ -258,7 +258,8 @@ def shares():
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_share_is_written_alike_in_both_ways(tmp_path, monkeypatch, way, process):
     used = []
-    monkeypatch.setattr(_write, "_LARGE_BYTES", 0 if way == "by us" else 2**60)
+    if way == "by TensorStore":
+        monkeypatch.setattr(ocdbt, "NODE_BYTES", 50)
     original = _write.database_at
     monkeypatch.setattr(
         _write, "database_at", lambda path: used.append(path) or original(path)
@@ -293,9 +294,9 @@ def test_a_share_is_written_alike_in_both_ways(tmp_path, monkeypatch, way, proce
     assert not found
 
 
-def test_small_values_and_large_nodes_are_left_to_tensorstore(tmp_path, monkeypatch):
-    def is_by_us(size):
-        value = np.ones(size, np.uint8)
+def test_more_than_one_node_can_hold_is_left_to_tensorstore(tmp_path, monkeypatch):
+    def is_by_us():
+        value = np.ones(2**18, np.uint8)
         form = Form(True, {}, [stored("w", value, value.shape)], False)
         path = Path(tempfile.mkdtemp(dir=tmp_path))
         with Draft(path, sync=False) as draft:
@@ -304,10 +305,9 @@ def test_small_values_and_large_nodes_are_left_to_tensorstore(tmp_path, monkeypa
         assert content(database)["w/c/0"][:-20] == value.tobytes()
         return len(dumped(database)["versions"]) == 1  # TensorStore has an empty one
 
-    assert not is_by_us(2**18 - 1)
-    assert is_by_us(2**18)
+    assert is_by_us()
     monkeypatch.setattr(ocdbt, "NODE_BYTES", 50)
-    assert not is_by_us(2**18)
+    assert not is_by_us()
 
 
 def test_no_copy_is_made(tmp_path, monkeypatch):

@@ -89,13 +89,13 @@ def save_tree(directory):
 
 def save_in_ways(directory, setting, faulty="", process="0"):
     """Save three times, in one process with a fault of the direct way at the second."""
-    from flaxckpt._direct import write
+    from flaxckpt._direct import ocdbt, write
 
     tree = tree_of(mesh_of(jax.device_count() // 2, 2), SPECS["4x2"])
     settings = {"compress": {"compress": True}, "orbax": {"engine": "orbax"}}
     settings = settings.get(setting, {})
-    if setting == "large":
-        write._LARGE_BYTES = 0  # any value is
+    if setting == "many":
+        ocdbt.NODE_BYTES = 50  # so that any tree has too many keys
     original = getattr(write, faulty, None)
 
     def fail(*args, **kwargs):
