@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from flaxckpt._direct.form import Fingerprints
-from flaxckpt._direct.zarr import STATE
+from flaxckpt._direct.zarr import MANIFEST, STATE
 from flaxckpt._disk.files import Draft
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.record import FORMAT, LEAVES_FILE, RECORD_FILE, encode_record
@@ -63,7 +63,7 @@ class Tables:
 
 def finish(draft: Draft, written: Path, info: CheckpointInfo, table: bytes) -> None:
     """Write the table of leaves and the record, and finish the draft."""
-    if not (written / STATE / "manifest.ocdbt").exists():  # no database
+    if not (written / STATE / MANIFEST).exists():  # no database
         draft.write(ZARR_MARK, [])
     draft.write(LEAVES_FILE, [table])
     draft.write(RECORD_FILE, [encode_record(info, versions(), table)])

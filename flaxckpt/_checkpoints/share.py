@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.write import Way
-from flaxckpt._direct.form import Form
+from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.forms import held_values
 from flaxckpt._direct.write import sum_of_share
 from flaxckpt._direct.write import write_share as write_directly
-from flaxckpt._direct.zarr import DESCRIPTION, STATE
+from flaxckpt._direct.zarr import ARRAYS_METADATA, DESCRIPTION, STATE
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._orbax.share import finish_shares, have_orbax_write_share
 from flaxckpt._processes.messages import LEADER, process_index
@@ -29,27 +29,30 @@ class Share:
         process: The process.
         sums: The sums over its shards, for the leaves of which it has shards: the
             leaf's place among those that Orbax stores, and the sum; see `combined`.
-        files: The size of each file that it has written, by the path in the checkpoint.
+            None if it is not known which replicas it has written.
+        files: The size of each file that it has written, by the path in the checkpoint,
+            for process 0 to look at. In a store, only Orbax's small file.
         is_direct: Whether the values were written straight from memory, not by Orbax.
         fault: What failed if Orbax had to write after all; only the process itself
             knows it.
     """
 
     process: int
-    sums: dict[int, int]
+    sums: dict[int, int] | None
     files: dict[str, int]
     is_direct: bool
     fault: Exception | None = None
 
     def to_json(self) -> list[Any]:
         """Return it as JSON values, for `Share.of_json`."""
-        return [self.process, list(self.sums.items()), self.files, self.is_direct]
+        sums = None if self.sums is None else list(self.sums.items())
+        return [self.process, sums, self.files, self.is_direct]
 
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> "Share":
         """Return the share that `to_json` described."""
         process, sums, *others = values
-        return cls(process, dict(map(tuple, sums)), *others)
+        return cls(process, None if sums is None else dict(map(tuple, sums)), *others)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def write_share(
 
 def _written_by(process: int, directory: Path) -> list[Path]:
     """Return what a process alone has written: its database and its small files."""
-    state, name = directory / STATE, f"*process_{process}"
-    return [*state.glob(name), *state.glob(f"*/{name}")]
+    small = f"{ARRAYS_METADATA}/process_{process}"
+    written = (directory / STATE / name for name in (database_of(process), small))
+    return [path for path in written if path.exists()]
 
 
 def write_part(
@@ -133,11 +137,11 @@ def write_part(
     process, held = process_index(), held_values(layout, leaves)
     is_database = not way.area.is_mirror
     spreads = terms.spreads and is_database
-    knows_forms = is_database and way.writes_directly and not way.compress
+    may_be_direct = is_database and way.writes_directly and not way.compress
     sums: list[int] | None = None
     fault: Exception | None = None
     form, begun = None, time.time_ns()
-    if knows_forms and terms.directly:
+    if may_be_direct and terms.directly:
         form = way.forms.find(layout, held, is_database=True, spreads=spreads)
     if form is not None:
         sums, fault = _write_directly(form, directory, held)
@@ -159,11 +163,15 @@ def write_part(
             spreads=spreads,
             compress=way.compress,
         )
-        if spreads or (knows_forms and fault is None):
+        if spreads or (may_be_direct and fault is None):
             what = directory, layout, held, process
             sums = way.forms.learn_share(*what, spreads=spreads)
-        sums = sums or [sum_of_share(value, process) for value in held]
-    # Keys that each process has are written by all, where replicas are divided.
+        if sums is None and not spreads:
+            sums = [sum_of_share(value, process) for value in held]
+    if sums is None:
+        return Share(process, None, {}, is_direct=False, fault=fault)
+    # Process 0 counts every leaf, and another process those of which it wrote chunks:
+    # keys that each process has, too, where replicas are divided.
     found = {i: each for i, each in enumerate(sums) if each or process == LEADER}
     return Share(process, found, {}, fault is None and form is not None, fault)
 
@@ -187,7 +195,7 @@ def _write_directly(
 
 
 def _keep_shards(directory: Path, layout: Layout, leaves: list[Any]) -> None:
-    """Delete what process 0 has written, too: all but the files of shards."""
+    """Delete all but the files of shards, and this process's own small file."""
     held = [leaf for leaf in layout.leaves if leaf.in_orbax]
     pairs = zip(held, held_values(layout, leaves), strict=True)
     shared = {

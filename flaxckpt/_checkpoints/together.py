@@ -91,10 +91,7 @@ def write_together(
             with contextlib.suppress(CheckpointError):
                 hear()  # if this process has failed, the others may still write
         shares = [own, *hear()]
-        totals = collections.Counter[int]()
-        for share in shares:
-            totals.update(share.sums)
-        digests = [digest_of_sum(totals[index]) for index in sorted(own.sums)]
+        digests = _digests_of(shares, way, area.shown(info.path))
         with Draft(written, sync=False) as draft:
             table = way.tables.table(layout, checkpoint.weights, (digests, []))
             finish(draft, written, info, table)
@@ -105,6 +102,27 @@ def write_together(
         together.may_finish()
         (commit or way.commit)(written, info.path)
     return own
+
+
+def _digests_of(shares: Sequence[Share], way: Way, shown: Path) -> list[str]:
+    """Add up the sums of all processes to the digest of each leaf.
+
+    Raises:
+        CheckpointWriteError: If a process does not know what it has written. From now
+            on replicas are not divided, so that each process knows it.
+    """
+    totals = collections.Counter[int]()
+    for share in shares:
+        if share.sums is None:
+            way.divides_replicas = False
+            raise CheckpointWriteError(
+                str(shown),
+                "Orbax has divided replicas between the processes in a way that is not "
+                f"known here, so nobody knows what process {share.process} has "
+                "written. Later saves divide none",
+            )
+        totals.update(share.sums)
+    return [digest_of_sum(totals[index]) for index in sorted(shares[0].sums or ())]
 
 
 def _look(

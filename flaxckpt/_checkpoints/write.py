@@ -63,6 +63,7 @@ class Way:
         compress: Whether to compress the arrays.
         frozen: Where frozen leaves are stored; None if no leaf is frozen.
         writes_directly: Whether flaxckpt may write values straight from memory.
+        divides_replicas: Whether several processes may write parts of replicas each.
         forms: The forms in which Orbax has written trees.
         tables: The tables of leaves.
         looks: The kinds of checkpoints that were checked before.
@@ -72,6 +73,7 @@ class Way:
     compress: bool = False
     frozen: Frozen | None = None
     writes_directly: bool = True
+    divides_replicas: bool = True
     forms: Forms = field(default_factory=shared_forms)
     tables: Tables = field(default_factory=Tables)
     looks: Looks = field(default_factory=shared_looks)

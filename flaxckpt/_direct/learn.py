@@ -21,6 +21,7 @@ from flaxckpt._direct.sources import HEAD, Database, Files, Store
 from flaxckpt._direct.zarr import (
     ARRAYS_METADATA,
     DESCRIPTION,
+    MANIFEST,
     STATE,
     STRINGS,
     Bytes,
@@ -35,8 +36,8 @@ from flaxckpt._direct.zarr import (
 from flaxckpt._processes.messages import LEADER
 from flaxckpt._trees.digest import combined, sum_here
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.leaf import ARRAYS, Leaf
-from flaxckpt._trees.owned_shards import shards
+from flaxckpt._trees.leaf import ARRAYS, Leaf, without_keys
+from flaxckpt._trees.owned_shards import is_shared, pieces, shards
 
 _OTHERWISE = (
     OtherwiseError,
@@ -59,7 +60,7 @@ def learn(directory: Path, layout: Layout, values: Sequence[Any]) -> Form | None
         What Orbax wrote; None if it wrote in a way that is not known here.
     """
     leaves = [leaf for leaf in layout.leaves if leaf.in_orbax]
-    is_database = (directory / STATE / "manifest.ocdbt").exists()
+    is_database = (directory / STATE / MANIFEST).exists()
     names = {leaf.stored_name for leaf in leaves if not leaf.is_text}
     try:
         store = Database(directory / STATE) if is_database else Files(directory / STATE)
@@ -94,7 +95,8 @@ def learn_share(
         layout: Its layout.
         values: The leaves that Orbax stores.
         process: The process. It has a database of its own, which for process 0 has the
-            description of each array, and for others only chunks.
+            description of each array, and for others only chunks; without any of these,
+            Orbax makes no database.
         spreads: Whether replicas are divided between processes.
 
     Returns:
@@ -105,18 +107,26 @@ def learn_share(
     state = directory / STATE
     shapes = state / ARRAYS_METADATA / f"process_{process}"
     try:
-        store = Database(state / database_of(process))
+        database = state / database_of(process)
+        store = Database(database) if (database / MANIFEST).exists() else None
         contents, chunks = dict[str, bytes](), dict[str, tuple[int, ...]]()
         if shapes.exists():  # there are none for host arrays
             contents[shapes.relative_to(directory).as_posix()] = shapes.read_bytes()
             chunks = _chunk_shapes(shapes.read_bytes())
-        keys = _by_name(store.keys)
-        store.expect_all()
+        there = frozenset[str]() if store is None else store.keys
+        keys = _by_name(there)
+        if store is not None:
+            store.expect_all()
         arrays: list[ZarrArray | str] = []
         sums: list[int] = []
         for leaf, value in zip(leaves, values, strict=True):
-            named = keys.get(leaf.stored_name, {})
-            stored = _stored_share(leaf, value, store, named, chunks)
+            name = leaf.stored_name
+            key, named = below(name, DESCRIPTION), keys.get(name, {})
+            description = store.read(key) if store and key in there else b""
+            is_missing = process == LEADER and not (description or leaf.is_text)
+            if is_missing:
+                raise OtherwiseError
+            stored = _stored_share(leaf, value, description, named, chunks)
             arrays.append(stored)
             sums.append(_sum_as_stored(stored, value, store, process))
         if process != LEADER:
@@ -176,7 +186,7 @@ def _stored(leaf: Leaf, value: Any, store: Store) -> ZarrArray | str:
 def _stored_share(
     leaf: Leaf,
     value: Any,
-    store: Database,
+    description: bytes,
     keys: Mapping[str, str],
     chunks: Mapping[str, tuple[int, ...]],
 ) -> ZarrArray | str:
@@ -185,15 +195,15 @@ def _stored_share(
     Args:
         leaf: The leaf.
         value: Its value.
-        store: This process's database.
+        description: The array's `zarr.json`, in process 0.
         keys: The keys of the leaf's chunks, by what is behind the name and `/c`.
         chunks: The shapes of chunks, by the arrays' names.
     """
     if leaf.is_text:
         return leaf.stored_name
     dtype, name, shape = _dtype(leaf, value), leaf.stored_name, np.shape(value)
-    if below(name, DESCRIPTION) in store.keys:
-        stored = _described(name, dtype, store)
+    if description:
+        stored = _parsed(name, dtype, description)
     else:
         chunk = chunks[name] if keys else shape
         stored = ZarrArray(name, b"", jnp.dtype(dtype), shape, chunk)
@@ -205,14 +215,22 @@ def _stored_share(
 
 
 def _sum_as_stored(
-    stored: ZarrArray | str, value: Any, store: Database, process: int
+    stored: ZarrArray | str, value: Any, store: Database | None, process: int
 ) -> int:
-    """Return the sum over the chunks of a leaf here; raise if they have other bytes."""
+    """Return the sum over the chunks of a leaf here.
+
+    Raises:
+        OtherwiseError: If a chunk has another size, or other bytes at its ends.
+    """
     if isinstance(stored, str):
         return sum_here(value) if process == LEADER else 0
     parts, total = shards(value), 0
     for key, start in stored.keys():
+        assert store is not None  # the keys were found there
         found = [*within(parts, start, stored.chunk)]
+        if not (found or is_shared(value)):  # its chunks span shards of this process
+            parts = pieces(np.asarray(without_keys(value)))
+            found = [*within(parts, start, stored.chunk)]
         if len(found) > 1:  # Orbax has written one of the replicas
             content = store.read(key)
             found = [chunk for chunk in found if content.startswith(chunk.tobytes())]
@@ -230,14 +248,22 @@ def _dtype(leaf: Leaf, value: Any) -> str:
 def _described(name: str, dtype: str, store: Store) -> ZarrArray:
     if not name:  # the leaf is the whole tree; its files are among Orbax's own
         raise OtherwiseError
-    stored = parsed(name, store.read(below(name, DESCRIPTION)), dtype)
+    return _parsed(name, dtype, store.read(below(name, DESCRIPTION)))
+
+
+def _parsed(name: str, dtype: str, description: bytes) -> ZarrArray:
+    stored = parsed(name, description, dtype)
     if stored.separator != "/":
         raise OtherwiseError
     return stored
 
 
 def _compared(stored: ZarrArray, value: Any, store: Store) -> ZarrArray:
-    """Return how an array is stored; raise if its chunks have other bytes."""
+    """Return how an array is stored.
+
+    Raises:
+        OtherwiseError: If a chunk has another size, or other bytes at its ends.
+    """
     for key, _, chunk in chunks_of(stored, value):
         _compare(store.ends(key, chunk.nbytes), raw_bytes(chunk))
     return stored
@@ -254,5 +280,5 @@ def _holds_values(path: str, is_database: bool, names: set[str]) -> bool:
     if first != STATE:
         return False
     if is_database:
-        return rest.endswith("manifest.ocdbt") or rest.startswith(("d/", "ocdbt."))
+        return rest.endswith(MANIFEST) or rest.startswith(("d/", "ocdbt."))
     return any(rest[:at] in names for at, letter in enumerate(rest) if letter == "/")

@@ -19,9 +19,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from flaxckpt._direct.crc32c import crc32c
+from flaxckpt._direct.zarr import MANIFEST
 from flaxckpt._disk.files import Draft
 
-MANIFEST = "manifest.ocdbt"
 INLINE_BYTES = 1024  # `max_inline_value_bytes`: larger values are in the data file
 NODE_BYTES = 8 * 2**20  # `max_decoded_node_bytes`, as TensorStore has it by default
 _ARITY_LOG2 = 4  # `version_tree_arity_log2`, by default
@@ -37,8 +37,8 @@ Entry: TypeAlias = tuple[int, int | bytes]
 """A value's size, and the value or where in the data file it begins."""
 
 
-class TooLargeError(ValueError):
-    """The keys and small values do not fit into one node."""
+class NotOneNodeError(ValueError):
+    """TensorStore would not store these values in exactly one node."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def writing(draft: Draft, directory: str, sizes: Mapping[str, int]) -> Generator
         Each value must be written once; the data file has them in this order.
 
     Raises:
-        TooLargeError: Before anything is written.
+        NotOneNodeError: Before anything is written.
         ValueError: If a value is missing, or has another size.
     """
     _check_one_node(sizes)
@@ -96,7 +96,7 @@ def _check_one_node(sizes: Mapping[str, int]) -> None:
     size += sum(each if each <= INLINE_BYTES else reference for each in sizes.values())
     is_one = 0 < len(keys) <= _KEYS and size <= NODE_BYTES
     if not is_one or max(map(len, keys)) > _KEY_BYTES:
-        raise TooLargeError(f"{len(keys)} keys, {size} bytes")
+        raise NotOneNodeError(f"{len(keys)} keys, {size} bytes")
 
 
 def node_of(entries: Mapping[bytes, Entry], name: str) -> bytes:
@@ -141,7 +141,7 @@ def manifest_of(name: str, at: int, size: int, number: int) -> bytes:
     place = _numbers([0, at, size])  # which of the files, and where in it
     statistics = _numbers([number, size, at])
     version = [versions, generation, height, place, statistics]
-    moment = struct.pack("<Q", time.time_ns())
+    moment = struct.pack("<Q", max(time.time_ns(), 0))
     older = _numbers([0])
     return _framed(_OF_MANIFEST, [*config, _files([name]), *version, moment, older])
 

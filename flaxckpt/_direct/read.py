@@ -23,6 +23,7 @@ from flaxckpt._direct.sources import (
 )
 from flaxckpt._direct.zarr import (
     DESCRIPTION,
+    MANIFEST,
     NUMBERS,
     STATE,
     STRINGS,
@@ -87,8 +88,8 @@ class Reader:
         state = directory / STATE
         self._texts: dict[str, str] | None = None
         self._files = Files(state) if source is None else Sourced(source)
-        self.is_database = is_there(state / "manifest.ocdbt")
-        if source is not None and source.read(f"{STATE}/manifest.ocdbt") is not None:
+        self.is_database = is_there(state / MANIFEST)
+        if source is not None and source.read(f"{STATE}/{MANIFEST}") is not None:
             source.complete()
             self.is_database = True
         try:

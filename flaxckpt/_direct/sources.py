@@ -17,6 +17,7 @@ import xxhash
 
 from flaxckpt._direct.zarr import (
     DESCRIPTION,
+    MANIFEST,
     STATE,
     Array,
     OtherwiseError,
@@ -228,7 +229,7 @@ class Database(Store):
     def __init__(self, directory: Path) -> None:
         self._size = _size_of(directory)  # which raises unless all files are plain
         try:
-            read_small(directory / "manifest.ocdbt", _MANIFEST_BYTES)
+            read_small(directory / MANIFEST, _MANIFEST_BYTES)
         except NoFileError as error:
             raise OtherwiseError from error
         with contextlib.ExitStack() as stack:

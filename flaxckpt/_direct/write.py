@@ -66,7 +66,7 @@ def write_share(
 
     Args:
         form: How Orbax has written the share of such a tree.
-        draft: The draft to write small files to.
+        draft: The draft to write to.
         directory: The draft's directory. The caller must sync the database's files.
         values: The leaves that Orbax stores.
         process: The process, to whose database the values go.
@@ -87,7 +87,7 @@ def write_share(
 
     name = f"{STATE}/{database_of(process)}"
     with (
-        contextlib.suppress(ocdbt.TooLargeError),
+        contextlib.suppress(ocdbt.NotOneNodeError),
         ocdbt.writing(draft, name, _sizes(form)) as put,
     ):
         return _put_leaves(put, form, values, put_summed)

@@ -23,6 +23,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 STATE = "state"  # the directory in a checkpoint that holds the tree
 DESCRIPTION = "zarr.json"  # of an array, beside its chunks
+MANIFEST = "manifest.ocdbt"  # of a database
 STRINGS = f"{STATE}/_strings.json"
 ARRAYS_METADATA = "array_metadatas"  # Orbax's directory with a file for each process
 NUMBERS = ("bool", "int", "float")

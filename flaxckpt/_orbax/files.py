@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from flaxckpt._direct.zarr import STATE
+from flaxckpt._direct.zarr import DESCRIPTION, MANIFEST, STATE
 from flaxckpt._disk.open import is_inside, is_there
 from flaxckpt._disk.record import LEAVES_FILE, RECORD_FILE, located
 from flaxckpt._trees.leaf import Leaf
@@ -19,7 +19,7 @@ OURS = {LEAVES_FILE, RECORD_FILE, ZARR_MARK}  # the files that are not Orbax's
 
 def is_database(path: Path) -> bool:
     """Tell whether a checkpoint's arrays are in a database, and not in files."""
-    return is_there(located(path) / STATE / "manifest.ocdbt")
+    return is_there(located(path) / STATE / MANIFEST)
 
 
 def check_names(path: Path, leaves: Sequence[Leaf]) -> None:
@@ -42,7 +42,7 @@ def data_files(path: Path, leaves: Sequence[Leaf]) -> list[str]:
     """Name the leaves' files, less the files that only describe the values."""
     found = leaf_files(path, leaves)
     values = [
-        name for name in found if not name.endswith(("/zarr.json", "/manifest.ocdbt"))
+        name for name in found if not name.endswith((f"/{DESCRIPTION}", f"/{MANIFEST}"))
     ]
     return values or found
 

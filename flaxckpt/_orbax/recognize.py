@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flaxckpt._direct.zarr import DESCRIPTION, MANIFEST
 from flaxckpt._disk.open import NoFileError, read_small
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt.errors import CheckpointPathError
 
 # Files that Orbax puts into a checkpoint, into each tree in it, and into each array.
 _WHOLE = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
-_TREE = ("_METADATA", "manifest.ocdbt")
-_ARRAY = (".zarray", "zarr.json")
+_TREE = ("_METADATA", MANIFEST)
+_ARRAY = (".zarray", DESCRIPTION)
 
 
 def foreign_checkpoints(directory: Path) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._copies.held import HostCopy
 from flaxckpt._direct.zarr import ARRAYS_METADATA, STATE
@@ -25,7 +24,7 @@ from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.record import ORBAX_FILE
 from flaxckpt._orbax.engine import calls_of_orbax, orbax_context, with_key
 from flaxckpt._orbax.state_handler import v1
-from flaxckpt._processes.mesh import device_here, mesh_of_processes
+from flaxckpt._processes.mesh import replicated
 from flaxckpt._processes.messages import LEADER, process_index
 from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
@@ -111,26 +110,17 @@ async def _save(directory: Any, tree: PyTree) -> None:
 
 
 def _as_orbax_takes_it(leaf: Leaf, value: Any) -> Any:
-    """Return an array that is whole in every process as a host array, and no other.
+    """Convert a leaf for Orbax: an array of this process alone becomes a host array.
 
-    Orbax takes no array of this process alone. Keys cannot be host arrays, so they
+    Orbax takes no such array. Keys cannot be host arrays, so they
     become one array of all processes, which have equal values.
     """
     is_whole = isinstance(value, jax.Array) and not is_shared(value)
     if is_whole or isinstance(value, HostCopy):
         value = np.asarray(value)
     if leaf.kind == "key" and not is_shared(value):
-        value = _replicated(np.asarray(value))
+        value = replicated(np.asarray(value))
     return with_key(leaf, value)
-
-
-def _replicated(value: np.ndarray[Any, Any]) -> jax.Array:
-    """Put a value that all processes have onto one device of each."""
-    mesh = mesh_of_processes()
-    part = jax.device_put(value, device_here())
-    return jax.make_array_from_single_device_arrays(
-        value.shape, NamedSharding(mesh, PartitionSpec()), [part]
-    )
 
 
 def _write_metadata(directory: Path, begun: int) -> None:

@@ -1,8 +1,8 @@
 """What processes compare before they write: the call, and every leaf.
 
-Each process tells process 0 a checksum of its account. If all checksums are equal,
-nothing else is sent. Otherwise process 0 asks one of the processes that differ for the
-whole account, and names what differs.
+Each process tells process 0 a checksum of its account. If all checksums are equal, no
+process sends its account. Otherwise process 0 asks one of the processes that differ for
+the whole account, and names what differs.
 """
 
 import functools
@@ -33,8 +33,8 @@ def check_parts(layout: Layout, leaves: Sequence[Any]) -> None:
     JAX cannot copy an array of which a process has no part, and Orbax cannot write it.
 
     Raises:
-        UnsupportedLeafError: If a process has no part of an array; the same in all
-            processes.
+        UnsupportedLeafError: If another process, or this one, has no part of an array.
+            Processes may name different leaves.
     """
     pairs = zip(layout.leaves, leaves, strict=True)
     refused = [
@@ -91,7 +91,7 @@ def _rows(page: Page) -> Iterator[tuple[str, str]]:
         elif is_shared(value):
             yield leaf.name, f"{leaf}, {_placement(value.sharding)}"
         else:
-            yield leaf.name, f"{leaf}, a value of each process ({checksum(value)})"
+            yield leaf.name, f"{leaf} with digest {checksum(value)}"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -200,8 +200,8 @@ class JointSaves:
             widths = widths_for(lengths) if asked is None else []
             # The chunks of compressed arrays are not known.
             spreads = len(set(memories)) == 1 and not self._way.compress
-            terms = Terms(spreads, self._way.writes_directly)
-            exchange.tell("go", [asked, terms.spreads, terms.directly, widths])
+            spreads = spreads and self._way.divides_replicas
+            exchange.tell("go", [asked, spreads, self._way.writes_directly, widths])
         asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
             if asked == process_index():

@@ -2,14 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxckpt._checkpoints.series_writer import Page
-from flaxckpt._processes.mesh import device_here, mesh_of_processes
+from flaxckpt._processes.mesh import stacked
 from flaxckpt._processes.messages import process_count
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.per_process import encoded, padded
@@ -50,7 +45,7 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
         process_count(),
     )
     for at, row, width in zip(page.own, rows, widths, strict=True):
-        leaves[at] = _stacked(padded(row, width), number)
+        leaves[at] = stacked(padded(row, width))
         # Texts of about the same length have one layout, and so one form.
         is_text = stored[at].kind in ("str", "bytes") and stored[at].shape
         shape = (width,) if is_text else stored[at].shape
@@ -58,11 +53,3 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
     return replace(
         page, layout=Layout(page.layout.skeleton, tuple(stored)), leaves=leaves
     )
-
-
-def _stacked(row: np.ndarray[Any, Any], number: int) -> jax.Array:
-    """Make an array of a row of each process, on one device of each."""
-    sharding = NamedSharding(mesh_of_processes(), PartitionSpec("process"))
-    part = jax.device_put(row, device_here())
-    shape = number, row.shape[1]
-    return jax.make_array_from_single_device_arrays(shape, sharding, [part])

@@ -87,7 +87,7 @@ class PodSaver:
             CheckpointError: Always.
         """
         raise CheckpointError(
-            "update was called in a running JAX trace (jit, scan...), in one of "
+            "update was called in a running JAX trace (jit, scan...), in a run of "
             f"{process_count()} processes: there, programs do not hand over what "
             "they save. Carry a flaxckpt.Snapshot through the program and save it "
             "afterwards, or call update between the parts of flaxckpt.scan_in_chunks."
@@ -184,7 +184,8 @@ class PodSaver:
         self._copy(contents, call, job, to_slot=to_slot)
         parts.prepare(job, contents, call, path, write=self._joint.write)
         assert job.then is not None
-        job.then.after = self._sweep
+        if is_leader():  # the others have nothing to delete
+            job.then.after = self._sweep
         return path
 
     def _sweep(self) -> None:

@@ -29,6 +29,7 @@ TIMEOUT_SECS = 600.0
 _SIGNS = 4  # in each time-out
 _LAST_LOOK_SECS = 0.01
 _LONGEST = 20  # time-outs for which a process gives signs, in case it hangs
+SIGNS = "flaxckpt-signs"  # the name of the thread that gives signs of life
 LEADER = 0
 
 
@@ -97,7 +98,7 @@ class Channel:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     _set(f"{self._key}/signs/{process_index()}", sign, again=True)
 
-        thread = threading.Thread(target=give_signs, name="flaxckpt-signs", daemon=True)
+        thread = threading.Thread(target=give_signs, name=SIGNS, daemon=True)
         thread.start()
         try:
             yield
@@ -106,6 +107,9 @@ class Channel:
 
 
 _MADE: Counter[str] = Counter()
+# Rounds of `joined` and `from_leader` whose messages are still there. Every process has
+# left them once it comes to the next `joined`.
+_PAST: list["Round"] = []
 
 
 class Round:
@@ -171,8 +175,8 @@ class Round:
             except jax.errors.JaxRuntimeError as error:
                 if is_silent:
                     raise SilenceError(
-                        f"Process {process} of {process_count()} gave no sign within "
-                        f"{self._timeout:.3g} s ({subject}). It may have died, or not "
+                        f"Process {process} (of 0 to {process_count() - 1}) gave no "
+                        f"sign within {self._timeout:.3g} s. It may have died, or not "
                         "have come to this call: every process must make the same "
                         "calls."
                     ) from error
@@ -202,7 +206,7 @@ class Round:
         return found
 
     def forget(self) -> None:
-        """Delete all messages of the round, once every process has heard them."""
+        """Delete all messages of the round; every process must have heard them."""
         _client().key_value_delete(self._key)
 
 
@@ -283,12 +287,12 @@ def joined(name: str, content: Any, join: Callable[[list[Any]], Any]) -> Any:
     if is_leader():
         try:
             parts = exchange.hear_all("part")
-            while _past():  # all processes have come here
-                _past().pop().forget()
+            while _PAST:  # all processes have come here
+                _PAST.pop().forget()
             exchange.tell("all", join(parts))
         except CheckpointError as error:
             exchange.tell("all", error)
-        _past().append(exchange)
+        _PAST.append(exchange)
     try:
         return exchange.hear("all")
     except CheckpointError as error:
@@ -326,17 +330,8 @@ def from_leader(name: str, make: Callable[[], Any]) -> Any:
             exchange.tell("leader", failed)
             raise
         exchange.tell("leader", made)
-        _past().append(exchange)
+        _PAST.append(exchange)
     return exchange.hear("leader")
-
-
-@functools.cache
-def _past() -> list[Round]:
-    """Return the rounds of `joined` and `from_leader` whose messages are still there.
-
-    Every process has left them once it comes to the next `joined`.
-    """
-    return []
 
 
 @functools.cache

@@ -102,9 +102,9 @@ class BestKept:
         how = ""
         if aside is not None:
             how = (
-                "The better one stays, and this run's is saved aside until it is "
-                f"better, at {self._report.shown(aside)!r}; to replace the better one, "
-                "pass overwrite=True. "
+                "The better one stays, and this run's is saved aside, at "
+                f"{self._report.shown(aside)!r}, until it is at least as good; to "
+                "replace the better one, pass overwrite=True. "
             )
         self._report.warn(
             f"{self._report.shown()!r} has a checkpoint of an earlier run with "

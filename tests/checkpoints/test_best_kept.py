@@ -107,7 +107,8 @@ def test_a_run_that_did_not_restore_replaces_only_what_it_beats(
     said, best = train(path, [0.5, 0.4], **settings)
     assert len(said) == 1
     assert f"{OF_EARLIER[:20]}" in said[0]
-    assert f"saved aside until it is better, at {str(path) + '.aside'!r}" in said[0]
+    where = f"saved aside, at {str(path) + '.aside'!r}, until it is at least as good"
+    assert where in said[0]
     assert best == np.float32(0.4)
     assert best_of(path) == 0.2
     assert there(tmp_path) == {"best": 0.2, "best.aside": 0.4}

@@ -150,7 +150,7 @@ def test_where_tensorstore_has_several_nodes_none_is_written(sizes, limit):
         is_one = not dumped(path / "ts")["versions"][-1]["root_height"]
         try:
             written = write(path, values)
-        except ocdbt.TooLargeError:
+        except ocdbt.NotOneNodeError:
             assert not (path / "db").exists()
             most = [len(k.encode()) + 16 + min(n, 1024) for k, n in sizes.items()]
             assert sum(most) > limit
@@ -161,13 +161,13 @@ def test_where_tensorstore_has_several_nodes_none_is_written(sizes, limit):
 
 @pytest.mark.parametrize("sizes", [{}, {"k" * 2**16: 2000}])
 def test_what_no_node_can_hold_is_refused(tmp_path, sizes):
-    with pytest.raises(ocdbt.TooLargeError):
+    with pytest.raises(ocdbt.NotOneNodeError):
         write(tmp_path, values_of(sizes))
 
 
 def test_many_keys_are_one_node(tmp_path):
     values = values_of({f"layers.{i}/c/0/0": i % 1024 for i in range(20_000)})
-    with pytest.raises(ocdbt.TooLargeError):
+    with pytest.raises(ocdbt.NotOneNodeError):
         write(tmp_path, values)
     values = {key: value[:200] for key, value in values.items()}
     database = opened(write(tmp_path, values))

@@ -28,7 +28,6 @@ from flaxckpt._pods.saves import PodSaver
 from flaxckpt._processes import messages
 from flaxckpt._runtime import patience
 
-SIGNS = "flaxckpt-signs"  # the thread that gives signs of life
 EPOCHS = 2  # that are saved while the fault may strike
 TRIES = 3
 ORDER_SECS = 90
@@ -62,7 +61,7 @@ class Moment:
         fault = self._fault
         if fault is None or fault["point"] != point:
             return
-        if threading.current_thread().name == SIGNS:
+        if threading.current_thread().name == messages.SIGNS:
             return
         if path is not None and not path.startswith(self._directory):
             return
@@ -138,7 +137,7 @@ def install():
         return got(*args, **kwargs)
 
     def put(*args, **kwargs):
-        if MOMENT.is_silent and threading.current_thread().name == SIGNS:
+        if MOMENT.is_silent and threading.current_thread().name == messages.SIGNS:
             return None
         return sent(*args, **kwargs)
 
@@ -243,7 +242,6 @@ class Run:
             is_well = self._try("save", EPOCHS, lambda: self._save(EPOCHS))
             if self._try("wait", EPOCHS, self._ckpt.wait) and is_well:
                 return
-        return
 
     def end(self):
         """Close, and return what the processes have to agree on."""

@@ -405,13 +405,21 @@ def local_arrays(w):
 @everywhere
 def local_meshes(w):
     """Arrays on a mesh of each process's own devices, with equal values."""
+    replica = w.put(random(8, 4, seed=2))
     if w.half() is None:
-        return {"a": random(12, 2), "b": random(3)}
+        return {"a": random(12, 2), "b": random(3), "replica": replica}
     mesh = w.mesh(len(w.devices[w.index]), devices=jax.local_devices())
     return {
         "a": w.put(random(12, 2), "data", mesh=mesh),
         "b": w.put(random(3), mesh=mesh),
+        "replica": replica,
     }
+
+
+@everywhere
+def host_values_alone(w):
+    """All of them are in the share of process 0."""
+    return {"a": random(5), "b": 3, "c": "some"}
 
 
 @everywhere
@@ -628,6 +636,11 @@ def only_none(w):
 @tree
 def bare_array(w):
     return w.put(random(8), "data")
+
+
+@everywhere
+def bare_replica(w):
+    return w.put(random(8, 4))
 
 
 @tree
@@ -890,7 +903,8 @@ def save_trees(directory, snapshot, *names):
     """Save each tree in both ways, restore it, and say what became of that.
 
     For each tree, a process says its name, and the errors of plain Orbax's save, of
-    flaxckpt's two saves, and of flaxckpt's load, each empty if there was none.
+    flaxckpt's two saves, and of flaxckpt's load, each empty if there was none; and how
+    many of flaxckpt's saves it wrote directly.
     """
     from workers import say  # a script beside this one
 
@@ -901,10 +915,11 @@ def save_trees(directory, snapshot, *names):
         if name not in STUCK:
             told[0] = _error_of(_save_by_orbax, f"{directory}/orbax/{name}", found)
         path = f"{directory}/flaxckpt/{name}"
-        told[1] = _error_of(_save, path, found, snapshot)
+        counts = []
+        told[1] = _error_of(_save, path, found, snapshot, counts)
         if not told[1]:
             told[2] = _error_of(_load, f"{path}/2", found)
-        say(name, *told)
+        say(name, *told, *counts)
 
 
 def _error_of(function, *arguments):
@@ -927,12 +942,13 @@ def _save_by_orbax(path, tree):
     v1.save(path, tree)
 
 
-def _save(directory, tree, snapshot):
+def _save(directory, tree, snapshot, counts):
     settings = {"snapshot": snapshot, "timeout_secs": TIMEOUT_SECS}
     with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt:
         for epoch in range(2):  # what Orbax has written is then written directly
             ckpt.save(tree, epoch)
             ckpt.wait()
+        counts.append(ckpt.counts.direct)
 
 
 def _load(path, tree):

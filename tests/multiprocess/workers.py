@@ -145,6 +145,24 @@ def fail_as_it_finishes(directory, what):
     say(ckpt.counts.direct, ckpt.counts.by_orbax)
 
 
+def learn_nothing(directory, process):
+    """Have one process not know what Orbax has written."""
+    from flaxckpt._direct import forms
+
+    if jax.process_index() == int(process):
+        forms.learn_share = lambda *args, **kwargs: None
+    mesh = mesh_of(jax.device_count() // 2, 2)
+    tree = {"replica": place(np.arange(64.0, dtype=np.float32).reshape(8, 8), mesh)}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+        for epoch in range(3):
+            try:
+                ckpt.save(tree, epoch)
+                ckpt.wait()
+            except flaxckpt.CheckpointError as told:
+                say(epoch, str(told))
+        say(ckpt.counts.direct, ckpt.counts.by_orbax)
+
+
 def restore_tree(directory, *ways):
     """Restore it, in each way that it is to be sharded here, and compare all values."""
     for specs in ways:
@@ -372,7 +390,7 @@ def fail_early(directory, kind):
     step, tree = make_step(mesh)
     index = jax.process_index()
     ckpt = flaxckpt.ModelCheckpoint(
-        f"{directory}/{{epoch}}", "loss", save_best_only=True, timeout_secs=30
+        f"{directory}/{{epoch}}", "loss", save_best_only=True, timeout_secs=300
     )
     state = ckpt.init()
     for epoch in range(4):
@@ -525,8 +543,7 @@ def be_slow(directory, slow, what):
     step, tree = make_step(mesh)
     settings = {"timeout_secs": 2, "max_to_keep": 1}
     with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt:
-        owner = {"share": joint_saves, "commit": ckpt._series.area}.get(what)
-        owner = owner or ckpt._series.area
+        owner = joint_saves if what == "share" else ckpt._series.area
         name = {"share": "write_share"}.get(what, what)
         done = getattr(owner, name)
 
