@@ -98,11 +98,14 @@ class Staging:
 
     def sweep(self, *, spare: bool = True) -> None:
         """See `Area.sweep`."""
-        kept = int(spare and self._reuses)
+        kept, left = int(spare and self._reuses), list[Path]()
         with self._sweeping:
             while len(self.trash) > kept:
                 shutil.rmtree(self.trash[0], ignore_errors=True)
+                if self.trash[0].exists():  # the next sweep tries again
+                    left.append(self.trash[0])
                 del self.trash[0]
+            self.trash += left
 
 
 def discard(trash: list[Path], owner: int) -> None:

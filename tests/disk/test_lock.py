@@ -200,3 +200,24 @@ def test_a_lock_taken_anew_waits_for_what_is_being_swept(tmp_path, monkeypatch):
             swept.result()
         assert not old.exists()
         ckpt.save(tree_of(1), epoch=1)
+
+
+def test_what_could_not_be_deleted_is_deleted_by_the_next_sweep(tmp_path, monkeypatch):
+    failing, rmtree = [True], shutil.rmtree
+
+    def fails_at_first(path, **kwargs):
+        if not (failing and failing.pop()):
+            rmtree(path, **kwargs)
+
+    with ModelCheckpoint(tmp_path / "a") as ckpt:
+        ckpt.save(tree_of(0), epoch=0)
+        ckpt.wait()
+        area = ckpt._series.area
+        old = area._staging.made()
+        area._staging.trash.append(old)
+        monkeypatch.setattr(_staging.shutil, "rmtree", fails_at_first)
+        area.sweep(spare=False)
+        assert old.exists()
+        area.sweep(spare=False)
+        assert not old.exists()
+        assert not area._staging.trash
