@@ -203,21 +203,23 @@ def test_a_lock_taken_anew_waits_for_what_is_being_swept(tmp_path, monkeypatch):
 
 
 def test_what_could_not_be_deleted_is_deleted_by_the_next_sweep(tmp_path, monkeypatch):
-    failing, rmtree = [True], shutil.rmtree
+    failing, rmtree = [], shutil.rmtree
 
-    def fails_at_first(path, **kwargs):
-        if not (failing and failing.pop()):
+    def fails_once(path, **kwargs):
+        if path in failing:
+            failing.remove(path)
+        else:
             rmtree(path, **kwargs)
 
     with ModelCheckpoint(tmp_path / "a") as ckpt:
         ckpt.save(tree_of(0), epoch=0)
-        ckpt.wait()
-        area = ckpt._series.area
-        old = area._staging.made()
-        area._staging.trash.append(old)
-        monkeypatch.setattr(_staging.shutil, "rmtree", fails_at_first)
-        area.sweep(spare=False)
-        assert old.exists()
-        area.sweep(spare=False)
-        assert not old.exists()
-        assert not area._staging.trash
+    staging = ckpt._series.area._staging  # no thread sweeps any more
+    old = staging.made()
+    staging.trash.append(old)
+    failing.append(old)
+    monkeypatch.setattr(_staging.shutil, "rmtree", fails_once)
+    staging.sweep(spare=False)
+    assert old.exists()
+    staging.sweep(spare=False)
+    assert not old.exists()
+    assert not staging.trash
