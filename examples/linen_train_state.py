@@ -68,12 +68,9 @@ def main(directory):
         monitor="val_accuracy",
         max_to_keep=2,  # the two newest, and the best beside them
     ) as ckpt:
-        found = ckpt.restore(like=train)
-        if found is None:
-            state, first = ckpt.init(), 0
-        else:
-            train, state, first = found.tree, found.state, found.epoch + 1
-            print(f"resumed from {found.path.name}")
+        train, state, first = ckpt.resume(train)
+        if first:
+            print(f"resumed after epoch {first}")
         for epoch in range(first, EPOCHS):
             key = jax.random.fold_in(jax.random.key(1), epoch)
             train = train_epoch(train, key, images[rest], labels[rest])

@@ -74,10 +74,8 @@ def main(directory):
     with flaxckpt.ModelCheckpoint(
         f"{directory}/{{epoch:02d}}", "val_accuracy", max_to_keep=2
     ) as ckpt:
-        found = ckpt.restore(like=train)
-        state, start = ckpt.init(), 0
-        if found:
-            train, state, start = found.tree, found.state, found.epoch + 1
+        train, state, start = ckpt.resume(train)
+        if start:
             tell(f"resumed after epoch {start}", flush=True)
         for epoch in range(start, EPOCHS):
             order = np.random.default_rng(epoch).permutation(1472) + 320

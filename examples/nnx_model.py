@@ -46,11 +46,6 @@ def accuracy(model, images, labels):
     return jnp.mean(model(images).argmax(axis=-1) == labels)
 
 
-def states(model, optimizer):
-    """All that a step depends on: weights, statistics, dropout's key, moments."""
-    return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
-
-
 def main(directory):
     digits = load_digits()
     images = jnp.asarray(digits.data / 16, jnp.float32)
@@ -61,14 +56,11 @@ def main(directory):
     with flaxckpt.ModelCheckpoint(
         f"{directory}/best", "val_accuracy", save_best_only=True, save_last=True
     ) as ckpt:
-        found = ckpt.restore(like=states(model, optimizer))
-        if found is None:
-            state, first = ckpt.init(), 0
-        else:
-            nnx.update(model, found.tree["model"])
-            nnx.update(optimizer, found.tree["optimizer"])
-            state, first = found.state, found.epoch + 1
-            print(f"resumed after epoch {first}, from {found.path.name!r}")
+        # All that a step depends on: weights, statistics, dropout's key, moments.
+        tree = {"model": model, "optimizer": optimizer}
+        tree, state, first = ckpt.resume(tree)  # in place
+        if first:
+            print(f"resumed after epoch {first}")
         for epoch in range(first, EPOCHS):
             order = np.random.default_rng(epoch).permutation(1497)[:1472] + 300
             model.train()
@@ -79,7 +71,7 @@ def main(directory):
                 "loss": loss,
                 "val_accuracy": accuracy(model, images[:300], labels[:300]),
             }
-            state = ckpt.update(state, states(model, optimizer), logs, epoch)
+            state = ckpt.update(state, tree, logs, epoch)
             print(f"epoch {epoch + 1}: val_accuracy {logs['val_accuracy']:.3f}")
 
     best = ckpt.best

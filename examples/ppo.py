@@ -109,10 +109,9 @@ def main(directory):
             logs = {"episodic_return": returned}
             return (train, ckpt.update(carry[1], train, logs, epoch)), returned
 
-        state, first, found = ckpt.init(), 0, ckpt.restore(like=train)
-        if found is not None:
-            train, state, first = found.tree, found.state, found.epoch + 1
-            print(f"resumed after epoch {first}, from {found.path.name!r}")
+        train, state, first = ckpt.resume(train)
+        if first:
+            print(f"resumed after epoch {first}")
         run = jax.jit(jax.lax.scan, static_argnums=0)  # all updates, one program
         returns = run(body, (train, state), jnp.arange(first, UPDATES))[1]
 

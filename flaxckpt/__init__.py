@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flaxckpt._checkpoints.load import load, load_weights, verify
     from flaxckpt._model_checkpoint import ModelCheckpoint
     from flaxckpt._restoring import Restored
+    from flaxckpt._resuming import Start
     from flaxckpt._saving.report import SaveCounts
     from flaxckpt._trees.weights import default_weights
 
@@ -59,6 +60,7 @@ __all__ = [
     "SaveCounts",
     "SettingError",
     "Snapshot",
+    "Start",
     "TemplateError",
     "UnsupportedLeafError",
     "default_weights",
@@ -75,6 +77,7 @@ _LAZY = {
     "ModelCheckpoint": "flaxckpt._model_checkpoint",
     "Restored": "flaxckpt._restoring",
     "SaveCounts": "flaxckpt._saving.report",
+    "Start": "flaxckpt._resuming",
     "default_weights": "flaxckpt._trees.weights",
     "load": "flaxckpt._checkpoints.load",
     "load_weights": "flaxckpt._checkpoints.load",

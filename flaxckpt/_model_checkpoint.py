@@ -13,6 +13,7 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.series_writer import SeriesWriter
 from flaxckpt._checkpoints.target import check_root
 from flaxckpt._decision.logs import Logs
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._direct.frozen_files import Frozen
 from flaxckpt._disk.info import CheckpointInfo
@@ -22,10 +23,12 @@ from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.best_trees_saved import to_save
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._restoring import Restored, Restorer
+from flaxckpt._resuming import Start, put_into
 from flaxckpt._runtime.beside import close_beside, warn_beside
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.advice import Advice
+from flaxckpt._saving.count import Count
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
@@ -92,17 +95,17 @@ class ModelCheckpoint:
         Args:
             filepath: Template of the checkpoints' paths, in Python's format syntax:
                 `"runs/{epoch:02d}-{val_loss:.2f}"`. Its fields are `{epoch}` and
-                `{batch}`, both shown one-based, and the keys of `logs`. Each checkpoint
-                is a directory. Without fields each save replaces the one before. The
-                template may start with `~`, or with `gs://` or `s3://` for an object
-                store.
+                `{batch}`, both shown one-based, or `{step}`, shown as it is, and the
+                keys of `logs`. Each checkpoint is a directory. Without fields each save
+                replaces the one before. The template may start with `~`, or with
+                `gs://` or `s3://` for an object store.
             monitor: Key in `logs` of the value to compare.
             verbose: 1 prints decisions and saves; 0 prints nothing.
             save_best_only: Whether a due check saves only what improves on the best.
             save_weights_only: Whether to save the weights, not the whole tree.
             mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
             save_freq: When a check is due: `"epoch"` for the end of each epoch, a
-                number for every so many batches.
+                number for every so many batches, or global steps.
             initial_value_threshold: The first best value; None for no best value.
             min_delta: The difference from the best that an improvement must exceed.
             save_interval_secs: Make a check due, too, at the first `update` that comes
@@ -199,7 +202,8 @@ class ModelCheckpoint:
         self.counts = self._saves.counts
         check_root(self._series.root)
         self._programs = Programs(settings, self._saves)
-        self._restorer = Restorer(settings, self._series, self._programs)
+        count = Count()
+        self._restorer = Restorer(settings, self._series, self._programs, count)
         self._triggers = Triggers(settings, self._series.name)
         self._updater = Updater(
             settings,
@@ -209,6 +213,7 @@ class ModelCheckpoint:
             self._restorer,
             self._triggers,
             Advice(settings),
+            count,
         )
 
     # ---- the loop --------------------------------------------------------------------
@@ -236,9 +241,10 @@ class ModelCheckpoint:
         state: CheckpointState,
         tree: PyTree,
         logs: Logs | None,
-        epoch: int,
+        epoch: int | None = None,
         batch: int | None = None,
         *,
+        step: int | None = None,
         force: bool = False,
     ) -> CheckpointState:
         """Decide whether to save, and start the save.
@@ -263,6 +269,9 @@ class ModelCheckpoint:
             epoch: Zero-based epoch, an integer or i32[].
             batch: Zero-based batch within the epoch, an integer or i32[]. None at the
                 end of an epoch.
+            step: A global step, an integer or i32[], in place of epoch and batch. It is
+                the number of the step that was done last: `save_freq=N` makes a check
+                due at each multiple of N, and at a step that passes one.
             force: Whether to save in any case, bool[].
 
         Returns:
@@ -275,23 +284,27 @@ class ModelCheckpoint:
             UnsupportedLeafError: If `tree` has a leaf that cannot be saved.
             MetricError: If the monitored value is not a real scalar, or if a metric was
                 deleted or donated.
-            SettingError: If `state` has other settings, if `tree` has no values, or if
-                epoch or batch is not a zero-based integer.
+            SettingError: If `state` has other settings, if `tree` has no values, if
+                epoch, batch or step is not such an integer, or if a step comes where
+                only epochs are due.
             CheckpointLockedError: If another process writes these checkpoints.
             Preempted: After the save is on disk, if a signal told the process to end.
             CheckpointError: Within `vmap`, where each member decides for itself; within
                 `shard_map`; and within jit with `save_interval_secs` or in several
                 processes.
         """
-        return self._updater.update(state, tree, logs, epoch, batch, force=force)
+        at = Moment(epoch, batch, step)
+        return self._updater.update(state, tree, logs, at, force=force)
 
     def save(
         self,
         tree: PyTree,
-        epoch: int,
+        epoch: int | None = None,
         batch: int | None = None,
         logs: Logs | None = None,
         state: CheckpointState | None = None,
+        *,
+        step: int | None = None,
     ) -> Path:
         """Save now, whatever the policy says; the writing goes on in the background.
 
@@ -304,6 +317,7 @@ class ModelCheckpoint:
             batch: Zero-based batch within the epoch; None at the end of an epoch.
             logs: The current metrics; None for none.
             state: The decision state for `restore` to return; None for none.
+            step: A global step, in place of epoch and batch.
 
         Returns:
             The checkpoint's path or URL. The checkpoint is there after `wait`.
@@ -311,7 +325,8 @@ class ModelCheckpoint:
         Raises:
             CheckpointError: As `update`; also within any JAX trace.
         """
-        return self._updater.save(tree, epoch, batch, logs, state)
+        at = Moment(epoch, batch, step)
+        return self._updater.save(tree, at, logs, state)
 
     def save_snapshot(
         self, snapshot: Snapshot, member: int | None = None
@@ -438,6 +453,41 @@ class ModelCheckpoint:
         """
         self._settings.need_mode()
         return self._series.best_of(self.checkpoints)
+
+    def resume(
+        self, tree: PyTree, *, cast: bool = False, verify: bool = True
+    ) -> tuple[PyTree, CheckpointState, Start]:
+        """Begin a run, or go on where the last one was: one call in front of the loop.
+
+        The call restores the newest checkpoint of the filepath, `save_last`'s included.
+
+        Args:
+            tree: The tree to train, or `jax.ShapeDtypeStruct`s with shardings; as
+                `like` of `restore`. The values go into its NNX objects in place.
+            cast: As for `restore`.
+            verify: As for `restore`.
+
+        Returns:
+            The tree, the decision state for `update`, and where to go on: an int for
+            `range(start, ...)`, which tells the batch, too. In a new run they are
+            `tree` itself, `init(tree)` and 0.
+
+        Raises:
+            CheckpointError: As `restore`.
+
+        Example:
+            >>> with ModelCheckpoint("resumed/{epoch}") as ckpt:
+            ...     tree, state, start = ckpt.resume({"w": np.zeros(2)})
+            ...     for epoch in range(start, 3):
+            ...         state = ckpt.update(state, tree, {}, epoch)
+            >>> ckpt.resume(tree)[2]
+            Start(epoch=3, batch=0)
+        """
+        found = self.restore(tree, cast=cast, verify=verify)
+        if found is None:
+            return tree, self.init(tree), Start()
+        start = Start.after(found.epoch, found.batch, found.step)
+        return put_into(tree, found.tree), found.state, start
 
     def restore(
         self,

@@ -18,10 +18,11 @@ from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._processes.messages import are_several, at_work, from_leader, joined
-from flaxckpt._program.traced_update import Programs
+from flaxckpt._program.traced_update import Programs, is_traced
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import tries
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
+from flaxckpt._saving.count import Count
 from flaxckpt._settings import Settings
 from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt.errors import (
@@ -45,8 +46,11 @@ class Restored:
     Attributes:
         tree: The tree.
         state: The decision state to pass to `update`, as if the run had never stopped.
-        epoch: Zero-based epoch of the save; None if plain Orbax wrote the checkpoint.
+        epoch: Zero-based epoch of the save; None if it had a global step instead, or if
+            plain Orbax wrote the checkpoint.
         batch: Zero-based batch within the epoch; None at the end of an epoch.
+        step: The global step, if the save had one; or else the number of batches, or of
+            epochs, that the run had seen. None if plain Orbax wrote the checkpoint.
         logs: The scalar metrics of the save.
         path: The checkpoint's path or URL.
     """
@@ -55,6 +59,7 @@ class Restored:
     state: CheckpointState
     epoch: Any  # not `int | None`: type checkers would have each loop check for None
     batch: int | None
+    step: Any
     logs: Mapping[str, Any]
     path: Path
 
@@ -62,15 +67,19 @@ class Restored:
 class Restorer:
     """Restores the checkpoints of one series, and warns of those that it leaves out."""
 
-    def __init__(self, settings: Settings, series: Series, programs: Programs) -> None:
+    def __init__(
+        self, settings: Settings, series: Series, programs: Programs, count: Count
+    ) -> None:
         """Take what to restore from; nothing is read yet.
 
         Args:
             settings: The settings.
             series: The series.
             programs: The programs, which learn how a restored tree is sharded.
+            count: The count of batches, which goes on from what is restored.
         """
         self._settings, self._series, self._programs = settings, series, programs
+        self._count = count
 
     def shown(self, infos: Infos, left_out: list[LeftOut]) -> Infos:
         """Return checkpoints with the paths that users know; warn of those left out."""
@@ -88,6 +97,12 @@ class Restorer:
     ) -> Restored | None:
         """Load a checkpoint as `ModelCheckpoint.restore` does, after it has waited."""
         check_like(like)
+        if is_traced(like):
+            raise CheckpointError(
+                "restore and resume were called in a running JAX trace (jit, scan...). "
+                "Call them outside, with like=jax.eval_shape(make_tree), and pass what "
+                "they return to the program."
+            )
         self._programs.note_shardings(like)
         check_is_path("which", which, _ADVICE)
         load = functools.partial(self._load, like=like, cast=cast, verify=verify)
@@ -234,11 +249,14 @@ class Restorer:
         with unchecked():
             state = resumed(self._settings.new_state(), info and info.state, durable)
         state = as_arguments(state, lambda: leaves_of(tree))
+        if info is not None:
+            self._count.go_on(info)
         return Restored(
             tree=tree,
             state=state,
             epoch=info and info.epoch,  # there is none if plain Orbax wrote it
             batch=info and info.batch,
+            step=info and info.step,
             logs=info.logs if info else {},
             path=where,
         )

@@ -195,6 +195,11 @@ class Settings:
         )
 
     @functools.cached_property
+    def goes_by_clock(self) -> bool:
+        """Whether time makes a check due, too."""
+        return self.save_interval_secs is not None
+
+    @property
     def by_epoch(self) -> bool:
         """Whether a check is due at the end of an epoch."""
         return self.save_freq == "epoch"

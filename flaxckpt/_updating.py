@@ -9,9 +9,9 @@ import numpy as np
 
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.logs import Logs, with_values
-from flaxckpt._decision.scalars import LARGEST
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState, check_state
-from flaxckpt._decision.step import is_no_better, tick
+from flaxckpt._decision.step import is_no_better, need_steps, tick
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.traced_update import Programs, is_traced
 from flaxckpt._restoring import Restorer
@@ -21,6 +21,7 @@ from flaxckpt._runtime.traces import runs_in_trace
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._saving.advice import Advice
 from flaxckpt._saving.call import Call
+from flaxckpt._saving.count import Count
 from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings
@@ -39,9 +40,11 @@ class Updater:
     restorer: Restorer
     triggers: Triggers
     advice: Advice
+    count: Count
     # The state that the last call replaced by another: the loop must not pass it again.
     _stale: CheckpointState | None = None
     _known: CheckpointState | None = None  # the state that the last call returned
+    _seen: int | None = None  # batches, if nothing but the clock counts them
     _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
     _has_met: bool = False  # with the other processes, if there are several
     # None before the first check of it; True while no call could be due.
@@ -52,8 +55,7 @@ class Updater:
         state: CheckpointState,
         tree: PyTree,
         logs: Logs | None,
-        epoch: int,
-        batch: int | None,
+        at: Moment,
         *,
         force: bool,
     ) -> CheckpointState:
@@ -68,10 +70,15 @@ class Updater:
         if given is self._stale:
             self.advice.of_stale()
         # numpy's own True or False, unless a trace or a device has the answer
-        state, due = tick(state, epoch, batch)
+        if at.step is not None or at.epoch is None:
+            self._check_step(at, state, force=force)
+        state, due = tick(state, *at)
+        if self.settings.goes_by_clock and self.settings.by_epoch:
+            self._seen = self.count.note(at.whole())
         if due is np.False_ and force is False and not (preempted or overdue):
             if self._never_due is None:
-                self._never_due = self.settings.by_epoch or batch is None
+                is_end = at.batch is None and at.step is None
+                self._never_due = self.settings.by_epoch or is_end
             if self._is_new_to_trees:
                 self._is_new_to_trees = False
                 self.saves.compile_ahead(tree)
@@ -82,7 +89,7 @@ class Updater:
         self.saves.check_parent()  # a forked child must tell nobody of its error
         with self.saves.telling_others():
             anyway = preempted or force is not False or due is not np.True_
-            if not anyway and self._is_passed_over(given, state, logs, epoch, batch):
+            if not anyway and self._is_passed_over(given, state, logs, at):
                 self._stale = None if self.settings.by_epoch else given
                 self._known = as_arguments(state, lambda: leaves_of(tree))
                 return self._known
@@ -90,17 +97,16 @@ class Updater:
             check_there("force", [("", force)])
             logs = with_values(logs)
             self.advice.of_no_best(logs)
-            if is_traced(due, force, epoch, batch, logs, state):
-                state = self.programs.update(
-                    given, state, due, tree, logs, epoch, batch, force
-                )
+            if is_traced(due, force, at, logs, state):
+                state = self.programs.update(given, state, due, tree, logs, at, force)
                 self.advice.of_left_out(logs)
                 return state
             self.programs.finish()
             with unchecked():
                 if state.save_best_only and self.saves.lost_best():
                     state = self.restorer.with_best_on_disk(state)
-                call = Call(bool(force), epoch, batch, logs, state)
+                call = Call(bool(force), at, logs, state)
+                call.seen = self._seen
                 if due or (overdue and self.triggers.is_comparable(logs)):
                     self.saves.decide(call, now=preempted)
         to_slot = bool((due or overdue) and self.settings.save_last) or preempted
@@ -117,6 +123,12 @@ class Updater:
         self._known = as_arguments(call.state, lambda: leaves_of(tree))
         return self._known
 
+    def _check_step(self, at: Moment, state: CheckpointState, *, force: bool) -> None:
+        """Check a call with a global step, or without any moment."""
+        at.check()
+        if not (self.settings.goes_by_clock or force is not False):
+            need_steps(state)
+
     def _meet(self) -> None:
         """Find out at the first call whether saves will work, and not hours later."""
         if not self._has_met:
@@ -128,18 +140,16 @@ class Updater:
         given: CheckpointState,
         state: CheckpointState,
         logs: Any,
-        epoch: Any,
-        batch: Any,
+        at: Moment,
     ) -> bool:
         """Tell by one comparison that a due check saves nothing.
 
         Most due checks find no new best. False means that `update` has to look further.
         """
-        counted = epoch, 0 if batch is None else batch
         return (
             self.settings.goes_by_best_alone
             and given is self._known
-            and all(type(at) is int and 0 <= at < LARGEST for at in counted)
+            and at.is_plain
             and is_no_better(state, logs)
             and not self.saves.report.has_failed
             and not runs_in_trace()
@@ -148,8 +158,7 @@ class Updater:
     def save(
         self,
         tree: PyTree,
-        epoch: int,
-        batch: int | None,
+        at: Moment,
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> Path:
@@ -160,7 +169,7 @@ class Updater:
         preempted = self.triggers.is_newly_preempted()
         with self.saves.telling_others():
             logs = with_values(logs)
-            if is_traced(epoch, batch, logs, state):
+            if is_traced(at, logs, state):
                 raise CheckpointError(
                     "save was called in a running JAX trace (jit, scan...). Call "
                     "update(..., force=True) there, which saves when the program runs."
@@ -169,10 +178,10 @@ class Updater:
                 check_state(state, self.settings.fresh)
             self.programs.finish()
             with unchecked():
-                call = Call(True, epoch, batch, logs, state)
-                call.by_hand = True
+                call = Call(True, at, logs, state)
+                call.by_hand, call.seen = True, self._seen_by_hand(call.at)
                 template = self.settings.template
-                path = Path(template.render(call.epoch, call.batch, logs))
+                path = Path(template.render(call.at, logs))
         with unchecked():
             self.saves.start(tree, call, to_slot=preempted)
         self.triggers.restart()
@@ -180,6 +189,14 @@ class Updater:
             self._finish_preempted(path)
         self.advice.of_left_out(logs)
         return self.series.area.shown(path)
+
+    def _seen_by_hand(self, at: Moment) -> int | None:
+        """Return how many batches a run has seen at a save by hand; None for epochs."""
+        batches = None if self._known is None else self._known.batches
+        if not self.settings.by_epoch and type(batches) is np.int32:
+            return int(batches)
+        is_counted = self.settings.goes_by_clock or at.batch is not None
+        return self.count.note(at) if is_counted and at.step is None else None
 
     def _finish_preempted(self, path: Path | None) -> None:
         """Wait until the save is on disk, and tell the loop of the preemption."""
@@ -195,8 +212,10 @@ class Updater:
 
     def warn_if_never_due(self) -> None:
         """Warn if all calls of `update` were of a kind that is never due."""
-        if self._never_due and self.settings.save_interval_secs is None:
-            how = "without `batch`" if self.settings.by_epoch else "with `batch`"
+        if self._never_due and not self.settings.goes_by_clock:
+            how = "without `batch`"
+            if not self.settings.by_epoch:
+                how = "with `batch` or `step`"
             warnings.warn(
                 "No check was ever due: with save_freq="
                 f"{self.settings.fresh.save_freq!r} only calls of update {how} count.",

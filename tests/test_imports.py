@@ -40,6 +40,7 @@ LAYERS = [
     "_pods",
     "_program",
     "_restoring",
+    "_resuming",
     "_updating",
     "_model_checkpoint",
     "__init__",

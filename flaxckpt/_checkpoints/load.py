@@ -52,10 +52,10 @@ def load(
             mesh wrote it. A struct whose sharding names no devices goes to the devices
             of `jax.set_mesh`. A sharding in place of a leaf or subtree places what is
             stored there. Functions are taken from `like`. What an NNX module in `like`
-            shares is shared in the result. None: plain dicts, lists and tuples, with
-            JAX arrays on the default device, and None for functions. NNX modules and
-            states become the dicts that `nnx.update` and `nnx.replace_by_pure_dict`
-            take.
+            shares is shared in the result. None, for the whole or a part: what is
+            stored there, as plain dicts, lists and tuples, with JAX arrays on the
+            default device, and None for functions. NNX modules and states become the
+            dicts that `nnx.update` and `nnx.replace_by_pure_dict` take.
         cast: Convert arrays if only their dtype differs from the wanted dtype, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax

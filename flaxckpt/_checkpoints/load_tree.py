@@ -25,7 +25,7 @@ from flaxckpt._trees.per_process import decoded
 from flaxckpt._trees.placing import is_placement
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.ties import PyTree, flatten
-from flaxckpt._trees.wanted import Wanted, spread
+from flaxckpt._trees.wanted import Wanted, completed
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -64,7 +64,7 @@ def load_tree(
     try:
         if view.nbytes > layout.most_bytes:  # the weights may name a leaf many times
             raise OverfullError("its weights are its arrays too many times")
-        like = spread(like, view)
+        like = completed(like, view)
     except OverfullError as error:
         raise CheckpointCorruptError(str(path), str(error)) from error
     try:

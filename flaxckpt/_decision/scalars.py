@@ -19,6 +19,7 @@ Scalar: TypeAlias = jax.typing.ArrayLike
 """A Python number, or a numpy or JAX array of shape ()."""
 Where: TypeAlias = Callable[[Any, Any, Any], Any]
 LARGEST = 2**30  # of all counts: the sum of two still fits an int32
+LARGEST_STEP = 2**31 - 1  # of global steps, which are never added up
 
 
 def improves(
@@ -88,9 +89,10 @@ def is_real(value: Any) -> bool:
 
 
 def index(name: str, value: Any) -> Any:
-    """Check epoch or batch, and return it. Of a JAX array, check all but the value."""
+    """Check epoch, batch or step, and return it; of a JAX array, all but the value."""
     if type(value) is int and 0 <= value < LARGEST:
         return value
+    most = LARGEST_STEP if name == "step" else LARGEST - 1
     if isinstance(value, jax.Array):
         check_there(name, [("", value)])
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
@@ -98,22 +100,23 @@ def index(name: str, value: Any) -> Any:
     else:
         with contextlib.suppress(TypeError):
             value = operator.index(value)
-            if 0 <= value < LARGEST:
+            if 0 <= value <= most:
                 return value
     raise _not_an_index(name, value)
 
 
 def _not_an_index(name: str, value: Any) -> SettingError:
-    return SettingError(
-        name, value, "pass a zero-based integer below 2**30, as a scalar."
-    )
+    what = "a zero-based integer below 2**30"
+    if name == "step":
+        what = "an integer of at least 0 and below 2**31"
+    return SettingError(name, value, f"pass {what}, as a scalar.")
 
 
 def whole(name: str, value: Any) -> int:
-    """Return epoch or batch as an int; wait for a device that still computes it.
+    """Return epoch, batch or step as an int; wait for a device that computes it.
 
     Raises:
-        SettingError: If it is no zero-based integer below 2**30.
+        SettingError: If it is no integer, or out of its range.
     """
     check_there(name, [("", value)])
     value = np.asarray(value)[()] if hasattr(value, "shape") else value

@@ -71,7 +71,8 @@ class CheckpointState:
         has_best: Whether there is a best, bool[].
         seen: Batches counted toward the next due check, i32[]. Like the next three
             leaves, it changes only if `save_freq` is a number.
-        batches: Batches seen in all, i32[]; stays at the largest i32 once it is there.
+        batches: Batches seen in all, or the last global step, i32[]; stays at the
+            largest i32 once it is there.
         last_epoch: Epoch of the last batch seen, i32[]; -1 before the first.
         last_batch: Index of that batch in its epoch, i32[]; -1 before the first.
         monitor: Key in `logs` of the value to compare. Static, as all fields below are.

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flaxckpt._decision.logs import normalized, rounded, value_of
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.scalars import (
     Scalar,
     Where,
@@ -34,8 +35,10 @@ _HOST_INTS = frozenset((int, np.int32, np.int64))
 def step(
     state: CheckpointState,
     logs: Mapping[str, Scalar] | None,
-    epoch: Scalar,
+    epoch: Scalar | None = None,
     batch: Scalar | None = None,
+    *,
+    step: Scalar | None = None,
 ) -> tuple[CheckpointState, Scalar]:
     """Decide whether to save now.
 
@@ -48,6 +51,8 @@ def step(
             the monitored one, and only at a due check with `save_best_only`.
         epoch: Zero-based epoch, i32[].
         batch: Zero-based batch within the epoch, i32[]; None at the end of an epoch.
+        step: A global step, i32[], in place of epoch and batch. With `save_freq=N` a
+            check is due at each multiple of N, and at a step that passes one.
 
     Returns:
         The state to pass to the next call, and whether to save, bool[].
@@ -55,8 +60,9 @@ def step(
     Raises:
         MetricError: A `ValueError`, if the monitored value is not a real scalar.
         SettingError: A `ValueError`, if `state` is no state or was deleted, if `logs`
-            is no mapping, or if epoch or batch is no zero-based integer. `step` checks
-            `logs`, epoch and batch only where it needs them.
+            is no mapping, if epoch, batch or step is no such integer, or if a step
+            comes where `save_freq` is `"epoch"`. `step` checks `logs`, epoch and batch
+            only where it needs them.
 
     Warns:
         UserWarning: Once in a run, if the monitored key is needed and not in `logs`.
@@ -75,16 +81,34 @@ def step(
             f"<{type(state).__name__}>",
             "pass a CheckpointState first; step returns one, and whether to save.",
         )
-    state, due = tick(state, epoch, batch)
+    if step is not None or epoch is None:
+        Moment(epoch, batch, step).check()
+        need_steps(state)
+    state, due = tick(state, epoch, batch, step)
     return judge(state, logs, due)
 
 
-def tick(state: CheckpointState, epoch: Any, batch: Any) -> tuple[CheckpointState, Any]:
+def need_steps(state: CheckpointState) -> None:
+    """Check that global steps can make a check due.
+
+    Raises:
+        SettingError: If `save_freq` goes by epochs.
+    """
+    if state.save_freq == "epoch":
+        advice = "calls with a step have no epochs. Pass a number of steps."
+        raise SettingError("save_freq", "epoch", advice)
+
+
+def tick(
+    state: CheckpointState, epoch: Any, batch: Any, step: Any = None
+) -> tuple[CheckpointState, Any]:
     """Count, and tell whether a check is due: the half of `step` that needs no metric.
 
     The counting follows Keras's `ModelCheckpoint._should_save_on_batch`, except that a
     due check takes `save_freq` from the counter and keeps the remainder.
     """
+    if step is not None:
+        return _at_step(state, step)
     if state.save_freq == "epoch":
         return state, np.bool_(batch is None)
     if batch is None:
@@ -116,6 +140,33 @@ def _counted(
         last_epoch=int32(epoch),
         last_batch=int32(batch),
     ), np.bool_(due) if type(due) is bool else due
+
+
+def _at_step(state: CheckpointState, step: Any) -> tuple[CheckpointState, Any]:
+    """Count as `tick` does, by a global step.
+
+    The steps since the last one seen, or all of them if the step is below that one,
+    add up as batches do. Counted from step 0, what a due check leaves over is the rest
+    of a division: so a check is due where a multiple of `save_freq` is reached.
+    """
+    if state.save_freq == "epoch":
+        return state, np.False_
+    counts: tuple[Any, ...] = state.batches, index("step", step)
+    if _HOST_INTS.issuperset(map(type, counts)):
+        return _advanced(state, map(int, counts), pick, np.int32)
+    check_values(state)
+    with unchecked():
+        return _advanced(state, map(to_int32, counts), jnp.where, to_int32)
+
+
+def _advanced(
+    state: CheckpointState, counts: Iterable[Any], where: Where, int32: Any
+) -> tuple[CheckpointState, Any]:
+    last, step = counts
+    every = state.save_freq
+    due = step // every > where(step < last, 0, last) // every
+    moved = with_leaves(state, seen=int32(step % every), batches=int32(step))
+    return moved, np.bool_(due) if type(due) is bool else due
 
 
 def judge(

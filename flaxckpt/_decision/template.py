@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxckpt._decision.logs import Unusable, find, normalized
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.reserved import ADVICE, is_reserved
 from flaxckpt.errors import SettingError, TemplateError
 
@@ -97,18 +98,15 @@ class Template:
         """How many levels below `root` the checkpoints lie: 1 is directly in it."""
         return _outline(self.name).count("/") + 1
 
-    def render(
-        self, epoch: int, batch: int | None, logs: Mapping[str, Any] | None
-    ) -> str:
+    def render(self, at: Moment, logs: Mapping[str, Any] | None) -> str:
         """Fill the fields in.
 
         Args:
-            epoch: Zero-based; shown one-based.
-            batch: Zero-based, shown one-based; None at the end of an epoch, where
-                `{batch}` has nothing to show.
+            at: The moment, of ints. Epoch and batch are shown one-based, a step as it
+                is; at the end of an epoch `{batch}` has nothing to show.
             logs: The other fields' values: numbers, scalar arrays or text; see `logs`.
                 `render` waits only for the values that it shows, and ignores the keys
-                `epoch` and `batch`.
+                `epoch` and `batch`, and `step` if the moment has one.
 
         Returns:
             The checkpoint's absolute path.
@@ -125,17 +123,18 @@ class Template:
         for field in self.fields:
             if (name := find(values, field)) != field:
                 values[field] = values[name]
-        values["epoch"] = epoch + 1
-        values.pop("batch", None)
-        if batch is not None:
-            values["batch"] = batch + 1
+        for name in ("epoch", "batch"):
+            values.pop(name, None)
+        values |= at.fields
         missing = [field for field in self.fields if field not in values]
         if missing:
             end = " ({batch} has none at the end of an epoch)"
+            if at.step is not None or "batch" not in missing:
+                end = ""
             raise TemplateError(
                 self.label,
                 f"no value for {', '.join(map(repr, missing))}"
-                f"{end if 'batch' in missing else ''}; fields there are: "
+                f"{end}; fields there are: "
                 f"{', '.join(sorted(map(str, values)))}. Put what is missing into "
                 "`logs`, or take it out of the filepath.",
             )

@@ -188,7 +188,8 @@ class Reader:
             is_same = recorded == sums
         elif check and leaf.digest:
             is_same = agrees(values, leaf.digest)
-        return (values.item() if leaf.kind in NUMBERS else values), is_same
+        is_number = leaf.kind in NUMBERS and not leaf.shape
+        return (values.item() if is_number else values), is_same
 
     @_or_else((None, True))
     def read_onto(

@@ -40,7 +40,7 @@ from flaxckpt._disk.vetting import check_readable
 from flaxckpt._disk.zarr_json import parse_zarr
 from flaxckpt._object_store.source import Source
 from flaxckpt._trees.digest import checksum
-from flaxckpt._trees.leaf import STORED_DTYPES, Leaf, key_numbers
+from flaxckpt._trees.leaf import Leaf, key_numbers
 
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
 _AHEAD_BYTES = 2**30  # of descriptions, and of chunks, that a thread reads ahead
@@ -67,7 +67,7 @@ def stored_of(store: "Store", leaf: Leaf) -> ZarrArray | None:
 def array_of(leaf: Leaf) -> tuple[tuple[int, ...], str]:
     """Return the shape and the dtype of the array in which a leaf is stored."""
     numbers = key_numbers(leaf.impl) if leaf.kind == "key" else ()
-    return leaf.shape + numbers, STORED_DTYPES.get(leaf.kind, leaf.dtype)
+    return leaf.shape + numbers, leaf.stored_dtype
 
 
 def first_chunk(leaf: Leaf) -> str:

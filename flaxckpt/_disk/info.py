@@ -13,10 +13,10 @@ class CheckpointInfo:
 
     Attributes:
         path: Its directory, absolute.
-        epoch: Zero-based epoch at which it was saved.
+        epoch: Zero-based epoch at which it was saved; None if the call gave a step.
         batch: Zero-based batch within the epoch; None at the end of an epoch.
-        step: One-based count that retention policies go by: batches seen in the run
-            where `save_freq` is a number, epochs otherwise.
+        step: What retention policies count by: the global step that the call gave, or
+            else the batches that the run has seen, or else its epochs.
         logs: The scalar metrics at that time, as Python numbers.
         time: When it was saved, UTC. Never earlier than the time of the checkpoint
             before it.
@@ -31,7 +31,7 @@ class CheckpointInfo:
     """
 
     path: Path
-    epoch: int
+    epoch: int | None
     batch: int | None
     step: int
     logs: Mapping[str, Any]

@@ -158,9 +158,12 @@ def _check_leaf(leaf: Any) -> None:
             fail(f"bytes are of shape {shape}")
         if kind == "numpy_scalar" and shape:
             fail(f"a numpy scalar is of shape {shape}")
-    elif kind == "str" and leaf.get("dtype") == "uint8":
+    elif kind in ("int", "str") and leaf.get("dtype") == "uint8":
         if len(shape_in(leaf, "shape")) != 1:
-            fail(f"text is of shape {shown(leaf['shape'])}")
+            fail(f"a leaf of kind {kind} is of shape {shown(leaf['shape'])}")
+    elif kind == "int" and leaf.get("dtype") == "uint64":
+        if shape_in(leaf, "shape"):
+            fail(f"an integer is of shape {shown(leaf['shape'])}")
     elif kind not in _OTHERS:
         fail(f"a leaf is of kind {shown(kind)}")
     elif leaf.get("dtype", "") != "" or leaf.get("shape", []) != []:

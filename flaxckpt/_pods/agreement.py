@@ -71,8 +71,7 @@ def account_of(call: Call, pages: Sequence[Page], paths: list[str]) -> dict[str,
     if state is not None and (name := find(call.logs, state.monitor)) in call.logs:
         metric[name] = _comparable(call.logs[name])
     return {
-        "epoch": call.epoch,
-        "batch": call.batch,
+        **call.at._asdict(),
         "metric": metric,
         "paths": paths,
         "leaves": [list(_rows(page)) for page in pages],
@@ -84,8 +83,8 @@ def _rows(page: Page) -> Iterator[tuple[str, str]]:
     pairs = zip(page.layout.leaves, page.leaves, strict=True)
     for position, (leaf, value) in enumerate(pairs):
         if position in page.own:  # the lengths of texts may differ
-            is_array = leaf.kind not in ("str", "bytes")
-            yield leaf.name, f"{leaf if is_array else leaf.kind}, each process's own"
+            shown = leaf.kind if leaf.is_bytes else leaf
+            yield leaf.name, f"{shown}, each process's own"
         elif value is None or not leaf.in_orbax:
             yield leaf.name, str(leaf)
         elif is_shared(value):
@@ -149,7 +148,7 @@ def error_between(
                 "the result of a jitted function on sharded arrays, or "
                 "jax.experimental.multihost_utils.process_allgather(value).mean().",
             )
-    for name in ("epoch", "batch", "paths"):
+    for name in ("epoch", "batch", "step", "paths"):
         if one[name] != other[name]:
             return CheckpointError(
                 f"update or save was called otherwise in one of the processes: {name} "

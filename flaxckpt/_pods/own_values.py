@@ -47,7 +47,7 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
     for at, row, width in zip(page.own, rows, widths, strict=True):
         leaves[at] = stacked(padded(row, width))
         # Texts of about the same length have one layout, and so one form.
-        is_text = stored[at].kind in ("str", "bytes") and stored[at].shape
+        is_text = stored[at].is_bytes and stored[at].shape
         shape = (width,) if is_text else stored[at].shape
         stored[at] = replace(stored[at], rows=(number, width), shape=shape)
     return replace(

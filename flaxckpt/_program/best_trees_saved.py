@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxckpt._decision.moment import Moment
 from flaxckpt._program.best_trees import Kept, Snapshot
 from flaxckpt._settings import Settings
 from flaxckpt.errors import SettingError, TemplateError
@@ -38,7 +39,9 @@ def to_save(
         for kept in sorted(snapshot.entries(member), key=time)
     ]
     template = settings.template
-    paths = [template.render(kept.epoch, kept.batch, logs) for kept, logs in entries]
+    paths = [
+        template.render(Moment(kept.epoch, kept.batch), logs) for kept, logs in entries
+    ]
     if len(set(paths)) < len(paths):
         raise TemplateError(
             template.label,

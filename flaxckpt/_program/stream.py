@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from flaxckpt._copies.memory_kinds import to_default_memory
 from flaxckpt._copies.packing import Packing
 from flaxckpt._decision.logs import Logs
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import LEAVES, CheckpointState, with_leaves
 from flaxckpt._program.call_host import call_host
 from flaxckpt._program.shards import Cut, MeshSpec, common, cut_of
@@ -272,7 +273,7 @@ class Stream:
         flags, at = scalars["flags"], scalars["at"]
         state = with_leaves(self._state, **scalars["state"])
         logs = {**self._logs, **scalars["logs"]}
-        call = Call(bool(flags["save"]), at["epoch"], at.get("batch"), logs, state)
+        call = Call(bool(flags["save"]), Moment(**at), logs, state)
         call.before = with_leaves(state, **scalars["before"])
         return flags, call
 

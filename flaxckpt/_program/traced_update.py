@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from flaxckpt._decision.logs import Logs
-from flaxckpt._decision.scalars import index
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._decision.step import judge
 from flaxckpt._pods.saves import PodSaver
@@ -60,8 +60,7 @@ class Programs:
         due: Any,
         tree: PyTree,
         logs: Logs | None,
-        epoch: Any,
-        batch: Any,
+        at: Moment,
         force: Any,
     ) -> CheckpointState:
         """Update within the program that is being traced, after `tick`.
@@ -81,16 +80,14 @@ class Programs:
         save, places = save | force, self._places(tree)
         _refuse_shard_map()
         before_end(finish_programs)
-        index("epoch", epoch)
-        if batch is not None:
-            index("batch", batch)
+        at.check()
         receiver, logs = self._saves.receiver, dict(logs or {})
-        trees = receiver.plan(tree, logs, batch, to_slot=to_slot is not np.False_)
+        trees = receiver.plan(tree, logs, at, to_slot=to_slot is not np.False_)
         handed, trees.sent = trees.sent, []  # no value outlives its trace
         sent_logs = _scalars_in(logs)
         sent = {
             "flags": {"save": save, "to_slot": to_slot, "due": due},
-            "at": {"epoch": epoch} | ({} if batch is None else {"batch": batch}),
+            "at": at.given(),
             "logs": sent_logs,
             "state": {name: getattr(state, name) for name in LEAVES},
             "before": {name: getattr(before, name) for name in BEST},

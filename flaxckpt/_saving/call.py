@@ -10,7 +10,8 @@ import numpy as np
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import verdict_of
 from flaxckpt._decision.logs import Logs, find
-from flaxckpt._decision.scalars import monitored, whole
+from flaxckpt._decision.moment import Moment
+from flaxckpt._decision.scalars import monitored
 from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
 from flaxckpt._decision.step import judge
 from flaxckpt._direct.frozen_files import FrozenLeaf
@@ -47,11 +48,13 @@ class Call:
     """One call that saves, or may.
 
     Attributes:
+        at: When it is made, in ints.
         decision: Whether it saves in the series.
         before: The state before the decision.
         state: The state after the decision.
         news: The decision in words, with which the message about the save begins.
         kept: The state to record, with copies of arrays that the loop may donate.
+        seen: How many batches the run has seen, where the decision counts none.
         by_hand: Whether the call is `save`, which a better checkpoint makes way for.
         line: The number of its line; see `Lines`. None where that does not count.
         copies: Copies of the leaves to save, and of scalars on devices.
@@ -61,19 +64,18 @@ class Call:
     def __init__(
         self,
         saves: bool,
-        epoch: Any,
-        batch: Any,
+        at: Moment,
         logs: Logs | None,
         state: CheckpointState | None,
     ) -> None:
         """Take down the arguments of the call; `logs` are normalized already."""
         self.decision: Decision = Save() if saves else Skip()
-        self.epoch = whole("epoch", epoch)
-        self.batch = None if batch is None else whole("batch", batch)
+        self.at = at.whole()
         self.logs = {key: _kept(value) for key, value in (logs or {}).items()}
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
         self.news = ""
+        self.seen: int | None = None
         self.by_hand = False
         self.line: int | None = None
         self.copies: Copies | None = None
@@ -96,6 +98,15 @@ class Call:
             return None
         value = monitored(self.metric, self.logs.get(self.metric, 0))
         return value if is_unknown(value) else None
+
+    @property
+    def step(self) -> int:
+        """What retention policies count by; see `CheckpointInfo`."""
+        if self.at.step is not None:
+            return self.at.step
+        if self.kept is not None and self.kept.save_freq != "epoch":
+            return int(np.asarray(self.kept.batches))
+        return self.at.epoch + 1 if self.seen is None else self.seen
 
     @property
     def metric(self) -> str:

@@ -38,7 +38,7 @@ class Paths:
             value = logs.get(name)
             if is_unknown(value):
                 logs[name], is_known = np.zeros(value.shape, value.dtype), False
-        path = self.template.render(call.epoch, call.batch, logs)
+        path = self.template.render(call.at, logs)
         return Path(path) if is_known else None
 
     def checked(self, call: Call, *, to_slot: bool) -> tuple[Path | None, Path | None]:

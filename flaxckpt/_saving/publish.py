@@ -80,7 +80,7 @@ class Publisher:
             path, tree = contents.path, contents.series
             if path is None:
                 template = self.paths.template
-                path = Path(template.render(call.epoch, call.batch, call.logs))
+                path = Path(template.render(call.at, call.logs))
                 check(path)
                 self.report.saving(call, path)
             assert tree is not None
@@ -123,9 +123,6 @@ class Publisher:
         # The lock may have been deleted.
         self.paths.take_lock(pages[0].path if pages else None)
         state, logs = call.kept, plain_scalars(call.logs)
-        step = call.epoch + 1
-        if state is not None and state.save_freq != "epoch":
-            step = int(np.asarray(state.batches))
         is_direct, series = True, self.disk.series
         for page in pages:
             settle = nothing
@@ -133,9 +130,9 @@ class Publisher:
                 settle = self.best_kept.place(page, call, logs)
             info = CheckpointInfo(
                 path=page.path,
-                epoch=call.epoch,
-                batch=call.batch,
-                step=step,
+                epoch=call.at.epoch,
+                batch=call.at.batch,
+                step=call.step,
                 logs=logs,
                 time=call.time,
                 weights_only=self.weights_only and not page.in_slot,

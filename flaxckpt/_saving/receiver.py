@@ -10,6 +10,7 @@ import numpy as np
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_host import memory_of_host
 from flaxckpt._decision.logs import Logs
+from flaxckpt._decision.moment import Moment
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
 from flaxckpt._saving.job import Job
@@ -98,14 +99,14 @@ class Receiver:
         self.give_back, self.take_back = queue.give_back, queue.take_back
 
     def plan(
-        self, tree: PyTree, logs: Logs | None, batch: Any, *, to_slot: bool
+        self, tree: PyTree, logs: Logs | None, at: Moment, *, to_slot: bool
     ) -> TracedTrees:
         """Check a traced call, and describe the trees that it may save.
 
         Args:
             tree: What to save; its arrays are traced.
             logs: The metrics; they may be traced.
-            batch: Zero-based batch; None at the end of an epoch.
+            at: When the call is made; the values may be traced.
             to_slot: Whether the call may save in the slot.
 
         Raises:
@@ -119,7 +120,8 @@ class Receiver:
             for name, value in (logs or {}).items()
         }
         # This raises if no values can fill it in.
-        self._parts.paths.template.render(0, None if batch is None else 0, sample)
+        nothing = Moment(**dict.fromkeys(at.given(), 0))
+        self._parts.paths.template.render(nothing, sample)
         return TracedTrees(
             self._parts.describer.describe(tree, None, to_slot=to_slot, is_traced=True)
         )

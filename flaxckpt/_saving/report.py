@@ -61,7 +61,7 @@ class Report:
 
     def say(self, call: Call, message: str) -> None:
         if self.tell is not None:
-            self.tell(f"Epoch {call.epoch + 1}: {message}")
+            self.tell(f"{call.at.shown}: {message}")
 
     def saving(self, call: Call, path: Path) -> None:
         self.say(call, f"{call.news}saving model to {self.shown(path)}")

@@ -33,6 +33,8 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         return np.asarray(value).tobytes()
     if have.kind == "str" and not have.is_text:
         return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))
+    if have.kind == "int" and have.shape and not have.rows:
+        value = int.from_bytes(np.asarray(value).tobytes(), "little", signed=True)
     if kind == "key":
         if want.sharding is None:
             data = jnp.asarray(np.asarray(jax.random.key_data(value)))  # uncommitted
@@ -47,6 +49,8 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
     dtype = jnp.dtype(want.leaf.dtype)
     if have.kind not in ARRAYS:
         exact = np.asarray(value)
+        if exact.dtype == object:
+            raise ValueError(f"{value} does not fit {dtype}")
         if jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(exact):
             raise ValueError(f"{exact.item()!r} does not fit {dtype}")
         value = exact.astype(dtype)

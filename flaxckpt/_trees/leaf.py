@@ -12,6 +12,7 @@ from flaxckpt._trees.skeleton import FROM_LIKE
 
 ARRAYS = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
 PLACED = "placed"  # wanted as it is stored, with a sharding from `like`
+STORED = "stored"  # wanted as it is stored
 SCALARS: dict[Any, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}
 STORED_DTYPES = {  # of leaves that have no dtype of their own, and of key data
@@ -30,9 +31,10 @@ class Leaf:
     Attributes:
         path: Names from the root to the leaf.
         kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
-            `int`, `float`, `complex`, `str`, `bytes`. Leaves of two more kinds are not
-            stored: `function`, and `static`, which is a leaf of an Equinox module that
-            is no array, number or text.
+            `int`, `float`, `complex`, `str`, `bytes`. An `int` that int64 does not hold
+            and a `str` that UTF-8 does not encode have a dtype. Leaves of two more
+            kinds are not stored: `function`, and `static`, which is a leaf of an
+            Equinox module that is no array, number or text.
         dtype: Name of the dtype, for arrays and keys.
         shape: Shape, for arrays and keys.
         impl: Name of the PRNG implementation, for keys.
@@ -78,6 +80,19 @@ class Leaf:
     def is_text(self) -> bool:
         """Whether it is stored as text; text that UTF-8 cannot encode is an array."""
         return self.kind == "str" and not self.dtype and not self.rows
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it is stored as bytes, as many as its value takes."""
+        return self.kind in ("str", "bytes") or (
+            self.kind == "int" and self.shape != ()
+        )
+
+    @property
+    def stored_dtype(self) -> str:
+        """Name of the dtype of its array in the store; empty for text."""
+        has_own = self.dtype and self.kind != "key"
+        return self.dtype if has_own else STORED_DTYPES.get(self.kind, "")
 
     @property
     def in_orbax(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._trees.leaf import STORED_DTYPES, Leaf, without_keys
+from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.owned_shards import as_array
 
 _LENGTH = np.dtype("<i8")
@@ -18,8 +18,8 @@ _LENGTH = np.dtype("<i8")
 def encoded(leaf: Leaf, value: Any) -> bytes:
     """Return a value's row, without padding."""
     array = np.ascontiguousarray(as_array(without_keys(value)))
-    if leaf.kind in STORED_DTYPES:
-        array = array.astype(STORED_DTYPES[leaf.kind])
+    if not leaf.is_bytes:
+        array = array.astype(leaf.stored_dtype)
     content = array.tobytes()
     return np.array(len(content), _LENGTH).tobytes() + content
 
@@ -48,9 +48,9 @@ def decoded(leaf: Leaf, rows: np.ndarray[Any, Any], process: int) -> Any:
     if not 0 <= size <= len(content):
         raise ValueError(f"a row of {len(content)} bytes has {size} of them")
     content = content[:size]
-    if leaf.kind in ("str", "bytes"):
+    if leaf.is_bytes:
         return np.frombuffer(content, np.uint8)
-    dtype = jnp.dtype(STORED_DTYPES.get(leaf.kind) or leaf.dtype)
+    dtype = jnp.dtype(leaf.stored_dtype)
     shape = (*leaf.shape, -1) if leaf.kind == "key" else leaf.shape
     value = np.frombuffer(content, dtype).reshape(shape).copy()
     return value.item() if leaf.kind in ("bool", "int", "float") else value

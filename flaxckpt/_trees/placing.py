@@ -13,9 +13,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from flaxckpt._runtime.jax_internals import entered_mesh
 
 
-def is_placement(leaf: Any) -> TypeGuard[Sharding | PartitionSpec]:
-    """Tell whether a leaf only says where a value goes."""
-    return isinstance(leaf, Sharding | PartitionSpec)
+class AsStored:
+    """Stands for a leaf that is wanted as it is stored."""
+
+
+def is_placement(leaf: Any) -> TypeGuard[Sharding | PartitionSpec | AsStored]:
+    """Tell whether a leaf only says where a value goes, or not even that."""
+    return isinstance(leaf, Sharding | PartitionSpec | AsStored)
 
 
 def placed(sharding: Any) -> Any:

@@ -9,11 +9,11 @@ from jax.core import Tracer
 
 from flaxckpt._trees.describe import RefusedError, array_leaf, normal, unstored_kind
 from flaxckpt._trees.layout import Filling, Layout
-from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, Leaf
-from flaxckpt._trees.placing import is_placement, placed
-from flaxckpt._trees.skeleton import found_at
+from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, STORED, Leaf
+from flaxckpt._trees.placing import AsStored, is_placement, placed
+from flaxckpt._trees.skeleton import found_at, key_of
 from flaxckpt._trees.structure import structure_of
-from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt._trees.ties import PyTree, children_of, flatten, leaves_of, role_of
 from flaxckpt.errors import UnsupportedLeafError
 
 
@@ -37,6 +37,8 @@ class Wanted:
 
     def resolved(self, have: Leaf | None) -> "Wanted":
         """Copy kind, dtype and shape of the stored leaf if `like` has only a place."""
+        if self.leaf.kind == STORED and have is not None:
+            return as_stored(have, cast=False)
         if self.leaf.kind != PLACED or have is None:
             return self
         if have.kind == "jax" or (have.kind in ARRAYS and is_of_jax(have.dtype)):
@@ -56,8 +58,14 @@ def on_host(leaf: Leaf) -> Wanted:
     return Wanted(replace(leaf, kind="numpy") if leaf.kind == "jax" else leaf)
 
 
-def spread(like: PyTree, layout: Layout) -> PyTree:
-    """Return `like`, with a sharding for a whole subtree repeated for its leaves."""
+def completed(like: PyTree, layout: Layout) -> PyTree:
+    """Return `like` with a leaf for each that is stored.
+
+    A sharding for a whole subtree is repeated for its leaves. Where `like` has a None,
+    what is stored there is wanted as it is.
+    """
+    if like is not None and len(leaves_of(like)) < len(layout.leaves):
+        like = _without_none(like, (), layout)
     flat = flatten(like)
     if not any(map(is_placement, flat.leaves)):
         return like
@@ -70,6 +78,25 @@ def spread(like: PyTree, layout: Layout) -> PyTree:
 
     paths = structure_of(flat, like).paths
     return flat.rebuilt(list(map(spread_one, flat.leaves, paths)))
+
+
+def _without_none(node: PyTree, path: tuple[str, ...], layout: Layout) -> PyTree:
+    """Replace each None by a tree of `AsStored`, as many as are stored there."""
+    if node is None:
+        found = found_at(layout.skeleton, path)
+        every = [AsStored()] * len(layout.leaves)
+        return None if found is None else Filling(layout.skeleton, every).plain(*found)
+    if role_of(node):  # a None in an NNX object is no part of a tree
+        return node
+    pairs, treedef = children_of(node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return node
+    children = [
+        _without_none(child, (*path, str(key_of(entries[0]))), layout)
+        for entries, child in pairs
+    ]
+    is_same = all(new is child for new, (_, child) in zip(children, pairs, strict=True))
+    return node if is_same else treedef.unflatten(children)
 
 
 def wanted_leaves(like: PyTree) -> list[Wanted]:
@@ -97,6 +124,8 @@ def wanted_leaves(like: PyTree) -> list[Wanted]:
 
 def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
     try:
+        if isinstance(value, AsStored):
+            return Wanted(Leaf(path, STORED), is_struct=True)
         if is_placement(value):
             return Wanted(Leaf(path, PLACED), placed(value), is_struct=True)
         if isinstance(value, jax.ShapeDtypeStruct):

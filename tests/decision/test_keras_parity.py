@@ -15,6 +15,7 @@ import strategies
 from hypothesis import given, settings
 
 from flaxckpt import CheckpointState, step
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.template import Template
 
 METRICS = {
@@ -117,7 +118,7 @@ def our_paths(config, filepath, calls, directory):
         logs = logs_of(config["monitor"], value, index)
         state, save = step(state, logs, epoch, batch)
         if save:
-            saved.append(template.render(epoch, batch, logs))
+            saved.append(template.render(Moment(epoch, batch), logs))
     return saved
 
 

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flaxckpt import CheckpointError, ModelCheckpoint, TemplateError, list_checkpoints
+from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.template import Template
 
 OWN = (
@@ -21,7 +22,7 @@ OWN = (
 
 
 def shown(template, epoch=0, batch=None, **logs):
-    return os.path.relpath(Template.parse(template).render(epoch, batch, logs))
+    return os.path.relpath(Template.parse(template).render(Moment(epoch, batch), logs))
 
 
 def test_fields_are_one_based_and_formatted():
@@ -38,7 +39,7 @@ def test_fields_are_one_based_and_formatted():
 def test_field_names_are_those_of_logs():
     logs = {"val/loss": 0.5, "top-5": 1, "a b": 2}
     template = Template.parse("{val/loss:.1f} {top-5} {a b}")
-    assert Path(template.render(0, None, logs)).name == "0.5 1 2"
+    assert Path(template.render(Moment(0), logs)).name == "0.5 1 2"
 
 
 def test_logs_do_not_shadow_epoch_and_batch():
@@ -51,7 +52,9 @@ def test_logs_do_not_shadow_epoch_and_batch():
         )
         == "1-2"
     )
-    assert Path(Template.parse("{epoch}-{batch}").render(0, 1, logs)).name == "1-2"
+    assert (
+        Path(Template.parse("{epoch}-{batch}").render(Moment(0, 1), logs)).name == "1-2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,8 +76,8 @@ def test_paths_are_absolute_from_where_the_template_was_parsed(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     here, home = Template.parse("a/{epoch}"), Template.parse(Path("~/b/{epoch}"))
     monkeypatch.chdir("/")
-    assert here.render(0, None, {}) == str(tmp_path / "a/1")
-    assert home.render(0, None, {}) == str(tmp_path / "home/b/1")
+    assert here.render(Moment(0), {}) == str(tmp_path / "a/1")
+    assert home.render(Moment(0), {}) == str(tmp_path / "home/b/1")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_malformed_templates_are_refused_when_parsed(text, problem):
 )  # fmt: skip
 def test_values_that_cannot_be_shown(text, logs, problem):
     with pytest.raises(TemplateError) as caught:
-        Template.parse(text).render(0, None, logs)
+        Template.parse(text).render(Moment(0), logs)
     assert str(caught.value) == f"filepath {text!r}: {problem}"
 
 
@@ -166,7 +169,7 @@ def test_any_literal_text_names_a_file_below_the_root(text, epoch, batch):
             "\0" in text or {".", ".."} & set(f"x{text}x".split("/")) or "://" in text
         )
         return
-    path = template.render(epoch, batch, {})
+    path = template.render(Moment(epoch, batch), {})
     assert path.startswith(f"/root/{epoch + 1}")
     assert path.endswith(f"{batch + 1}")
     assert os.path.relpath(path, "/root").count("/") == template.depth - 1
@@ -192,7 +195,7 @@ def test_slashes_in_a_row_are_one(tmp_path):
 def test_whatever_the_fields_show_the_path_is_so_deep_below_the_root(names, a, b):
     template = Template.parse("/root/{epoch}/" + "/".join(names))
     try:
-        path = template.render(0, None, {"a": a, "b": b})
+        path = template.render(Moment(0), {"a": a, "b": b})
     except TemplateError:
         return
     assert path == os.path.normpath(path)

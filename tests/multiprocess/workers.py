@@ -145,6 +145,24 @@ def fail_as_it_finishes(directory, what):
     say(ckpt.counts.direct, ckpt.counts.by_orbax)
 
 
+def count_steps(directory):
+    """Save by global steps; fail where the processes do not give the same one."""
+    step, tree = make_step(mesh_of(jax.device_count() // 2, 2))
+    for runs in range(2):
+        with flaxckpt.ModelCheckpoint(f"{directory}/{{step}}", save_freq=3) as ckpt:
+            tree, state, start = ckpt.resume(tree)
+            for at in range(start, 8 + 4 * runs):
+                tree, loss = step(tree)
+                state = ckpt.update(state, tree, {"loss": loss}, step=at)
+        say([info.path.name for info in ckpt.checkpoints], int(start))
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{step}}") as ckpt:
+        try:
+            ckpt.save(tree, step=20 + jax.process_index())
+            ckpt.wait()
+        except flaxckpt.CheckpointError as error:
+            say(str(error))
+
+
 def learn_nothing(directory, process):
     """Have one process not know what Orbax has written."""
     from flaxckpt._direct import forms

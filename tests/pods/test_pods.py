@@ -233,6 +233,14 @@ def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind
         assert names == ["1", "2"]
 
 
+def test_processes_count_the_same_global_steps(tmp_path):
+    said = pod.run(tmp_path, "count_steps", 2, tmp_path / "run")
+    for first, again, text in said:
+        assert first == [["3", "6"], 0]
+        assert again == [["3", "6", "9"], 7]
+        assert "step is 20 in process 0 and 21 in process 1" in text
+
+
 @pytest.mark.parametrize("kind", ["metric", "logs"])
 def test_an_error_before_the_copy_is_told_to_all_at_once(tmp_path, kind):
     said = pod.run(tmp_path, "fail_early", 2, tmp_path / "run", kind)

@@ -24,7 +24,6 @@ REFUSED = {
     "numpy_text": "a",
     "numpy_structured": "a",
     "numpy_objects": "a",
-    "big_int": "big",
     "an_object": "a",
     "a_set": "a",
     "of_the_first_processes": "part",
@@ -33,12 +32,9 @@ REFUSED = {
     "of_each_half": "",  # each process names the first that it has no part of
     "pinned_part": "a",
     "empty_tree": "tree",
-    # Orbax saves these. An integer is stored as int64, and this one needs uint64.
-    "unsigned_int": "big",
-    # A checkpoint of it would be empty.
-    "only_none": "tree",
+    "only_none": "tree",  # a checkpoint of it would be empty
 }
-SAVED_BY_ORBAX_ALONE = {"unsigned_int", "only_none"}
+SAVED_BY_ORBAX_ALONE = {"only_none"}
 OTHERS = [name for name in TREES if name not in EVERYWHERE]
 OF_FOUR = (
     "two_axes", "partly_replicated", "turned_mesh", "interleaved_mesh", "two_meshes",

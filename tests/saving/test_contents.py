@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flaxckpt._decision.moment import Moment
 from flaxckpt._saving.call import Call, OnDevice, Save, Skip, Undecided
 from flaxckpt._saving.contents import Contents, StoredTree
 
@@ -14,7 +15,7 @@ PATH = Path("run/1")
 
 
 def call_of(decision, line=0):
-    call = Call(False, 0, None, None, None)
+    call = Call(False, Moment(0), None, None)
     call.decision, call.line = decision, line
     return call
 

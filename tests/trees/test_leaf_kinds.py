@@ -81,6 +81,13 @@ HOST = {
     "big ints": (lambda: big_endian(">i8"), lambda: big_endian("i8")),
     "big scalar": (lambda: np.dtype(">i4").type(5), lambda: np.int32(5)),
     "least": (lambda: -(2**63), None),
+    "beyond int64": (lambda: 2**63, None),
+    "greatest of uint64": (lambda: 2**64 - 1, None),
+    "beyond uint64": (lambda: 2**64, None),
+    "of 128 bits": (lambda: 2**128 - 1, None),
+    "below int64": (lambda: -(2**63) - 1, None),
+    "of many digits": (lambda: -(10**5000), None),
+    "generator": (lambda: np.random.default_rng(3).bit_generator.state, None),
     "nan": (lambda: float("nan"), None),
 }
 REFUSED = {
@@ -116,9 +123,7 @@ REFUSED = {
     "ellipsis": lambda: ...,
     "enum": lambda: enum.Enum("E", "A").A,
     "dtype": lambda: np.dtype("f4"),
-    "generator": lambda: iter([1]),
-    "large": lambda: 2**63,
-    "small": lambda: -(2**63) - 1,
+    "iterator": lambda: iter([1]),
     "ref": lambda: jax.new_ref(jnp.ones(2)),
     "device": lambda: jax.devices()[0],
     "empty and too large": lambda: np.zeros((0, 2**60), np.int8),
@@ -244,3 +249,31 @@ def test_a_function_that_no_like_has_is_said_to_be_none(tmp_path):
         assert np.array_equal(found["w"], tree["w"])
     like = {"f": jax.nn.relu, "w": place, "g": {"h": jnp.tanh}}
     assert flaxckpt.load(path, like)["f"] is jax.nn.relu  # warnings are errors
+
+
+def test_a_generator_of_numpy_goes_on_where_it_was(tmp_path):
+    generator = np.random.default_rng(7)
+    generator.normal(size=3)
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        for epoch in range(2):  # by Orbax, and straight from memory
+            ckpt.save({"rng": generator.bit_generator.state}, epoch)
+    wanted = generator.normal(size=5)
+    for name in ("1", "2"):
+        other = np.random.default_rng(0)
+        state = other.bit_generator.state
+        other.bit_generator.state = flaxckpt.load(tmp_path / name, {"rng": state})[
+            "rng"
+        ]
+        assert (other.normal(size=5) == wanted).all()
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64, 2**100])
+def test_a_large_integer_fits_only_what_holds_it(tmp_path, number):
+    with ModelCheckpoint(tmp_path / "a") as ckpt:
+        path = ckpt.save({"n": number}, 0)
+    assert flaxckpt.load(path, {"n": 3})["n"] == number
+    for like in (np.int64(0), jnp.int32(0), np.zeros(3, np.uint8)):
+        with pytest.raises(flaxckpt.CheckpointMismatchError):
+            flaxckpt.load(path, {"n": like})
+    if number < 2**64:
+        assert flaxckpt.load(path, {"n": np.uint64(0)})["n"] == number

@@ -1,0 +1,182 @@
+"""`resume`: one call that begins a run or goes on with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxckpt
+from flaxckpt import CheckpointError, ModelCheckpoint
+
+TX = optax.adam(0.1)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        yield
+
+
+def new_tree():
+    params = {"w": jnp.zeros(3)}
+    return TrainState.create(apply_fn=None, params=params, tx=TX)
+
+
+@jax.jit
+def train_step(train):
+    return train.apply_gradients(grads={"w": train.params["w"] - 1.0})
+
+
+def same(one, other):
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
+
+
+def test_a_new_run_begins_with_what_was_given(tmp_path):
+    tree = new_tree()
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        found, state, start = ckpt.resume(tree)
+    assert found is tree
+    assert jax.tree.leaves(state) == jax.tree.leaves(ckpt.init())
+    assert start == 0
+    assert (start.epoch, start.batch, start.step) == (0, 0, 0)
+    assert not [*tmp_path.iterdir()]
+
+
+def by_epoch(path, stop, epochs=6):
+    with ModelCheckpoint(path / "{epoch}") as ckpt:
+        train, state, start = ckpt.resume(new_tree())
+        for epoch in range(start, epochs):
+            if epoch == stop:
+                return None
+            train = train_step(train)
+            state = ckpt.update(state, train, {}, epoch)
+    return train, state
+
+
+def by_batch(path, stop, epochs=3, batches=4):
+    with ModelCheckpoint(path / "{epoch}-{batch}", save_freq=3) as ckpt:
+        train, state, start = ckpt.resume(new_tree())
+        for epoch in range(start, epochs):
+            for batch in range(start.batch_in(epoch), batches):
+                if epoch * batches + batch == stop:
+                    return None
+                train = train_step(train)
+                state = ckpt.update(state, train, {}, epoch, batch)
+    return train, state
+
+
+def by_step(path, stop, steps=20):
+    with ModelCheckpoint(path / "{step}", save_freq=3) as ckpt:
+        train, state, start = ckpt.resume(new_tree())
+        for step in range(start, steps):
+            if step == stop:
+                return None
+            train = train_step(train)
+            state = ckpt.update(state, train, {}, step=step)
+    return train, state
+
+
+@pytest.mark.parametrize("run", [by_epoch, by_batch, by_step])
+@pytest.mark.parametrize("stops", [[1], [2, 5], [4, 4, 4]])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, run, stops):
+    whole = run(tmp_path / "whole", None)
+    for stop in stops:
+        assert run(tmp_path / "parts", stop) is None
+    assert same(run(tmp_path / "parts", None), whole)
+
+
+def test_start_says_where_it_is():
+    after = flaxckpt.Start.after
+    assert repr(after(4, None, 5)) == "Start(epoch=5, batch=0)"
+    assert repr(after(4, 1, 9)) == "Start(epoch=4, batch=2)"
+    assert repr(after(None, None, 30)) == "Start(step=31)"
+    assert [after(4, 1, 9).batch_in(epoch) for epoch in (4, 5)] == [2, 0]
+    assert after(None, None, 30) == 31
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.second = self.first  # tied
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.second(self.first(x))))
+
+
+@nnx.jit
+def nnx_step(model, optimizer, x):
+    grads = nnx.grad(lambda model: (model(x) ** 2).mean())(model)
+    optimizer.update(model, grads)
+
+
+@pytest.mark.parametrize("kind", ["objects", "states"])
+def test_nnx_objects_are_resumed_in_place(tmp_path, kind):
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+
+    def run(path, seed, epochs):
+        model = Model(nnx.Rngs(seed))
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        tree = {"model": model, "optimizer": optimizer, "x": x}
+        if kind == "states":
+            tree["model"] = nnx.state(model)
+        with ModelCheckpoint(path / "{epoch}") as ckpt:
+            found, state, start = ckpt.resume(tree)
+            if kind == "objects":
+                assert found["model"] is model
+            else:
+                nnx.update(model, found["model"])
+            assert found["optimizer"] is optimizer
+            for epoch in range(start, epochs):
+                nnx_step(model, optimizer, found["x"])
+                if kind == "states":
+                    found["model"] = nnx.state(model)
+                state = ckpt.update(state, found, {}, epoch)
+        assert model.first is model.second
+        return nnx.state((model, optimizer))
+
+    whole = run(tmp_path / "whole", 0, 4)
+    run(tmp_path / "parts", 0, 2)
+    assert same(run(tmp_path / "parts", 7, 4), whole)  # into objects of another seed
+
+
+def test_one_nnx_module_alone_is_resumed_in_place(tmp_path):
+    saved, model = Model(nnx.Rngs(0)), Model(nnx.Rngs(1))
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save(saved, epoch=0)
+        found, _, start = ckpt.resume(model)
+    assert found is model
+    assert start == 1
+    assert same(nnx.state(model), nnx.state(saved))
+
+
+def test_structs_and_shardings_are_taken(tmp_path):
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": np.arange(8.0, dtype=np.float32)}, epoch=2)
+        sharding = NamedSharding(mesh, P("x"))
+        like = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
+        tree, _, start = ckpt.resume(like)
+    assert start == 3
+    assert tree["w"].sharding == sharding
+    assert tree["w"].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["restore", "resume"])
+def test_under_a_trace_it_says_to_be_called_outside(tmp_path, name):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"w": jnp.zeros(3)}, epoch=0)
+
+        @jax.jit
+        def run(w):
+            getattr(ckpt, name)({"w": w})
+            return w
+
+        with pytest.raises(CheckpointError, match="outside, with like="):
+            run(jnp.zeros(3))
