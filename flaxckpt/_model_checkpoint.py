@@ -293,8 +293,7 @@ class ModelCheckpoint:
                 `shard_map`; and within jit with `save_interval_secs` or in several
                 processes.
         """
-        at = Moment(epoch, batch, step)
-        return self._updater.update(state, tree, logs, at, force=force)
+        return self._updater.update(state, tree, logs, epoch, batch, step, force=force)
 
     def save(
         self,

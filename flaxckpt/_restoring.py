@@ -12,7 +12,9 @@ from etils import epath
 
 from flaxckpt._checkpoints.load import check_like, restore
 from flaxckpt._checkpoints.series import Series
+from flaxckpt._decision.scalars import LARGEST_STEP
 from flaxckpt._decision.state import CheckpointState, plain_state, resumed
+from flaxckpt._decision.step import tick
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
@@ -97,7 +99,7 @@ class Restorer:
     ) -> Restored | None:
         """Load a checkpoint as `ModelCheckpoint.restore` does, after it has waited."""
         check_like(like)
-        if is_traced(like):
+        if is_traced(leaves_of(like)):
             raise CheckpointError(
                 "restore and resume were called in a running JAX trace (jit, scan...). "
                 "Call them outside, with like=jax.eval_shape(make_tree), and pass what "
@@ -248,6 +250,8 @@ class Restorer:
         durable = from_leader("best", lambda: self._series.durable_best(info, damaged))
         with unchecked():
             state = resumed(self._settings.new_state(), info and info.state, durable)
+            if info is not None and info.epoch is None and info.state is None:
+                state, _ = tick(state, None, None, min(info.step, LARGEST_STEP))
         state = as_arguments(state, lambda: leaves_of(tree))
         if info is not None:
             self._count.go_on(info)

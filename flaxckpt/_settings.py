@@ -194,12 +194,17 @@ class Settings:
             and not are_several()
         )
 
-    @functools.cached_property
+    @property
     def goes_by_clock(self) -> bool:
         """Whether time makes a check due, too."""
         return self.save_interval_secs is not None
 
-    @property
+    @functools.cached_property
+    def clock_counts(self) -> bool:
+        """Whether batches are counted though none makes a check due."""
+        return self.goes_by_clock and self.by_epoch
+
+    @functools.cached_property
     def by_epoch(self) -> bool:
         """Whether a check is due at the end of an epoch."""
         return self.save_freq == "epoch"

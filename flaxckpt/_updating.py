@@ -11,7 +11,7 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.logs import Logs, with_values
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState, check_state
-from flaxckpt._decision.step import is_no_better, need_steps, tick
+from flaxckpt._decision.step import count_batches, is_no_better, need_steps, tick
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.traced_update import Programs, is_traced
 from flaxckpt._restoring import Restorer
@@ -44,7 +44,6 @@ class Updater:
     # The state that the last call replaced by another: the loop must not pass it again.
     _stale: CheckpointState | None = None
     _known: CheckpointState | None = None  # the state that the last call returned
-    _seen: int | None = None  # batches, if nothing but the clock counts them
     _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
     _has_met: bool = False  # with the other processes, if there are several
     # None before the first check of it; True while no call could be due.
@@ -55,7 +54,9 @@ class Updater:
         state: CheckpointState,
         tree: PyTree,
         logs: Logs | None,
-        at: Moment,
+        epoch: Any,
+        batch: Any,
+        step: Any,
         *,
         force: bool,
     ) -> CheckpointState:
@@ -70,14 +71,14 @@ class Updater:
         if given is self._stale:
             self.advice.of_stale()
         # numpy's own True or False, unless a trace or a device has the answer
-        if at.step is not None or at.epoch is None:
-            self._check_step(at, state, force=force)
-        state, due = tick(state, *at)
-        if self.settings.goes_by_clock and self.settings.by_epoch:
-            self._seen = self.count.note(at.whole())
+        if step is not None or epoch is None:
+            self._check_step(Moment(epoch, batch, step), state, force=force)
+        state, due = tick(state, epoch, batch, step)
+        if batch is not None and self.settings.clock_counts:
+            state = count_batches(state, epoch, batch)
         if due is np.False_ and force is False and not (preempted or overdue):
             if self._never_due is None:
-                is_end = at.batch is None and at.step is None
+                is_end = batch is None and step is None
                 self._never_due = self.settings.by_epoch or is_end
             if self._is_new_to_trees:
                 self._is_new_to_trees = False
@@ -85,7 +86,7 @@ class Updater:
             if given is self._known:
                 self._known = state
             return state
-        self._never_due = False
+        self._never_due, at = False, Moment(epoch, batch, step)
         self.saves.check_parent()  # a forked child must tell nobody of its error
         with self.saves.telling_others():
             anyway = preempted or force is not False or due is not np.True_
@@ -106,7 +107,9 @@ class Updater:
                 if state.save_best_only and self.saves.lost_best():
                     state = self.restorer.with_best_on_disk(state)
                 call = Call(bool(force), at, logs, state)
-                call.seen = self._seen
+                call.clock_counts = self.settings.clock_counts
+                if force is not False and self.settings.by_epoch:
+                    call.seen = self._seen_by_hand(call.at)
                 if due or (overdue and self.triggers.is_comparable(logs)):
                     self.saves.decide(call, now=preempted)
         to_slot = bool((due or overdue) and self.settings.save_last) or preempted
@@ -195,8 +198,7 @@ class Updater:
         batches = None if self._known is None else self._known.batches
         if not self.settings.by_epoch and type(batches) is np.int32:
             return int(batches)
-        is_counted = self.settings.goes_by_clock or at.batch is not None
-        return self.count.note(at) if is_counted and at.step is None else None
+        return None if at.batch is None else self.count.note(at)
 
     def _finish_preempted(self, path: Path | None) -> None:
         """Wait until the save is on disk, and tell the loop of the preemption."""

@@ -70,7 +70,8 @@ class CheckpointState:
             a NaN, because `jax_debug_nans` would end a program there.
         has_best: Whether there is a best, bool[].
         seen: Batches counted toward the next due check, i32[]. Like the next three
-            leaves, it changes only if `save_freq` is a number.
+            leaves, it changes only if `save_freq` is a number. (Those three change too
+            where `ModelCheckpoint` goes by the clock.)
         batches: Batches seen in all, or the last global step, i32[]; stays at the
             largest i32 once it is there.
         last_epoch: Epoch of the last batch seen, i32[]; -1 before the first.

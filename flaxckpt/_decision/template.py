@@ -129,7 +129,9 @@ class Template:
         missing = [field for field in self.fields if field not in values]
         if missing:
             end = " ({batch} has none at the end of an epoch)"
-            if at.step is not None or "batch" not in missing:
+            if at.step is not None and {"epoch", "batch"} & {*missing}:
+                end = " (a call with a step has no epoch and no batch)"
+            elif "batch" not in missing:
                 end = ""
             raise TemplateError(
                 self.label,

@@ -46,10 +46,13 @@ def with_rows(page: Page, rows: list[bytes], widths: list[int]) -> Page:
     )
     for at, row, width in zip(page.own, rows, widths, strict=True):
         leaves[at] = stacked(padded(row, width))
-        # Texts of about the same length have one layout, and so one form.
-        is_text = stored[at].is_bytes and stored[at].shape
-        shape = (width,) if is_text else stored[at].shape
-        stored[at] = replace(stored[at], rows=(number, width), shape=shape)
+        leaf = stored[at]
+        if leaf.kind == "int":  # large or small
+            leaf = replace(leaf, dtype="", shape=())
+        elif leaf.is_bytes and leaf.shape:
+            # Texts of about the same length have one layout, and so one form.
+            leaf = replace(leaf, shape=(width,))
+        stored[at] = replace(leaf, rows=(number, width))
     return replace(
         page, layout=Layout(page.layout.skeleton, tuple(stored)), leaves=leaves
     )

@@ -54,7 +54,8 @@ class Call:
         state: The state after the decision.
         news: The decision in words, with which the message about the save begins.
         kept: The state to record, with copies of arrays that the loop may donate.
-        seen: How many batches the run has seen, where the decision counts none.
+        clock_counts: Whether the state counts batches though none makes a check due.
+        seen: How many batches the run has seen, where the state does not tell.
         by_hand: Whether the call is `save`, which a better checkpoint makes way for.
         line: The number of its line; see `Lines`. None where that does not count.
         copies: Copies of the leaves to save, and of scalars on devices.
@@ -75,6 +76,7 @@ class Call:
         self.time = datetime.datetime.now(datetime.UTC)
         self.before = self.state = self.kept = state
         self.news = ""
+        self.clock_counts = False
         self.seen: int | None = None
         self.by_hand = False
         self.line: int | None = None
@@ -104,9 +106,12 @@ class Call:
         """What retention policies count by; see `CheckpointInfo`."""
         if self.at.step is not None:
             return self.at.step
-        if self.kept is not None and self.kept.save_freq != "epoch":
-            return int(np.asarray(self.kept.batches))
-        return self.at.epoch + 1 if self.seen is None else self.seen
+        epochs, kept = self.at.epoch + 1, self.kept
+        if kept is not None and kept.save_freq != "epoch":
+            return int(np.asarray(kept.batches))
+        if kept is not None and self.clock_counts:
+            return int(np.asarray(kept.batches)) or epochs
+        return epochs if self.seen is None else self.seen
 
     @property
     def metric(self) -> str:

@@ -82,7 +82,7 @@ def match(
         have = None if index is None else layout.leaves[index]
         for stored in indices:
             unused.pop(stored, None)
-        want = want.resolved(have)
+        want = want.resolved(have, cast=cast)
         if want.leaf.is_from_like:
             if have is not None and not have.is_from_like:
                 problem = f"a {want.leaf}, and the checkpoint has {have}"

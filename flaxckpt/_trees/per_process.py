@@ -18,9 +18,12 @@ _LENGTH = np.dtype("<i8")
 def encoded(leaf: Leaf, value: Any) -> bytes:
     """Return a value's row, without padding."""
     array = np.ascontiguousarray(as_array(without_keys(value)))
-    if not leaf.is_bytes:
-        array = array.astype(leaf.stored_dtype)
-    content = array.tobytes()
+    if leaf.kind == "int":  # the processes may have small ones and large ones
+        content = _of_int(array, is_signed=leaf.dtype != "uint64")
+    elif leaf.is_bytes:
+        content = array.tobytes()
+    else:
+        content = array.astype(leaf.stored_dtype).tobytes()
     return np.array(len(content), _LENGTH).tobytes() + content
 
 
@@ -48,9 +51,18 @@ def decoded(leaf: Leaf, rows: np.ndarray[Any, Any], process: int) -> Any:
     if not 0 <= size <= len(content):
         raise ValueError(f"a row of {len(content)} bytes has {size} of them")
     content = content[:size]
+    if leaf.kind == "int":
+        return int.from_bytes(content, "little", signed=True)
     if leaf.is_bytes:
         return np.frombuffer(content, np.uint8)
     dtype = jnp.dtype(leaf.stored_dtype)
     shape = (*leaf.shape, -1) if leaf.kind == "key" else leaf.shape
     value = np.frombuffer(content, dtype).reshape(shape).copy()
-    return value.item() if leaf.kind in ("bool", "int", "float") else value
+    return value.item() if leaf.kind in ("bool", "float") else value
+
+
+def _of_int(stored: np.ndarray[Any, Any], *, is_signed: bool) -> bytes:
+    """Return an integer's bytes, the lowest first: 8 of them, or more if need be."""
+    number = int.from_bytes(stored.tobytes(), "little", signed=is_signed)
+    size = max(8, number.bit_length() // 8 + 1)
+    return number.to_bytes(size, "little", signed=True)

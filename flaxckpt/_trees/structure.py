@@ -39,6 +39,7 @@ class _Structure:
     in_equinox: tuple[bool, ...]
     spelled: Mapping[int, tuple[str, ...]]
     refused: Sequence[tuple[str, str]]
+    has_none: bool
 
 
 def structure_of(flat: Flat, tree: PyTree) -> _Structure:
@@ -53,7 +54,7 @@ def _walk(tree: PyTree) -> _Structure:
     within: list[bool] = []
     refused: list[tuple[str, str]] = []
     equinox = sys.modules.get("equinox")
-    seen = Seen()
+    seen, has_none = Seen(), False
 
     def visit(
         node: PyTree,
@@ -62,7 +63,9 @@ def _walk(tree: PyTree) -> _Structure:
         in_equinox: bool,
         in_state: bool,
     ) -> Skeleton:
+        nonlocal has_none
         if node is None:
+            has_none = True
             return None
         is_array = isinstance(node, jax.Array)  # a short way: there may be many
         role = "" if is_array else role_of(node)
@@ -100,7 +103,7 @@ def _walk(tree: PyTree) -> _Structure:
 
     skeleton = visit(tree, (), (), in_equinox=False, in_state=False)
     names = {} if refused else spelled(paths)
-    return _Structure(skeleton, tuple(paths), tuple(within), names, refused)
+    return _Structure(skeleton, tuple(paths), tuple(within), names, refused, has_none)
 
 
 def _refused_keys(

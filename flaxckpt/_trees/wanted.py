@@ -35,10 +35,10 @@ class Wanted:
     type: Callable[[Any], Any] | None = None
     is_struct: bool = False
 
-    def resolved(self, have: Leaf | None) -> "Wanted":
+    def resolved(self, have: Leaf | None, *, cast: bool) -> "Wanted":
         """Copy kind, dtype and shape of the stored leaf if `like` has only a place."""
         if self.leaf.kind == STORED and have is not None:
-            return as_stored(have, cast=False)
+            return as_stored(have, cast=cast)
         if self.leaf.kind != PLACED or have is None:
             return self
         if have.kind == "jax" or (have.kind in ARRAYS and is_of_jax(have.dtype)):
@@ -64,9 +64,10 @@ def completed(like: PyTree, layout: Layout) -> PyTree:
     A sharding for a whole subtree is repeated for its leaves. Where `like` has a None,
     what is stored there is wanted as it is.
     """
-    if like is not None and len(leaves_of(like)) < len(layout.leaves):
-        like = _without_none(like, (), layout)
     flat = flatten(like)
+    if like is not None and structure_of(flat, like).has_none:
+        like = _without_none(like, (), layout)
+        flat = flatten(like)
     if not any(map(is_placement, flat.leaves)):
         return like
 
@@ -84,8 +85,11 @@ def _without_none(node: PyTree, path: tuple[str, ...], layout: Layout) -> PyTree
     """Replace each None by a tree of `AsStored`, as many as are stored there."""
     if node is None:
         found = found_at(layout.skeleton, path)
+        if found is None:
+            return None
         every = [AsStored()] * len(layout.leaves)
-        return None if found is None else Filling(layout.skeleton, every).plain(*found)
+        stored = Filling(layout.skeleton, every).plain(*found)
+        return stored if leaves_of(stored) else None
     if role_of(node):  # a None in an NNX object is no part of a tree
         return node
     pairs, treedef = children_of(node)

@@ -156,6 +156,57 @@ def test_one_nnx_module_alone_is_resumed_in_place(tmp_path):
     assert same(nnx.state(model), nnx.state(saved))
 
 
+class Mixed(nnx.Module):
+    """Fields of all kinds, each with a number."""
+
+    def __init__(self, number):
+        self.items = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(number))])
+        self.named = nnx.Dict(a=nnx.Param(jnp.full(2, float(number))))
+        self.plain = nnx.data({"n": number, "pair": (jnp.full(1, number), [number])})
+        self.array = nnx.data(jnp.full(2, number))
+        self.moments = nnx.data(optax.adam(1.0).init({"x": jnp.full(2, 1.0 * number)}))
+        self.tied = self.items[0]
+
+
+class Child(nnx.Module):
+    def __init__(self, parent, number):
+        self.parent, self.w = parent, nnx.Param(jnp.full(1, float(number)))
+
+
+class Parent(nnx.Module):
+    def __init__(self, number):
+        self.w = nnx.Param(jnp.full(2, float(number)))
+        self.child = Child(self, number)
+
+
+@pytest.mark.parametrize("kind", [Mixed, Parent])
+def test_all_that_a_module_has_is_resumed_in_place(tmp_path, kind):
+    saved, model = kind(1), kind(2)
+    parts = [getattr(model, "items", None), getattr(model, "child", None)]
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"model": saved}, epoch=0)
+        found, _, _ = ckpt.resume({"model": model})
+    assert found["model"] is model
+    assert parts == [getattr(model, "items", None), getattr(model, "child", None)]
+    assert same(nnx.state(model), nnx.state(saved))
+    if kind is Mixed:
+        assert model.plain["n"] == 1
+        assert model.plain["pair"][1] == [1]
+        assert model.tied is model.items[0]
+    else:
+        assert model.child.parent is model
+
+
+def test_what_was_none_is_resumed_beside_nnx_objects(tmp_path):
+    saved, model = Model(nnx.Rngs(0)), Model(nnx.Rngs(1))
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"model": saved, "carry": {"h": jnp.ones(2)}}, epoch=0)
+        found, _, _ = ckpt.resume({"model": model, "carry": None})
+        assert found["model"] is model
+        assert found["carry"]["h"].tolist() == [1, 1]
+        assert ckpt.resume(None)[0]["carry"]["h"].tolist() == [1, 1]
+
+
 def test_structs_and_shardings_are_taken(tmp_path):
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:

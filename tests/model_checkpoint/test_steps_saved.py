@@ -146,6 +146,56 @@ def test_batches_are_counted_through_epochs_and_runs_where_the_clock_decides(tmp
     assert [info.step for info in ckpt.checkpoints] == list(range(1, 21))
 
 
+def test_where_the_clock_decides_batches_count_through_epochs_and_runs(tmp_path):
+    def run(epochs):
+        # Only the ends of epochs are due; the clock counts all batches.
+        settings = {"save_interval_secs": 1e9}
+        with ModelCheckpoint(tmp_path / "{epoch}", **settings) as ckpt:
+            tree, state, _ = ckpt.resume(tree_at(0))
+            for epoch in epochs:
+                for batch in range(7):
+                    batch = jnp.int32(batch) if epoch % 2 else batch
+                    state = ckpt.update(state, tree, {}, epoch, batch)
+                state = ckpt.update(state, tree, {}, epoch)
+        return [info.step for info in ckpt.checkpoints]
+
+    assert run(range(3)) == [7, 14, 21]
+    assert run(range(3, 5)) == [7, 14, 21, 28, 35]
+
+
+def test_the_clock_goes_with_global_steps(tmp_path):
+    ckpt, _ = train(tmp_path / "{step}", range(1, 4), save_interval_secs=1e-9)
+    assert names(ckpt) == ["2", "3"]  # the time begins with the first call
+
+
+def test_a_forced_batch_counts(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}-{batch}") as ckpt:
+        state = ckpt.init()
+        for batch in range(50):
+            force = batch % 10 == 9
+            state = ckpt.update(state, tree_at(batch), {}, 0, batch, force=force)
+    assert [info.step for info in ckpt.checkpoints] == [10, 20, 30, 40, 50]
+
+
+def test_restoring_another_checkpoint_does_not_count_back(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}-{batch}", "loss") as ckpt:
+        for epoch in range(3):
+            for batch in range(2):
+                logs = {"loss": float(epoch != 0)}
+                ckpt.save(tree_at(0), epoch, batch, logs)
+            ckpt.restore(which="best")
+    assert [info.step for info in ckpt.checkpoints] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_from_a_step_that_was_saved_without_a_state(tmp_path):
+    with ModelCheckpoint(tmp_path / "{step}", save_freq=10) as ckpt:
+        ckpt.save(tree_at(57), step=57)
+        tree, state, start = ckpt.resume(tree_at(0))
+        for at in range(start, 71):
+            state = ckpt.update(state, tree, {}, step=at)
+    assert names(ckpt) == ["57", "60", "70"]
+
+
 def test_a_better_step_is_the_best(tmp_path):
     with ModelCheckpoint(
         tmp_path / "{step}", "loss", save_best_only=True, save_freq=1, save_last=True
@@ -182,6 +232,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
         with pytest.raises(TemplateError, match="fields there are: step"):
             ckpt.save(tree_at(1), step=1)
+        with pytest.raises(TemplateError, match="has no epoch and no batch"):
+            ckpt.save(tree_at(1), step=1, logs={"epoch": 3})
     assert not [*tmp_path.iterdir()]
 
 

@@ -78,6 +78,23 @@ def save_texts(directory, kind):
     say(ckpt.counts.direct, found == texts[-1])
 
 
+def save_integers(directory):
+    """Save integers of each process, small in one and large in the other."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    pairs = [(7, 2**63 + 2), (2**64, -7), (2**100, 2**100 + 1), (-(2**90), 0), (3, 4)]
+    own = {f"n{at}": pair[index] for at, pair in enumerate(pairs)}
+    generator = np.random.default_rng(index)
+    own["generator"] = generator.bit_generator.state
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", per_process=lambda path, leaf: path[0] == "own"
+    ) as ckpt:
+        for epoch in range(2):
+            ckpt.save({"w": sharded(mesh), "own": own}, epoch)
+            ckpt.wait()
+    like = {"w": sharded(mesh), "own": jax.tree.map(lambda leaf: type(leaf)(), own)}
+    say(ckpt.restore(like).tree["own"] == own, ckpt.counts.direct)
+
+
 def choose_all(directory):
     """Choose all leaves as each process's own, an array of all processes, too."""
     index, mesh = jax.process_index(), mesh_of_all()

@@ -34,6 +34,10 @@ def test_own_texts_may_change_their_length(tmp_path, kind):
     assert run(tmp_path, "save_texts", kind) == [[[5, True]]] * 2
 
 
+def test_own_integers_may_be_of_any_size(tmp_path):
+    assert run(tmp_path, "save_integers") == [[[True, 1]]] * 2
+
+
 def test_an_array_of_all_is_no_process_s_own(tmp_path):
     assert run(tmp_path, "choose_all") == [[0], [1]]
 

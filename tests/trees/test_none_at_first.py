@@ -54,6 +54,17 @@ def test_what_is_not_filled_yet_is_no_value_to_restore(tmp_path):
         flaxckpt.load(path, begun(CARRY))
 
 
+def test_a_none_beside_a_function_or_with_cast(tmp_path):
+    with jax.enable_x64(True), ModelCheckpoint(tmp_path / "a") as ckpt:
+        path = ckpt.save({"f": None, "c": {"w": jnp.ones(2)}, "e": {}}, epoch=0)
+    like = {"f": jnp.tanh, "c": None, "e": None}
+    with pytest.raises(flaxckpt.CheckpointMismatchError, match="cast=True"):
+        flaxckpt.load(path, like)
+    found = flaxckpt.load(path, like, cast=True)
+    assert found["c"]["w"].dtype == jnp.float32
+    assert found["e"] is None
+
+
 def with_none_at(tree, places):
     """Return a tree with None in place of some of its nodes."""
     if () in places:
