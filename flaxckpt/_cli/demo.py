@@ -215,7 +215,6 @@ def run(directory: Path, epochs: int) -> bool:
     best, last = checkpoints(broken)
     for info in flaxckpt.list_checkpoints(broken):
         note = "best " * (info == best.best) + "latest" * (info == last.latest)
-        assert info.epoch is not None  # the demo goes by epochs
         tell(f"   {info.path.name:<12} epoch {info.epoch + 1:2}  {note}".rstrip())
     tell("\n5. Compare")
     unequal = differences(wanted, resumed)

@@ -31,7 +31,7 @@ class CheckpointInfo:
     """
 
     path: Path
-    epoch: int | None
+    epoch: Any  # an int or None; type checkers would have each user check for None
     batch: int | None
     step: int
     logs: Mapping[str, Any]

@@ -18,7 +18,7 @@ from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf
 from flaxckpt._trees.match import Twin, match
-from flaxckpt._trees.wanted import Wanted, on_host, completed, wanted_leaves
+from flaxckpt._trees.wanted import Wanted, completed, on_host, wanted_leaves
 from flaxckpt.errors import CheckpointMismatchError, UnsupportedLeafError
 
 # Of what an error advises; which is whole in checkpoints/test_store.py.

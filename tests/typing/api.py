@@ -18,6 +18,12 @@ def train(params: dict[str, jax.Array]) -> None:
         for epoch in range(3):
             state = ckpt.update(state, params, {"val_loss": jnp.ones(())}, epoch)
         path: Path = ckpt.save(params, epoch=3, logs=None, state=state)
+        params, state, start = ckpt.resume(params)
+        for step in range(start, 3):
+            state = ckpt.update(state, params, {}, step=step)
+        ckpt.save(params, step=3)
+        batch: int = start.batch_in(0)
+        print(batch)
         ckpt.wait()
         best = ckpt.best
         if best is not None:
