@@ -24,7 +24,8 @@ HEAD = """# Benchmarks
 
 One run of `python benchmarks/run.py` at commit {commit}: {versions}, Python {python},
 {machine}, {devices}. The tables have medians, and beside them the least and the
-greatest value. The candidates of a table took turns, in as many rounds as it says.
+greatest value. The candidates of a table took turns, in as many rounds as it says. A
+table of another run says at which commit that was.
 [benchmarks/README.md](../benchmarks/README.md) says what a number means.
 
 The numbers of all rounds are in [benchmarks.json](benchmarks.json).
@@ -46,7 +47,10 @@ def main() -> None:
     for entry in entries:
         numbers = sorted({len(values) for values in entry["results"].values()})
         rounds = " or ".join(map(str, numbers))
-        text += f"\n## {entry['title']}\n\n{entry['unit']}; rounds: {rounds}\n\n"
+        about = f"{entry['unit']}; rounds: {rounds}"
+        if entry["commit"] != entries[0]["commit"]:
+            about += f"; at commit {entry['commit']}"
+        text += f"\n## {entry['title']}\n\n{about}\n\n"
         text += "| | median | |\n|---|--:|---|\n"
         for name, values in entry["results"].items():
             low, middle, high = min(values), statistics.median(values), max(values)

@@ -1,6 +1,6 @@
 """Run all benchmarks, one after the other, and gather their results in one file.
 
-python benchmarks/run.py                 some ten minutes, on an idle machine
+python benchmarks/run.py                 about an hour, on an idle machine
 python benchmarks/run.py --quick         what CI runs: that they run at all
 """
 

@@ -196,7 +196,8 @@ class Updater:
     def _seen_by_hand(self, at: Moment) -> int | None:
         """Return how many batches a run has seen at a save by hand; None for epochs."""
         batches = None if self._known is None else self._known.batches
-        if not self.settings.by_epoch and type(batches) is np.int32:
+        counts = self.settings.clock_counts or not self.settings.by_epoch
+        if counts and type(batches) is np.int32:
             return int(batches)
         return None if at.batch is None else self.count.note(at)
 
