@@ -260,7 +260,8 @@ class ModelCheckpoint:
 
         Within `jit`, `scan`, `while_loop` and `cond` the program decides. If it saves,
         it hands the tree to the host, shard by shard, and goes on. `wait` and `close`
-        raise the errors of these saves; see `stop_on_error`.
+        raise the errors of these saves; see `stop_on_error`. Within `vmap`, all members
+        are saved together as one tree, with a first axis for the members.
 
         Args:
             state: What `init`, `restore` or the last `update` returned.
@@ -289,9 +290,13 @@ class ModelCheckpoint:
                 only epochs are due.
             CheckpointLockedError: If another process writes these checkpoints.
             Preempted: After the save is on disk, if a signal told the process to end.
-            CheckpointError: Within `vmap`, where each member decides for itself; within
-                `shard_map`; and within jit with `save_interval_secs` or in several
-                processes.
+            CheckpointError: Within `vmap`, if its members may save at different calls;
+                within `shard_map`; and within jit with `save_interval_secs` or in
+                several processes.
+
+        Warns:
+            UserWarning: Within `vmap`, if the members have metrics of their own, which
+                the record of their checkpoint lacks.
         """
         return self._updater.update(state, tree, logs, epoch, batch, step, force=force)
 
@@ -484,7 +489,7 @@ class ModelCheckpoint:
         """
         found = self.restore(tree, cast=cast, verify=verify)
         if found is None:
-            return tree, self.init(tree), Start()
+            return tree, self.init(tree), Start(is_new=True)
         start = Start.after(found.epoch, found.batch, found.step)
         return put_into(tree, found.tree), found.state, start
 

@@ -18,18 +18,25 @@ class Start(int):
         batch: Zero-based batch to go on with in that epoch; 0 at its beginning.
         step: The global step to go on with, one after the last that was saved; None if
             the run counts epochs. In a new run epoch, batch and step are 0.
+        is_new: Whether the run is new: nothing was restored.
     """
 
     epoch: int | None
     batch: int
     step: int | None
+    is_new: bool
 
     def __new__(
-        cls, epoch: int | None = 0, batch: int = 0, step: int | None = 0
+        cls,
+        epoch: int | None = 0,
+        batch: int = 0,
+        step: int | None = 0,
+        *,
+        is_new: bool = False,
     ) -> "Start":
         """Make an int of the epoch, or of the step if there is no epoch."""
         made = super().__new__(cls, (step or 0) if epoch is None else epoch)
-        made.epoch, made.batch, made.step = epoch, batch, step
+        made.epoch, made.batch, made.step, made.is_new = epoch, batch, step, is_new
         return made
 
     @classmethod

@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,11 @@ class _Event:
 
 
 class Stream:
-    """One traced call of `update`: the handover in the program, and on the host."""
+    """One traced call of `update`: the handover in the program, and on the host.
+
+    Attributes:
+        receiver: Saves what is handed over.
+    """
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Stream:
         stops: bool,
     ) -> None:
         """Take what all saves of the call have in common."""
-        self._receiver, self._trees, self._logs = receiver, trees, logs
+        self.receiver, self._trees, self._logs = receiver, trees, logs
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
         self._mesh = common([place.mesh for place in places if place is not None])
         self._specs = [PartitionSpec() if p is None else p.spec for p in places]
@@ -67,6 +71,24 @@ class Stream:
         self._events: dict[int, _Event] = {}
         self._calls: Counter[int] = Counter()
         self._broken: CheckpointError | None = None
+
+    def stacked(self, number: int, without: Collection[str]) -> "Stream":
+        """Return the stream of all members of `vmap` together.
+
+        Args:
+            number: How many members there are.
+            without: The metrics that differ between them, which are not recorded.
+        """
+        logs = {name: each for name, each in self._logs.items() if name not in without}
+        trees, places = self._trees.stacked(number), [None] * len(self._specs)
+        return Stream(
+            self.receiver, trees, logs, self._state, places, stops=self._stops
+        )
+
+    def check_path(self, names: Collection[str]) -> None:
+        """Check that the filepath can be filled in; see `Receiver.check_path`."""
+        logs = {n: 0 if each is None else each for n, each in self._logs.items()}
+        self.receiver.check_path(names, logs)
 
     # ---- in the program --------------------------------------------------------------
 
@@ -152,12 +174,12 @@ class Stream:
             try:
                 for target, leaf in zip(arrival.memory, leaves, strict=True):
                     np.copyto(target, leaf)
-                self._receiver.arrived(arrival)
+                self.receiver.arrived(arrival)
             except Exception as error:
-                self._receiver.give_back(arrival.job)
+                self.receiver.give_back(arrival.job)
                 self._fail(error)
         except BaseException:  # an interrupt, which may come to the main thread
-            self._receiver.take_back()
+            self.receiver.take_back()
             raise
         return np.int32(0)
 
@@ -179,7 +201,7 @@ class Stream:
             try:
                 event.arrival = self._begin(scalars)
                 if event.arrival is not None:
-                    self._receiver.hold(event.arrival.job)
+                    self.receiver.hold(event.arrival.job)
             except BaseException as error:
                 event.error = error
             event.is_ready.set()
@@ -206,14 +228,14 @@ class Stream:
             self._events.pop(at, None)
         if event.error is None and event.arrival is not None:
             try:
-                self._receiver.arrived(event.arrival)
+                self.receiver.arrived(event.arrival)
             except BaseException as error:
                 event.error = error
         if event.error is not None:
             # The other devices have gone on, so only the next save may end the program.
             if event.arrival is not None:
-                self._receiver.give_back(event.arrival.job)
-            self._receiver.fail(event.error.with_traceback(None))
+                self.receiver.give_back(event.arrival.job)
+            self.receiver.fail(event.error.with_traceback(None))
         return np.int32(0)
 
     def _event(self, number: int, scalars: PyTree) -> tuple[int, _Event, bool]:
@@ -236,7 +258,7 @@ class Stream:
                     "over what they had begun to, and was run again. Call ckpt.wait() "
                     "in between; nothing is saved until then."
                 )
-                self._receiver.fail(self._broken, ends=self._stops)
+                self.receiver.fail(self._broken, ends=self._stops)
                 raise self._broken
             self._events[at] = event
             self._calls[number] = at + 1
@@ -245,7 +267,7 @@ class Stream:
     def _forget(self) -> None:
         for event in self._events.values():
             if event.arrival is not None:
-                self._receiver.give_back(event.arrival.job)
+                self.receiver.give_back(event.arrival.job)
         self._events.clear()
         self._calls.clear()
 
@@ -259,10 +281,10 @@ class Stream:
             CheckpointError: If this error, or an earlier one, is to end the program.
         """
         if self._stops:
-            self._receiver.end_program()
+            self.receiver.end_program()
         try:
             flags, call = self._call_of(scalars)
-            return self._receiver.expect(
+            return self.receiver.expect(
                 self._trees, call, to_slot=bool(flags["to_slot"])
             )
         except Exception as error:
@@ -280,11 +302,11 @@ class Stream:
     def _tell(self, scalars: PyTree) -> np.int32:
         flags, call = self._call_of(scalars)
         if flags["due"]:
-            self._receiver.tell_decided(call)
+            self.receiver.tell_decided(call)
         return np.int32(0)
 
     def _fail(self, error: BaseException) -> None:
         # Without the frames, which still run and hold views of the program's memory.
-        self._receiver.fail(error.with_traceback(None), ends=self._stops)
+        self.receiver.fail(error.with_traceback(None), ends=self._stops)
         if self._stops:
             raise error_at_exit(error) from None

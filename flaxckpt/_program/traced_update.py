@@ -8,6 +8,7 @@ device hands over its own shards. Meanwhile the host calls no JAX, which could d
 import contextlib
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,15 +104,52 @@ class Programs:
             [places.get(id(leaf)) for leaf in handed],
             stops=bool(self._settings.stop_on_error),
         )
-        save = _not_batched(jnp.asarray(save) | jnp.asarray(to_slot), (leaves, scalars))
-        token = jax.lax.cond(
-            save, stream.hand_over, lambda *_: jnp.int32(0), scalars, leaves
-        )
+        is_wanted = jnp.asarray(save) | jnp.asarray(to_slot)
+        token = self._handing_over(stream)(is_wanted, scalars, leaves)
         if receiver.tells and before.save_best_only:
-            token += jax.lax.cond(save, lambda _: jnp.int32(0), stream.tell, scalars)
-        self._streams.add(stream)
+            token += jax.lax.cond(
+                is_wanted, lambda _: jnp.int32(0), stream.tell, scalars
+            )
         self._has_streamed = True
         return with_leaves(state, seen=state.seen + token)
+
+    def _handing_over(self, stream: Stream) -> Callable[..., Any]:
+        """Return what hands over leaves, if there is something to save.
+
+        Within `vmap`, where the decision is the same for all members, it hands over the
+        leaves of all members, stacked along a first axis.
+        """
+        self._streams.add(stream)
+
+        @jax.custom_batching.custom_vmap
+        def hand_over(save: Any, scalars: Any, leaves: list[Any]) -> Any:
+            nothing = lambda *_: jnp.int32(0)  # noqa: E731
+            return jax.lax.cond(save, stream.hand_over, nothing, scalars, leaves)
+
+        @hand_over.def_vmap
+        def hand_over_all(
+            number: int, batched: Any, save: Any, scalars: Any, leaves: list[Any]
+        ) -> Any:
+            of_save, of_scalars, of_leaves = batched
+            _check_is_one_decision({**of_scalars, "save": of_save})
+            own = [name for name, differs in of_scalars["logs"].items() if differs]
+            logs = {n: each for n, each in scalars["logs"].items() if n not in own}
+            together = stream.stacked(number, own)
+            together.check_path(scalars["at"])
+            if own:
+                warnings.warn(
+                    f"The members of vmap have metrics of their own: {', '.join(own)}. "
+                    "Their checkpoint records none of these.",
+                    stacklevel=outside(),
+                )
+            stacked = [
+                leaf if differs else jnp.broadcast_to(leaf, (number, *leaf.shape))
+                for leaf, differs in zip(leaves, of_leaves, strict=True)
+            ]
+            hand_over = self._handing_over(together)
+            return hand_over(save, {**scalars, "logs": logs}, stacked), False
+
+        return hand_over
 
     def _places(self, tree: PyTree) -> dict[int, MeshSpec | None]:
         """Return by its id how each leaf is sharded; None where that is not known."""
@@ -192,20 +230,25 @@ def _logs_on_host(logs: Logs, sent: Logs) -> Logs:
     }
 
 
-@jax.custom_batching.custom_vmap
-def _not_batched(save: jax.Array, values: PyTree) -> jax.Array:
-    """Return `save`; under `vmap`, raise if it or a value to save is batched."""
-    del values
-    return save
+def _check_is_one_decision(batched: PyTree) -> None:
+    """Check that the members of `vmap` save at the same calls.
 
+    Args:
+        batched: Whether each of the scalars that are handed over differs.
 
-@_not_batched.def_vmap
-def _refuse_batches(*_: Any) -> Any:
-    raise CheckpointError(
-        "update was called within vmap, where each member decides for itself. Carry a "
-        "flaxckpt.Snapshot, which each member fills with its best, and save it "
-        "afterwards with ckpt.save_snapshot(snapshot, member=i)."
-    )
+    Raises:
+        CheckpointError: If they may not.
+    """
+    parts = {name: each for name, each in batched.items() if name != "logs"}
+    if any(jax.tree.leaves(parts)):
+        raise CheckpointError(
+            "update was called within vmap, and its members may save at different "
+            "calls: each has a state, an epoch, a batch or a step of its own. With "
+            "save_freq, equal counters and a state that is made outside of vmap, all "
+            "members are saved together. Otherwise carry a flaxckpt.Snapshot, which "
+            "each member fills with its best, and save it afterwards with "
+            "ckpt.save_snapshot(snapshot, member=i)."
+        )
 
 
 def is_traced(*values: PyTree) -> bool:

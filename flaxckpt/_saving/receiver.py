@@ -1,5 +1,7 @@
 """Trees that a running program hands over: `Receiver` claims memory, and saves them."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents, StoredTree
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.parts import SaverParts, refuse_processes
+from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import is_of_keys
 from flaxckpt._trees.ties import PyTree
 
@@ -53,6 +56,23 @@ class TracedTrees:
                 for leaf in tree.leaves
             ]
         self._contents = contents
+
+    def stacked(self, number: int) -> "TracedTrees":
+        """Return the trees of all members of `vmap`, one above the other.
+
+        Args:
+            number: How many members there are.
+        """
+        made = copy.copy(self)
+        made.sent, made.kinds = [], [((number, *s), dtype) for s, dtype in self.kinds]
+        series, slot = (
+            tree and _stacked(tree, number)
+            for tree in (self._contents.series, self._contents.slot)
+        )
+        if self._contents.slot is self._contents.series:
+            slot = series
+        made._contents = replace(self._contents, series=series, slot=slot)
+        return made
 
     def contents(self, call: Call, path: Path | None, *, to_slot: bool) -> Contents:
         """Return copies of the trees for one save, which empties them."""
@@ -120,11 +140,22 @@ class Receiver:
             for name, value in (logs or {}).items()
         }
         # This raises if no values can fill it in.
-        nothing = Moment(**dict.fromkeys(at.given(), 0))
-        self._parts.paths.template.render(nothing, sample)
+        self.check_path(at.given(), sample)
         return TracedTrees(
             self._parts.describer.describe(tree, None, to_slot=to_slot, is_traced=True)
         )
+
+    def check_path(self, names: Iterable[str], logs: Logs) -> None:
+        """Check that the filepath can be filled in.
+
+        Args:
+            names: What the moment of the call has.
+            logs: Metrics, with any values.
+
+        Raises:
+            TemplateError: If not.
+        """
+        self._parts.paths.template.render(Moment(**dict.fromkeys(names, 0)), logs)
 
     def expect(self, trees: TracedTrees, call: Call, *, to_slot: bool) -> Arrival:
         """Claim a job, and memory for the leaves that a program hands over.
@@ -177,6 +208,16 @@ class Receiver:
         """Count a failed save, and keep its error as `JobQueue.fail` does."""
         self._parts.report.counts.failed += 1
         self._parts.queue.fail(error, self._parts.report.shown(), ends=ends)
+
+
+def _stacked(tree: StoredTree, number: int) -> StoredTree:
+    leaves = [
+        replace(leaf, shape=(number, *leaf.shape))
+        if isinstance(value, FromDevice)
+        else leaf
+        for leaf, value in zip(tree.layout.leaves, tree.leaves, strict=True)
+    ]
+    return replace(tree, layout=Layout(tree.layout.skeleton, tuple(leaves)))
 
 
 def _copied(tree: StoredTree | None) -> StoredTree:

@@ -44,6 +44,7 @@ def test_a_new_run_begins_with_what_was_given(tmp_path):
     assert jax.tree.leaves(state) == jax.tree.leaves(ckpt.init())
     assert start == 0
     assert (start.epoch, start.batch, start.step) == (0, 0, 0)
+    assert start.is_new
     assert not [*tmp_path.iterdir()]
 
 
@@ -97,6 +98,7 @@ def test_start_says_where_it_is():
     assert repr(after(None, None, 30)) == "Start(step=31)"
     assert [after(4, 1, 9).batch_in(epoch) for epoch in (4, 5)] == [2, 0]
     assert after(None, None, 30) == 31
+    assert not after(0, 0, 1).is_new
 
 
 class Model(nnx.Module):

@@ -1,0 +1,152 @@
+"""Whole trainings under `vmap`, whose members save together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flaxckpt
+from flaxckpt import CheckpointError, ModelCheckpoint, TemplateError
+
+TX = optax.adam(0.1)
+SEEDS = jnp.arange(3)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        yield
+
+
+def make(seed):
+    key = jax.random.key(seed)
+    params = {"w": jax.random.normal(key, (4,))}
+    return {"params": params, "opt": TX.init(params), "key": key}
+
+
+def train_step(tree):
+    key, drawn = jax.random.split(tree["key"])
+    target = jax.random.normal(drawn, (4,))
+    loss_of = lambda params: ((params["w"] - target) ** 2).mean()  # noqa: E731
+    loss, grads = jax.value_and_grad(loss_of)(tree["params"])
+    updates, opt = TX.update(grads, tree["opt"])
+    params = optax.apply_updates(tree["params"], updates)
+    return {"params": params, "opt": opt, "key": key}, loss
+
+
+def train(ckpt, stop, by):
+    """Train all members to a step, from what is on disk."""
+    tree, state, start = ckpt.resume(jax.eval_shape(jax.vmap(make), SEEDS))
+    if start.is_new:
+        tree = jax.vmap(make)(SEEDS)
+
+    def member(tree):
+        def body(carry, at):
+            tree, state = carry
+            tree, _ = train_step(tree)
+            when = {by: at} if by != "batch" else {"epoch": 0, "batch": at}
+            return (tree, ckpt.update(state, tree, {}, **when)), None
+
+        first = start.batch if by == "batch" else start
+        steps = jnp.arange(first, stop)
+        return jax.lax.scan(body, (tree, state), steps)[0]
+
+    return jax.jit(jax.vmap(member, out_axes=(0, None)))(tree)
+
+
+def same(one, other):
+    def equal(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        return bool((a == b).all())
+
+    return jax.tree.all(jax.tree.map(equal, one, other))
+
+
+@pytest.mark.parametrize("by", ["step", "epoch", "batch"])
+def test_members_are_saved_together_and_resumed_bit_for_bit(tmp_path, by):
+    settings = {} if by == "epoch" else {"save_freq": 4}
+    with ModelCheckpoint(tmp_path / f"whole/{{{by}}}", **settings) as ckpt:
+        whole, state = train(ckpt, 11, by)
+        assert state.batches.shape == ()  # the decision is one for all
+    with ModelCheckpoint(tmp_path / f"parts/{{{by}}}", **settings) as ckpt:
+        train(ckpt, 6, by)
+    with ModelCheckpoint(tmp_path / f"parts/{{{by}}}", **settings) as ckpt:
+        resumed, _ = train(ckpt, 11, by)
+    assert same(resumed, whole)
+    found = flaxckpt.load(ckpt.latest.path, like=whole)
+    assert found["params"]["w"].shape == (3, 4)
+    assert found["key"].shape == (3,)
+
+
+def test_what_is_saved_is_what_each_member_alone_would_save(tmp_path):
+    def one(ckpt, tree):
+        def body(carry, epoch):
+            tree, state = carry
+            tree, _ = train_step(tree)
+            return (tree, ckpt.update(state, tree, None, epoch)), None
+
+        return jax.lax.scan(body, (tree, ckpt.init()), jnp.arange(3))[0]
+
+    with ModelCheckpoint(tmp_path / "all/{epoch}") as ckpt:
+        jax.jit(jax.vmap(lambda seed: one(ckpt, make(seed))))(SEEDS)
+    for seed in range(3):
+        with ModelCheckpoint(tmp_path / f"{seed}/{{epoch}}") as ckpt:
+            jax.jit(lambda: one(ckpt, make(seed)))()  # noqa: B023
+    for epoch in ("1", "2", "3"):
+        like = jax.vmap(make)(SEEDS)
+        together = flaxckpt.load(tmp_path / "all" / epoch, like)
+        for seed in range(3):
+            alone = flaxckpt.load(tmp_path / str(seed) / epoch, make(seed))
+            assert same(jax.tree.map(lambda leaf: leaf[seed], together), alone)  # noqa: B023
+
+
+def test_what_all_members_share_is_saved_for_each_and_what_is_no_array_once(tmp_path):
+    shared = jnp.ones(2)
+    with ModelCheckpoint(tmp_path / "a") as ckpt:
+
+        def save(w):
+            tree = {"w": w, "shared": shared, "n": 3, "host": np.arange(2)}
+            ckpt.update(ckpt.init(), tree, None, 0)
+
+        jax.vmap(jax.vmap(save))(jnp.ones((2, 3, 4)))
+    tree = flaxckpt.load(tmp_path / "a")
+    assert tree["w"].shape == (2, 3, 4)
+    assert tree["shared"].shape == (2, 3, 2)
+    assert tree["host"].tolist() == [0, 1]
+    assert tree["n"] == 3
+
+
+def test_metrics_of_members_are_left_out_with_a_warning(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+
+        def save(w):
+            logs = {"loss": w, "rate": 0.5, "name": "x"}
+            ckpt.update(ckpt.init(), {"w": w}, logs, 0)
+
+        with pytest.warns(UserWarning, match="metrics of their own: loss"):
+            jax.vmap(save)(jnp.ones(3))
+    assert ckpt.latest.logs == {"rate": 0.5, "name": "x"}
+    with ModelCheckpoint(tmp_path / "{loss}") as ckpt:
+        with pytest.raises(TemplateError, match="no value for 'loss'"):
+            jax.vmap(save)(jnp.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["best", "force", "step", "state"])
+def test_members_that_decide_for_themselves_are_told_of_slots(tmp_path, kind):
+    settings = {"monitor": "loss", "save_best_only": kind == "best", "save_freq": 2}
+    with ModelCheckpoint(tmp_path / "{step}", **settings) as ckpt:
+        states = jax.vmap(lambda _: ckpt.init())(jnp.arange(3))
+
+        def save(w, state):
+            at = w.astype(int) if kind == "step" else 2
+            force = w > 1 if kind == "force" else False
+            state = state if kind == "state" else ckpt.init()
+            logs = {"loss": w}
+            return ckpt.update(state, {"w": w}, logs, step=at, force=force)
+
+        for many in (jax.vmap(save), jax.jit(jax.vmap(save))):
+            with pytest.raises(CheckpointError, match="Snapshot"):
+                many(jnp.arange(3.0), states)
+    assert not [*tmp_path.glob("[0-9]*")]
