@@ -50,9 +50,10 @@ def check_record(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MalformedError: If a field is missing, or not of its type and range.
     """
-    for name in ("epoch", "batch"):
-        if fields.get(name, 0) is not None:
-            int_in(fields, name, 0, INT64)
+    if fields.get("batch", 0) is not None:
+        int_in(fields, "batch", 0, INT64)
+    if fields.get("epoch", 0) is not None or fields["batch"] is not None:
+        int_in(fields, "epoch", 0, INT64)  # there is none where a step was given
     int_in(fields, "step", 0, INT64)
     bool_in(fields, "weights_only")
     text_in(fields, "series")

@@ -160,7 +160,8 @@ def _check_leaf(leaf: Any) -> None:
             fail(f"a numpy scalar is of shape {shape}")
     elif kind in ("int", "str") and leaf.get("dtype") == "uint8":
         if len(shape_in(leaf, "shape")) != 1:
-            fail(f"a leaf of kind {kind} is of shape {shown(leaf['shape'])}")
+            what = "text" if kind == "str" else "an integer"
+            fail(f"{what} is of shape {shown(leaf['shape'])}")
     elif kind == "int" and leaf.get("dtype") == "uint64":
         if shape_in(leaf, "shape"):
             fail(f"an integer is of shape {shown(leaf['shape'])}")

@@ -382,7 +382,7 @@ def test_kinds_of_leaves_are_compared_with_what_is_stored(
 
 
 RECORDS = {
-    "epoch": (None, -1, 1.0, True, "1", [1], 2**63, 10**400),
+    "epoch": (-1, 1.0, True, "1", [1], 2**63, 10**400),
     "batch": (-1, 1.0, False, "1", {}),
     "step": (None, -1, 0.5, "x"),
     "logs": (None, [], 7, {"loss": []}, {"loss": {"float": 1}}, {"loss": {"a": "nan"}},

@@ -79,7 +79,7 @@ def test_any_record_is_read_as_it_was_written(tmp_path, fields, versions):
     assert not _record.is_same(found, info(tmp_path, **other))
 
 
-leaves = st.sampled_from([1, 0.5, True, 1j, "x", "\ud800", b"xy", len, np.ones(2), None,
+leaves = st.sampled_from([1, 2**63, -(2**64), 0.5, True, 1j, "x", "\ud800", b"xy", len, np.ones(2), None,
                           np.int8(1), np.zeros((0, 3), "f2"), np.ones((1, 2), "?")])  # fmt: skip
 
 
@@ -133,6 +133,12 @@ def test_a_field_is_of_its_type_and_in_its_range(name):
     del (whole if name in RECORD else whole["state"])[name]
     if name != "saved_as":
         is_malformed(whole, f"{name} is missing")
+
+
+def test_a_record_of_a_global_step_has_no_epoch_and_no_batch():
+    fields, _ = parse_record(encoded())
+    assert check_record({**fields, "epoch": None, "batch": None})
+    is_malformed({**fields, "epoch": None, "batch": 1}, "epoch is missing")
 
 
 @pytest.mark.parametrize("where", ["logs", "state"])

@@ -981,6 +981,8 @@ def facts(leaf):
     if not isinstance(leaf, jax.Array):
         if callable(leaf):
             return {"value": leaf}
+        if isinstance(leaf, int):  # numpy has no large ones
+            return {"type": type(leaf), "value": leaf}
         value = np.asarray(leaf)
         dtype = value.dtype.newbyteorder("=")
         return {

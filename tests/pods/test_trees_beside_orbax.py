@@ -141,6 +141,8 @@ def _value_of(leaf):
         return None
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, int) and leaf >= 2**64:  # as the store has it
+        leaf = np.frombuffer(leaf.to_bytes(16, "little", signed=True), np.uint8)
     array = np.asarray(leaf)
     array = array.astype(array.dtype.newbyteorder("="))
     if not array.size:
