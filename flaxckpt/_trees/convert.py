@@ -9,6 +9,7 @@ import numpy as np
 
 from flaxckpt._runtime.jax_internals import put_alike
 from flaxckpt._trees.describe import impl_of
+from flaxckpt._trees.integers import int_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, STORED_DTYPES, Leaf, key_numbers
 from flaxckpt._trees.wanted import Wanted
 
@@ -33,8 +34,8 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         return np.asarray(value).tobytes()
     if have.kind == "str" and not have.is_text:
         return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))
-    if have.kind == "int" and have.shape and not have.rows:
-        value = int.from_bytes(np.asarray(value).tobytes(), "little", signed=True)
+    if have.kind == "int" and have.dtype and not have.rows:
+        value = int_of(np.asarray(value))
     if kind == "key":
         if want.sharding is None:
             data = jnp.asarray(np.asarray(jax.random.key_data(value)))  # uncommitted

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from flaxckpt._trees.integers import stored_int
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import SCALARS, Leaf, is_of_keys
 from flaxckpt._trees.names import is_in_pointer, spelled
@@ -143,7 +144,8 @@ def normal(
         value = np.array(value, dtype=value.dtype.newbyteorder("="))
         leaf = Leaf(path, kind, str(value.dtype), value.shape)
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        leaf, value = _large_int(path, int(value))
+        value = stored_int(int(value))
+        return Leaf(path, "int", str(value.dtype), value.shape), value
     elif isinstance(value, bytes):
         leaf = Leaf(path, "bytes", "uint8", (len(value),))
         return leaf, np.frombuffer(value, np.uint8)
@@ -179,19 +181,6 @@ def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:
         found = np.frombuffer(value.encode(errors="surrogatepass"), np.uint8)
         return Leaf(path, "str", "uint8", found.shape), found
     return Leaf(path, "str"), value
-
-
-def _large_int(path: tuple[str, ...], value: int) -> tuple[Leaf, Any]:
-    """Store an integer as uint64 if that holds it, or as bytes, the lowest first.
-
-    There are 16 bytes, or a multiple of that, so that integers of one use, such as the
-    state of a random generator, are stored alike.
-    """
-    if 0 <= value < 2**64:
-        return Leaf(path, "int", "uint64"), np.array(value, np.uint64)
-    size = 16 * (value.bit_length() // 128 + 1)
-    content = value.to_bytes(size, "little", signed=True)
-    return Leaf(path, "int", "uint8", (size,)), np.frombuffer(content, np.uint8)
 
 
 def array_leaf(path: tuple[str, ...], value: Any) -> Leaf:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._trees.integers import int_of
 from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.owned_shards import as_array
 
@@ -17,9 +18,11 @@ _LENGTH = np.dtype("<i8")
 
 def encoded(leaf: Leaf, value: Any) -> bytes:
     """Return a value's row, without padding."""
-    array = np.ascontiguousarray(as_array(without_keys(value)))
+    array = np.asarray(as_array(without_keys(value)))
     if leaf.kind == "int":  # the processes may have small ones and large ones
-        content = _of_int(array, is_signed=leaf.dtype != "uint64")
+        number = int_of(array)
+        size = max(8, number.bit_length() // 8 + 1)
+        content = number.to_bytes(size, "little", signed=True)
     elif leaf.is_bytes:
         content = array.tobytes()
     else:
@@ -59,10 +62,3 @@ def decoded(leaf: Leaf, rows: np.ndarray[Any, Any], process: int) -> Any:
     shape = (*leaf.shape, -1) if leaf.kind == "key" else leaf.shape
     value = np.frombuffer(content, dtype).reshape(shape).copy()
     return value.item() if leaf.kind in ("bool", "float") else value
-
-
-def _of_int(stored: np.ndarray[Any, Any], *, is_signed: bool) -> bytes:
-    """Return an integer's bytes, the lowest first: 8 of them, or more if need be."""
-    number = int.from_bytes(stored.tobytes(), "little", signed=is_signed)
-    size = max(8, number.bit_length() // 8 + 1)
-    return number.to_bytes(size, "little", signed=True)

@@ -11,9 +11,22 @@ from flaxckpt._trees.describe import RefusedError, array_leaf, normal, unstored_
 from flaxckpt._trees.layout import Filling, Layout
 from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, STORED, Leaf
 from flaxckpt._trees.placing import AsStored, is_placement, placed
-from flaxckpt._trees.skeleton import found_at, key_of
+from flaxckpt._trees.skeleton import (
+    Skeleton,
+    children_in,
+    found_at,
+    key_of,
+    node_at,
+)
 from flaxckpt._trees.structure import structure_of
-from flaxckpt._trees.ties import PyTree, children_of, flatten, leaves_of, role_of
+from flaxckpt._trees.ties import (
+    Position,
+    PyTree,
+    children_of,
+    flatten,
+    leaves_of,
+    role_of,
+)
 from flaxckpt.errors import UnsupportedLeafError
 
 
@@ -66,13 +79,14 @@ def completed(like: PyTree, layout: Layout) -> PyTree:
     """
     flat = flatten(like)
     if like is not None and structure_of(flat, like).has_none:
-        like = _without_none(like, (), layout)
+        like = _without_none(like, layout)
         flat = flatten(like)
     if not any(map(is_placement, flat.leaves)):
         return like
 
     def spread_one(leaf: Any, path: tuple[str, ...]) -> Any:
-        subtree = found_at(layout.skeleton, path) if is_placement(leaf) else None
+        is_whole = is_placement(leaf) and not isinstance(leaf, AsStored)
+        subtree = found_at(layout.skeleton, path) if is_whole else None
         if subtree is None or isinstance(subtree[0], int):
             return leaf
         return Filling(layout.skeleton, [leaf] * len(layout.leaves)).plain(*subtree)
@@ -81,26 +95,36 @@ def completed(like: PyTree, layout: Layout) -> PyTree:
     return flat.rebuilt(list(map(spread_one, flat.leaves, paths)))
 
 
-def _without_none(node: PyTree, path: tuple[str, ...], layout: Layout) -> PyTree:
+def _without_none(like: PyTree, layout: Layout) -> PyTree:
     """Replace each None by a tree of `AsStored`, as many as are stored there."""
-    if node is None:
-        found = found_at(layout.skeleton, path)
-        if found is None:
-            return None
-        every = [AsStored()] * len(layout.leaves)
-        stored = Filling(layout.skeleton, every).plain(*found)
-        return stored if leaves_of(stored) else None
-    if role_of(node):  # a None in an NNX object is no part of a tree
-        return node
-    pairs, treedef = children_of(node)
-    if jax.tree_util.treedef_is_leaf(treedef):
-        return node
-    children = [
-        _without_none(child, (*path, str(key_of(entries[0]))), layout)
-        for entries, child in pairs
-    ]
-    is_same = all(new is child for new, (_, child) in zip(children, pairs, strict=True))
-    return node if is_same else treedef.unflatten(children)
+    every = [AsStored()] * len(layout.leaves)
+    filling = Filling(layout.skeleton, every)
+
+    def visit(node: PyTree, have: Skeleton, place: Position) -> PyTree:
+        if isinstance(have, dict) and "same" in have:
+            place = tuple(have["same"])
+            have = node_at(layout.skeleton, place)
+        if node is None:
+            stored = None if have is None else filling.plain(have, place)
+            has_leaf = isinstance(have, int) or bool(leaves_of(stored))
+            return stored if has_leaf else None
+        # A None in an NNX object is no part of a tree.
+        if have is None or isinstance(have, int) or role_of(node):
+            return node
+        pairs, treedef = children_of(node)
+        if jax.tree_util.treedef_is_leaf(treedef):
+            return node
+        below = {
+            str(key): (child, (*place, at))
+            for at, (key, child) in enumerate(children_in(have))
+        }
+        children = [
+            visit(child, *below.get(str(key_of(entries[0])), (None, ())))
+            for entries, child in pairs
+        ]
+        return treedef.unflatten(children)
+
+    return visit(like, layout.skeleton, ())
 
 
 def wanted_leaves(like: PyTree) -> list[Wanted]:

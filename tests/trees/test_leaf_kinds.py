@@ -267,6 +267,15 @@ def test_a_generator_of_numpy_goes_on_where_it_was(tmp_path):
         assert (other.normal(size=5) == wanted).all()
 
 
+@pytest.mark.parametrize("settings", [{"compress": True}, {"engine": "orbax"}])
+def test_a_large_integer_that_orbax_reads_is_one_of_python(tmp_path, settings):
+    tree = {"a": 2**63, "b": 2**64, "c": -(2**70)}
+    with ModelCheckpoint(tmp_path / "a", **settings) as ckpt:
+        path = ckpt.save(tree, 0)
+    assert_same(flaxckpt.load(path), tree)
+    assert_same(flaxckpt.load(path, tree), tree)
+
+
 @pytest.mark.parametrize("number", [2**63, 2**64, 2**100])
 def test_a_large_integer_fits_only_what_holds_it(tmp_path, number):
     with ModelCheckpoint(tmp_path / "a") as ckpt:
