@@ -233,7 +233,7 @@ class ModelCheckpoint:
             The state for the first call of `update`.
         """
         self._programs.note_shardings(like)
-        self._saves.compile_ahead(like)
+        self._saves.prepare(like)
         return self._settings.new_state(like)
 
     def update(
@@ -539,5 +539,5 @@ class ModelCheckpoint:
         self.wait()
         restored = self._restorer.restore(like, which, cast=cast, verify=verify)
         if restored is not None:
-            self._saves.compile_ahead(restored.tree)
+            self._saves.prepare(restored.tree)
         return restored

@@ -82,7 +82,7 @@ class Updater:
                 self._never_due = self.settings.by_epoch or is_end
             if self._is_new_to_trees:
                 self._is_new_to_trees = False
-                self.saves.compile_ahead(tree)
+                self.saves.prepare(tree)
             if given is self._known:
                 self._known = state
             return state

@@ -42,6 +42,8 @@ class Ahead:
     def compile(self, leaves: Sequence[Any]) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
 
+        Nothing happens if one process has few of them.
+
         Args:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
                 for an array.
@@ -52,10 +54,6 @@ class Ahead:
             if is_array(leaf)
             or (isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None)
         ]
-        self.compile_kinds(kinds)
-
-    def compile_kinds(self, kinds: list[Kind | None]) -> None:
-        """Have programs compiled that copy such arrays, unless one process has few."""
         is_worthwhile = len(kinds) > MOST_TOGETHER or are_several()
         if self._is_used and is_worthwhile:
             self.compile_plan(self._plans.plan(kinds))

@@ -68,7 +68,7 @@ class PodSaver:
         self.counts = parts.report.counts
         self.wait, self.close = parts.queue.wait, parts.queue.close
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
-        self.compile_ahead = parts.describer.compile_ahead
+        self.prepare = parts.describer.prepare
         self._joint = JointSaves(parts, timeout)
 
     def meet(self) -> None:

@@ -3,12 +3,13 @@
 import contextlib
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.write import Way
 from flaxckpt._copies.ahead import Ahead
-from flaxckpt._copies.plan import kinds_of
+from flaxckpt._copies.plan import is_array, kinds_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._orbax.engine import storable
 from flaxckpt._processes.messages import are_several
@@ -25,7 +26,7 @@ from flaxckpt._trees.owned_shards import is_shared
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import weights_skeleton
-from flaxckpt._trees.ties import Flat, PyTree, flatten, leaves_of
+from flaxckpt._trees.ties import Flat, PyTree, flatten
 from flaxckpt._trees.weights import are_unknown, default_weights
 from flaxckpt.errors import SettingError
 
@@ -93,21 +94,31 @@ class Describer:
             raise self._own.refuse_all(tree)
         return contents
 
-    def compile_ahead(self, tree: PyTree) -> None:
-        """Have the programs that copy such a tree compiled in the background.
+    def prepare(self, tree: PyTree) -> None:
+        """Do now what the first save of such a tree would do before it can copy it.
 
-        Nothing happens if the user's function picks the weights: only saves call it.
+        Describe the tree if it holds JAX arrays only, since that is remembered, and
+        have the programs that copy it compiled in the background. Nothing happens if
+        the user's function picks the weights: only saves call it.
 
         Args:
             tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
         """
+        if self._weights_only and self._weights is not default_weights:
+            return
         with contextlib.suppress(Exception):  # the save raises what is wrong
-            if self._weights_only and self._weights is not default_weights:
-                return
-            leaves = leaves_of(default_weights(tree) if self._weights_only else tree)
-            if are_several():  # which copy the data of keys
-                leaves = list(map(without_keys, leaves))
-            self._ahead.compile(leaves)
+            saved = default_weights(tree) if self._weights_only else tree
+            flat = flatten(saved)
+            self._compile(flat.leaves)
+            if all(map(is_array, flat.leaves)):
+                layout, _, _ = self._described(saved, flat, is_traced=False)
+                if self._weights is default_weights and not self._weights_only:
+                    self._locate(saved, layout, flat)
+
+    def _compile(self, leaves: Sequence[Any]) -> None:
+        if are_several():  # which copy the data of keys
+            leaves = list(map(without_keys, leaves))
+        self._ahead.compile(leaves)
 
     def _stored(
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
@@ -141,7 +152,7 @@ class Describer:
         if layout and known == kinds and not any([x.is_deleted() for x in flat.leaves]):
             return layout, flat.leaves, known
         if are_arrays and not self._weights_only:  # which may copy two trees at once
-            self._ahead.compile_kinds(kinds)
+            self._compile(flat.leaves)
         layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:
             self._known.keep(flat.key, (kinds, layout))

@@ -44,7 +44,7 @@ class Saver:
         self.counts, self.check_parent = parts.report.counts, parts.check_parent
         self.check, self.wait = parts.queue.check, parts.queue.wait
         self.close, self.lost_best = parts.queue.close, parts.lost_best
-        self.compile_ahead = parts.describer.compile_ahead
+        self.prepare = parts.describer.prepare
 
     def meet(self) -> None:
         """Do nothing: there is nobody to meet."""

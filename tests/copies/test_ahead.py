@@ -406,7 +406,7 @@ def test_what_no_program_copies_starts_no_thread(tmp_path, monkeypatch, like):
     monkeypatch.setattr(Ahead, "_compile", lambda *_: pytest.fail("it compiles"))
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.update(ckpt.init(), like, {}, 0, 0)
-    ckpt._saves.compile_ahead(like)
+    ckpt._saves.prepare(like)
     assert not compiling()
 
 
