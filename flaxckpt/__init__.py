@@ -13,7 +13,7 @@ from flaxckpt import errors as errors
 from flaxckpt._checkpoints.listing import list_checkpoints
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._decision.step import step
-from flaxckpt._disk.info import CheckpointInfo, Loaded
+from flaxckpt._disk.info import CheckpointInfo, Loaded, LoadReport
 from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.chunked_scan import Chunk, scan_in_chunks
 from flaxckpt.errors import (
@@ -32,6 +32,7 @@ from flaxckpt.errors import (
 )
 
 if TYPE_CHECKING:
+    from flaxckpt._checkpoints.described import Description, LeafInfo, describe
     from flaxckpt._checkpoints.load import load, load_weights, verify
     from flaxckpt._model_checkpoint import ModelCheckpoint
     from flaxckpt._restoring import Restored
@@ -52,6 +53,9 @@ __all__ = [
     "CheckpointState",
     "CheckpointWriteError",
     "Chunk",
+    "Description",
+    "LeafInfo",
+    "LoadReport",
     "Loaded",
     "MetricError",
     "ModelCheckpoint",
@@ -64,6 +68,7 @@ __all__ = [
     "TemplateError",
     "UnsupportedLeafError",
     "default_weights",
+    "describe",
     "errors",
     "list_checkpoints",
     "load",
@@ -74,6 +79,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Description": "flaxckpt._checkpoints.described",
+    "LeafInfo": "flaxckpt._checkpoints.described",
+    "describe": "flaxckpt._checkpoints.described",
     "ModelCheckpoint": "flaxckpt._model_checkpoint",
     "Restored": "flaxckpt._restoring",
     "SaveCounts": "flaxckpt._saving.report",

@@ -2,12 +2,14 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Never, Self
+from typing import Any, Never, Self
 
 import numpy as np
 
+from flaxckpt._checkpoints.load_tree import Options
 from flaxckpt._checkpoints.retention import PreservationPolicy
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._checkpoints.series_writer import SeriesWriter
@@ -23,7 +25,7 @@ from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.best_trees_saved import to_save
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._restoring import Restored, Restorer
-from flaxckpt._resuming import Start, put_into
+from flaxckpt._resuming import Start, iterators_in, put_into, skip_ahead
 from flaxckpt._runtime.beside import close_beside, warn_beside
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
@@ -35,8 +37,10 @@ from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings, unknown_argument
 from flaxckpt._trees.chosen import Filter
 from flaxckpt._trees.kinds_of_parts import Weights
-from flaxckpt._trees.ties import PyTree
+from flaxckpt._trees.selection import Rename, Select
+from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt._updating import Updater
+from flaxckpt.errors import SettingError
 
 
 class ModelCheckpoint:
@@ -459,7 +463,12 @@ class ModelCheckpoint:
         return self._series.best_of(self.checkpoints)
 
     def resume(
-        self, tree: PyTree, *, cast: bool = False, verify: bool = True
+        self,
+        tree: PyTree,
+        *,
+        data: Any = None,
+        cast: bool = False,
+        verify: bool = True,
     ) -> tuple[PyTree, CheckpointState, Start]:
         """Begin a run, or go on where the last one was: one call in front of the loop.
 
@@ -467,7 +476,12 @@ class ModelCheckpoint:
 
         Args:
             tree: The tree to train, or `jax.ShapeDtypeStruct`s with shardings; as
-                `like` of `restore`. The values go into its NNX objects in place.
+                `like` of `restore`. The values go into its NNX objects in place, and
+                states into its iterators.
+            data: An iterator over batches without a state to save, such as a generator,
+                or a list of them. The call takes from each as many batches as the run
+                has seen, and drops them: all of a run that counts global steps, and
+                else those of the epoch that it goes on in.
             cast: As for `restore`.
             verify: As for `restore`.
 
@@ -477,6 +491,7 @@ class ModelCheckpoint:
             `tree` itself, `init(tree)` and 0.
 
         Raises:
+            SettingError: A `ValueError`, if `data` is no iterator, or ends before that.
             CheckpointError: As `restore`.
 
         Example:
@@ -487,10 +502,12 @@ class ModelCheckpoint:
             >>> ckpt.resume(tree)[2]
             Start(epoch=3, batch=0)
         """
+        iterators = iterators_in(data)
         found = self.restore(tree, cast=cast, verify=verify)
         if found is None:
             return tree, self.init(tree), Start(is_new=True)
         start = Start.after(found.epoch, found.batch, found.step)
+        skip_ahead(iterators, start, leaves_of(tree))
         return put_into(tree, found.tree), found.state, start
 
     def restore(
@@ -500,6 +517,9 @@ class ModelCheckpoint:
         *,
         cast: bool = False,
         verify: bool = True,
+        partial: bool = False,
+        select: Select | None = None,
+        rename: Rename | None = None,
     ) -> Restored | None:
         """Load a checkpoint, with the decision state to go on from it.
 
@@ -513,6 +533,9 @@ class ModelCheckpoint:
                 `CheckpointInfo` stands for that very checkpoint.
             cast: Convert leaves that differ only in dtype, rather than raise.
             verify: Check each leaf against the digest of what was saved.
+            partial: Load what the checkpoint and `like` both have; see `flaxckpt.load`.
+            select: The part that is loaded; see `flaxckpt.load`.
+            rename: New names for what is stored; see `flaxckpt.load`.
 
         Returns:
             The checkpoint; None if there is none, or if `which` is `"best"` and no
@@ -537,7 +560,55 @@ class ModelCheckpoint:
         if self._series.area.claim.is_inherited:  # `wait` does nothing then
             use_threads()
         self.wait()
-        restored = self._restorer.restore(like, which, cast=cast, verify=verify)
+        options = Options(
+            cast=cast, verify=verify, partial=partial, select=select, rename=rename
+        )
+        restored = self._restorer.restore(like, which, options)
         if restored is not None:
             self._saves.prepare(restored.tree)
         return restored
+
+    def restore_into(
+        self,
+        *objects: Any,
+        which: str | os.PathLike[str] = "latest",
+        cast: bool = False,
+        verify: bool = True,
+        partial: bool = False,
+        select: Select | None = None,
+        rename: Rename | None = None,
+    ) -> Restored | None:
+        """Load a checkpoint into Flax NNX modules and optimizers, in place.
+
+        What they share stays shared, and their RNG streams go on where they were.
+
+        Args:
+            *objects: The tree that was saved, or the entries of the tuple that was
+                saved, such as `model, optimizer`.
+            which: As for `restore`.
+            cast: As for `restore`.
+            verify: As for `restore`.
+            partial: As for `restore`.
+            select: As for `restore`.
+            rename: As for `restore`.
+
+        Returns:
+            As `restore`, whose `tree` has the given objects.
+
+        Raises:
+            SettingError: A `ValueError`, if no object is given.
+            CheckpointError: As `restore`. Nothing was changed then.
+        """
+        if not objects:
+            raise SettingError("objects", objects, "pass what was saved.")
+        tree = objects[0] if len(objects) == 1 else objects
+        found = self.restore(
+            tree,
+            which,
+            cast=cast,
+            verify=verify,
+            partial=partial,
+            select=select,
+            rename=rename,
+        )
+        return found and replace(found, tree=put_into(tree, found.tree))

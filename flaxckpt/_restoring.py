@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from flaxckpt._checkpoints.load import check_like, restore
+from flaxckpt._checkpoints.load import check_like, restore, told
+from flaxckpt._checkpoints.load_tree import Options
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.scalars import LARGEST_STEP
 from flaxckpt._decision.state import CheckpointState, plain_state, resumed
 from flaxckpt._decision.step import tick
-from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.info import CheckpointInfo, LoadReport
 from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
@@ -55,6 +56,7 @@ class Restored:
             epochs, that the run had seen. None if plain Orbax wrote the checkpoint.
         logs: The scalar metrics of the save.
         path: The checkpoint's path or URL.
+        report: What was loaded, and what `partial` kept and passed over.
     """
 
     tree: PyTree
@@ -64,6 +66,7 @@ class Restored:
     step: Any
     logs: Mapping[str, Any]
     path: Path
+    report: LoadReport
 
 
 class Restorer:
@@ -94,9 +97,7 @@ class Restorer:
         """Return the newest checkpoint, the slot included, or None."""
         return next(reversed(self.shown(*self._series.by_age())), None)
 
-    def restore(
-        self, like: PyTree, which: Any, *, cast: bool, verify: bool
-    ) -> Restored | None:
+    def restore(self, like: PyTree, which: Any, options: Options) -> Restored | None:
         """Load a checkpoint as `ModelCheckpoint.restore` does, after it has waited."""
         check_like(like)
         if is_traced(leaves_of(like)):
@@ -107,7 +108,7 @@ class Restorer:
             )
         self._programs.note_shardings(like)
         check_is_path("which", which, _ADVICE)
-        load = functools.partial(self._load, like=like, cast=cast, verify=verify)
+        load = functools.partial(self._load, like=like, options=options)
         if is_url(which) or isinstance(which, CheckpointInfo):
             return load(which)
         if which not in ("latest", "best"):
@@ -214,9 +215,8 @@ class Restorer:
         self,
         path: str | os.PathLike[str],
         like: PyTree,
+        options: Options,
         *,
-        cast: bool,
-        verify: bool,
         mark: str | None = None,
         damaged: Container[str] = (),
     ) -> Restored:
@@ -232,7 +232,7 @@ class Restorer:
         found, problem = None, None
         try:
             with at_work("restored"):
-                found = restore(path, like, cast=cast, verify=verify)
+                found = restore(path, like, options)
             time = found.info and str(found.info.time)
             if mark is not None and mark != time:
                 raise CheckpointNotFoundError(shown, (), "it was replaced meanwhile")
@@ -243,7 +243,7 @@ class Restorer:
         elif problem is not None:
             raise problem
         assert found is not None
-        tree, info = found.tree, found.info
+        tree, info = told(path, found).tree, found.info
         if like is not None:
             # Again: a sharding in `like` may place a subtree.
             self._programs.note_shardings(tree)
@@ -263,6 +263,7 @@ class Restorer:
             step=info and info.step,
             logs=info.logs if info else {},
             path=where,
+            report=found.report,
         )
 
     def _warn_of_no_value(self) -> None:

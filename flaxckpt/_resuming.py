@@ -1,11 +1,14 @@
 """Where a run goes on, and what it goes on with."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from flaxckpt._trees.skeleton import key_of
 from flaxckpt._trees.ties import MODULE, VARIABLE, PyTree, children_of, role_of
+from flaxckpt.errors import SettingError
 
 _OF_NNX = "_pytree__"  # what NNX itself keeps in a module
 
@@ -59,6 +62,44 @@ class Start(int):
         if self.epoch is None:
             return f"Start(step={self.step})"
         return f"Start(epoch={self.epoch}, batch={self.batch})"
+
+
+def iterators_in(data: Any) -> list[Any]:
+    """Return the iterators of `data`, which is None, an iterator or several.
+
+    Raises:
+        SettingError: If one is no iterator.
+    """
+    several = data if isinstance(data, list | tuple) else [data]
+    iterators = [each for each in several if each is not None]
+    for each in iterators:
+        if not hasattr(each, "__next__"):
+            advice = "it is no iterator over batches. Pass iter(...) of it."
+            raise SettingError("data", each, advice)
+    return iterators
+
+
+def skip_ahead(iterators: Sequence[Any], start: Start, leaves: Sequence[Any]) -> None:
+    """Take from iterators the batches that a run has seen, and drop them.
+
+    Args:
+        iterators: The iterators. One that is a leaf of the tree has its state already.
+        start: Where the run goes on.
+        leaves: The leaves of the tree.
+
+    Raises:
+        SettingError: If an iterator ends before that.
+    """
+    number = start.batch if start.step is None else start.step
+    for each in iterators:
+        if any(each is leaf for leaf in leaves):
+            continue
+        for done in range(number):
+            try:
+                next(each)
+            except StopIteration:
+                advice = f"it ended after {done} batches, and the run has seen {number}"
+                raise SettingError("data", each, f"{advice}.") from None
 
 
 def put_into(given: PyTree, found: PyTree) -> PyTree:

@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import os
+import sys
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from flaxckpt._checkpoints.load_tree import load_tree
+from flaxckpt._checkpoints.load_tree import Options, load_tree
 from flaxckpt._checkpoints.loaded_in_all import loaded_in_all
 from flaxckpt._checkpoints.read import Sums, batches, read
 from flaxckpt._checkpoints.read_table import read_table
@@ -20,11 +22,20 @@ from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
 from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.collector import paused_collector
+from flaxckpt._runtime.frames import outside
 from flaxckpt._trees.layout import Layout
+from flaxckpt._trees.selection import Rename, Select
+from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import plain_weights
-from flaxckpt._trees.ties import PyTree, flatten
+from flaxckpt._trees.ties import MODULE, PyTree, flatten, role_of
 from flaxckpt._trees.wanted import on_host
-from flaxckpt.errors import CheckpointError, SettingError, UnsupportedLeafError
+from flaxckpt._trees.weights import default_weights
+from flaxckpt.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    SettingError,
+    UnsupportedLeafError,
+)
 
 
 def load(
@@ -33,6 +44,9 @@ def load(
     *,
     cast: bool = False,
     verify: bool = True,
+    partial: bool = False,
+    select: Select | None = None,
+    rename: Rename | None = None,
     with_info: bool = False,
 ) -> Any:
     """Load the tree of a checkpoint that flaxckpt or plain Orbax wrote.
@@ -46,21 +60,35 @@ def load(
     Args:
         path: The checkpoint's directory, or a `gs://` or `s3://` URL. A
             `CheckpointInfo` loads only the very checkpoint that it describes.
-        like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s; it
-            is not changed. Each leaf is restored with the dtype, shape and kind of
-            value of the leaf in `like`, onto that leaf's sharding and memory, whatever
-            mesh wrote it. A struct whose sharding names no devices goes to the devices
-            of `jax.set_mesh`. A sharding in place of a leaf or subtree places what is
+        like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s. Each
+            leaf is restored with the dtype, shape and kind of value of the leaf in
+            `like`, onto that leaf's sharding and memory, whatever mesh wrote it. A
+            struct whose sharding names no devices goes to the devices of
+            `jax.set_mesh`. A sharding in place of a leaf or subtree places what is
             stored there. Functions are taken from `like`. What an NNX module in `like`
-            shares is shared in the result. None, for the whole or a part: what is
-            stored there, as plain dicts, lists and tuples, with JAX arrays on the
-            default device, and None for functions. NNX modules and states become the
-            dicts that `nnx.update` and `nnx.replace_by_pure_dict` take.
+            shares is shared in the result. `like` is not changed, but for objects with
+            a state, such as data iterators: they get the stored state. None, for the
+            whole or a part: what is stored there, as plain dicts, lists and tuples,
+            with JAX arrays on the default device, and None for functions. NNX modules
+            and states become the dicts that `nnx.update` and `nnx.replace_by_pure_dict`
+            take.
         cast: Convert arrays if only their dtype differs from the wanted dtype, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Plain Orbax
             records no digests.
-        with_info: Return a `Loaded`: the tree, and the checkpoint's record.
+        partial: Load what the checkpoint and `like` both have. A value of `like` stays
+            as it is if nothing is stored for it, or a value of another shape or kind.
+            What is stored and not wanted is passed over, and not read. A warning of one
+            line tells of both.
+        select: The part that is loaded, alone: the path of a subtree, such as
+            `"params/encoder"`. Or a function of a leaf's path, a tuple of names, and of
+            its `jax.ShapeDtypeStruct`, None if it is no array; the tree then has the
+            leaves for which it is true.
+        rename: New names for what is stored (and selected), before it is compared with
+            `like`: a mapping of prefixes, `{"old/prefix": "new/prefix"}`, where `""` is
+            the root; or a function from a leaf's path, with slashes, to the new one.
+        with_info: Return a `Loaded`: the tree, the checkpoint's record, and a report of
+            what was loaded, kept and passed over; no warning tells of it then.
 
     Returns:
         The tree, with the structure of `like` if that is given.
@@ -74,7 +102,8 @@ def load(
         CheckpointCorruptError: If it cannot be read, or is not what was saved.
         CheckpointPathError: If this process cannot read it.
         UnsupportedLeafError: If `like` has leaves that are no values.
-        SettingError: If `path` is no path, or `like` is one.
+        SettingError: If `path` is no path, or `like` is one; if `select` or `rename`
+            names what is not stored.
         CheckpointError: If the object store cannot be reached.
 
     Example:
@@ -85,27 +114,38 @@ def load(
         >>> flaxckpt.load(path)
         {'b': (1, 2), 'w': array([0, 1, 2])}
     """
-    loaded = restore(path, like, cast=cast, verify=verify)
-    return loaded if with_info else loaded.tree
+    options = Options(
+        cast=cast, verify=verify, partial=partial, select=select, rename=rename
+    )
+    loaded = restore(path, like, options)
+    return loaded if with_info else told(path, loaded).tree
 
 
-def restore(
-    path: str | os.PathLike[str], like: PyTree, *, cast: bool, verify: bool
-) -> Loaded:
+def restore(path: str | os.PathLike[str], like: PyTree, options: Options) -> Loaded:
     """Load a tree and its record, as `load` does."""
     check_like(like)
 
     def read(where: Place, sums: Sums) -> Loaded:
-        info = _info_of(path, where.path)
+        info = info_of(path, where.path)
         layout, _ = read_table(where.path)
         with _quick(where, layout):
-            tree = load_tree(where, layout, None, like, sums, cast=cast, check=verify)
-        return Loaded(tree, info)
+            tree, report = load_tree(where, layout, None, like, sums, options)
+        return Loaded(tree, info, report)
 
     return loaded_in_all(path, like, read)
 
 
-def _info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
+def told(path: str | os.PathLike[str], loaded: Loaded) -> Loaded:
+    """Warn of what a load has kept or passed over, and return what it loaded."""
+    report = loaded.report
+    if report.kept or report.passed_over:
+        warnings.warn(
+            f"Checkpoint {os.fspath(path)!r}: {report}.", stacklevel=outside()
+        )
+    return loaded
+
+
+def info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
     """Read the record of a checkpoint whose files are at `where`."""
     info = read_record(where)
     if info is None or not is_url(path):
@@ -118,8 +158,12 @@ def load_weights(
     path: str | os.PathLike[str],
     like: PyTree = None,
     *,
+    into: Any = None,
     cast: bool = False,
     verify: bool = True,
+    partial: bool = False,
+    select: Select | None = None,
+    rename: Rename | None = None,
     with_info: bool = False,
 ) -> Any:
     """Load only the weights, from a checkpoint of weights or of a whole state.
@@ -134,44 +178,93 @@ def load_weights(
 
     Args:
         path: As for `load`.
-        like: A tree of the weights' structure; as for `load`.
+        like: A tree of the weights' structure; as for `load`. Of a whole state or a
+            model, such as a Flax `TrainState` or an NNX module, the weights count, as
+            `default_weights` picks them.
+        into: A Flax NNX module that gets the weights, in place, instead of `like`. What
+            it shares stays shared, and what is no weight stays as it is.
         cast: As for `load`.
         verify: As for `load`.
+        partial: As for `load`.
+        select: As for `load`; paths begin at the weights.
+        rename: As for `load`; paths begin at the weights, or at what is selected.
         with_info: As for `load`.
 
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
         beside it, which `Module.apply` takes; for an NNX model a dict that
-        `nnx.update` takes.
+        `nnx.update` takes. With `into` that module.
 
     Raises:
         CheckpointError: If `weights` computed the weights rather than picked them, so
             that a checkpoint of the whole state does not hold them; if it holds no
             weights; and as `load`.
+        SettingError: If `into` is no NNX module, or comes with `like`; and as `load`.
     """
     check_like(like)
+    if into is not None:
+        like = _state_within(into, like)
+    options = Options(
+        cast=cast, verify=verify, partial=partial, select=select, rename=rename
+    )
 
     def read(where: Place, sums: Sums) -> Loaded:
-        info = _info_of(path, where.path)
+        info = info_of(path, where.path)
         layout, weights = read_table(where.path)
-        if layout is not None and weights is None:
-            raise CheckpointError(
-                f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
-                "`weights` computed them from the tree. Save with "
-                "save_weights_only=True, or load the whole tree and compute them."
-            )
-        if layout is not None and layout.leaves and not layout.part(weights)[1]:
-            raise CheckpointError(
-                f"Checkpoint {str(path)!r} holds no weights: the tree that was saved "
-                "had none. Load the whole tree with load."
-            )
+        _check_weights(path, layout, weights)
         part = plain_weights if layout is None else weights
-        with _quick(where, layout):
-            tree = load_tree(where, layout, part, like, sums, cast=cast, check=verify)
-        return Loaded(tree, info)
+
+        def loaded_as(like: PyTree) -> Loaded:
+            with _quick(where, layout):
+                tree, report = load_tree(where, layout, part, like, sums, options)
+            return Loaded(tree, info, report)
+
+        picked = default_weights(like)
+        if picked is like or partial:
+            return loaded_as(picked)
+        try:
+            return loaded_as(like)
+        except CheckpointMismatchError:  # such a `like` is a whole state
+            return loaded_as(picked)
 
     loaded = loaded_in_all(path, like, read)
-    return loaded if with_info else loaded.tree
+    if into is not None:
+        sys.modules["flax.nnx"].update(into, loaded.tree)  # type: ignore[attr-defined]
+        loaded = dataclasses.replace(loaded, tree=into)
+    return loaded if with_info else told(path, loaded).tree
+
+
+def _state_within(into: Any, like: PyTree) -> PyTree:
+    """Return the weights of an NNX module, as a State.
+
+    Raises:
+        SettingError: If it is none, or there is a `like` beside it.
+    """
+    if like is not None:
+        raise SettingError("into", into, "pass either `like` or `into`.")
+    if role_of(into) != MODULE:
+        advice = "it is no Flax NNX module. Pass like=, and take what is returned."
+        raise SettingError("into", f"<{type(into).__name__}>", advice)
+    return default_weights(into)
+
+
+def _check_weights(
+    path: str | os.PathLike[str], layout: Layout | None, weights: Skeleton
+) -> None:
+    """Check that a checkpoint holds its weights by themselves, and has some."""
+    if layout is None:
+        return
+    if weights is None:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
+            "`weights` computed them from the tree. Save with "
+            "save_weights_only=True, or load the whole tree and compute them."
+        )
+    if layout.leaves and not layout.part(weights)[1]:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} holds no weights: the tree that was saved "
+            "had none. Load the whole tree with load."
+        )
 
 
 def _quick(place: Place, layout: Layout | None) -> AbstractContextManager[None]:

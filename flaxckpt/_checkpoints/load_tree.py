@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from flaxckpt._checkpoints.read import Sums, check_table, read
+from flaxckpt._disk.info import LoadReport
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import storable, with_key
 from flaxckpt._orbax.foreign import naming_items, read_foreign
@@ -20,10 +22,12 @@ from flaxckpt._trees.convert import convert, put_on_shardings
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout, OverfullError
 from flaxckpt._trees.leaf import Leaf, without_keys
-from flaxckpt._trees.match import Twin, difference_of_twins, match
+from flaxckpt._trees.match import Match, Twin, difference_of_twins, match
 from flaxckpt._trees.per_process import decoded
 from flaxckpt._trees.placing import is_placement
+from flaxckpt._trees.selection import Rename, Select, renamed, selected
 from flaxckpt._trees.skeleton import Skeleton
+from flaxckpt._trees.stateful import KIND, is_stateful, put_state
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import Wanted, completed
 from flaxckpt.errors import (
@@ -34,6 +38,19 @@ from flaxckpt.errors import (
 )
 
 _SHOWN = 8  # leaves that a warning lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a tree is loaded; see `load`."""
+
+    cast: bool = False
+    verify: bool = True
+    partial: bool = False
+    select: Select | None = None
+    rename: Rename | None = None
+
+
 # For each wanted leaf the index of its stored leaf, if any, and what it becomes.
 Plan: TypeAlias = Sequence[tuple[int | None, Wanted]]
 
@@ -44,11 +61,9 @@ def load_tree(
     part: Skeleton | Callable[[Layout], Skeleton],
     like: PyTree,
     sums: Sums,
-    *,
-    cast: bool,
-    check: bool,
-) -> PyTree:
-    """Load a checkpoint's tree, or a part of it; see `load` for `like` and `cast`.
+    options: Options,
+) -> tuple[PyTree, LoadReport]:
+    """Load a checkpoint's tree, or a part of it; see `load` for `like`.
 
     The layout is None if plain Orbax wrote the checkpoint. The part is a skeleton, a
     function that finds it in the layout, or None for the whole tree.
@@ -60,20 +75,25 @@ def load_tree(
         layout, values = describe(foreign, storable)
     if callable(part):
         part = part(layout)
-    view, sources = layout.part(layout.skeleton if part is None else part)
     try:
+        view, sources = _view(
+            layout, layout.skeleton if part is None else part, options
+        )
         if view.nbytes > layout.most_bytes:  # the weights may name a leaf many times
             raise OverfullError("its weights are its arrays too many times")
         like = completed(like, view)
     except OverfullError as error:
         raise CheckpointCorruptError(str(path), str(error)) from error
     try:
-        plan, twins = match(str(path), view, like, cast=cast)
+        matched = match(
+            str(path), view, like, cast=options.cast, partial=options.partial
+        )
     except CheckpointMismatchError as error:
         if values is None:
             # The difference may come from a wrong table of leaves.
             check_table(place, layout, layout.as_stored.leaves)
         raise naming_items(path, error) from None
+    plan, twins = matched.plan, matched.twins
     flat = flatten(like)
     given = None if like is None else flat.leaves
     _warn_of_functions(path, view, plan, given)
@@ -81,17 +101,45 @@ def load_tree(
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     with jax.ensure_compile_time_eval():  # within a trace, the leaves are no tracers
         if values is None:
-            stored = _read_each(place, layout, asked, sums, check=check)
+            stored = _read_each(place, layout, asked, sums, check=options.verify)
         else:
             stored = [None if i is None else values[i] for i, _ in asked]
-        leaves = _converted(path, view, plan, stored, given, cast=cast)
+        leaves = _converted(path, view, plan, stored, given, cast=options.cast)
         _check_twins(path, view, plan, twins, stored)
     if like is not None:
-        return flat.rebuilt(leaves)
+        _put_states(path, plan, flat.leaves, leaves)
+        return flat.rebuilt(leaves), _report(view, matched)
     try:
-        return view.fill(leaves, layout.most_bytes)
+        return view.fill(leaves, layout.most_bytes), _report(view, matched)
     except OverfullError as error:
         raise CheckpointCorruptError(str(path), str(error)) from error
+
+
+def _view(layout: Layout, part: Skeleton, options: Options) -> tuple[Layout, list[int]]:
+    """Return the layout of what is to be loaded, and where in `layout` its leaves are.
+
+    Raises:
+        SettingError: If the options name what is not stored.
+        OverfullError: If the tree is far larger than what is stored.
+    """
+    view, sources = layout.part(part)
+    if options.select is not None:
+        view, chosen = view.part(selected(view, options.select))
+        sources = [sources[index] for index in chosen]
+    if options.rename is not None:
+        view, chosen = view.part(renamed(view, options.rename))
+        sources = [sources[index] for index in chosen]
+    return view, sources
+
+
+def _report(view: Layout, matched: Match) -> LoadReport:
+    """Tell what became of the leaves."""
+    loaded = [want.leaf.name for index, want in matched.plan if index is not None]
+    return LoadReport(
+        loaded=tuple(loaded),
+        kept=tuple(matched.kept),
+        passed_over=tuple(view.leaves[index].name for index in matched.unused),
+    )
 
 
 def _converted(
@@ -135,6 +183,29 @@ def _converted(
     wanted = {at: want for at, (index, want) in enumerate(plan) if index is not None}
     put_on_shardings(leaves, wanted)
     return leaves
+
+
+def _put_states(
+    path: Path, plan: Plan, given: Sequence[Any], leaves: list[Any]
+) -> None:
+    """Put loaded states into the objects of `like`, which are leaves of the result.
+
+    Raises:
+        CheckpointError: If an object does not take its state.
+    """
+    for position, (index, want) in enumerate(plan):
+        value = given[position]
+        if index is None or want.leaf.kind != KIND or not is_stateful(value):
+            continue
+        try:
+            put_state(value, leaves[position])
+        except Exception as error:
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r}: the {type(value).__qualname__} at "
+                f"{want.leaf.name} did not take the state that was saved: "
+                f"{in_one_line(error)}"
+            ) from error
+        leaves[position] = value
 
 
 def _check_twins(

@@ -2,9 +2,13 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from flaxckpt.errors import LeafDifference
+
+_SHOWN = 8  # names in the text of a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +56,52 @@ class CheckpointInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of the leaves in a load. Its text is a line.
+
+    Attributes:
+        loaded: The names of the wanted leaves that were loaded.
+        kept: The wanted leaves that stayed as `like` has them: the name of each, what
+            is stored in its place, and what was wanted.
+        passed_over: The names of the stored leaves that nothing asked for.
+    """
+
+    loaded: tuple[str, ...] = ()
+    kept: tuple[LeafDifference, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        number = len(self.loaded) + len(self.kept)
+        text = f"loaded {len(self.loaded)} of {number} leaves"
+        if self.kept:
+            kept = [
+                f"{name} (stored {stored}, wanted {wanted})"
+                for name, stored, wanted in self.kept
+            ]
+            text += f"; kept from like: {_some(kept)}"
+        if self.passed_over:
+            text += f"; passed over: {_some(self.passed_over)}"
+        return text
+
+    def __repr__(self) -> str:
+        return f"<LoadReport: {self}>"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@dataclasses.dataclass(frozen=True)
 class Loaded:
     """A loaded tree, and the record of the checkpoint that it was loaded from.
 
     Attributes:
         tree: The tree.
         info: The record of that very checkpoint; None if plain Orbax wrote it.
+        report: What became of the leaves.
     """
 
     tree: Any
     info: CheckpointInfo | None
+    report: LoadReport

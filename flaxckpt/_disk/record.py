@@ -178,6 +178,19 @@ def read_record(path: str | os.PathLike[str]) -> CheckpointInfo | None:
     return CheckpointInfo(path=path, **{n: fields[n] for n in _OF_INFO & fields.keys()})
 
 
+def versions_in(path: Path) -> dict[str, str]:
+    """Read the versions of the packages that wrote the checkpoint at `path`.
+
+    Raises:
+        CheckpointCorruptError: If the checkpoint's record is missing or damaged.
+        CheckpointPathError: If this process cannot read it.
+    """
+    versions = _read_fields(path).get("versions")
+    if not isinstance(versions, dict):
+        return {}
+    return {str(name): str(version) for name, version in versions.items()}
+
+
 def _read_fields_of_one(path: Path) -> dict[str, Any] | None:
     """Read a record's fields; while a writer replaces the record, the old or new ones.
 

@@ -19,7 +19,7 @@ from flaxckpt._disk.fields import (
 )
 from flaxckpt._trees.skeleton import FROM_LIKE
 
-_ARRAYS = ("jax", "numpy", "numpy_scalar", "key", "bytes")
+_ARRAYS = ("jax", "numpy", "numpy_scalar", "key", "bytes", "state")
 _OTHERS = ("bool", "int", "float", "complex", "str", *FROM_LIKE)
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(<[A-Za-z0-9_]{1,31}>)?")
 _DIGEST = re.compile(r"(sum|xxh3):[0-9a-f]{16}")
@@ -154,7 +154,7 @@ def _check_leaf(leaf: Any) -> None:
         match_in(_DTYPE, leaf.get("dtype"), "a dtype")
         if kind == "key":
             text_in(leaf, "impl")
-        if kind == "bytes" and len(shape) != 1:
+        if kind in ("bytes", "state") and len(shape) != 1:
             fail(f"bytes are of shape {shape}")
         if kind == "numpy_scalar" and shape:
             fail(f"a numpy scalar is of shape {shape}")

@@ -27,7 +27,7 @@ from flaxckpt.errors import (
     CheckpointMismatchError,
 )
 
-_DEFAULT_ITEMS = ("state", "pytree", "default")
+DEFAULT_ITEMS = ("state", "pytree", "default")
 # Orbax's v1 functions read what these classes write.
 _HANDLERS = frozenset(
     "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler JsonHandler "
@@ -47,7 +47,7 @@ def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
         handler = items_of(path.parent).get(path.name, "")
         return _read_item(path.parent, path.name, handler)
     items = items_of(path)
-    for name in _DEFAULT_ITEMS:
+    for name in DEFAULT_ITEMS:
         if name in items:
             return _read_item(path, name, items[name])
     if len(items) < 2:
@@ -128,7 +128,7 @@ def _has_handler(path: Path, name: str | None, handler: str, error: Exception) -
 def naming_items(path: Path, error: CheckpointMismatchError) -> CheckpointMismatchError:
     """Add the items' names to an error, if plain Orbax's checkpoint has several."""
     items = {} if is_checkpoint(path) else items_of(path)
-    if len(items) < 2 or items.keys() & set(_DEFAULT_ITEMS):
+    if len(items) < 2 or items.keys() & set(DEFAULT_ITEMS):
         return error
     advice = (
         f"It has the items {', '.join(items)}: pass a `like` with these keys, or load "

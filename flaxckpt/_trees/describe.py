@@ -16,6 +16,7 @@ from flaxckpt._trees.leaf import SCALARS, Leaf, is_of_keys
 from flaxckpt._trees.names import is_in_pointer, spelled
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import is_possible
+from flaxckpt._trees.stateful import KIND, StateError, is_stateful, state_of
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import Flat, PyTree, flatten
 from flaxckpt.errors import UnsupportedLeafError
@@ -149,6 +150,8 @@ def normal(
     elif isinstance(value, bytes):
         leaf = Leaf(path, "bytes", "uint8", (len(value),))
         return leaf, np.frombuffer(value, np.uint8)
+    elif is_stateful(value):
+        return _state(path, value, is_traced=is_traced)
     elif isinstance(value, str):
         return _text(path, str(value))
     else:
@@ -171,6 +174,20 @@ def normal(
 @functools.lru_cache(maxsize=2**16)
 def _stored_as(leaf: Leaf, keys: tuple[str, ...]) -> Leaf:
     return replace(leaf, stored=keys)
+
+
+def _state(path: tuple[str, ...], value: Any, *, is_traced: bool) -> tuple[Leaf, Any]:
+    """Store the state of an object, as it is now."""
+    if is_traced:
+        raise RefusedError(
+            f"the state of a {type(value).__qualname__}, which a program that runs "
+            "cannot read; save it outside of jit"
+        )
+    try:
+        state = state_of(value)
+    except StateError as error:
+        raise RefusedError(f"a {type(value).__qualname__}, {error}") from error
+    return Leaf(path, KIND, "uint8", state.shape), state
 
 
 def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:

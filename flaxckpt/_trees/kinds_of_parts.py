@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._trees.leaf import is_of_keys
+from flaxckpt._trees.stateful import is_stateful
 from flaxckpt._trees.ties import PyTree, leaves_of, role_of
 
 Weights: TypeAlias = Callable[[PyTree], PyTree]
@@ -140,7 +141,7 @@ def is_beside(node: PyTree) -> bool:
     kind = type(node)
     if isinstance(node, jax.Array):
         return is_of_keys(node.dtype)
-    if is_from(kind, "flaxckpt") or is_from(kind, "clu"):
+    if is_from(kind, "flaxckpt") or is_from(kind, "clu") or is_stateful(node):
         return True
     if is_from(kind, "optax"):
         return kind.__name__ != "LookaheadParams"

@@ -31,7 +31,8 @@ class Leaf:
     Attributes:
         path: Names from the root to the leaf.
         kind: `jax`, `key` (a typed PRNG key array), `numpy`, `numpy_scalar`, `bool`,
-            `int`, `float`, `complex`, `str`, `bytes`. An `int` that int64 does not hold
+            `int`, `float`, `complex`, `str`, `bytes`, `state` (of an object; see
+            `stateful`). An `int` that int64 does not hold
             and a `str` that UTF-8 does not encode have a dtype. Leaves of two more
             kinds are not stored: `function`, and `static`, which is a leaf of an
             Equinox module that is no array, number or text.
@@ -84,7 +85,7 @@ class Leaf:
     @property
     def is_bytes(self) -> bool:
         """Whether it is stored as bytes, as many as its value takes."""
-        return self.kind in ("str", "bytes") or (
+        return self.kind in ("str", "bytes", "state") or (
             self.kind == "int" and self.shape != ()
         )
 

@@ -3,7 +3,7 @@
 It compares the leaves by path, before any value is read, and reports all differences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -41,9 +41,29 @@ class Twin:
     index: int
 
 
+@dataclass(frozen=True)
+class Match:
+    """What becomes of the leaves of a stored tree and of a wanted one.
+
+    Attributes:
+        plan: For each wanted leaf in order, the index of its stored leaf in the layout,
+            and what to restore it as. The index is None for a leaf that comes from
+            `like`. A leaf that is stored once and wanted in several places has its
+            index in each.
+        twins: The stored leaves whose values must still be compared.
+        kept: The wanted values that stay as `like` has them.
+        unused: The indices of stored values that nothing asks for.
+    """
+
+    plan: list[tuple[int | None, Wanted]]
+    twins: list[Twin]
+    kept: list[LeafDifference]
+    unused: list[int]
+
+
 def match(
-    path: str, layout: Layout, like: PyTree, *, cast: bool
-) -> tuple[list[tuple[int | None, Wanted]], list[Twin]]:
+    path: str, layout: Layout, like: PyTree, *, cast: bool, partial: bool = False
+) -> Match:
     """Compare a stored tree with the wanted one.
 
     Args:
@@ -52,73 +72,113 @@ def match(
         like: A tree of arrays, `jax.ShapeDtypeStruct`s, shardings or scalars; None for
             the stored tree as it is.
         cast: Whether differences between numeric dtypes are allowed.
-
-    Returns:
-        Two lists. The first has, for each wanted leaf in order, the index of its stored
-        leaf in `layout` and what to restore it as. The index is None for a leaf that is
-        not a value and comes from `like`. A leaf that is stored once and wanted in
-        several places has its index in each. The second list has the stored leaves
-        whose values must still be compared.
+        partial: Whether a value stays as `like` has it if none is stored for it, or one
+            of another shape or kind; and whether stored values may be left unused.
 
     Raises:
-        CheckpointMismatchError: If the two differ; it lists every such leaf.
+        CheckpointMismatchError: If the two differ; it lists every such leaf. Also if
+            `partial` finds nothing stored for `like`.
         UnsupportedLeafError: If `like` has no value where one is stored, or a leaf that
             cannot be restored.
     """
-    unused = dict.fromkeys(range(len(layout.leaves)))
-    plan: list[tuple[int | None, Wanted]] = []
-    twins: list[Twin] = []
-    differences: list[LeafDifference] = []
-    refused: list[tuple[str, str]] = []
-    would_cast = not cast  # and it would be enough
     if like is None:
         wanted = [as_stored(leaf, cast=cast) for leaf in layout.leaves]
         places: list[list[int]] = [[index] for index in range(len(wanted))]
     else:
         wanted = wanted_leaves(like)
         places = _places(layout, [want.leaf.path for want in wanted], like)
+    matching = _Matching(layout.leaves, cast=cast, partial=partial)
     for want, indices in zip(wanted, places, strict=True):
-        index = indices[0] if indices else None
-        have = None if index is None else layout.leaves[index]
-        for stored in indices:
-            unused.pop(stored, None)
-        want = want.resolved(have, cast=cast)
-        if want.leaf.is_from_like:
-            if have is not None and not have.is_from_like:
-                problem = f"a {want.leaf}, and the checkpoint has {have}"
-                refused.append((want.leaf.name, problem))
-            plan.append((None, want))
-            continue
-        if have is not None and have.is_from_like and want.is_struct:
-            plan.append((None, want))
-            continue
-        problem = _difference(have, want, cast=cast)
-        if problem is not None:
-            stored_as = "nothing" if have is None else str(have)
-            differences.append(LeafDifference(want.leaf.name, stored_as, problem))
-            would_cast = would_cast and _difference(have, want, cast=True) is None
-        for other in indices[1:]:
-            twin = layout.leaves[other]
-            if have is not None and (twin.kind, str(twin)) != (have.kind, str(have)):
-                differences.append(difference_of_twins(have, twin))
-                would_cast = False
-            elif have is not None and not (have.digest and have.digest == twin.digest):
-                twins.append(Twin(len(plan), other))
-        plan.append((index, want))
-    if refused:
-        raise UnsupportedLeafError(tuple(refused), "restored")
-    for index in unused:
-        leaf = layout.leaves[index]
-        if not leaf.is_from_like:
+        matching.add(want, indices)
+    found, differences = matching.found, matching.differences
+    if matching.refused:
+        raise UnsupportedLeafError(tuple(matching.refused), "restored")
+    found.unused.extend(
+        index
+        for index, leaf in enumerate(layout.leaves)
+        if not (index in matching.used or leaf.is_from_like)
+    )
+    if not partial:
+        for leaf in map(layout.leaves.__getitem__, found.unused):
             differences.append(LeafDifference(leaf.name, str(leaf), "nothing"))
-            would_cast = False
+    elif found.kept and all(index is None for index, _ in found.plan):
+        differences += found.kept
     if differences:
+        advice = _prefix_advice(layout, wanted) if like is not None else ""
         raise CheckpointMismatchError(
             path,
             differences,
-            _advice(differences, would_cast=would_cast, has_like=like is not None),
+            advice
+            or _advice(
+                differences,
+                would_cast=matching.would_cast,
+                has_like=like is not None,
+                partial=partial,
+            ),
         )
-    return plan, twins
+    return found
+
+
+class _Matching:
+    """A match in the making."""
+
+    def __init__(self, stored: Sequence[Leaf], *, cast: bool, partial: bool) -> None:
+        self._stored, self._cast, self._partial = stored, cast, partial
+        self.found = Match([], [], [], [])
+        self.used: set[int] = set()
+        self.differences: list[LeafDifference] = []
+        self.refused: list[tuple[str, str]] = []
+        self._castable = 0  # so many of the differences would be none if cast
+
+    @property
+    def would_cast(self) -> bool:
+        """Whether `cast` is not given and would be enough."""
+        return not self._cast and self._castable == len(self.differences)
+
+    def add(self, want: Wanted, indices: Sequence[int]) -> None:
+        """Add a wanted leaf, for which there are these stored ones, lowest first."""
+        have = self._stored[indices[0]] if indices else None
+        want = want.resolved(have, cast=self._cast)
+        if want.leaf.is_from_like:
+            if have is not None and not (have.is_from_like or self._partial):
+                problem = f"a {want.leaf}, and the checkpoint has {have}"
+                self.refused.append((want.leaf.name, problem))
+            self.found.plan.append((None, want))
+            self.used.update([] if self._partial else indices)
+        elif have is not None and have.is_from_like and want.is_struct:
+            self.found.plan.append((None, want))
+        elif self._is_kept(have, want):
+            self.found.plan.append((None, want))
+        else:
+            self.used.update(indices)
+            self._compare_twins(have, indices[1:])
+            self.found.plan.append((indices[0] if indices else None, want))
+
+    def _is_kept(self, have: Leaf | None, want: Wanted) -> bool:
+        """Tell whether a value stays as `like` has it; note how the two differ."""
+        problem = _difference(have, want, cast=self._cast)
+        if problem is None:
+            return False
+        difference = LeafDifference(
+            want.leaf.name, "nothing" if have is None else str(have), problem
+        )
+        is_castable = _difference(have, want, cast=True) is None
+        is_for_user = is_castable or want.is_struct or problem.endswith(_NOT_DIVIDED)
+        if self._partial and not is_for_user:
+            self.found.kept.append(difference)
+            return True
+        self.differences.append(difference)
+        self._castable += is_castable
+        return False
+
+    def _compare_twins(self, have: Leaf | None, others: Sequence[int]) -> None:
+        for other in others:
+            twin = self._stored[other]
+            assert have is not None
+            if (twin.kind, str(twin)) != (have.kind, str(have)):
+                self.differences.append(difference_of_twins(have, twin))
+            elif not (have.digest and have.digest == twin.digest):
+                self.found.twins.append(Twin(len(self.found.plan), other))
 
 
 def difference_of_twins(have: Leaf, twin: Leaf) -> LeafDifference:
@@ -226,8 +286,56 @@ def _is_of_kind(dtype: str, kind: str) -> bool:
     return kind in families and jnp.issubdtype(jnp.dtype(dtype), families[kind])
 
 
+def _prefix_advice(layout: Layout, wanted: Sequence[Wanted]) -> str:
+    """Say if all leaves are there, and one of the two trees is below some names."""
+
+    def paths(leaves: Iterable[Leaf]) -> set[tuple[str, ...]]:
+        return {
+            leaf.path[: -1 if leaf.path[-1:] == (VALUE,) else None]
+            for leaf in leaves
+            if not leaf.is_from_like
+        }
+
+    stored, asked = paths(layout.leaves), paths(want.leaf for want in wanted)
+    if above := _prefix_between(asked, stored):
+        name = "/".join(above)
+        if len(asked) < len(stored):
+            return (
+                f"The leaves of `like` are stored below {name!r}: pass select={name!r}."
+            )
+        keys = "".join(f"{{{key!r}: " for key in above) + "like" + "}" * len(above)
+        return f"The leaves of `like` are stored below {name!r}: pass like={keys}."
+    if above := _prefix_between(stored, asked):
+        name, keys = "/".join(above), "".join(f"[{key!r}]" for key in above)
+        return (
+            f"What is stored is in `like` below {name!r}: pass like{keys}, or "
+            f"rename={{'': {name!r}}}."
+        )
+    return ""
+
+
+def _prefix_between(
+    short: set[tuple[str, ...]], long: set[tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Return the fewest names that make each short path a long one; () if none do."""
+    if not short:
+        return ()
+    first = next(iter(short))
+    prefixes = [path[: len(path) - len(first)] for path in long]
+    fitting = [
+        prefix
+        for prefix in prefixes
+        if prefix and all((*prefix, *path) in long for path in short)
+    ]
+    return min(fitting, key=lambda prefix: (len(prefix), prefix), default=())
+
+
 def _advice(
-    differences: Sequence[LeafDifference], *, would_cast: bool, has_like: bool
+    differences: Sequence[LeafDifference],
+    *,
+    would_cast: bool,
+    has_like: bool,
+    partial: bool,
 ) -> str:
     if any(each.wanted.endswith(_NEEDS_X64) for each in differences):
         cast_how = "a `like` of 32 bits and cast=True" if has_like else "cast=True"
@@ -242,7 +350,13 @@ def _advice(
         if would_cast:
             return "Pass a `like` of the stored dtypes, or cast=True to convert."
         return "Pass a `like` of the stored shapes and dtypes; nothing is reshaped."
+    if partial:
+        return (
+            "Nothing that is stored is wanted, or `like` has no value that can stay "
+            "where nothing is stored. flaxckpt.describe(path) shows what is stored; "
+            "rename= says which names became which."
+        )
     return (
         "Pass a `like` with exactly the stored leaves, or none to get them as plain "
-        "containers; flaxckpt.load_weights loads the weights alone."
+        "containers, or partial=True to load what both have."
     )

@@ -18,6 +18,7 @@ from flaxckpt._trees.skeleton import (
     key_of,
     node_at,
 )
+from flaxckpt._trees.stateful import KIND, is_stateful
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import (
     Position,
@@ -173,6 +174,8 @@ def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
             value.sharding if value.committed else None,
             is_weak=getattr(value, "weak_type", False),  # keys have none
         )
+    if is_stateful(value):
+        return Wanted(Leaf(path, KIND))
     leaf, _ = normal(path, value, lambda dtype: True)
     is_own = leaf.kind in (*PYTHON, "str") and type(value) not in (*SCALARS, str)
     return Wanted(leaf, type=type(value) if is_own else None)

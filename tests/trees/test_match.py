@@ -36,7 +36,9 @@ def layout_of(tree):
 
 def matched(tree, like, *, cast=False):
     layout = tree if isinstance(tree, Layout) else layout_of(tree)
-    return match("run/1", layout, like, cast=cast)
+    found = match("run/1", layout, like, cast=cast)
+    assert (found.kept, found.unused) == ([], [])
+    return found.plan, found.twins
 
 
 def indices(tree, like):
