@@ -237,7 +237,7 @@ def test_a_mismatch_lists_every_leaf(tmp_path):
         "  g: checkpoint has nothing, wanted int\n"
         "  e/0: checkpoint has float32[1], wanted nothing\n"
         "Pass a `like` with exactly the stored leaves, or none to get them as plain "
-        "containers; flaxckpt.load_weights loads the weights alone."
+        "containers, or partial=True to load what both have."
     )
     assert caught.value.differences[1] == ("b/c", "int32[]", "float32[]")
 

@@ -95,6 +95,39 @@ def save_integers(directory):
     say(ckpt.restore(like).tree["own"] == own, ckpt.counts.direct)
 
 
+def train_on_grain(directory, stop):
+    """Train with a Grain iterator of each process; say which examples it has seen."""
+    import grain
+
+    index, mesh = jax.process_index(), mesh_of_all()
+    data = grain.MapDataset.range(20)[index :: jax.process_count()]
+    batches = iter(data.shuffle(seed=5).repeat().batch(3).to_iter_dataset())
+    seen = []
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{step}}",
+        save_freq=1,
+        per_process=lambda path, leaf: path == ("data",),
+    ) as ckpt:
+        tree = {"w": sharded(mesh), "data": batches}
+        tree, state, start = ckpt.resume(tree)
+        for step in range(start, int(stop)):
+            seen.append(next(batches).tolist())
+            state = ckpt.update(state, tree, {}, step=step)
+    say(int(start), seen, tree["data"] is batches)
+
+
+def share_a_state(directory):
+    """Save iterators whose states differ, as if all processes had one."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    generator = np.random.default_rng(index)
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20)
+    ckpt.save({"w": sharded(mesh), "draws": generator}, 0)
+    try:
+        ckpt.wait()
+    except flaxckpt.CheckpointError as error:
+        say(str(error))
+
+
 def choose_all(directory):
     """Choose all leaves as each process's own, an array of all processes, too."""
     index, mesh = jax.process_index(), mesh_of_all()

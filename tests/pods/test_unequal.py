@@ -38,6 +38,26 @@ def test_own_integers_may_be_of_any_size(tmp_path):
     assert run(tmp_path, "save_integers") == [[[True, 1]]] * 2
 
 
+def test_each_process_s_data_go_on_in_mid_epoch(tmp_path):
+    """No example is lost or repeated, in either process."""
+    (tmp_path / "parts").mkdir()
+    whole = run(tmp_path, "train_on_grain", 11)
+    parts = [run(tmp_path / "parts", "train_on_grain", stop) for stop in (5, 11)]
+    for index in range(2):
+        ((start, seen, _),) = whole[index]
+        ((_, early, _),), ((resumed, late, is_same),) = (each[index] for each in parts)
+        assert (start, resumed, is_same) == (0, 5, True)
+        assert early + late == seen
+        epoch = sum(seen, [])[:10]  # 10 of 20 examples are this process's
+        assert sorted(epoch) == list(range(index, 20, 2))
+
+
+def test_states_that_differ_are_no_one_state(tmp_path):
+    for (text,) in run(tmp_path, "share_a_state"):
+        assert "draws" in text
+        assert "per_process=" in text
+
+
 def test_an_array_of_all_is_no_process_s_own(tmp_path):
     assert run(tmp_path, "choose_all") == [[0], [1]]
 
