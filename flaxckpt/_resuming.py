@@ -75,7 +75,7 @@ def iterators_in(data: Any) -> list[Any]:
     for each in iterators:
         if not hasattr(each, "__next__"):
             advice = "it is no iterator over batches. Pass iter(...) of it."
-            raise SettingError("data", each, advice)
+            raise SettingError("data", f"<{type(each).__name__}>", advice)
     return iterators
 
 
@@ -99,7 +99,9 @@ def skip_ahead(iterators: Sequence[Any], start: Start, leaves: Sequence[Any]) ->
                 next(each)
             except StopIteration:
                 advice = f"it ended after {done} batches, and the run has seen {number}"
-                raise SettingError("data", each, f"{advice}.") from None
+                raise SettingError(
+                    "data", f"<{type(each).__name__}>", f"{advice}."
+                ) from None
 
 
 def put_into(given: PyTree, found: PyTree) -> PyTree:

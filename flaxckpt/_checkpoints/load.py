@@ -241,11 +241,15 @@ def _state_within(into: Any, like: PyTree) -> PyTree:
         SettingError: If it is none, or there is a `like` beside it.
     """
     if like is not None:
-        raise SettingError("into", into, "pass either `like` or `into`.")
+        raise SettingError("into", _shown(into), "pass either `like` or `into`.")
     if role_of(into) != MODULE:
         advice = "it is no Flax NNX module. Pass like=, and take what is returned."
-        raise SettingError("into", f"<{type(into).__name__}>", advice)
+        raise SettingError("into", _shown(into), advice)
     return default_weights(into)
+
+
+def _shown(value: Any) -> str:
+    return f"<{type(value).__name__}>"
 
 
 def _check_weights(

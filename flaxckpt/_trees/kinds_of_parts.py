@@ -141,8 +141,10 @@ def is_beside(node: PyTree) -> bool:
     kind = type(node)
     if isinstance(node, jax.Array):
         return is_of_keys(node.dtype)
-    if is_from(kind, "flaxckpt") or is_from(kind, "clu") or is_stateful(node):
+    if is_from(kind, "flaxckpt") or is_from(kind, "clu"):
         return True
+    if is_stateful(node):  # a data iterator, say; a model is no leaf
+        return jax.tree_util.all_leaves([node])
     if is_from(kind, "optax"):
         return kind.__name__ != "LookaheadParams"
     return is_sequence(node) and len(node) > 0 and all(map(is_beside, node))

@@ -1,6 +1,7 @@
 """Objects with a state are leaves: saved as they are at the call, put back in place."""
 
 import collections
+import dataclasses
 import json
 
 import grain
@@ -118,6 +119,28 @@ def test_they_are_no_weights(tmp_path):
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         ckpt.save({"params": {"w": jnp.ones(2)}, "thing": Counter(4)}, epoch=0)
     assert set(flaxckpt.load_weights(tmp_path / "x")) == {"params"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Weights:
+    """A model that has a state_dict, as users of PyTorch may write it."""
+
+    w: jax.Array
+
+    def state_dict(self):
+        return {"w": self.w}
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+
+def test_a_node_of_a_tree_is_no_such_object(tmp_path):
+    tree = {"model": Weights(jnp.ones(2)), "opt_state": {"mu": jnp.ones(2)}}
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        ckpt.save(tree, epoch=0)
+    assert flaxckpt.load_weights(tmp_path / "x")["model"]["w"].tolist() == [1, 1]
+    assert flaxckpt.load(tmp_path / "x", tree)["model"].w.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
