@@ -20,17 +20,39 @@ Skeleton: TypeAlias = Any
 
 def found_at(root: Skeleton, path: Sequence[str]) -> tuple[Skeleton, Position] | None:
     """Return the node at a path, and its place; None if the path does not exist."""
-    node, place = root, ()
-    for name in path:
-        names = [str(key) for key, _ in children_in(node)]
-        if name not in names:
-            return None
-        place = (*place, names.index(name))
-        node = children_in(node)[place[-1]][1]
-        if isinstance(node, dict) and "same" in node:
-            place = tuple(node["same"])
-            node = node_at(root, place)
-    return node, place
+    return Finder(root).at(path)
+
+
+class Finder:
+    """Finds the nodes of a skeleton by their paths."""
+
+    def __init__(self, root: Skeleton) -> None:
+        """Find in this skeleton, which must not change."""
+        self._root = root
+        self._children: dict[int, dict[str, tuple[int, Skeleton]]] = {}
+
+    def at(self, path: Sequence[str]) -> tuple[Skeleton, Position] | None:
+        """Return the node at a path, and its place; None if the path does not exist."""
+        node, place = self._root, ()
+        for name in path:
+            below = self._below(node).get(name)
+            if below is None:
+                return None
+            place, node = (*place, below[0]), below[1]
+            if isinstance(node, dict) and "same" in node:
+                place = tuple(node["same"])
+                node = node_at(self._root, place)
+        return node, place
+
+    def _below(self, node: Skeleton) -> dict[str, tuple[int, Skeleton]]:
+        """Return a node's children by their names, each with its position."""
+        if not isinstance(node, dict):
+            return {}
+        if id(node) not in self._children:
+            pairs = reversed(list(enumerate(children_in(node))))  # the first one counts
+            below = {str(key): (at, child) for at, (key, child) in pairs}
+            self._children[id(node)] = below
+        return self._children[id(node)]
 
 
 def key_of(entry: Any) -> str | int:

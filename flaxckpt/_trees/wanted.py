@@ -12,9 +12,9 @@ from flaxckpt._trees.layout import Filling, Layout
 from flaxckpt._trees.leaf import ARRAYS, PLACED, PYTHON, SCALARS, STORED, Leaf
 from flaxckpt._trees.placing import AsStored, is_placement, placed
 from flaxckpt._trees.skeleton import (
+    Finder,
     Skeleton,
     children_in,
-    found_at,
     key_of,
     node_at,
 )
@@ -85,9 +85,11 @@ def completed(like: PyTree, layout: Layout) -> PyTree:
     if not any(map(is_placement, flat.leaves)):
         return like
 
+    finder = Finder(layout.skeleton)
+
     def spread_one(leaf: Any, path: tuple[str, ...]) -> Any:
         is_whole = is_placement(leaf) and not isinstance(leaf, AsStored)
-        subtree = found_at(layout.skeleton, path) if is_whole else None
+        subtree = finder.at(path) if is_whole else None
         if subtree is None or isinstance(subtree[0], int):
             return leaf
         return Filling(layout.skeleton, [leaf] * len(layout.leaves)).plain(*subtree)
