@@ -44,6 +44,7 @@ LAYERS = [
     "_updating",
     "_model_checkpoint",
     "__init__",
+    "integrations",
     "_cli",
 ]
 

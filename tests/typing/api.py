@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import flaxckpt
+from flaxckpt.integrations import keras as of_keras
 
 
 def train(params: dict[str, jax.Array]) -> None:
@@ -36,6 +37,14 @@ def train(params: dict[str, jax.Array]) -> None:
 def decide(state: flaxckpt.CheckpointState, loss: jax.Array) -> jax.typing.ArrayLike:
     state, save = flaxckpt.step(state, {"val_loss": loss}, 0, batch=None)
     return save
+
+
+def fit_keras(path: Path) -> None:
+    saver = of_keras.ModelCheckpoint(path / "{epoch}", "loss", max_to_keep=2)
+    infos: tuple[flaxckpt.CheckpointInfo, ...] = saver.checkpoints
+    for info in (*infos, saver.best, saver.latest):
+        if info is not None:
+            print(info.epoch)
 
 
 def fails() -> None:
