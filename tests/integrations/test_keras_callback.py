@@ -518,9 +518,11 @@ def test_a_resumed_run_saves_at_the_same_batches(tmp_path, singles):
         )
 
     fit(singles.anew(), saver("whole"))
+    first = saver("parts")
     with pytest.raises(Interrupted):
-        fit(singles.anew(), saver("parts"), Interrupt(2, 4))
-    fit(singles.anew(), saver("parts"))
+        fit(singles.anew(), first, Interrupt(2, 4))
+    first.ckpt.close()
+    assert fit(singles.anew(), saver("parts")).epoch == [2, 3]
     whole, parts = (flaxckpt.list_checkpoints(tmp_path / x) for x in ("whole", "parts"))
     assert [info.path.name for info in whole] == [info.path.name for info in parts]
     assert len(whole) == 4
@@ -769,8 +771,10 @@ def test_the_batches_that_were_seen_pass_before_the_others(tmp_path, singles):
     saver = ModelCheckpoint(tmp_path / "{epoch}-{batch}", save_freq=3, resume=True)
     with pytest.raises(Interrupted):
         fit(singles.anew(), saver, Interrupt(0, 3))
-    loss = saver.ckpt.wait() or saver.latest.logs["loss"]
+    saver.ckpt.wait()
+    loss, own = saver.latest.logs["loss"], singles.model.train_function
     fit(singles.anew(), saver, Look(), epochs=1)
+    assert singles.model.train_function is own
     assert [batch for batch, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert [found for _, found in seen[:3]] == [pytest.approx(loss)] * 3
     assert seen[3][1] != seen[2][1]
@@ -780,10 +784,12 @@ def test_an_interrupt_while_batches_pass_leaves_the_model_as_it_was(tmp_path, si
     saver = ModelCheckpoint(tmp_path / "{epoch}-{batch}", save_freq=4, resume=True)
     with pytest.raises(Interrupted):
         fit(singles.anew(), saver, Interrupt(0, 4))
+    own = singles.model.train_function
     with pytest.raises(Interrupted):
         fit(singles.anew(), saver, Interrupt(0, 1))
     fit(singles.anew(), epochs=1)
     assert calls_of(singles.model) == 6
+    assert singles.model.train_function is own
 
 
 def test_a_learning_rate_is_that_of_the_run(tmp_path, model, singles):
