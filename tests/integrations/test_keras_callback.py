@@ -544,6 +544,26 @@ def test_an_execution_that_was_seen_in_part(tmp_path, singles, pairs):
     assert same(state_of(pairs.model), state_of(singles.model))
 
 
+def test_batches_that_are_fetched_one_ahead(tmp_path, singles, monkeypatch):
+    """As Keras does where the device is no CPU."""
+    from keras.src.backend.jax.trainer import JAXEpochIterator
+
+    def one_ahead(self):
+        return self._one_batch_ahead_iterator(self.data_adapter.get_jax_iterator())
+
+    monkeypatch.setattr(JAXEpochIterator, "_get_iterator", one_ahead)
+    found, ends, _ = resumed(
+        singles,
+        tmp_path,
+        "{epoch}-{batch}",
+        Interrupt(2, 4),
+        shuffle="batch",
+        save_freq=4,
+    )
+    assert (found.epoch, found.batch) == (2, 3)
+    assert same(*ends)
+
+
 def test_a_dataset_of_keras_in_the_order_of_pythons_generator(tmp_path, singles):
     class Batches(keras.utils.PyDataset):
         def __len__(self):
