@@ -3,7 +3,8 @@
 `CheckpointState` and `step` are the decision: they are pure, and need only JAX.
 `Snapshot` keeps the best trees in a program, and `scan_in_chunks` runs a scan in parts.
 `ModelCheckpoint` saves and restores through Orbax, which is imported when
-`ModelCheckpoint`, `Restored`, `load`, `load_weights` or `verify` is first looked up.
+`ModelCheckpoint`, `Restored`, `load`, `load_weights`, `export` or `verify` is first
+looked up.
 """
 
 import importlib
@@ -33,6 +34,7 @@ from flaxckpt.errors import (
 
 if TYPE_CHECKING:
     from flaxckpt._checkpoints.described import Description, LeafInfo, describe
+    from flaxckpt._checkpoints.export import export
     from flaxckpt._checkpoints.load import load, load_weights, verify
     from flaxckpt._model_checkpoint import ModelCheckpoint
     from flaxckpt._restoring import Restored
@@ -70,6 +72,7 @@ __all__ = [
     "default_weights",
     "describe",
     "errors",
+    "export",
     "list_checkpoints",
     "load",
     "load_weights",
@@ -87,6 +90,7 @@ _LAZY = {
     "SaveCounts": "flaxckpt._saving.report",
     "Start": "flaxckpt._resuming",
     "default_weights": "flaxckpt._trees.weights",
+    "export": "flaxckpt._checkpoints.export",
     "load": "flaxckpt._checkpoints.load",
     "load_weights": "flaxckpt._checkpoints.load",
     "verify": "flaxckpt._checkpoints.load",

@@ -106,7 +106,7 @@ class UnsupportedLeafError(CheckpointError, TypeError):
 
     Attributes:
         leaves: Pairs of a leaf's path and what is wrong with it.
-        action: What cannot be done: `saved` or `restored`.
+        action: What cannot be done: `saved`, `restored` or `exported`.
     """
 
     def __init__(
@@ -121,6 +121,11 @@ class UnsupportedLeafError(CheckpointError, TypeError):
             "A leaf must be a JAX or numpy array of numbers, booleans or PRNG keys, a "
             "Python number, str, bytes or a function. Leave the others out of `tree`."
         )
+        if self.action == "exported":
+            advice = (
+                "Export to a file that holds them (.safetensors holds bfloat16 and "
+                "float8, and .msgpack numbers and text), or export the weights alone."
+            )
         if self.action == "restored":
             advice = (
                 "A leaf of `like` must be an array, a number, text, a function, a "

@@ -20,6 +20,9 @@ HEAVY = (
     "grain",
     "equinox",
     "sklearn",
+    "safetensors",
+    "h5py",
+    "msgpack",
 )
 
 # Each folder, or file beside them, imports only from those above it in this list.
@@ -34,6 +37,7 @@ LAYERS = [
     "_copies",
     "_direct",
     "_orbax",
+    "_files",
     "_checkpoints",
     "_settings",
     "_saving",

@@ -40,7 +40,8 @@ def test_every_public_name_is_described(name):
 
 
 @pytest.mark.parametrize("name", ["ModelCheckpoint.update", "ModelCheckpoint.restore",
-                                  "step", "load", "load_weights", "list_checkpoints",
+                                  "step", "load", "load_weights", "export",
+                                  "list_checkpoints",
                                   "CheckpointState.create", "Snapshot.like",
                                   "Snapshot.take", "Snapshot.entries",
                                   "ModelCheckpoint.save_snapshot"])  # fmt: skip

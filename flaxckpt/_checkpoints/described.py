@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.record import versions_in
+from flaxckpt._files import formats
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.described import foreign_leaves, shardings_in
 from flaxckpt._trees.leaf import Leaf
@@ -27,14 +28,14 @@ class LeafInfo:
         name: Its path, with slashes, such as `params/dense/kernel`.
         kind: `jax`, `numpy`, `numpy_scalar`, `key` (typed PRNG keys), `bool`, `int`,
             `float`, `complex`, `str`, `bytes`, or `state` (of an object). A `function`
-            and a `static` leaf of Equinox are not stored. `array` if plain Orbax wrote
-            it.
+            and a `static` leaf of Equinox are not stored. An array of plain Orbax's is
+            of kind `array`.
         dtype: Name of the dtype; empty for a Python value.
         shape: The shape.
         nbytes: Bytes in memory.
         sharding: How the saved array was sharded, as a text such as
             `P('data', None) on data=8`; empty if that is not known.
-        is_weight: Whether it is one of the weights; None if plain Orbax wrote it.
+        is_weight: Whether it is one of the weights; None if flaxckpt did not write it.
     """
 
     name: str
@@ -57,8 +58,8 @@ class Description:
     Attributes:
         path: The checkpoint's path or URL.
         leaves: Its leaves, in the order of the saved tree.
-        info: Its record, with the logs; None if plain Orbax wrote it.
-        versions: Versions of the packages that wrote it; empty if plain Orbax did.
+        info: Its record, with the logs; None if flaxckpt did not write it.
+        versions: Versions of the packages that wrote it; empty without a record.
     """
 
     path: Path
@@ -100,7 +101,8 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
     Args:
         path: The checkpoint's directory, or a `gs://` or `s3://` URL, written by
-            flaxckpt or plain Orbax. A `CheckpointInfo` stands for that very checkpoint.
+            flaxckpt or plain Orbax, or a file of another library that `load` reads. A
+            `CheckpointInfo` stands for that very checkpoint.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint at `path`.
@@ -124,7 +126,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         shown = place.path if info is None else info.path
         if layout is None:
             place.complete()
-            return Description(shown, _foreign(place.path), None, {})
+            return Description(shown, tuple(_foreign(place.path)), None, {})
         shardings, picked = shardings_in(place), set(indices_in(weights))
         leaves = tuple(
             _leaf_info(leaf, shardings.get(leaf.stored_name, ""), index in picked)
@@ -142,25 +144,26 @@ def _moment(info: CheckpointInfo) -> str:
     return f"epoch {info.epoch}{batch}"
 
 
-def _leaf_info(leaf: Leaf, sharding: str, is_weight: bool) -> LeafInfo:
+def _leaf_info(leaf: Leaf, sharding: str, is_weight: bool | None) -> LeafInfo:
     return LeafInfo(
         leaf.name, leaf.kind, leaf.dtype, leaf.shape, leaf.nbytes, sharding, is_weight
     )
 
 
-def _foreign(path: Path) -> tuple[LeafInfo, ...]:
-    """Describe the leaves of what plain Orbax wrote."""
-    leaves: list[LeafInfo] = []
+def _foreign(path: Path) -> Iterator[LeafInfo]:
+    """Describe the leaves of what plain Orbax or another library wrote."""
+    if path.is_file():
+        for leaf in formats.read(path, None).layout.leaves:
+            yield _leaf_info(leaf, "", None)
+        return
     for name, leaf, sharding in foreign_leaves(path):
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape)
             nbytes = dtype.itemsize * math.prod(shape)
-            found = LeafInfo(name, "array", str(dtype), shape, nbytes, sharding, None)
+            yield LeafInfo(name, "array", str(dtype), shape, nbytes, sharding, None)
         else:
             plain = Leaf(tuple(name.split("/")), type(leaf).__name__)
-            found = LeafInfo(name, plain.kind, "", (), plain.nbytes, "", None)
-        leaves.append(found)
-    return tuple(leaves)
+            yield _leaf_info(plain, "", None)
 
 
 def _size(nbytes: float) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ def load(
     rename: Rename | None = None,
     with_info: bool = False,
 ) -> Any:
-    """Load the tree of a checkpoint that flaxckpt or plain Orbax wrote.
+    """Load the tree of a checkpoint that flaxckpt or plain Orbax wrote, or of a file.
 
+    The file may be one of safetensors, numpy's `.npz`, Flax's msgpack, or Keras's
+    weights. The names in it, split at `.` or `/`, are the keys of nested dicts.
     A checkpoint of plain Orbax may have several items, none of which has a default name
     (`state`, `pytree` or `default`). Then the tree is a dict of all items by their
     names, and `path/name` loads one item.
@@ -58,7 +61,7 @@ def load(
     If there are several processes, each must call this.
 
     Args:
-        path: The checkpoint's directory, or a `gs://` or `s3://` URL. A
+        path: The checkpoint's directory, a `gs://` or `s3://` URL, or a file. A
             `CheckpointInfo` loads only the very checkpoint that it describes.
         like: A tree of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s. Each
             leaf is restored with the dtype, shape and kind of value of the leaf in
@@ -74,8 +77,8 @@ def load(
             take.
         cast: Convert arrays if only their dtype differs from the wanted dtype, rather
             than raise.
-        verify: Check each leaf against the digest of what was saved. Plain Orbax
-            records no digests.
+        verify: Check each leaf against the digest of what was saved. Only flaxckpt
+            records digests.
         partial: Load what the checkpoint and `like` both have. A value of `like` stays
             as it is if nothing is stored for it, or a value of another shape or kind.
             What is stored and not wanted is passed over, and not read. A warning of one
@@ -211,8 +214,7 @@ def load_weights(
     def read(where: Place, sums: Sums) -> Loaded:
         info = info_of(path, where.path)
         layout, weights = read_table(where.path)
-        _check_weights(path, layout, weights)
-        part = plain_weights if layout is None else weights
+        part = part_of_weights(path, layout, weights)
 
         def loaded_as(like: PyTree) -> Loaded:
             with _quick(where, layout):
@@ -252,12 +254,21 @@ def _shown(value: Any) -> str:
     return f"<{type(value).__name__}>"
 
 
-def _check_weights(
-    path: str | os.PathLike[str], layout: Layout | None, weights: Skeleton
-) -> None:
-    """Check that a checkpoint holds its weights by themselves, and has some."""
+def part_of_weights(
+    path: object, layout: Layout | None, weights: Skeleton
+) -> Skeleton | Callable[[Layout], Skeleton]:
+    """Return the weights' skeleton, or what finds it in another library's layout.
+
+    Args:
+        path: The checkpoint, for the error.
+        layout: The checkpoint's layout; None if another library wrote it.
+        weights: What its table of leaves says of the weights.
+
+    Raises:
+        CheckpointError: If the checkpoint does not hold its weights.
+    """
     if layout is None:
-        return
+        return plain_weights
     if weights is None:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} does not hold its weights by themselves: "
@@ -269,6 +280,7 @@ def _check_weights(
             f"Checkpoint {str(path)!r} holds no weights: the tree that was saved "
             "had none. Load the whole tree with load."
         )
+    return weights
 
 
 def _quick(place: Place, layout: Layout | None) -> AbstractContextManager[None]:
@@ -306,9 +318,10 @@ def verify(path: str | os.PathLike[str]) -> None:
 def _verify(place: Place) -> None:
     layout, _ = read_table(place.path)
     if layout is None:
+        by = "another library" if place.path.is_file() else "plain Orbax"
         raise CheckpointError(
-            f"Checkpoint {str(place.path)!r} was written by plain Orbax, which records "
-            "no digests: there is nothing to check it by. Load it, to see if it can be "
+            f"Checkpoint {str(place.path)!r} was written by {by}, which records no "
+            "digests: there is nothing to check it by. Load it, to see if it can be "
             "read."
         )
     for indices in batches(layout.leaves):

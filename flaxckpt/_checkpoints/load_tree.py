@@ -10,16 +10,17 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from flaxckpt._checkpoints.foreign import foreign_tree
 from flaxckpt._checkpoints.read import Sums, check_table, read
 from flaxckpt._disk.info import LoadReport
+from flaxckpt._files.foreign_tree import ForeignTree
 from flaxckpt._object_store.source import Place
-from flaxckpt._orbax.engine import storable, with_key
-from flaxckpt._orbax.foreign import naming_items, read_foreign
+from flaxckpt._orbax.engine import with_key
+from flaxckpt._orbax.foreign import naming_items
 from flaxckpt._processes.messages import process_count, process_index
 from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._runtime.frames import outside
 from flaxckpt._trees.convert import convert, put_on_shardings
-from flaxckpt._trees.describe import describe
 from flaxckpt._trees.layout import Layout, OverfullError
 from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.match import Match, Twin, difference_of_twins, match
@@ -65,14 +66,15 @@ def load_tree(
 ) -> tuple[PyTree, LoadReport]:
     """Load a checkpoint's tree, or a part of it; see `load` for `like`.
 
-    The layout is None if plain Orbax wrote the checkpoint. The part is a skeleton, a
-    function that finds it in the layout, or None for the whole tree.
+    The layout is None if another library wrote the checkpoint: `foreign_tree` finds it.
+    The part is a skeleton, a function that finds it in the layout, or None for the
+    whole tree.
     """
     path = place.path
-    values: list[Any] | None = None
+    foreign: ForeignTree | None = None
     if layout is None:
-        foreign = read_foreign(path, like, weights_only=callable(part))
-        layout, values = describe(foreign, storable)
+        foreign = foreign_tree(path, like, weights_only=callable(part))
+        layout = foreign.layout
     if callable(part):
         part = part(layout)
     try:
@@ -89,7 +91,7 @@ def load_tree(
             str(path), view, like, cast=options.cast, partial=options.partial
         )
     except CheckpointMismatchError as error:
-        if values is None:
+        if foreign is None:
             # The difference may come from a wrong table of leaves.
             check_table(place, layout, layout.as_stored.leaves)
         raise naming_items(path, error) from None
@@ -100,10 +102,10 @@ def load_tree(
     asked = [(i if i is None else sources[i], want) for i, want in plan]
     asked += [(sources[twin.index], plan[twin.position][1]) for twin in twins]
     with jax.ensure_compile_time_eval():  # within a trace, the leaves are no tracers
-        if values is None:
-            stored = _read_each(place, layout, asked, sums, check=options.verify)
+        if foreign is None:
+            stored = read_each(place, layout, asked, sums, check=options.verify)
         else:
-            stored = [None if i is None else values[i] for i, _ in asked]
+            stored = [None if i is None else foreign.read(i, want) for i, want in asked]
         leaves = _converted(path, view, plan, stored, given, cast=options.cast)
         _check_twins(path, view, plan, twins, stored)
     if like is not None:
@@ -232,7 +234,7 @@ def _check_twins(
         )
 
 
-def _read_each(
+def read_each(
     place: Place, layout: Layout, asked: Plan, sums: Sums, *, check: bool
 ) -> list[Any]:
     """Read each leaf once for each place, so that each place has an array to donate."""

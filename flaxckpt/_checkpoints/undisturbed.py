@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flaxckpt._disk.files import stamp_of
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.open import NoFileError, read_small
 from flaxckpt._disk.record import (
@@ -15,6 +16,7 @@ from flaxckpt._disk.record import (
     located,
     read_record,
 )
+from flaxckpt._files.formats import by_suffix, file_at
 from flaxckpt._object_store.source import Place, fetched
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import entries, foreign_checkpoints, is_ours, is_readable
@@ -48,7 +50,14 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Place], T]) -> T:
     if isinstance(path, CheckpointInfo):
         read = functools.partial(_read_listed, path, read)
     if is_url(path):
-        return _from_store(os.fspath(path), read)
+        try:
+            return _from_store(os.fspath(path), read)
+        except CheckpointNotFoundError as error:
+            if error.replaced or not by_suffix(os.fspath(path)):
+                raise
+            problem = "is no checkpoint. If it is a file, copy it to a disk, and load "
+            problem += "it from there: flaxckpt reads only checkpoints from a store."
+            raise CheckpointPathError(os.fspath(path), problem) from error
     for _ in tries():
         found = _found(path)
         before = _stamp(found)
@@ -99,7 +108,7 @@ def _stays(path: Path) -> bool:
     """Tell whether a checkpoint keeps its files for a moment: nobody deletes it."""
     before = _files_of(path)
     pause()
-    return located(path).is_dir() and _files_of(path) == before
+    return located(path).exists() and _files_of(path) == before
 
 
 def _files_of(path: Path) -> list[str]:
@@ -133,17 +142,31 @@ def _stamp(path: Path) -> tuple[Any, ...]:
     try:
         content, status = read_small(there / RECORD_FILE), there.stat()
     except (NoFileError, CheckpointPathError, OSError):
-        return ()
+        return _stamp_of_file(path)
     return content, there, status.st_ino, status.st_ctime_ns
+
+
+def _stamp_of_file(path: Path) -> tuple[Any, ...]:
+    try:
+        return stamp_of(path) if path.is_file() else ()
+    except OSError:
+        return ()
 
 
 def _found(path: str | os.PathLike[str]) -> Path:
     found = Path(os.path.abspath(os.path.expanduser(path)))
     if is_checkpoint(found) or is_readable(found):
         return found
+    file = file_at(found)
+    if file is not None:
+        return file
     is_there = os.path.isdir(found)  # False, too, for a name that is too long
     names = _names_below(*((found, _DEPTH) if is_there else (found.parent, 1)))
     raise CheckpointNotFoundError(str(found), names)
+
+
+def _is_file(path: Path) -> bool:
+    return bool(by_suffix(path.name)) and path.is_file()
 
 
 def _names_below(directory: Path, depth: int) -> tuple[str, ...]:
@@ -156,6 +179,7 @@ def _names_below(directory: Path, depth: int) -> tuple[str, ...]:
             for name in (
                 *(one.name for one in entries(each) if is_ours(one)),
                 *foreign_checkpoints(each),
+                *(one.name for one in entries(each) if _is_file(one)),
             )
         ]
         if names:

@@ -46,7 +46,7 @@ def is_orbax(path: Path) -> bool:
     try:
         with os.scandir(path) as entries_of_path:
             below = [entry.path for entry in entries_of_path if entry.is_dir()]
-    except OSError:  # this process may not look into it
+    except (OSError, ValueError):  # it may not be looked into, or has a NUL in its name
         return False
     # Items, or arrays of Orbax's first versions. A checkpoint in a directory does not
     # make the directory one.

@@ -91,6 +91,18 @@ def test_plain_orbax_s(tmp_path, tree):
     assert set(rows(tmp_path / "m/3/model")) == {"w", "b"}
 
 
+def test_files_of_other_libraries(tmp_path):
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        path = ckpt.save({"params": {"w": jnp.ones((2, 3))}, "step": 1}, epoch=0)
+    for name in ("x.npz", "x.safetensors", "x.msgpack"):
+        file = flaxckpt.export(path, tmp_path / name)
+        found = flaxckpt.describe(file)
+        assert [(x.name, str(x), x.is_weight) for x in found.leaves] == [
+            ("params/w", "float32[2,3]", None)
+        ]
+        assert found.info is None
+
+
 def test_errors(tmp_path):
     with ModelCheckpoint(tmp_path / "x") as ckpt:
         path = ckpt.save({"w": jnp.ones(3)}, epoch=0)

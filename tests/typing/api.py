@@ -32,6 +32,8 @@ def train(params: dict[str, jax.Array]) -> None:
             print(epoch_of_best, best.logs["val_loss"], best.path / "x", path)
     tree: Any = flaxckpt.load_weights(path)
     print(tree)
+    file: Path = flaxckpt.export(path, "m.safetensors", max_shard_bytes=5 * 10**9)
+    print(file)
 
 
 def decide(state: flaxckpt.CheckpointState, loss: jax.Array) -> jax.typing.ArrayLike:
