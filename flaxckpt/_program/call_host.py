@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxckpt._runtime.jax_internals import callback_parts
+from flaxckpt.errors import CheckpointError
 
 _TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -50,8 +51,47 @@ def call_host(
         from jax.experimental.buffer_callback import buffer_callback
 
         call = buffer_callback(from_buffers, _TOKEN, has_side_effect=True)
-        return call(*operands)
+        return call(*operands) + _io()
     return _call_p().bind(*operands, take=take)[0]
+
+
+def _io() -> Any:
+    """Return 0, with the effect of `io_callback`, which `buffer_callback` lacks.
+
+    Without it, `vmap` of a `cond` with a predicate of each member's own would run the
+    call for all members. With it, JAX refuses to.
+    """
+    try:
+        return _io_p().bind()
+    except CheckpointError:
+        return 0
+
+
+@functools.cache
+def _io_p() -> Any:
+    """Return a primitive that has only the effect.
+
+    Raises:
+        CheckpointError: If JAX lacks it.
+    """
+    from jax.core import ShapedArray
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    effect, _, _ = callback_parts()
+    primitive = Primitive("io")
+
+    @primitive.def_effectful_abstract_eval
+    def describe() -> Any:
+        return ShapedArray((), jnp.int32), {effect}
+
+    @primitive.def_impl
+    def run() -> Any:
+        return np.int32(0)
+
+    zero = mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
+    mlir.register_lowering(primitive, zero)
+    return primitive
 
 
 @functools.cache

@@ -1,5 +1,9 @@
 """Whole trainings under `vmap`, whose members save together."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +104,59 @@ def test_what_is_saved_is_what_each_member_alone_would_save(tmp_path):
         for seed in range(3):
             alone = flaxckpt.load(tmp_path / str(seed) / epoch, make(seed))
             assert same(jax.tree.map(lambda leaf: leaf[seed], together), alone)  # noqa: B023
+
+
+BRANCHES = """
+import jax, jax.numpy as jnp
+import flaxckpt
+
+ckpt = flaxckpt.ModelCheckpoint("{epoch}")
+state = ckpt.init()
+
+
+def save(w):
+    return ckpt.update(state, {"w": w}, {}, 0).seen
+
+
+def by_cond(w, wants):
+    return jax.lax.cond(wants, save, lambda w: 0, w)
+
+
+def by_switch(w, wants):
+    return jax.lax.switch(wants.astype(int), [lambda w: 0, save], w)
+
+
+def within(w, wants):
+    return jax.lax.cond(wants, jax.jit(lambda w: by_cond(w, True)), lambda w: 0, w)
+
+
+w = jnp.ones((3, 2))
+for member in (by_cond, by_switch, within):
+    for wants in ([True, False, False], [False] * 3):
+        try:
+            jax.jit(jax.vmap(member))(w, jnp.array(wants))
+        except NotImplementedError as error:  # JAX's own
+            assert "not supported in vmap-of-cond" in str(error)
+        else:
+            raise AssertionError(member)
+ckpt.wait()
+assert not ckpt.checkpoints
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_branch_that_not_all_take_saves_nothing(tmp_path, devices):
+    """JAX runs all branches then, and selects what each member gets."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    result = subprocess.run(
+        [sys.executable, "-c", BRANCHES],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_all_members_share_is_saved_for_each_and_what_is_no_array_once(tmp_path):
