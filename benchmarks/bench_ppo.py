@@ -40,14 +40,15 @@ def main() -> None:
         apply_fn=model.apply,
         params=model.init(key, jnp.zeros(4))["params"],
         tx=optax.adam(optax.linear_schedule(ppo.RATE, 0, steps)),
+        key=key,
         envs=ppo.begin(key),
     ).replace(step=jnp.int32(0))
 
-    def alone(train, epoch):
-        return ppo.update(train, jax.random.fold_in(key, epoch))
+    def alone(train, _):
+        return ppo.update(train)
 
     def saving(carry, epoch):
-        train, returned = alone(carry[0], epoch)
+        train, returned = ppo.update(carry[0])
         logs = {"episodic_return": returned}
         return (train, ckpt.update(carry[1], train, logs, epoch)), returned
 

@@ -1,22 +1,24 @@
-"""Train a policy by PPO in one jitted scan, which keeps its best on disk as it goes.
+"""Train PPO policies of three seeds in one jitted program, which saves them together.
 
     python examples/ppo.py [DIRECTORY]
 
-Kill it, run it again with the same directory, and it goes on from what is on disk.
+Kill it, run it again with the same directory, and it ends with the same digest.
 """
 
 import sys
 import tempfile
+from hashlib import sha256
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from jax.flatten_util import ravel_pytree
 
 import flaxckpt
 
-UPDATES, STEPS, ENVS, PASSES, BATCHES, LIMIT = 60, 128, 32, 4, 4, 500
+SEEDS, UPDATES, STEPS, ENVS, PASSES, BATCHES, LIMIT = 3, 30, 128, 32, 4, 4, 500
 REWARD, RATE, GAMMA, LAMBDA, CLIP = 0.1, 3e-3, 0.99, 0.95, 0.2
 
 
@@ -28,11 +30,11 @@ class ActorCritic(nn.Module):
 
 
 class Training(TrainState):
+    key: jax.Array
     envs: jax.Array  # of each: position, velocity, angle, angular velocity, steps
 
 
-def begin(key):
-    """Begin an episode of CartPole in each environment."""
+def begin(key):  # an episode of CartPole in each environment
     return jax.random.uniform(key, (ENVS, 5), jnp.float32, -0.05, 0.05).at[:, 4].set(0)
 
 
@@ -47,9 +49,7 @@ def move(env, action):
     return env, (jnp.abs(env[0]) > 2.4) | (jnp.abs(env[2]) > jnp.deg2rad(12))
 
 
-def play(train, key, steps):
-    """Act in all environments; where an episode ends, the next one begins."""
-
+def play(train, key):  # where an episode ends, the next one begins
     def body(envs, key):
         scores, value = train.apply_fn({"params": train.params}, envs[:, :4])
         action = jax.random.categorical(key, scores)
@@ -59,7 +59,7 @@ def play(train, key, steps):
         now = (envs[:, :4], action[:, None], score, value, after, fell, ended)
         return jnp.where(ended[:, None], begin(jax.random.fold_in(key, 1)), after), now
 
-    return jax.lax.scan(body, train.envs, jax.random.split(key, steps))
+    return jax.lax.scan(body, train.envs, jax.random.split(key, STEPS))
 
 
 def loss_of(params, train, seen, action, score, gain, target):
@@ -70,10 +70,10 @@ def loss_of(params, train, seen, action, score, gain, target):
     return jnp.mean(0.5 * (value - target) ** 2 - policy)
 
 
-def update(train, key):
+def update(train):
     """Play and learn; return the mean return of the episodes that ended (NaN: none)."""
-    key, order_key = jax.random.split(key)
-    envs, (seen, action, score, value, after, fell, ended) = play(train, key, STEPS)
+    key, play_key, order_key = jax.random.split(train.key, 3)
+    envs, (seen, action, score, value, after, fell, ended) = play(train, play_key)
     following = train.apply_fn({"params": train.params}, after[..., :4])[1]
     errors = REWARD + GAMMA * jnp.where(fell, 0.0, following) - value
 
@@ -90,38 +90,39 @@ def update(train, key):
 
     orders = jax.random.uniform(order_key, (PASSES, STEPS * ENVS)).argsort(axis=1)
     train, _ = jax.lax.scan(learn, train, orders.reshape(PASSES * BATCHES, -1))
-    return train.replace(envs=envs), jnp.sum(after[..., 4], where=ended) / ended.sum()
+    return train.replace(key=key, envs=envs), jnp.mean(after[..., 4], where=ended)
+
+
+def init(key):
+    model, (key, params_key, envs_key) = ActorCritic(), jax.random.split(key, 3)
+    params = model.init(params_key, jnp.zeros(4))["params"]
+    tx = optax.adam(optax.linear_schedule(RATE, 0, UPDATES * PASSES * BATCHES))
+    more = {"key": key, "envs": begin(envs_key)}
+    return Training.create(apply_fn=model.apply, params=params, tx=tx, **more)
 
 
 def main(directory):
-    model, key = ActorCritic(), jax.random.key(0)
-    params = model.init(key, jnp.zeros(4))["params"]
-    tx = optax.adam(optax.linear_schedule(RATE, 0, UPDATES * PASSES * BATCHES))
-    fresh = Training.create(apply_fn=model.apply, params=params, tx=tx, envs=begin(key))
-    train = fresh = fresh.replace(step=jnp.int32(0))  # a fixed dtype, for the scan
+    trains = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(30), SEEDS))
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{step}}", save_freq=5) as ckpt:
+        trains, state, start = ckpt.resume(trains)
+        print("new" if start.is_new else "resumed", "at step", start)
+        steps = jnp.arange(start, UPDATES + 1)
 
-    with flaxckpt.ModelCheckpoint(  # keeps the best, and the newest to go on from
-        f"{directory}/best", "episodic_return", save_best_only=True, save_last=True
-    ) as ckpt:
+        def make_updates(train):
+            def body(carry, i):
+                train, state = carry
+                train, returned = update(train)
+                logs = {"episodic_return": jax.lax.pmean(returned, "seed")}  # of all
+                return (train, ckpt.update(state, train, logs, step=i)), returned
 
-        def body(carry, epoch):
-            train, returned = update(carry[0], jax.random.fold_in(key, epoch))
-            logs = {"episodic_return": returned}
-            return (train, ckpt.update(carry[1], train, logs, epoch)), returned
+            (train, _), returns = jax.lax.scan(body, (train, state), steps)
+            return train, returns
 
-        train, state, first = ckpt.resume(train)
-        if first:
-            print(f"resumed after epoch {first}")
-        run = jax.jit(jax.lax.scan, static_argnums=0)  # all updates, one program
-        returns = run(body, (train, state), jnp.arange(first, UPDATES))[1]
+        trains, returns = jax.jit(jax.vmap(make_updates, axis_name="seed"))(trains)
 
-    for epoch in range(first, UPDATES, 10):
-        print(f"epoch {epoch + 1}: episodic_return {returns[epoch - first]:.0f}")
-    best = fresh.replace(params=flaxckpt.load_weights(ckpt.best.path)["params"])
-    ended = play(best, key, LIMIT)[1][-1]
-    balanced = jnp.mean(ended.argmax(axis=0) + 1)  # how long the first episodes are
-    print(f"the best, restored, balances for {balanced:.0f} of {LIMIT} steps")
-    assert balanced > 400
+    for i, returned in zip(steps, returns.mean(axis=0), strict=True):
+        print(f"step {i}: episodic_return {returned:.0f}")
+    print("digest:", sha256(ravel_pytree(trains.params)[0].tobytes()).hexdigest())
 
 
 if __name__ == "__main__":

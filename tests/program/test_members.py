@@ -190,6 +190,22 @@ def test_metrics_of_members_are_left_out_with_a_warning(tmp_path):
             jax.vmap(save)(jnp.ones(3))
 
 
+def test_a_mean_over_the_members_is_recorded_and_may_choose_the_best(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", save_best_only=True) as ckpt:
+
+        def member(w):
+            def body(state, epoch):
+                logs = {"loss": jax.lax.pmean(w[epoch], "member")}
+                return ckpt.update(state, {"w": w}, logs, epoch), None
+
+            return jax.lax.scan(body, ckpt.init(), jnp.arange(3))[0]
+
+        losses = jnp.array([[4.0, 8.0, 2.0], [6.0, 3.0, 3.0]])  # means 5, 5.5, 2.5
+        jax.jit(jax.vmap(member, axis_name="member", out_axes=None))(losses)
+    assert [info.logs for info in ckpt.checkpoints] == [{"loss": 5.0}, {"loss": 2.5}]
+    assert (flaxckpt.load(ckpt.best.path)["w"] == losses).all()
+
+
 @pytest.mark.parametrize("kind", ["best", "force", "step", "state"])
 def test_members_that_decide_for_themselves_are_told_of_slots(tmp_path, kind):
     settings = {"monitor": "loss", "save_best_only": kind == "best", "save_freq": 2}
