@@ -37,7 +37,8 @@ from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings, unknown_argument
 from flaxckpt._trees.chosen import Filter
 from flaxckpt._trees.kinds_of_parts import Weights
-from flaxckpt._trees.selection import Rename, Select
+from flaxckpt._trees.renaming import Rename
+from flaxckpt._trees.selection import Select
 from flaxckpt._trees.ties import PyTree, leaves_of
 from flaxckpt._updating import Updater
 from flaxckpt.errors import SettingError
@@ -479,9 +480,10 @@ class ModelCheckpoint:
                 `like` of `restore`. The values go into its NNX objects in place, and
                 states into its iterators.
             data: An iterator over batches without a state to save, such as a generator,
-                or a list of them. The call takes from each as many batches as the run
-                has seen, and drops them: all of a run that counts global steps, and
-                else those of the epoch that it goes on in.
+                or a list of them. The call takes from each the batches that the run has
+                seen, and drops them. In a run that counts global steps these are as
+                many as the step to go on with: one for each step, from step 0. In
+                others they are those of the epoch that the run goes on in.
             cast: As for `restore`.
             verify: As for `restore`.
 

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from flaxckpt._checkpoints.load import check_like, restore, told
-from flaxckpt._checkpoints.load_tree import Options
+from flaxckpt._checkpoints.load import check_like, restore, tell
+from flaxckpt._checkpoints.load_tree import Options, put_states
 from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.scalars import LARGEST_STEP
 from flaxckpt._decision.state import CheckpointState, plain_state, resumed
@@ -243,7 +243,9 @@ class Restorer:
         elif problem is not None:
             raise problem
         assert found is not None
-        tree, info = told(path, found).tree, found.info
+        put_states(path, found)
+        tell(path, found.report)
+        tree, info = found.tree, found.info
         if like is not None:
             # Again: a sharding in `like` may place a subtree.
             self._programs.note_shardings(tree)

@@ -47,8 +47,9 @@ class LeafInfo:
     is_weight: bool | None
 
     def __str__(self) -> str:
-        what = f"{self.dtype}[{','.join(map(str, self.shape))}]"
-        return what if self.dtype else self.kind
+        if self.kind not in ("array", "jax", "numpy", "numpy_scalar", "key"):
+            return self.kind
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
             place.complete()
             return Description(shown, tuple(_foreign(place.path)), None, {})
         shardings, picked = shardings_in(place), set(indices_in(weights))
+        picked -= {at for at, leaf in enumerate(layout.leaves) if leaf.is_from_like}
         leaves = tuple(
             _leaf_info(leaf, shardings.get(leaf.stored_name, ""), index in picked)
             for index, leaf in enumerate(layout.leaves)
@@ -145,8 +147,9 @@ def _moment(info: CheckpointInfo) -> str:
 
 
 def _leaf_info(leaf: Leaf, sharding: str, is_weight: bool | None) -> LeafInfo:
+    nbytes = 0 if leaf.is_from_like else leaf.nbytes
     return LeafInfo(
-        leaf.name, leaf.kind, leaf.dtype, leaf.shape, leaf.nbytes, sharding, is_weight
+        leaf.name, leaf.kind, leaf.dtype, leaf.shape, nbytes, sharding, is_weight
     )
 
 
@@ -160,6 +163,7 @@ def _foreign(path: Path) -> Iterator[LeafInfo]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape)
             nbytes = dtype.itemsize * math.prod(shape)
+            name = name or Leaf((), "").name
             yield LeafInfo(name, "array", str(dtype), shape, nbytes, sharding, None)
         else:
             plain = Leaf(tuple(name.split("/")), type(leaf).__name__)
@@ -170,6 +174,6 @@ def _size(nbytes: float) -> str:
     """Return a number of bytes as text, with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
-            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+            return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
+    return f"{nbytes:.1f} TiB"

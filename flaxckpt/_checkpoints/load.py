@@ -12,12 +12,12 @@ from typing import Any
 
 from etils import epath
 
-from flaxckpt._checkpoints.load_tree import Options, load_tree
+from flaxckpt._checkpoints.load_tree import Options, Read, load_tree, put_states
 from flaxckpt._checkpoints.loaded_in_all import loaded_in_all
 from flaxckpt._checkpoints.read import Sums, batches, read
 from flaxckpt._checkpoints.read_table import read_table
 from flaxckpt._checkpoints.undisturbed import undisturbed
-from flaxckpt._disk.info import CheckpointInfo, Loaded
+from flaxckpt._disk.info import CheckpointInfo, Loaded, LoadReport
 from flaxckpt._disk.record import read_record
 from flaxckpt._object_store.source import Place
 from flaxckpt._object_store.url import is_url
@@ -25,7 +25,8 @@ from flaxckpt._processes.messages import are_several
 from flaxckpt._runtime.collector import paused_collector
 from flaxckpt._runtime.frames import outside
 from flaxckpt._trees.layout import Layout
-from flaxckpt._trees.selection import Rename, Select
+from flaxckpt._trees.renaming import Rename
+from flaxckpt._trees.selection import Select
 from flaxckpt._trees.skeleton import Skeleton
 from flaxckpt._trees.stored_weights import plain_weights
 from flaxckpt._trees.ties import MODULE, PyTree, flatten, role_of
@@ -33,7 +34,6 @@ from flaxckpt._trees.wanted import on_host
 from flaxckpt._trees.weights import default_weights
 from flaxckpt.errors import (
     CheckpointError,
-    CheckpointMismatchError,
     SettingError,
     UnsupportedLeafError,
 )
@@ -120,32 +120,38 @@ def load(
     options = Options(
         cast=cast, verify=verify, partial=partial, select=select, rename=rename
     )
-    loaded = restore(path, like, options)
-    return loaded if with_info else told(path, loaded).tree
+    found = restore(path, like, options)
+    put_states(path, found)
+    return _result(path, found, with_info=with_info)
 
 
-def restore(path: str | os.PathLike[str], like: PyTree, options: Options) -> Loaded:
-    """Load a tree and its record, as `load` does."""
+def restore(path: str | os.PathLike[str], like: PyTree, options: Options) -> Read:
+    """Load a tree and its record, as `load` does, but put no states into objects."""
     check_like(like)
 
-    def read(where: Place, sums: Sums) -> Loaded:
+    def read(where: Place, sums: Sums) -> Read:
         info = info_of(path, where.path)
         layout, _ = read_table(where.path)
         with _quick(where, layout):
-            tree, report = load_tree(where, layout, None, like, sums, options)
-        return Loaded(tree, info, report)
+            found = load_tree(where, layout, None, [like], sums, options)
+        return dataclasses.replace(found, info=info)
 
     return loaded_in_all(path, like, read)
 
 
-def told(path: str | os.PathLike[str], loaded: Loaded) -> Loaded:
-    """Warn of what a load has kept or passed over, and return what it loaded."""
-    report = loaded.report
+def _result(path: str | os.PathLike[str], found: Read, *, with_info: bool) -> Any:
+    if with_info:
+        return Loaded(found.tree, found.info, found.report)
+    tell(path, found.report)
+    return found.tree
+
+
+def tell(path: str | os.PathLike[str], report: LoadReport) -> None:
+    """Warn of what a load has kept or passed over."""
     if report.kept or report.passed_over:
         warnings.warn(
             f"Checkpoint {os.fspath(path)!r}: {report}.", stacklevel=outside()
         )
-    return loaded
 
 
 def info_of(path: str | os.PathLike[str], where: Path) -> CheckpointInfo | None:
@@ -195,8 +201,8 @@ def load_weights(
 
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
-        beside it, which `Module.apply` takes; for an NNX model a dict that
-        `nnx.update` takes. With `into` that module.
+        beside it, which `Module.apply` takes; for an NNX model a dict, or with `like` a
+        State, which `nnx.update` takes. With `into` that module.
 
     Raises:
         CheckpointError: If `weights` computed the weights rather than picked them, so
@@ -211,29 +217,24 @@ def load_weights(
         cast=cast, verify=verify, partial=partial, select=select, rename=rename
     )
 
-    def read(where: Place, sums: Sums) -> Loaded:
+    picked = default_weights(like)
+    # If it is no model, a `like` that is a tree of the weights may look like more.
+    likes = [picked] if picked is like or role_of(like) == MODULE else [like, picked]
+
+    def read(where: Place, sums: Sums) -> Read:
         info = info_of(path, where.path)
         layout, weights = read_table(where.path)
         part = part_of_weights(path, layout, weights)
+        with _quick(where, layout):
+            found = load_tree(where, layout, part, likes, sums, options)
+        return dataclasses.replace(found, info=info)
 
-        def loaded_as(like: PyTree) -> Loaded:
-            with _quick(where, layout):
-                tree, report = load_tree(where, layout, part, like, sums, options)
-            return Loaded(tree, info, report)
-
-        picked = default_weights(like)
-        if picked is like or partial:
-            return loaded_as(picked)
-        try:
-            return loaded_as(like)
-        except CheckpointMismatchError:  # such a `like` is a whole state
-            return loaded_as(picked)
-
-    loaded = loaded_in_all(path, like, read)
+    found = loaded_in_all(path, like, read)
+    put_states(path, found)
     if into is not None:
-        sys.modules["flax.nnx"].update(into, loaded.tree)  # type: ignore[attr-defined]
-        loaded = dataclasses.replace(loaded, tree=into)
-    return loaded if with_info else told(path, loaded).tree
+        sys.modules["flax.nnx"].update(into, found.tree)  # type: ignore[attr-defined]
+        found = dataclasses.replace(found, tree=into)
+    return _result(path, found, with_info=with_info)
 
 
 def _state_within(into: Any, like: PyTree) -> PyTree:

@@ -1,5 +1,7 @@
 """Loads a checkpoint's tree, or a part of it, in the form of a wanted tree."""
 
+import contextlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ import numpy as np
 
 from flaxckpt._checkpoints.foreign import foreign_tree
 from flaxckpt._checkpoints.read import Sums, check_table, read
-from flaxckpt._disk.info import LoadReport
+from flaxckpt._disk.info import CheckpointInfo, LoadReport
 from flaxckpt._files.foreign_tree import ForeignTree
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import with_key
@@ -26,9 +28,10 @@ from flaxckpt._trees.leaf import Leaf, without_keys
 from flaxckpt._trees.match import Match, Twin, difference_of_twins, match
 from flaxckpt._trees.per_process import decoded
 from flaxckpt._trees.placing import is_placement
-from flaxckpt._trees.selection import Rename, Select, renamed, selected
+from flaxckpt._trees.renaming import Rename, renamed
+from flaxckpt._trees.selection import Select, selected
 from flaxckpt._trees.skeleton import Skeleton
-from flaxckpt._trees.stateful import KIND, is_stateful, put_state
+from flaxckpt._trees.stateful import KIND, is_stateful, kept_state, put_state
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import Wanted, completed
 from flaxckpt.errors import (
@@ -56,24 +59,48 @@ class Options:
 Plan: TypeAlias = Sequence[tuple[int | None, Wanted]]
 
 
+@dataclass(frozen=True)
+class Read:
+    """What was read, in the form of a wanted tree.
+
+    Attributes:
+        tree: The tree.
+        report: What became of the leaves.
+        states: The name and the object of each leaf of the tree that has a state, and
+            the state to put into it; see `put_states`.
+        info: The checkpoint's record; None if flaxckpt did not write it.
+    """
+
+    tree: PyTree
+    report: LoadReport
+    states: Sequence[tuple[str, Any, Any]]
+    info: CheckpointInfo | None = None
+
+
 def load_tree(
     place: Place,
     layout: Layout | None,
     part: Skeleton | Callable[[Layout], Skeleton],
-    like: PyTree,
+    likes: Sequence[PyTree],
     sums: Sums,
     options: Options,
-) -> tuple[PyTree, LoadReport]:
-    """Load a checkpoint's tree, or a part of it; see `load` for `like`.
+) -> Read:
+    """Load a checkpoint's tree, or a part of it; see `load` for the wanted tree.
 
-    The layout is None if another library wrote the checkpoint: `foreign_tree` finds it.
-    The part is a skeleton, a function that finds it in the layout, or None for the
-    whole tree.
+    Args:
+        place: The checkpoint.
+        layout: Its layout; None if another library wrote it: `foreign_tree` finds it.
+        part: A skeleton, a function that finds it in the layout, or None for the whole
+            tree.
+        likes: Wanted trees: the first one counts that what is stored fits; or for a
+            partial load the one with the most stored leaves, and of several the last.
+        sums: Gets the arrays of several processes.
+        options: How to load.
     """
     path = place.path
     foreign: ForeignTree | None = None
     if layout is None:
-        foreign = foreign_tree(path, like, weights_only=callable(part))
+        foreign = foreign_tree(path, likes[0], weights_only=callable(part))
         layout = foreign.layout
     if callable(part):
         part = part(layout)
@@ -81,15 +108,13 @@ def load_tree(
         view, sources = _view(
             layout, layout.skeleton if part is None else part, options
         )
-        if view.nbytes > layout.most_bytes:  # the weights may name a leaf many times
-            raise OverfullError("its weights are its arrays too many times")
-        like = completed(like, view)
+        if likes[0] is None and view.nbytes > layout.most_bytes:
+            raise OverfullError("its tree has its arrays in too many places")
+        wanted = [completed(like, view) for like in likes]
     except OverfullError as error:
         raise CheckpointCorruptError(str(path), str(error)) from error
     try:
-        matched = match(
-            str(path), view, like, cast=options.cast, partial=options.partial
-        )
+        like, matched = _matched(path, view, wanted, options)
     except CheckpointMismatchError as error:
         if foreign is None:
             # The difference may come from a wrong table of leaves.
@@ -108,13 +133,42 @@ def load_tree(
             stored = [None if i is None else foreign.read(i, want) for i, want in asked]
         leaves = _converted(path, view, plan, stored, given, cast=options.cast)
         _check_twins(path, view, plan, twins, stored)
+    report = _report(view, matched)
     if like is not None:
-        _put_states(path, plan, flat.leaves, leaves)
-        return flat.rebuilt(leaves), _report(view, matched)
+        states = _states_of(plan, flat.leaves, leaves)
+        return Read(flat.rebuilt(leaves), report, states)
     try:
-        return view.fill(leaves, layout.most_bytes), _report(view, matched)
+        return Read(view.fill(leaves, layout.most_bytes), report, ())
     except OverfullError as error:
         raise CheckpointCorruptError(str(path), str(error)) from error
+
+
+def _matched(
+    path: Path, view: Layout, likes: Sequence[PyTree], options: Options
+) -> tuple[PyTree, Match]:
+    """Match what is stored with the wanted tree that it fits; see `load_tree`.
+
+    Raises:
+        CheckpointMismatchError: If it fits none: the error of the last.
+    """
+    found: list[tuple[PyTree, Match]] = []
+    for number, like in enumerate(likes, 1):
+        try:
+            matched = match(
+                str(path), view, like, cast=options.cast, partial=options.partial
+            )
+        except CheckpointMismatchError:
+            if number == len(likes) and not found:
+                raise
+            continue
+        if not options.partial:
+            return like, matched
+        found.append((like, matched))
+
+    def number_loaded(each: tuple[PyTree, Match]) -> int:
+        return sum(index is not None for index, _ in each[1].plan)
+
+    return max(reversed(found), key=number_loaded)
 
 
 def _view(layout: Layout, part: Skeleton, options: Options) -> tuple[Layout, list[int]]:
@@ -173,7 +227,8 @@ def _converted(
         try:
             leaves[position] = convert(stored[position], have, want, cast=cast)
         except (ValueError, TypeError, OverflowError) as error:
-            if given is None or isinstance(error, UnicodeError):
+            is_damage = isinstance(error, UnicodeError) or have.kind == KIND
+            if given is None or is_damage:
                 raise CheckpointCorruptError(
                     str(path), f"{have.name} is no {have} ({in_one_line(error)})"
                 ) from error
@@ -187,27 +242,38 @@ def _converted(
     return leaves
 
 
-def _put_states(
-    path: Path, plan: Plan, given: Sequence[Any], leaves: list[Any]
-) -> None:
-    """Put loaded states into the objects of `like`, which are leaves of the result.
+def _states_of(
+    plan: Plan, given: Sequence[Any], leaves: list[Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return what to put into the objects of `like`, which become the leaves."""
+    states: list[tuple[str, Any, Any]] = []
+    for position, (index, want) in enumerate(plan):
+        value = given[position]
+        if index is not None and want.leaf.kind == KIND and is_stateful(value):
+            states.append((want.leaf.name, value, leaves[position]))
+            leaves[position] = value
+    return states
+
+
+def put_states(path: str | os.PathLike[str], read: Read) -> None:
+    """Put the states that were read into their objects: into all of them, or none.
 
     Raises:
         CheckpointError: If an object does not take its state.
     """
-    for position, (index, want) in enumerate(plan):
-        value = given[position]
-        if index is None or want.leaf.kind != KIND or not is_stateful(value):
-            continue
+    before: list[tuple[Any, Any]] = []
+    for name, value, state in read.states:
         try:
-            put_state(value, leaves[position])
+            before.append((value, kept_state(value)))
+            put_state(value, state)
         except Exception as error:
+            for other, old in before:
+                with contextlib.suppress(Exception):
+                    put_state(other, old)
             raise CheckpointError(
-                f"Checkpoint {str(path)!r}: the {type(value).__qualname__} at "
-                f"{want.leaf.name} did not take the state that was saved: "
-                f"{in_one_line(error)}"
+                f"Checkpoint {os.fspath(path)!r}: the {type(value).__qualname__} at "
+                f"{name} did not take the state that was saved: {in_one_line(error)}"
             ) from error
-        leaves[position] = value
 
 
 def _check_twins(

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec, Sharding
 
+from flaxckpt._checkpoints.load_tree import Read
 from flaxckpt._checkpoints.read import Sums, damage
 from flaxckpt._checkpoints.undisturbed import undisturbed
-from flaxckpt._disk.info import Loaded
 from flaxckpt._object_store.source import Place
 from flaxckpt._processes.messages import are_several, at_work, joined
 from flaxckpt._runtime.patience import TRIES
@@ -22,8 +22,8 @@ from flaxckpt.errors import CheckpointError
 def loaded_in_all(
     path: str | os.PathLike[str],
     like: PyTree,
-    read: Callable[[Place, Sums], Loaded],
-) -> Loaded:
+    read: Callable[[Place, Sums], Read],
+) -> Read:
     """Load a checkpoint; if arrays span several processes, each of them calls this.
 
     Args:
@@ -61,7 +61,7 @@ def loaded_in_all(
     )
 
 
-def _read(read: Callable[[Place, Sums], Loaded], sums: Sums, place: Place) -> Loaded:
+def _read(read: Callable[[Place, Sums], Read], sums: Sums, place: Place) -> Read:
     return read(place, sums.begin(place))
 
 

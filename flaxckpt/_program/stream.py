@@ -65,6 +65,7 @@ class Stream:
         """Take what all saves of the call have in common."""
         self.receiver, self._trees, self._logs = receiver, trees, logs
         self._state, self._stops = with_leaves(state, **dict.fromkeys(LEAVES, 0)), stops
+        self._places = places
         self._mesh = common([place.mesh for place in places if place is not None])
         self._specs = [PartitionSpec() if p is None else p.spec for p in places]
         self._guard = new_lock()
@@ -72,15 +73,17 @@ class Stream:
         self._calls: Counter[int] = Counter()
         self._broken: CheckpointError | None = None
 
-    def stacked(self, number: int, without: Collection[str]) -> "Stream":
+    def stacked(self, number: int | None, without: Collection[str]) -> "Stream":
         """Return the stream of all members of `vmap` together.
 
         Args:
-            number: How many members there are.
+            number: How many members there are; None if they share all leaves.
             without: The metrics that differ between them, which are not recorded.
         """
         logs = {name: each for name, each in self._logs.items() if name not in without}
-        trees, places = self._trees.stacked(number), [None] * len(self._specs)
+        trees, places = self._trees, self._places
+        if number is not None:
+            trees, places = trees.stacked(number), [None] * len(places)
         return Stream(
             self.receiver, trees, logs, self._state, places, stops=self._stops
         )

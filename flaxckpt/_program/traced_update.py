@@ -105,25 +105,30 @@ class Programs:
             stops=bool(self._settings.stop_on_error),
         )
         is_wanted = jnp.asarray(save) | jnp.asarray(to_slot)
-        token = self._handing_over(stream)(is_wanted, scalars, leaves)
-        if receiver.tells and before.save_best_only:
-            token += jax.lax.cond(
-                is_wanted, lambda _: jnp.int32(0), stream.tell, scalars
-            )
+        tells = receiver.tells and before.save_best_only
+        hand_over = self._handing_over(stream, tells=tells)
+        token = hand_over(is_wanted, scalars, leaves)
         self._has_streamed = True
         return with_leaves(state, seen=state.seen + token)
 
-    def _handing_over(self, stream: Stream) -> Callable[..., Any]:
+    def _handing_over(self, stream: Stream, *, tells: bool) -> Callable[..., Any]:
         """Return what hands over leaves, if there is something to save.
 
         Within `vmap`, where the decision is the same for all members, it hands over the
-        leaves of all members, stacked along a first axis.
+        leaves of all members, stacked along a first axis; or the leaves as they are, if
+        all members share them.
+
+        Args:
+            stream: The stream to hand over to.
+            tells: Whether the host prints that nothing is saved.
         """
         self._streams.add(stream)
 
         @jax.custom_batching.custom_vmap
         def hand_over(save: Any, scalars: Any, leaves: list[Any]) -> Any:
-            nothing = lambda *_: jnp.int32(0)  # noqa: E731
+            def nothing(scalars: Any, _: Any) -> jax.Array:
+                return stream.tell(scalars) if tells else jnp.int32(0)
+
             return jax.lax.cond(save, stream.hand_over, nothing, scalars, leaves)
 
         @hand_over.def_vmap
@@ -134,7 +139,8 @@ class Programs:
             _check_is_one_decision({**of_scalars, "save": of_save})
             own = [name for name, differs in of_scalars["logs"].items() if differs]
             logs = {n: each for n, each in scalars["logs"].items() if n not in own}
-            together = stream.stacked(number, own)
+            is_shared = not any(of_leaves)
+            together = stream.stacked(None if is_shared else number, own)
             together.check_path(scalars["at"])
             if own:
                 warnings.warn(
@@ -143,10 +149,12 @@ class Programs:
                     stacklevel=outside(),
                 )
             stacked = [
-                leaf if differs else jnp.broadcast_to(leaf, (number, *leaf.shape))
+                leaf
+                if differs or is_shared
+                else jnp.broadcast_to(leaf, (number, *leaf.shape))
                 for leaf, differs in zip(leaves, of_leaves, strict=True)
             ]
-            hand_over = self._handing_over(together)
+            hand_over = self._handing_over(together, tells=tells)
             return hand_over(save, {**scalars, "logs": logs}, stacked), False
 
         return hand_over

@@ -90,7 +90,8 @@ class Describer:
         frozen = [index for stored in contents.trees for index in stored.frozen]
         if self._frozen is not None and not frozen:
             raise self._frozen.chosen.refuse_all(tree)
-        if self._own is not None and not any(stored.own for stored in contents.trees):
+        has_own = is_traced or any(stored.own for stored in contents.trees)
+        if self._own is not None and not has_own:
             raise self._own.refuse_all(tree)
         return contents
 
@@ -131,7 +132,8 @@ class Describer:
             raise _refusal_of_nothing(tree, is_picked=is_picked)
         weights = layout.skeleton if is_picked else self._locate(tree, layout, flat)
         frozen = [] if self._frozen is None else self._frozen.chosen.indices(tree)
-        own = [] if self._own is None else self._own.indices(tree)
+        # Only one process saves from a running program.
+        own = [] if self._own is None or is_traced else self._own.indices(tree)
         # Arrays of all processes are no process's own.
         own = [
             i for i in own if _is_value(layout.leaves[i]) and not is_shared(leaves[i])

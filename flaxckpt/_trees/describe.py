@@ -186,7 +186,7 @@ def _state(path: tuple[str, ...], value: Any, *, is_traced: bool) -> tuple[Leaf,
     try:
         state = state_of(value)
     except StateError as error:
-        raise RefusedError(f"a {type(value).__qualname__}, {error}") from error
+        raise RefusedError(f"a {type(value).__qualname__} {error}") from error
     return Leaf(path, KIND, "uint8", state.shape), state
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flaxckpt._trees.skeleton import FROM_LIKE
 
 ARRAYS = ("jax", "numpy", "numpy_scalar")  # kinds of leaves that have their own dtype
-PLACED = "placed"  # wanted as it is stored, with a sharding from `like`
+PLACED = "any value"  # wanted as it is stored, with a sharding from `like`
 STORED = "stored"  # wanted as it is stored
 SCALARS: dict[Any, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 PYTHON: dict[str, Any] = {name: kind for kind, name in SCALARS.items()}

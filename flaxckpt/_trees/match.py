@@ -306,9 +306,9 @@ def _prefix_advice(layout: Layout, wanted: Sequence[Wanted]) -> str:
         keys = "".join(f"{{{key!r}: " for key in above) + "like" + "}" * len(above)
         return f"The leaves of `like` are stored below {name!r}: pass like={keys}."
     if above := _prefix_between(stored, asked):
-        name, keys = "/".join(above), "".join(f"[{key!r}]" for key in above)
+        name = "/".join(above)
         return (
-            f"What is stored is in `like` below {name!r}: pass like{keys}, or "
+            f"What is stored is in `like` below {name!r}: pass that part of `like`, or "
             f"rename={{'': {name!r}}}."
         )
     return ""
@@ -321,13 +321,15 @@ def _prefix_between(
     if not short:
         return ()
     first = next(iter(short))
-    prefixes = [path[: len(path) - len(first)] for path in long]
-    fitting = [
-        prefix
-        for prefix in prefixes
-        if prefix and all((*prefix, *path) in long for path in short)
-    ]
-    return min(fitting, key=lambda prefix: (len(prefix), prefix), default=())
+    prefixes = {
+        path[: len(path) - len(first)]
+        for path in long
+        if len(path) > len(first) and path[len(path) - len(first) :] == first
+    }
+    for prefix in sorted(prefixes, key=lambda prefix: (len(prefix), prefix)):
+        if all((*prefix, *path) in long for path in short):
+            return () if any("/" in name for name in prefix) else prefix
+    return ()
 
 
 def _advice(

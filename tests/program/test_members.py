@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +224,36 @@ def test_members_that_decide_for_themselves_are_told_of_slots(tmp_path, kind):
             with pytest.raises(CheckpointError, match="Snapshot"):
                 many(jnp.arange(3.0), states)
     assert not [*tmp_path.glob("[0-9]*")]
+
+
+def test_what_is_printed_and_recorded_is_what_all_members_share(tmp_path, capsys):
+    """With verbose=1, a check that saves nothing is told, too."""
+    ckpt = ModelCheckpoint(tmp_path / "best", "loss", save_best_only=True, verbose=1)
+
+    def member(w):
+        def body(state, epoch):
+            loss = jax.lax.pmean(w.sum(), "i") + epoch
+            logs = {"loss": loss, "own": w.sum()}
+            return ckpt.update(state, {"w": w}, logs, epoch), None
+
+        return jax.lax.scan(body, ckpt.init(), jnp.arange(2))[0].seen
+
+    with pytest.warns(UserWarning, match="metrics of their own: own"):
+        jax.jit(jax.vmap(member, axis_name="i"))(jnp.ones((3, 2)))
+    ckpt.close()
+    assert set(ckpt.best.logs) == {"loss"}
+    assert "did not improve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_tree_that_all_members_share_is_saved_once(tmp_path, has_own):
+    ckpt, w = ModelCheckpoint(tmp_path / "x"), jnp.ones(4)
+
+    def member(x):
+        logs = {"x": x} if has_own else {}
+        return ckpt.update(ckpt.init(), {"w": w}, logs, 0).seen
+
+    with pytest.warns(UserWarning, match="of their own") if has_own else nullcontext():
+        jax.vmap(member)(jnp.ones(3))
+    ckpt.close()
+    assert flaxckpt.load(ckpt.latest)["w"].shape == (4,)

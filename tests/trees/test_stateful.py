@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -149,9 +150,13 @@ def test_a_node_of_a_tree_is_no_such_object(tmp_path):
         ({"x": object()}, "builtins.object"),
         ({"x": jnp.ones(2)}, "ArrayImpl"),
         ([{1, 2}], "builtins.set"),
-        (np.array([None]), "numpy.ndarray"),
+        (np.array([None]), "numpy.ndarray of dtype object"),
+        (np.zeros(2, [("a", "i4")]), "numpy.ndarray of dtype"),
+        (1j, "builtins.complex in its state. A state may hold"),
+        ([10**5000], "no JSON can hold"),
         (collections.namedtuple("Pair", "a b")(1, 2), "Pair"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_state_that_cannot_come_back_is_refused(tmp_path, state, named):
     with ModelCheckpoint(tmp_path / "x") as ckpt:
@@ -164,8 +169,72 @@ def test_a_state_that_holds_itself_is_refused(tmp_path):
     state = []
     state.append(state)
     with ModelCheckpoint(tmp_path / "x") as ckpt:
-        with pytest.raises(UnsupportedLeafError, match="holds itself"):
+        with pytest.raises(UnsupportedLeafError, match="nested too deeply"):
             ckpt.save({"loader": Torchlike(state), "w": 1.0}, epoch=0)
+
+
+class Broken(Counter):
+    def get_state(self):
+        raise RuntimeError("boom")
+
+
+class Stubborn(Counter):
+    def set_state(self, state):
+        raise RuntimeError("no")
+
+
+class Evasive:
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_an_object_that_gives_no_state_is_named(tmp_path):
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        with pytest.raises(UnsupportedLeafError, match=r"it: a Broken.*boom"):
+            ckpt.save({"it": Broken(), "w": 1.0}, epoch=0)
+        with pytest.raises(UnsupportedLeafError, match="it: an object of type Evasive"):
+            ckpt.save({"it": Evasive(), "w": 1.0}, epoch=0)
+
+
+def test_all_objects_get_their_states_or_none(tmp_path):
+    with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        ckpt.save({"a": Counter(5), "b": Counter(6)}, epoch=0)
+        first, second = Counter(1), Stubborn(2)
+        for load in (ckpt.restore, ckpt.restore_into, ckpt.resume):
+            with pytest.raises(flaxckpt.CheckpointError, match="Stubborn at b did not"):
+                load({"a": first, "b": second})
+        assert (first.at, second.at) == (1, 2)
+
+
+def test_an_nnx_module_is_no_such_object(tmp_path):
+    class Odd(nnx.Module, pytree=False):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(2))
+
+        def state_dict(self):
+            raise AssertionError
+
+        load_state_dict = state_dict
+
+    with ModelCheckpoint(tmp_path / "x") as ckpt:
+        with pytest.raises(UnsupportedLeafError, match="m: an object of type"):
+            ckpt.save({"m": Odd(), "w": 1.0}, epoch=0)
+
+
+def test_a_state_that_is_none_of_ours_is_damage():
+    for text in (b"{", b'{"x":["<i4",[1],"AAAAAA=="]}', b'{"array":["(2,f4",[1],"AA"]}',
+                 b'{"array":["<f4",[9],"AAAA"]}', b"[" * 9000, b'{"a":1,"b":2}'):  # fmt: skip
+        with pytest.raises(ValueError):  # noqa: PT011 - the caller names the leaf
+            decoded_state(np.frombuffer(text, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.int4])
+def test_dtypes_of_jax_alone_come_back(dtype):
+    for state in (np.ones(3, dtype), np.ones(3, dtype)[0]):
+        found = decoded_state(state_of(Torchlike(state)))
+        assert type(found) is type(state)
+        assert found.dtype == state.dtype
+        np.testing.assert_array_equal(found, state)
 
 
 def test_a_traced_program_cannot_read_a_state(tmp_path):
