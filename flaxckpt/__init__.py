@@ -3,8 +3,8 @@
 `CheckpointState` and `step` are the decision: they are pure, and need only JAX.
 `Snapshot` keeps the best trees in a program, and `scan_in_chunks` runs a scan in parts.
 `ModelCheckpoint` saves and restores through Orbax, which is imported when
-`ModelCheckpoint`, `Restored`, `load`, `load_weights`, `export` or `verify` is first
-looked up.
+`ModelCheckpoint`, `Restored`, `load`, `load_weights`, `export`, `describe`, `verify` or
+`delete` is first looked up.
 """
 
 import importlib
@@ -25,6 +25,7 @@ from flaxckpt.errors import (
     CheckpointNotFoundError,
     CheckpointPathError,
     CheckpointWriteError,
+    HookError,
     MetricError,
     Preempted,
     SettingError,
@@ -33,9 +34,11 @@ from flaxckpt.errors import (
 )
 
 if TYPE_CHECKING:
+    from flaxckpt._checkpoints.delete import delete
     from flaxckpt._checkpoints.described import Description, LeafInfo, describe
     from flaxckpt._checkpoints.export import export
     from flaxckpt._checkpoints.load import load, load_weights, verify
+    from flaxckpt._checkpoints.watch import watch
     from flaxckpt._model_checkpoint import ModelCheckpoint
     from flaxckpt._restoring import Restored
     from flaxckpt._resuming import Start
@@ -56,6 +59,7 @@ __all__ = [
     "CheckpointWriteError",
     "Chunk",
     "Description",
+    "HookError",
     "LeafInfo",
     "LoadReport",
     "Loaded",
@@ -70,6 +74,7 @@ __all__ = [
     "TemplateError",
     "UnsupportedLeafError",
     "default_weights",
+    "delete",
     "describe",
     "errors",
     "export",
@@ -79,6 +84,7 @@ __all__ = [
     "scan_in_chunks",
     "step",
     "verify",
+    "watch",
 ]
 
 _LAZY = {
@@ -91,9 +97,11 @@ _LAZY = {
     "Start": "flaxckpt._resuming",
     "default_weights": "flaxckpt._trees.weights",
     "export": "flaxckpt._checkpoints.export",
+    "delete": "flaxckpt._checkpoints.delete",
     "load": "flaxckpt._checkpoints.load",
     "load_weights": "flaxckpt._checkpoints.load",
     "verify": "flaxckpt._checkpoints.load",
+    "watch": "flaxckpt._checkpoints.watch",
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,9 @@ from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._direct.frozen_files import Frozen
-from flaxckpt._disk.info import CheckpointInfo
+from flaxckpt._disk.info import CheckpointInfo, Hook
 from flaxckpt._pods.saves import PodSaver
-from flaxckpt._processes.messages import TIMEOUT_SECS, are_several
+from flaxckpt._processes.messages import TIMEOUT_SECS, are_several, is_leader
 from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.best_trees_saved import to_save
 from flaxckpt._program.traced_update import Programs
@@ -84,6 +85,7 @@ class ModelCheckpoint:
         weights: Weights | None = None,
         save_last: bool | str = False,
         save_on_preemption: bool | str = False,
+        on_saved: Hook | Iterable[Hook] | None = None,
         sync: bool = True,
         snapshot: str = "auto",
         max_in_flight: int | None = None,
@@ -105,7 +107,8 @@ class ModelCheckpoint:
                 replaces the one before. The template may start with `~`, or with
                 `gs://` or `s3://` for an object store.
             monitor: Key in `logs` of the value to compare.
-            verbose: 1 prints decisions and saves; 0 prints nothing.
+            verbose: 1 prints decisions and saves, or logs them if the logger `flaxckpt`
+                is configured; 0 prints nothing.
             save_best_only: Whether a due check saves only what improves on the best.
             save_weights_only: Whether to save the weights, not the whole tree.
             mode: `"min"`, `"max"`, or `"auto"` to tell from the name of `monitor`.
@@ -139,6 +142,10 @@ class ModelCheckpoint:
                 tree, in the slot if not as a checkpoint, and raises `Preempted` when it
                 is on disk. `"flag"` only sets `preempted`, and raises nothing. A second
                 signal ends the process as usual. Make the object in the main thread.
+            on_saved: A function, or several, called with the `CheckpointInfo` of each
+                checkpoint once it is on disk: in the background, in process 0 alone.
+                `wait` waits for them, and the next call raises their errors. See
+                docs/following.md.
             sync: Whether to sync a checkpoint to the disk before it counts as saved and
                 before an older one is deleted. With False, a crash of the machine may
                 lose checkpoints; a crash of the process still loses none.
@@ -193,7 +200,7 @@ class ModelCheckpoint:
             sync=bool(sync),
             in_store=settings.in_store,
         )
-        disk = SeriesWriter(
+        self._disk = disk = SeriesWriter(
             self._series,
             policy=settings.policy,
             compress=bool(compress),
@@ -365,17 +372,18 @@ class ModelCheckpoint:
         )
 
     def wait(self) -> None:
-        """Wait until every save is on disk.
+        """Wait until every save is on disk, and `on_saved` was called with it.
 
         The call also waits for the jitted programs with saves that this thread has
         called. The programs of other threads must have ended. In a process that was
         forked from the one that made the object, the call does nothing.
 
         Raises:
-            CheckpointWriteError: If a save failed.
+            CheckpointWriteError: If a save failed, or a function of `on_saved` did.
         """
         if self._series.area.claim.is_inherited:
             return
+        self._saves.queue.refuse_hooks()
         self._programs.reset()
         self._saves.wait()
 
@@ -394,6 +402,7 @@ class ModelCheckpoint:
         """
         if self._series.area.claim.is_inherited:
             return
+        self._saves.queue.refuse_hooks()
         try:
             try:
                 self._programs.reset()
@@ -409,6 +418,30 @@ class ModelCheckpoint:
         if late := self._release():
             warnings.warn(late, stacklevel=outside())
         self._updater.warn_if_never_due()
+
+    def finish(self) -> None:
+        """Mark the run as ended, once every save is on disk.
+
+        `finished` then tells the script that runs next, and `flaxckpt.watch` ends. The
+        next save takes the mark away. In several processes, every one calls this.
+
+        Raises:
+            CheckpointWriteError: If a save failed; nothing is marked then.
+            CheckpointLockedError: If another process writes these checkpoints.
+            CheckpointPathError: If the mark cannot be written.
+
+        Example:
+            >>> with ModelCheckpoint("ended/{epoch}") as ckpt:
+            ...     if not ckpt.finished:
+            ...         state = ckpt.update(ckpt.init(), {"w": np.ones(2)}, {}, 0)
+            ...         ckpt.finish()
+            >>> ModelCheckpoint("ended/{epoch}").finished
+            True
+        """
+        self._saves.check_parent()
+        self.wait()
+        if is_leader():
+            self._disk.finish()
 
     def _release(self) -> str:
         """Release lock and signal handlers; say if no state was saved for a signal."""
@@ -440,6 +473,14 @@ class ModelCheckpoint:
     def preempted(self) -> bool:
         """Whether a signal told the process to end, and a save for it is on disk."""
         return self._triggers.preempted
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run of this filepath has ended by `finish`, and saved no more.
+
+        In several processes each looks for itself.
+        """
+        return self._series.area.is_finished
 
     @property
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:

@@ -7,7 +7,7 @@ values are in `ModelCheckpoint`.
 import difflib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from flaxckpt._decision.reserved import is_reserved
 from flaxckpt._decision.scalars import is_real
 from flaxckpt._decision.state import CheckpointState
 from flaxckpt._decision.template import Template
+from flaxckpt._disk.info import Hook
 from flaxckpt._object_store.scratch import mirrored
 from flaxckpt._object_store.url import is_url
 from flaxckpt._processes.messages import are_several
+from flaxckpt._runtime.log import log_line
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._trees.chosen import Filter
 from flaxckpt._trees.kinds_of_parts import Weights
@@ -42,6 +44,7 @@ _ADVICE = {
     "engine": 'pass "auto" or "orbax".',
     "max_in_flight": "pass a number of at least 1, or None.",
     "save_on_preemption": 'pass True, False or "flag".',
+    "on_saved": "pass a function of a CheckpointInfo, or several in a list.",
     **dict.fromkeys(
         ("frozen", "per_process"),
         "pass a function of a leaf's path and the leaf, or a type of leaf.",
@@ -89,6 +92,7 @@ class Settings:
     weights: Weights | None
     save_last: bool | str
     save_on_preemption: bool | str
+    on_saved: Hook | Iterable[Hook] | None
     sync: bool
     snapshot: str
     max_in_flight: int | None
@@ -124,7 +128,7 @@ class Settings:
         kind = "compressed files" if self.compress else "files in an object store"
         is_linkable = self.frozen is None or not (self.compress or self.in_store)
         need("frozen", is_linkable, f"{kind} are not linked. Pass one of the two.")
-        _ = self.slot  # checks `save_last`
+        _ = self.slot, self.hooks  # which check `save_last` and `on_saved`
         if are_several():
             advice = "several processes save one tree at a time. Pass None."
             need("max_in_flight", self.max_in_flight in (None, 1), advice)
@@ -229,8 +233,19 @@ class Settings:
 
     @property
     def tell(self) -> Callable[[str], None] | None:
-        """A function that prints a message; None to be silent."""
-        return _print if self.verbose else None
+        """A function that logs or prints a message; None to be silent."""
+        return log_line if self.verbose else None
+
+    @functools.cached_property
+    def hooks(self) -> tuple[Hook, ...]:
+        """The functions of `on_saved`."""
+        given = self.on_saved
+        if given is None or callable(given):
+            return () if given is None else (given,)
+        is_several = isinstance(given, Iterable) and not isinstance(given, str)
+        hooks = tuple(given) if is_several else ()
+        self._need("on_saved", is_several and all(map(callable, hooks)))
+        return hooks
 
 
 def unknown_argument(name: str) -> str:
@@ -248,7 +263,3 @@ def _is_time(secs: float) -> bool:
 
 def _is_count(number: int | None) -> bool:
     return number is None or (type(number) is int and number >= 1)
-
-
-def _print(message: str) -> None:
-    print(f"{message}\n", end="", flush=True)  # in one piece: other threads print, too

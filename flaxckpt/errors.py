@@ -12,6 +12,7 @@ CheckpointError
 ├── CheckpointMismatchError  leaves that differ from `like`        (ValueError)
 ├── CheckpointCorruptError   a checkpoint that is damaged          (ValueError)
 ├── CheckpointWriteError     a save that failed                    (RuntimeError)
+│   └── HookError            a function of `on_saved` that raised  (RuntimeError)
 └── Preempted                a signal to end; the state is saved   (RuntimeError)
 ```
 
@@ -281,6 +282,30 @@ class CheckpointWriteError(CheckpointError, RuntimeError):
             f"Saving {self.path!r} failed: {self.cause}. "
             "No earlier checkpoint was touched; this one does not exist. "
             "Training can go on and save again."
+        )
+
+
+class HookError(CheckpointWriteError):
+    """A function of `on_saved` that raised; the checkpoint that it was told of stays.
+
+    The next call that checks for errors raises this, as it raises the error of a save.
+
+    Attributes:
+        path: The checkpoint, which is on disk.
+        cause: What the function raised.
+        function: The function's name.
+    """
+
+    def __init__(self, path: str, cause: str, function: str) -> None:
+        super().__init__(path, cause)
+        self.args = path, cause, function  # all of them keep pickling alive
+        self.function = function
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path!r} is saved, but on_saved={self.function} then failed: "
+            f"{self.cause.rstrip('.')}. The checkpoint stays. Training can go on: the "
+            "next save calls the function again."
         )
 
 

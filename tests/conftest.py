@@ -46,6 +46,17 @@ def _no_known_form():
     shared_forms.cache_clear()
 
 
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Have MLflow and Weights & Biases log into files below `tmp_path`."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def none_left_behind():
     """Have tasks that Orbax leaves behind end with their file.

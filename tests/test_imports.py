@@ -23,6 +23,10 @@ HEAVY = (
     "safetensors",
     "h5py",
     "msgpack",
+    "tensorboardX",
+    "mlflow",
+    "wandb",
+    "tqdm",
 )
 
 # Each folder, or file beside them, imports only from those above it in this list.

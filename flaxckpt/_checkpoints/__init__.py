@@ -12,7 +12,8 @@ checkpoint holds.
 `ledger` remembers what is there, and `target` checks a path. `rivals` looks for a
 better checkpoint at a save's path, and `aside` decides which of the two goes aside.
 `retention` chooses what `series_writer` deletes. `listing` lists a directory without a
-series.
+series, and `watch` goes on listing it. `found` finds the root of a checkpoint's series,
+and the mark of its end, for `watch` and for `delete`, which deletes one checkpoint.
 
 The lock, the renaming of a written directory to its place, and the deletion of what a
 crash has left are the `area`'s; see `_disk` and `_object_store`.

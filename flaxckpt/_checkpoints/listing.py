@@ -4,9 +4,10 @@ import os
 import warnings
 
 from flaxckpt._disk.info import CheckpointInfo
-from flaxckpt._disk.listing import list_below
+from flaxckpt._disk.listing import Infos, Known, LeftOut, list_below
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import RECORD_FILE
+from flaxckpt._object_store.opening import Stores, open_store
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointPathError
@@ -39,23 +40,49 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[CheckpointInfo,
         >>> list_checkpoints("no/such/directory")
         ()
     """
-    check_is_path("directory", directory, "pass the path of a directory.")
-    if is_url(directory):
-        from flaxckpt._object_store.listing import listed
-
-        infos, damaged = listed(os.fspath(directory))
-    else:
-        directory = os.path.abspath(os.path.expanduser(directory))
-        if is_there(directory) and not os.path.isdir(directory):
-            raise CheckpointPathError(
-                directory, "is a file. Pass the directory that holds the checkpoints."
-            )
-        infos, damaged = list_below(directory, None)
-        for error in damaged:
-            if error.path in (directory, os.path.join(directory, RECORD_FILE)) and (
-                isinstance(error, CheckpointPathError)
-            ):
-                raise error
-    for error in damaged:
+    infos, left_out = listed(located(directory))
+    for error in left_out:
         warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
     return infos
+
+
+def located(directory: str | os.PathLike[str]) -> str:
+    """Return a directory's absolute path, or its URL.
+
+    Raises:
+        SettingError: If `directory` is no path.
+    """
+    check_is_path("directory", directory, "pass the path of a directory.")
+    if is_url(directory):
+        return os.fspath(directory).rstrip("/")
+    return os.path.abspath(os.path.expanduser(directory))
+
+
+def listed(
+    directory: str, known: Known | None = None, stores: Stores = open_store
+) -> tuple[Infos, list[LeftOut]]:
+    """List checkpoints as `list_checkpoints` does, and an error for each left out.
+
+    Args:
+        directory: What `located` returned.
+        known: As for `list_below`; a store has no use for it.
+        stores: Opens a store.
+
+    Raises:
+        CheckpointError: As `list_checkpoints`.
+    """
+    if is_url(directory):
+        from flaxckpt._object_store import listing
+
+        return listing.listed(directory, stores)
+    if is_there(directory) and not os.path.isdir(directory):
+        raise CheckpointPathError(
+            directory, "is a file. Pass the directory that holds the checkpoints."
+        )
+    infos, left_out = list_below(directory, None, known)
+    for error in left_out:
+        if error.path in (directory, os.path.join(directory, RECORD_FILE)) and (
+            isinstance(error, CheckpointPathError)
+        ):
+            raise error
+    return infos, left_out

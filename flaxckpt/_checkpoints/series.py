@@ -13,16 +13,14 @@ from flaxckpt._checkpoints.aside import bare, without_suffix
 from flaxckpt._checkpoints.retention import monitored_value, ranked
 from flaxckpt._decision.template import Template
 from flaxckpt._disk.area import Area
-from flaxckpt._disk.disk_area import DiskArea, tag_of
+from flaxckpt._disk.disk_area import DiskArea
 from flaxckpt._disk.info import CheckpointInfo
 from flaxckpt._disk.listing import Infos, LeftOut, list_below
 from flaxckpt._disk.open import leads_nowhere
 from flaxckpt._disk.record import read_record
+from flaxckpt._disk.series_names import SLOT_SUFFIX, tag_of
 from flaxckpt._object_store.store_area import StoreArea
 from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
-
-# The slot is a series of its own: this follows the name of the checkpoints' series.
-_SLOT_SUFFIX = " (last)"
 
 
 class Series:
@@ -62,8 +60,8 @@ class Series:
             in_store: Whether the paths are in a mirror of an object store.
         """
         self.root = Path(template.root)
-        self._template, self.name = template, template.name
-        self.slot_name = self.name + _SLOT_SUFFIX
+        self._template = template
+        self.name, self.slot_name = template.name, template.name + SLOT_SUFFIX
         self.tag = tag_of(self.name)
         self.slots = slot, slot.with_name(f"{slot.name}-{self.tag}")
         self.monitor, self.mode, self._dtype = monitor, mode, dtype
@@ -196,7 +194,7 @@ class Series:
             damaged: Times of checkpoints whose values are known to be damaged.
         """
         infos = tuple(i for i in self.listed()[0] if str(i.time) not in damaged)
-        if info is not None and not info.series.endswith(_SLOT_SUFFIX):
+        if info is not None and not info.series.endswith(SLOT_SUFFIX):
             infos = (*infos, info)
         best = self.best_of(infos)
         return None if best is None else self.value_of(best.logs)

@@ -80,7 +80,7 @@ class SeriesWriter:
 
     def write(
         self, page: Page, info: CheckpointInfo, together: Together | None = None
-    ) -> Task | Share:
+    ) -> tuple[Task | Share, CheckpointInfo]:
         """Write a checkpoint and put it in its place. The area must be open.
 
         Args:
@@ -91,7 +91,8 @@ class SeriesWriter:
                 None if this process writes all.
 
         Returns:
-            What tells whether flaxckpt or Orbax wrote the values, in this process.
+            What tells whether flaxckpt or Orbax wrote the values, in this process; and
+            the record as it was written.
         """
         ledger, area = self._ledger, self.series.area
         ledger.refresh()
@@ -112,7 +113,7 @@ class SeriesWriter:
         else:
             ledger.add(info)
         ledger.settle()
-        return done
+        return done, info
 
     def _put_in_slot(self, page: Page, written: Path, place: Path) -> Path:
         """Put a page at the slot's path, or at the second if another series has that.
@@ -191,6 +192,33 @@ class SeriesWriter:
             raise CheckpointError(
                 f"What was new was saved, but {shown!r}, which is no longer to be "
                 f"kept, could not be deleted: {error}."
+            ) from error
+
+    def is_best(self, info: CheckpointInfo) -> bool | None:
+        """Tell whether a checkpoint is the best on disk; None if that is not known."""
+        if self.series.mode == "auto":
+            return None
+        self._ledger.refresh()
+        best = self._ledger.best()
+        return best is not None and best.time == info.time
+
+    def finish(self) -> None:
+        """Mark the run as ended, until something more is saved.
+
+        Raises:
+            CheckpointLockedError: If another process writes this series.
+            CheckpointPathError: If the mark cannot be written.
+        """
+        area = self.series.area
+        try:
+            with area.claim.turn:
+                area.open()
+                area.finish()
+        except OSError as error:
+            raise CheckpointPathError(
+                str(area.shown(self.series.root)),
+                f"takes no mark of the run's end: {error.strerror}. The checkpoints "
+                "are there. Make it writable, and call finish again.",
             ) from error
 
     def best_value(self) -> float | None:

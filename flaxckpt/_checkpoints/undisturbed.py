@@ -88,13 +88,26 @@ def _read_listed(info: CheckpointInfo, read: Callable[[Place], T], place: Place)
     Raises:
         CheckpointNotFoundError: If another checkpoint, or none, is at `path`.
     """
-    there = read_record(place.path)
+    check_same(info, read_record(place.path), str(place.path))
+    return read(place)
+
+
+def check_same(info: CheckpointInfo, there: CheckpointInfo | None, path: str) -> None:
+    """Check that the checkpoint at a path is the one that was listed.
+
+    Args:
+        info: The one that was listed.
+        there: The one that is there; None if it is one of plain Orbax.
+        path: The path.
+
+    Raises:
+        CheckpointNotFoundError: If it is another one.
+    """
     if there is None or not is_same(info, there):
         now = "written by plain Orbax" if there is None else f"saved at {there.time}"
         problem = f"the listed checkpoint was saved at {info.time}, and the checkpoint "
         problem += f"there now was {now}"
-        raise CheckpointNotFoundError(str(place.path), (), problem)
-    return read(place)
+        raise CheckpointNotFoundError(path, (), problem)
 
 
 def _replaced_too_often(path: str | os.PathLike[str]) -> CheckpointError:
@@ -160,9 +173,14 @@ def _found(path: str | os.PathLike[str]) -> Path:
     file = file_at(found)
     if file is not None:
         return file
-    is_there = os.path.isdir(found)  # False, too, for a name that is too long
-    names = _names_below(*((found, _DEPTH) if is_there else (found.parent, 1)))
-    raise CheckpointNotFoundError(str(found), names)
+    raise not_found(found)
+
+
+def not_found(path: Path) -> CheckpointNotFoundError:
+    """Make the error for a path without a checkpoint; it names some that are near."""
+    is_there = os.path.isdir(path)  # False, too, for a name that is too long
+    names = _names_below(*((path, _DEPTH) if is_there else (path.parent, 1)))
+    return CheckpointNotFoundError(str(path), names)
 
 
 def _is_file(path: Path) -> bool:

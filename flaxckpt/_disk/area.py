@@ -94,9 +94,9 @@ class Area(Protocol):
     ) -> None:
         """Move a finished directory to its place, or exchange it with the one there.
 
-        At every moment a reader of `target` finds the whole old checkpoint or the whole
-        new one. When this returns, the name is durable. The old directory is at
-        `written` then, and may be deleted.
+        First the mark of `finish` goes. At every moment a reader of `target` finds the
+        whole old checkpoint or the whole new one. When this returns, the name is
+        durable. The old directory is at `written` then, and may be deleted.
 
         Args:
             written: The new directory, whose files are synced already; see `files`.
@@ -111,6 +111,17 @@ class Area(Protocol):
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint's name at once; `sweep` deletes its files."""
+
+    def finish(self) -> None:
+        """Mark the run as ended; the next `commit` takes the mark away.
+
+        The area must be open. When this returns, the mark is durable.
+        """
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the mark is there."""
+        ...
 
     def swap(self, new: Path, path: Path) -> None:
         """Exchange the names of two checkpoints in one directory; not in a store.

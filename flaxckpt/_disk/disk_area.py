@@ -3,6 +3,7 @@
 A series keeps these beside its checkpoints; listings do not show them:
 
 - `.flaxckpt-TAG.lock`: held by the one process that writes the series;
+- `.flaxckpt-TAG.finished`: the mark of a run that has ended;
 - `.flaxckpt-TAG-*/`: directories being written or deleted; garbage if no process holds
   the lock;
 - `.flaxckpt-replaced-NAME/`: the old checkpoint of NAME while a new one is put there,
@@ -12,7 +13,6 @@ A series keeps these beside its checkpoints; listings do not show them:
 
 import contextlib
 import errno
-import hashlib
 import os
 import uuid
 import warnings
@@ -37,6 +37,7 @@ from flaxckpt._disk.record import (
     read_record,
     replaced_path,
 )
+from flaxckpt._disk.series_names import mark_of, tag_of
 from flaxckpt._disk.staging import Staging
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import pause, tries
@@ -74,6 +75,7 @@ class DiskArea(Area):
         lock, shown = mirrors or (FileLock(), str(root))
         self.prefix = f"{HIDDEN_PREFIX}{tag_of(series[0])}-"
         self.claim = Claim(root, f"{self.prefix[:-1]}.lock", lock, shown)
+        self._mark = root / mark_of(series[0])
         self._staging = Staging(root, self.prefix, self.claim)
         self.staging = self._staging.directory
 
@@ -144,6 +146,9 @@ class DiskArea(Area):
         self._refuse_around(target)
         self._make(target.parent)
         self.claim.count_change()
+        with contextlib.suppress(FileNotFoundError):
+            self._mark.unlink()
+            self._sync_directory(self._root)
         with self.claim.committing:
             replaces = self._put(written, target, only_over)
             try:
@@ -221,6 +226,18 @@ class DiskArea(Area):
             raise
         self._staging.trash.append(trash)
 
+    def finish(self) -> None:
+        """See `Area.finish`."""
+        self.claim.check(self._root)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        os.close(os.open(self._mark, flags, 0o666))
+        self._sync_directory(self._root)
+
+    @property
+    def is_finished(self) -> bool:
+        """See `Area.is_finished`."""
+        return is_there(self._mark)
+
     def swap(self, new: Path, path: Path) -> None:
         """See `Area.swap`."""
         self.claim.check(path)
@@ -293,8 +310,3 @@ class DiskArea(Area):
     def _sync_directory(self, directory: Path) -> None:
         if self.sync:
             sync_path(directory)
-
-
-def tag_of(series: str) -> str:
-    """Return the tag that stands for a series' name in file names."""
-    return hashlib.sha256(os.fsencode(series)).hexdigest()[:8]

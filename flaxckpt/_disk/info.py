@@ -2,9 +2,9 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from flaxckpt.errors import LeafDifference
 
@@ -32,6 +32,9 @@ class CheckpointInfo:
             checkpoint is copied or renamed by hand to a name that the template would
             not give, it leaves the series, which then neither restores nor deletes it.
             None if the flaxckpt that wrote it did not record the path.
+        is_best: For a function of `on_saved`: whether it was the best of its filepath
+            when it was saved; None if the direction of `monitor` is not known. In a
+            listing it is None.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class CheckpointInfo:
     series: str
     state: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
     saved_as: str | None = dataclasses.field(default=None, repr=False)
+    is_best: bool | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __fspath__(self) -> str:
         """Return the path, so that a record can be passed as a path."""
@@ -53,6 +57,9 @@ class CheckpointInfo:
     def metrics(self) -> Mapping[str, Any]:
         """The logs, under the name that Orbax's preservation policies read."""
         return self.logs
+
+
+Hook: TypeAlias = Callable[[CheckpointInfo], object]
 
 
 @dataclasses.dataclass(frozen=True)

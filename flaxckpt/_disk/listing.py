@@ -18,30 +18,41 @@ from flaxckpt._disk.record import (
     read_record,
     replaced_path,
 )
-from flaxckpt._runtime.patience import pause, tries
-from flaxckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointPathError
+from flaxckpt._runtime.patience import BusyError, pause, tries
+from flaxckpt.errors import CheckpointCorruptError, CheckpointPathError
 
 Infos: TypeAlias = tuple[CheckpointInfo, ...]
 # Why a listing leaves something out: it is damaged, or this process cannot read it.
 LeftOut: TypeAlias = CheckpointCorruptError | CheckpointPathError
 
 
-def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
+# Records that were read, by path and `_directory_at`.
+Known: TypeAlias = dict[tuple[Path, Any], CheckpointInfo]
+
+
+def list_below(
+    root: str, depth: int | None, known: Known | None = None
+) -> tuple[Infos, list[LeftOut]]:
     """List the checkpoints exactly `depth` directories below `root`; None for any.
 
     A writer may delete and replace checkpoints meanwhile. If a directory is gone before
     its record is read, this looks again. It calls a checkpoint damaged, or `root`
     empty, only if two looks in a row find it so.
 
+    Args:
+        root: The directory.
+        depth: How far below it they are.
+        known: The records that earlier calls have read, to which this call adds.
+
     Returns:
         The checkpoints whose records are whole, oldest first, and an error for each
         directory that is damaged or that this process cannot read.
 
     Raises:
-        CheckpointError: If each checkpoint that was seen was gone before it was read.
+        BusyError: If each checkpoint that was seen was gone before it was read.
         CheckpointPathError: If this process cannot look at `root`.
     """
-    known: dict[tuple[Path, Any], CheckpointInfo] = {}
+    known = {} if known is None else known
     problems, doubles, was_empty = set[str](), set[Path](), False
     infos: Infos = ()
     damaged: list[LeftOut] = []
@@ -63,10 +74,7 @@ def list_below(root: str, depth: int | None) -> tuple[Infos, list[LeftOut]]:
             pause()
     if infos:
         return infos, damaged
-    raise CheckpointError(
-        f"The checkpoints in {root!r} were deleted faster than they could be read. "
-        "List them again, or keep more of them (max_to_keep)."
-    )
+    raise BusyError.of(repr(root))
 
 
 @dataclasses.dataclass
@@ -74,12 +82,12 @@ class _Look:
     """One look at a directory that a writer may be changing.
 
     Attributes:
-        known: The records that this look or an earlier one has read, by path and
-            `_directory_at`: another directory may be at the path by now.
+        known: The records that this look or an earlier one has read: another directory
+            may be at the path by now.
         has_missed: Whether a directory was gone or replaced before its record was read.
     """
 
-    known: dict[tuple[Path, Any], CheckpointInfo]
+    known: Known
     has_missed: bool = False
 
     def read(self, path: Path) -> CheckpointInfo | None:

@@ -24,7 +24,12 @@ FORMAT = 1
 REPLACED_PREFIX = f"{HIDDEN_PREFIX}replaced-"
 ORBAX_FILE = "_CHECKPOINT_METADATA"  # in each checkpoint of Orbax
 _RECORD_BYTES = 64 * 2**20  # the most that a record may have
-_OF_INFO = {each.name for each in dataclasses.fields(CheckpointInfo)} - {"path"}
+# What a record has of it.
+_OF_INFO = {
+    each.name
+    for each in dataclasses.fields(CheckpointInfo)
+    if each.compare and each.name != "path"
+}
 
 
 def encode_record(

@@ -9,8 +9,7 @@ from pathlib import Path
 from flaxckpt._disk.open import is_inside
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE
 from flaxckpt._object_store.objects import Objects
-from flaxckpt._runtime.patience import tries
-from flaxckpt.errors import CheckpointError
+from flaxckpt._runtime.patience import BusyError, tries
 
 CURRENT = f"{HIDDEN_PREFIX}current"
 
@@ -69,17 +68,14 @@ def read_listed(
     A writer that has deleted an object may have written another one since the listing.
 
     Raises:
-        CheckpointError: If an object is missing again and again.
+        BusyError: If an object is missing again and again.
     """
     for _ in tries():
         keys = listed()
         found = objects.read_all(keys)
         if len(found) == len(keys):
             return found
-    raise CheckpointError(
-        f"The checkpoints in {objects.url} were deleted faster than they could be "
-        "read. List them again, or keep more of them (max_to_keep)."
-    )
+    raise BusyError.of(objects.url)
 
 
 def write_record(directory: Path, pointer: Pointer) -> None:

@@ -101,25 +101,36 @@ class Place:
             self.source.complete()
 
 
+def pointer_to(bucket: Objects, path: str) -> tuple[str, Pointer] | None:
+    """Return the pointer to the checkpoint at `path`, behind the root of its series.
+
+    The root is empty or ends with a slash. None if nothing points to the path.
+    """
+    parts = path.split("/")
+    keys = [
+        "/".join([*parts[:depth], CURRENT, *parts[depth:]])
+        for depth in reversed(range(len(parts)))
+    ]
+    for key, content in bucket.read_all(keys).items():
+        return key[: key.index(CURRENT)], Pointer.parse(content)
+    return None
+
+
 def _found(bucket: Objects, path: str) -> str:
     """Return the directory of the files of the checkpoint at `path`.
 
     For a checkpoint of plain Orbax, that is `path` itself.
     """
-    parts = path.split("/")
-    pointers = [
-        "/".join([*parts[:depth], CURRENT, *parts[depth:]])
-        for depth in reversed(range(len(parts)))
-    ]
-    for key, content in bucket.read_all(pointers).items():
-        at = Pointer.parse(content).at
-        if not at:
+    pointed = pointer_to(bucket, path)
+    if pointed is not None:
+        root, pointer = pointed
+        if not pointer.at:
             raise CheckpointCorruptError(
                 f"{bucket.url}/{path}", "what points to its files does not parse"
             )
-        return key[: key.index(CURRENT)] + at
+        return root + pointer.at
     if bucket.read(f"{path}/{ORBAX_FILE}").content is not None:
         return path
-    beside = "/".join([*parts[:-1], CURRENT])
+    beside = "/".join([*path.split("/")[:-1], CURRENT])
     names = [key.rpartition("/")[2] for key in bucket.keys_below(beside)]
     raise CheckpointNotFoundError(f"{bucket.url}/{path}", tuple(names))

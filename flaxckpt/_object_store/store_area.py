@@ -13,7 +13,8 @@ In the store, below the series' root (see `_decision.template`):
 - `.flaxckpt-TAG-doubtful/UNIQUE`: a note that names a directory whose files are being
   written or about to be deleted. If no pointer names the directory, its files are
   garbage once no process writes the series;
-- `.flaxckpt-TAG.lock`: the lock; see `lease`.
+- `.flaxckpt-TAG.lock`: the lock; see `lease`;
+- `.flaxckpt-TAG.finished`: the mark of a run that has ended.
 """
 
 import shutil
@@ -28,6 +29,7 @@ from etils import epath
 from flaxckpt._disk.area import Area, OccupiedError
 from flaxckpt._disk.disk_area import DiskArea
 from flaxckpt._disk.record import HIDDEN_PREFIX, RECORD_FILE, series_in
+from flaxckpt._disk.series_names import mark_of
 from flaxckpt._object_store.lease import StoreLock
 from flaxckpt._object_store.objects import Objects
 from flaxckpt._object_store.pointer import Pointer, key_of, read_pointers, write_record
@@ -60,6 +62,7 @@ class StoreArea(Area):
         self._mirror = DiskArea(root, series, depth, sync=False, mirrors=mirrors)
         self.claim, self.staging = self._mirror.claim, self._mirror.staging
         self._doubtful = f"{self._mirror.prefix}doubtful"
+        self._mark = mark_of(series[0])
         self._is_current = False
         self._place: tuple[Path, str] | None = None
         self._unused: list[str] = []  # directories to delete
@@ -114,6 +117,7 @@ class StoreArea(Area):
             pointer = Pointer(at, (written / RECORD_FILE).read_text())
             stub = written.with_name("record")
             write_record(stub, pointer)
+            self._objects.delete(self._mark)
             with _MOVING:
                 before = self._point(name, pointer, only_over)
                 self._mirror.commit(stub, target)
@@ -128,6 +132,18 @@ class StoreArea(Area):
         shutil.rmtree(stub, ignore_errors=True)
         self._certain.append(at)
         self._unused += [*before, first] if is_second else before
+
+    def finish(self) -> None:
+        """See `Area.finish`."""
+        self._check_lease()
+        self._objects.write(self._mark, b"")
+
+    @property
+    def is_finished(self) -> bool:
+        """See `Area.is_finished`."""
+        if self.claim.is_inherited:
+            raise self.claim.inherited_error()
+        return self._objects.read(self._mark).content is not None
 
     def swap(self, new: Path, path: Path) -> None:
         """Refuse: a store has no renames."""

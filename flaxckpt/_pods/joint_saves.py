@@ -36,7 +36,7 @@ from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import translated
 from flaxckpt._saving.parts import SaverParts
-from flaxckpt.errors import CheckpointError
+from flaxckpt.errors import CheckpointError, HookError
 
 _PAGES = 2  # the most that a save writes: one in the series, and one in the slot
 _PATIENCE = 20  # time-outs
@@ -235,6 +235,11 @@ class JointSaves:
         parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
         with self._area.claim.turn:
             parts.publisher.put(call, pages, Together(begin, may_finish, agreed.terms))
+        errors = parts.publisher.hooks.call()
+        for other in errors[1:]:
+            errors[0].add_note(f"And: {other}")
+        if errors:  # all processes raise it, as any error of a save
+            raise errors[0]
 
     def _follow(self, exchange: Round, agreed: _Agreed) -> bool:
         """Write this process's shares, and wait for the end.
@@ -256,7 +261,11 @@ class JointSaves:
                 publisher.note_fault(page.path, share.fault)
                 is_direct = is_direct and share.is_direct
                 exchange.tell(f"share {index}", share.to_json())
-        exchange.hear("done")
+        try:
+            exchange.hear("done")
+        except HookError:  # process 0 has told `on_saved` of what is saved
+            publisher.report.count_saved(is_direct=is_direct)
+            raise
         return is_direct
 
     # ---- errors ----------------------------------------------------------------------

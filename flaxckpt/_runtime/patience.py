@@ -4,9 +4,23 @@ import itertools
 import time
 from collections.abc import Iterator
 
+from flaxckpt.errors import CheckpointError
+
 TRIES = 20  # at least so many
 SECS = 10.0  # and at least for so long
 PAUSE_SECS = 0.01  # between two looks at a checkpoint that seems damaged
+
+
+class BusyError(CheckpointError):
+    """A writer deletes checkpoints too fast; to users, a `CheckpointError`."""
+
+    @classmethod
+    def of(cls, directory: str) -> "BusyError":
+        """Make the error of a listing; `directory` is where the checkpoints are."""
+        return cls(
+            f"The checkpoints in {directory} were deleted faster than they could be "
+            "read. List them again, or keep more of them (max_to_keep)."
+        )
 
 
 def tries() -> Iterator[int]:

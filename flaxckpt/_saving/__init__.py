@@ -8,6 +8,6 @@ saves, and `lines` tells which saves may supersede which. `queue` runs each `job
 background, where `publish` writes the contents to their `paths`, and `best_kept` places
 them so that better checkpoints stay, by the rule of `_checkpoints.aside`. `receiver`
 saves the leaves that a running program hands over. `parts` holds the parts that every
-saver shares, in one process or in several. `report` counts, prints and warns, and
-`at_exit` finishes the jobs at the program's end.
+saver shares, in one process or in several. `report` counts, prints and warns, `hooks`
+calls the functions of `on_saved`, and `at_exit` finishes the jobs at the program's end.
 """

@@ -1,6 +1,6 @@
 """`Job`: one save that waits for its turn or is under way, and how its errors read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Job:
         memory: Copies whose memory the next job can use after this one; None for none.
         then: The job that this one becomes once its copies are filled; None for none.
         is_filled: Tells whether the copies are filled.
+        tell: Calls `on_saved` once the work is done, and returns the errors. `wait`
+            waits for this, and `claim` does not.
         holder: The thread that has claimed the job, or one of the values above.
         number: Its place among the waiting jobs.
         waited: How long the call that has claimed it waited for it, in seconds.
@@ -42,6 +44,7 @@ class Job:
     memory: Any = None
     then: "Job | None" = None
     is_filled: Callable[[], bool] = bool
+    tell: Callable[[], Sequence[CheckpointError]] = tuple
     holder: int = NOBODY
     number: int = 0
     waited: float = 0.0
@@ -51,7 +54,8 @@ class Job:
         then = self.then
         if then is not None:
             self.key, self.path, self.content = then.key, then.path, then.content
-            self.run, self.after, self.memory = then.run, then.after, then.memory
+            self.run, self.tell, self.after = then.run, then.tell, then.after
+            self.memory = then.memory
             self.then = None
 
 

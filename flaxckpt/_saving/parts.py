@@ -21,6 +21,7 @@ from flaxckpt._saving.best_kept import BestKept
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.describe import Describer
+from flaxckpt._saving.hooks import Hooks
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.lines import Lines
 from flaxckpt._saving.paths import Paths
@@ -28,7 +29,7 @@ from flaxckpt._saving.publish import Publisher
 from flaxckpt._saving.queue import JobQueue
 from flaxckpt._saving.report import Report
 from flaxckpt._settings import Settings
-from flaxckpt.errors import CheckpointError
+from flaxckpt.errors import CheckpointError, HookError
 
 
 class SaverParts:
@@ -61,7 +62,12 @@ class SaverParts:
         if best_only:
             best_kept = BestKept(disk, self.report, overwrite=overwrite)
         self.publisher = Publisher(
-            disk, self.paths, self.report, best_kept, bool(settings.save_weights_only)
+            disk,
+            self.paths,
+            self.report,
+            best_kept,
+            bool(settings.save_weights_only),
+            Hooks(settings.hooks),
         )
         self.describer = Describer(settings, disk.way, self.ahead)
         self.lines = Lines(best_only=best_only, overwrite=overwrite)
@@ -72,8 +78,10 @@ class SaverParts:
 
         Raises:
             CheckpointLockedError: If it was forked from the one that made this object.
-            CheckpointError: If it was forked from another one that used JAX.
+            CheckpointError: If it was forked from another one that used JAX, or if a
+                function of `on_saved` makes the call.
         """
+        self.queue.refuse_hooks()
         if self.queue.is_inherited:
             raise self.series.area.claim.inherited_error()
         use_threads()
@@ -183,6 +191,7 @@ class SaverParts:
             content,
             memory,
             is_filled=lambda: copies.is_filled,
+            tell=self.publisher.hooks.call,
         )
 
     def submit(self, job: Job) -> None:
@@ -197,6 +206,8 @@ class SaverParts:
     def _run(self, write: Callable[[Contents], None], content: Contents) -> None:
         try:
             write(content)
+        except HookError:  # all is saved
+            raise
         except BaseException:
             self.report.counts.failed += 1
             self.report.has_failed = True

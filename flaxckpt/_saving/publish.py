@@ -1,7 +1,7 @@
 """`Publisher`: writes what jobs hold, on the thread of the queue."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.best_kept import BestKept
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
+from flaxckpt._saving.hooks import Hooks
 from flaxckpt._saving.job import nothing
 from flaxckpt._saving.paths import Paths
 from flaxckpt._saving.report import Report
@@ -31,6 +32,7 @@ class Publisher:
         report: Counts what is saved, prints and warns.
         best_kept: Places the saves; None if a save may replace a better one.
         weights_only: Whether the series gets the weights alone.
+        hooks: Are told of what is saved.
     """
 
     disk: SeriesWriter
@@ -38,6 +40,7 @@ class Publisher:
     report: Report
     best_kept: BestKept | None
     weights_only: bool
+    hooks: Hooks
 
     def write(self, contents: Contents) -> None:
         """Write the last call that saves, and delete what retention does not keep.
@@ -140,10 +143,13 @@ class Publisher:
                 state=None if state is None else plain_state(state),
                 saved_as=series.saved_as(page.path),
             )
-            task = self.disk.write(page, info, together)
+            task, info = self.disk.write(page, info, together)
             is_direct = is_direct and task.is_direct
             self.note_fault(page.path, task.fault)
             settle()
+            if self.hooks:
+                shown, is_best = series.area.shown(page.path), self.disk.is_best(info)
+                self.hooks.note(replace(info, path=shown, is_best=is_best))
             shown = self.report.shown(page.path)
             self.report.say(call, f"finished saving model to {shown}")
         if call.saves:

@@ -25,7 +25,7 @@ from flaxckpt._saving.job import (
     nothing,
     translated,
 )
-from flaxckpt.errors import CheckpointError, CheckpointWriteError
+from flaxckpt.errors import CheckpointError, CheckpointWriteError, HookError
 
 _IDLE_SECS = 2.0
 _MOST_ERRORS = 20
@@ -52,7 +52,8 @@ class JobQueue:
         self._changed = threading.Condition(self._lock)
         self._jobs: list[Job] = []
         self._numbers = itertools.count(1)
-        self._is_busy, self._memory = False, deque[Any]()
+        self._is_busy = self._is_telling = False
+        self._memory = deque[Any]()
         self._errors: list[CheckpointError] = []
         self._more_errors = self._ended = 0
         self._warnings: list[str] = []
@@ -169,21 +170,36 @@ class JobQueue:
         return sorted(waiting, key=lambda job: job.number)
 
     def wait(self) -> None:
-        """Wait until all jobs are done.
+        """Wait until all jobs are done, and `on_saved` is told of them.
 
         Raises:
             CheckpointError: If a job failed; each error is raised once.
         """
         if self.is_inherited:
             return
+        self.refuse_hooks()
         self.take_back()
         with self._lock:
             if self.is_working():
                 self._start()
-            self._changed.wait_for(lambda: not self.is_working())
+            self._changed.wait_for(lambda: not (self.is_working() or self._is_telling))
         self.check()
         with self._lock:  # another thread may save now
             self._be_forgotten()
+
+    def refuse_hooks(self) -> None:
+        """Check that no job makes this call, which would wait for that job for ever.
+
+        Raises:
+            CheckpointError: If a function of `on_saved` makes it.
+        """
+        if threading.current_thread() is self._thread:
+            raise CheckpointError(
+                "A function of on_saved called its own ModelCheckpoint to save, to "
+                "wait, to restore or to close, and would wait for itself for ever. "
+                "Load what was saved by flaxckpt.load(info), and make those calls from "
+                "the loop."
+            )
 
     def check(self) -> None:
         """Give the warnings and raise the errors that there are by now."""
@@ -306,13 +322,26 @@ class JobQueue:
                 if error is None and job.memory is not None:
                     self._memory.append(job.memory)
                 self._jobs.remove(job)
+                self._is_telling = True
                 self._changed.notify_all()
+            self._tell(job)
             self._do_after(job)
             del job, error
             with self._lock:
                 self._is_busy = False
                 self._be_forgotten()
                 self._changed.notify_all()
+
+    def _tell(self, job: Job) -> None:
+        try:
+            errors = job.tell()
+        except BaseException as error:
+            errors = [translated(error, job.path)]
+        with self._lock:
+            for each in errors:
+                self._note(each)
+            self._is_telling = False
+            self._changed.notify_all()
 
     def _do_after(self, job: Job) -> None:
         try:
@@ -325,6 +354,6 @@ class JobQueue:
 
 def _briefly(error: CheckpointError) -> str:
     """Return the text of a note about an error; the noted error has the advice."""
-    if isinstance(error, CheckpointWriteError):
+    if isinstance(error, CheckpointWriteError) and not isinstance(error, HookError):
         return f"Saving {error.path!r} failed: {error.cause}."
     return str(error)

@@ -488,7 +488,7 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
         ("period", "Did you mean 'save_freq'?"),
         ("train_time_interval", "Did you mean 'save_interval_secs'?"),
         ("monitr", "Did you mean 'monitor'?"),
-        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, save_interval_secs, max_to_keep, preserve, overwrite, weights, save_last, save_on_preemption, sync, snapshot, max_in_flight, compress, engine, frozen, per_process, stop_on_error, timeout_secs."),
+        ("zzz", "It takes filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold, min_delta, save_interval_secs, max_to_keep, preserve, overwrite, weights, save_last, save_on_preemption, on_saved, sync, snapshot, max_in_flight, compress, engine, frozen, per_process, stop_on_error, timeout_secs."),
     ],
 )  # fmt: skip
 def test_unknown_arguments(tmp_path, name, hint):

@@ -826,6 +826,28 @@ def keep_the_better(directory):
         say(shown, float(ckpt.restore(tree, "best").state.best))
 
 
+def call_hooks(directory):
+    """Have functions called, of which one fails at the first save; mark the end."""
+    seen = []
+
+    def fail(info):
+        if info.epoch == 0:
+            raise ValueError("boom")
+
+    hooks = [seen.append, fail]
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", on_saved=hooks) as ckpt:
+        ckpt.save({"w": np.ones(3)}, 0)
+        try:
+            ckpt.wait()
+        except flaxckpt.HookError as error:
+            say("failed", error.cause)
+        ckpt.save({"w": np.ones(3)}, 1)
+        ckpt.wait()
+        assert seen in ([], [*ckpt.checkpoints])
+        ckpt.finish()
+        say(len(seen), ckpt.counts.saved, ckpt.counts.failed)
+
+
 def main(workers):
     """Run the worker that the command line names.
 

@@ -57,6 +57,13 @@ def test_what_four_have_saved_is_whole(saved):
         assert len(list(filter(Path.is_file, files))) == 2
 
 
+def test_process_0_calls_on_saved_and_all_raise_its_errors(tmp_path):
+    said = pod.run(tmp_path, "call_hooks", 3, tmp_path / "run")
+    failed = ["failed", "ValueError: boom"]
+    assert said == [[failed, [2, 2, 0]], *[[failed, [0, 2, 0]]] * 2]
+    assert flaxckpt.ModelCheckpoint(tmp_path / "run/{epoch}").finished
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "host"])
 def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path, name):
     shutil.copytree(saved, tmp_path / "run")

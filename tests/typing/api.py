@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import flaxckpt
 from flaxckpt.integrations import keras as of_keras
+from flaxckpt.integrations import mlflow, tensorboard, wandb
 
 
 def train(params: dict[str, jax.Array]) -> None:
@@ -34,6 +35,24 @@ def train(params: dict[str, jax.Array]) -> None:
     print(tree)
     file: Path = flaxckpt.export(path, "m.safetensors", max_shard_bytes=5 * 10**9)
     print(file)
+    for info in flaxckpt.watch("runs", poll_secs=0.5, timeout_secs=60):
+        flaxckpt.delete(info)
+    flaxckpt.delete(path)
+
+
+def tell(info: flaxckpt.CheckpointInfo) -> None:
+    print(info.path, info.is_best)
+
+
+def train_and_tell(params: dict[str, jax.Array]) -> None:
+    with flaxckpt.ModelCheckpoint("runs/{epoch}", on_saved=tell) as ckpt:
+        if not ckpt.finished:
+            ckpt.save(params, epoch=0)
+            ckpt.finish()
+    flaxckpt.ModelCheckpoint(
+        "runs/{epoch}", on_saved=[tell, print, wandb.log_to(), mlflow.log_to()]
+    )
+    flaxckpt.ModelCheckpoint("x", on_saved=tensorboard.log_to("events"))
 
 
 def decide(state: flaxckpt.CheckpointState, loss: jax.Array) -> jax.typing.ArrayLike:
