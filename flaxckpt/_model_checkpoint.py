@@ -367,7 +367,7 @@ class ModelCheckpoint:
             CheckpointError: As `save`.
         """
         return tuple(
-            self.save(kept.tree, kept.epoch, kept.batch, logs)
+            self.save(kept.tree, kept.epoch, kept.batch, logs, step=kept.step)
             for kept, logs in to_save(snapshot, member, self._settings)
         )
 

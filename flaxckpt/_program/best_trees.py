@@ -19,7 +19,8 @@ from jax.core import Tracer
 
 from flaxckpt._decision.direction import mode_of
 from flaxckpt._decision.logs import find
-from flaxckpt._decision.scalars import as_number, index
+from flaxckpt._decision.moment import Moment
+from flaxckpt._decision.scalars import as_number
 from flaxckpt._program.best_trees_checks import (
     check_taken,
     checked_logs,
@@ -43,6 +44,14 @@ from flaxckpt._trees.ties import has_ties
 from flaxckpt.errors import SettingError
 
 _STATIC = {"static": True}
+_END, _STEP = -1, -2  # in place of a batch
+
+
+def _moment_of(epoch: int, batch: int) -> Moment:
+    """Return when a tree was taken, from what its slot has."""
+    if batch == _STEP:
+        return Moment(step=epoch)
+    return Moment(epoch, None if batch == _END else batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +60,17 @@ class Kept:
 
     Attributes:
         tree: The tree.
-        epoch: Zero-based epoch at which it was taken.
+        epoch: Zero-based epoch at which it was taken; None if that was a global step.
         batch: Zero-based batch within the epoch; None at the end of an epoch.
         logs: The metrics at that time.
+        step: The global step at which it was taken; None if that was an epoch.
     """
 
     tree: Any
-    epoch: int
+    epoch: int | None
     batch: int | None
     logs: Mapping[str, Any]
+    step: int | None = None
 
 
 @jax.tree_util.register_dataclass  # pyright: ignore[reportUntypedClassDecorator]
@@ -75,9 +86,9 @@ class Snapshot:
         trees: A tree for each slot; zeros in an empty slot.
         values: The monitored value in each slot, f32[keep] (f64[keep] under x64); 0 in
             an empty slot.
-        epochs: Zero-based epochs, i32[keep]; -1 in an empty slot.
+        epochs: Zero-based epochs, or global steps, i32[keep]; -1 in an empty slot.
         batches: Zero-based batches, i32[keep]; -1 at the end of an epoch, and in an
-            empty slot.
+            empty slot; -2 beside a global step.
         order: The order in which the trees were taken, i32[keep]; -1 in an empty slot.
         logs: The metrics, each of shape [keep].
         monitor: Key in `logs` of the value to compare. `monitor` and `mode` are static.
@@ -178,8 +189,10 @@ class Snapshot:
         save: Any,
         tree: Any,
         logs: Mapping[str, Any],
-        epoch: Any,
+        epoch: Any = None,
         batch: Any = None,
+        *,
+        step: Any = None,
     ) -> "Snapshot":
         """Keep a tree if `save` is true and the tree is among the best.
 
@@ -194,6 +207,7 @@ class Snapshot:
             logs: The current metrics, with the keys given to `like`.
             epoch: Zero-based epoch, i32[].
             batch: Zero-based batch within the epoch, i32[]; None at the end of one.
+            step: A global step, i32[], in place of epoch and batch.
 
         Returns:
             The snapshot to go on with.
@@ -202,17 +216,22 @@ class Snapshot:
             MetricError: A `ValueError`, if the monitored value is missing, or if a
                 metric is not a real scalar or does not fit its dtype in `like`.
             SettingError: A `ValueError`, if tree or logs are not as given to `like`, or
-                if epoch or batch is not a zero-based integer.
+                if epoch, batch or step is not a zero-based integer, or if there is
+                neither an epoch nor a step, or both.
         """
-        return as_arguments(self._taken(save, tree, logs, epoch, batch))
+        at = Moment(epoch, batch, step)
+        return as_arguments(self._taken(save, tree, logs, at))
 
     @runs_unchecked
     def _taken(
-        self, save: Any, tree: Any, logs: Mapping[str, Any], epoch: Any, batch: Any
+        self, save: Any, tree: Any, logs: Mapping[str, Any], at: Moment
     ) -> "Snapshot":
         logs = check_taken(self, save, tree, logs)
-        epoch = index("epoch", epoch)
-        batch = -1 if batch is None else index("batch", batch)
+        at.check()
+        if at.step is None:
+            epoch, batch = at.epoch, _END if at.batch is None else at.batch
+        else:
+            epoch, batch = at.step, _STEP
         told = (self.values, self.order, save, epoch, batch, dict(logs))
         # Under an outer trace, some of these may be concrete values.
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((told, tree)))
@@ -220,11 +239,11 @@ class Snapshot:
         xp = jnp if traced else np
         if not traced and not bool(save):
             return self
-        value, is_better, at = place_for(self, logs[self.monitor], xp)
+        value, is_better, place = place_for(self, logs[self.monitor], xp)
         take = is_better & xp.asarray(save, bool)
         if not traced and not take:
             return self
-        at_slot = np.arange(len(self.trees), dtype=np.int32) == at
+        at_slot = np.arange(len(self.trees), dtype=np.int32) == place
         put = put_in_program if traced else put_in
         old = (self.values, self.epochs, self.batches, self.order, self.logs)
         new = (value, epoch, batch, at_slot, dict(logs))
@@ -255,7 +274,7 @@ class Snapshot:
                 otherwise None.
 
         Returns:
-            A record for each filled slot: its tree, epoch, batch and logs.
+            A record for each filled slot: its tree, epoch, batch, step and logs.
 
         Raises:
             SettingError: A `ValueError`, if there is no such member, if `member` is
@@ -278,9 +297,8 @@ class Snapshot:
         return [
             Kept(
                 tree=one.trees[slot],
-                epoch=int(epochs[slot]),
-                batch=int(batches[slot]) if batches[slot] >= 0 else None,
                 logs={name: value[slot].item() for name, value in logs.items()},
+                **_moment_of(int(epochs[slot]), int(batches[slot]))._asdict(),
             )
             for slot in filled
         ]

@@ -26,7 +26,8 @@ def to_save(
     """
 
     def time(kept: Kept) -> tuple[float, float]:
-        return kept.epoch, np.inf if kept.batch is None else kept.batch
+        at = kept.step if kept.epoch is None else kept.epoch
+        return at or 0, np.inf if kept.batch is None else kept.batch
 
     if not isinstance(snapshot, Snapshot):
         advice = "pass the flaxckpt.Snapshot first."
@@ -40,14 +41,15 @@ def to_save(
     ]
     template = settings.template
     paths = [
-        template.render(Moment(kept.epoch, kept.batch), logs) for kept, logs in entries
+        template.render(Moment(kept.epoch, kept.batch, kept.step), logs)
+        for kept, logs in entries
     ]
     if len(set(paths)) < len(paths):
         raise TemplateError(
             template.label,
             f"the snapshot holds {len(paths)} trees, and one would replace another. "
-            "Put {epoch} into the filepath, or another field that tells the trees "
-            "apart.",
+            "Put {epoch} (or {step}) into the filepath, or another field that tells "
+            "the trees apart.",
         )
     return entries
 

@@ -226,6 +226,34 @@ def test_members_that_decide_for_themselves_are_told_of_slots(tmp_path, kind):
     assert not [*tmp_path.glob("[0-9]*")]
 
 
+def test_each_member_keeps_its_best_by_steps(tmp_path):
+    def member(w):
+        def body(snapshot, step):
+            loss = (w.sum() - step) ** 2
+            return snapshot.take(True, {"w": w + step}, {"loss": loss}, step=step), None
+
+        empty = flaxckpt.Snapshot.like({"w": w}, {"loss": 0.0}, keep=2)
+        return jax.lax.scan(body, empty, jnp.arange(10, 50))[0]
+
+    snapshot = jax.jit(jax.vmap(member))(jnp.array([[20.0], [30.0]]))
+    with ModelCheckpoint(tmp_path / "{member}-{step}") as ckpt:
+        paths = [ckpt.save_snapshot(snapshot, number) for number in range(2)]
+    names = [[path.name for path in each] for each in paths]
+    assert names == [["0-19", "0-20"], ["1-29", "1-30"]]
+    info = flaxckpt.list_checkpoints(tmp_path)[-1]
+    assert (info.step, info.epoch, info.batch) == (30, None, None)
+    assert flaxckpt.load(info)["w"].tolist() == [60.0]
+    (best, _) = snapshot.entries(0)
+    assert (best.step, best.epoch, best.batch) == (20, None, None)
+
+
+@pytest.mark.parametrize("at", [{}, {"epoch": 1, "step": 1}, {"step": -1}])
+def test_a_snapshot_refuses_what_is_no_moment(at):
+    snapshot = flaxckpt.Snapshot.like({"w": jnp.ones(1)}, {"loss": 0.0})
+    with pytest.raises(flaxckpt.SettingError):
+        snapshot.take(True, {"w": jnp.ones(1)}, {"loss": 0.0}, **at)
+
+
 def test_what_is_printed_and_recorded_is_what_all_members_share(tmp_path, capsys):
     """With verbose=1, a check that saves nothing is told, too."""
     ckpt = ModelCheckpoint(tmp_path / "best", "loss", save_best_only=True, verbose=1)
