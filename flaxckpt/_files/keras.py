@@ -35,9 +35,12 @@ def read(path: Path, like: PyTree) -> ForeignTree:
         if zipfile.is_zipfile(path):
             content = zipfile.ZipFile(path).open(WEIGHTS)
         file = h5py.File(content, "r")
-        arrays = {
-            name: _described(path, dataset) for name, dataset in _below(h5py, file, "")
-        }
+        try:
+            found = dict(_below(h5py, file, ""))
+        except BaseException:
+            file.close()  # the error's traceback would hold it open
+            raise
+        arrays = {name: _described(path, dataset) for name, dataset in found.items()}
     return tree_of(path, arrays, _SEPARATOR, like)
 
 
