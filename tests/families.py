@@ -301,9 +301,11 @@ def optax_s_optimizers():
         try:
             moments = transformation.init(params)
             step = jax.jit(functools.partial(moved, transformation))
-            step(params, moments)
+            _, after = step(params, moments)
         except Exception:  # it needs what no plain loop has
             continue
+        # `apply_every` begins with a count in integers, and goes on in floats.
+        moments = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), moments, after)
         tree[name], steps[name] = (params, moments), step
     assert len(tree) >= 60, sorted(tree)
 
