@@ -126,10 +126,11 @@ class Programs:
 
         @jax.custom_batching.custom_vmap
         def hand_over(save: Any, scalars: Any, leaves: list[Any]) -> Any:
-            def nothing(scalars: Any, _: Any) -> jax.Array:
-                return stream.tell(scalars) if tells else jnp.int32(0)
-
-            return jax.lax.cond(save, stream.hand_over, nothing, scalars, leaves)
+            nothing = lambda *_: jnp.int32(0)  # noqa: E731
+            token = jax.lax.cond(save, stream.hand_over, nothing, scalars, leaves)
+            if tells:  # apart, since XLA takes no calls of other devices in one `cond`
+                token += jax.lax.cond(save, nothing, stream.tell, scalars)
+            return token
 
         @hand_over.def_vmap
         def hand_over_all(
