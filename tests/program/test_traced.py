@@ -341,6 +341,15 @@ def test_what_is_said_is_what_a_loop_says(tmp_path, capfd, meshed, save_last):
     assert any("did not improve" in line for line in said[0][0])
 
 
+def test_one_process_has_all_for_itself(tmp_path):
+    """`per_process=` asks no tracer where it is."""
+    own = lambda path, leaf: path == ("own",)  # noqa: E731
+    with flaxckpt.ModelCheckpoint(tmp_path / "{epoch}", per_process=own) as ckpt:
+        run = jax.jit(lambda t, s: ckpt.update(s, t, None, 0))
+        run({"own": jnp.ones(2), "w": jnp.zeros(3)}, ckpt.init())
+    assert flaxckpt.load(ckpt.latest)["own"].tolist() == [1, 1]
+
+
 def test_explicit_shardings_are_seen(tmp_path):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with (
