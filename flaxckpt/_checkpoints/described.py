@@ -16,7 +16,7 @@ from flaxckpt._disk.record import versions_in
 from flaxckpt._files import formats
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.described import foreign_leaves, shardings_in
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import ARRAYS, Leaf
 from flaxckpt._trees.skeleton import indices_in
 
 
@@ -47,7 +47,7 @@ class LeafInfo:
     is_weight: bool | None
 
     def __str__(self) -> str:
-        if self.kind not in ("array", "jax", "numpy", "numpy_scalar", "key"):
+        if self.kind not in (*ARRAYS, "key", "array"):
             return self.kind
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from flaxckpt._runtime.failures import listed
 from flaxckpt.errors import LeafDifference
-
-_SHOWN = 8  # names in the text of a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,18 +84,13 @@ class LoadReport:
                 f"{name} (stored {stored}, wanted {wanted})"
                 for name, stored, wanted in self.kept
             ]
-            text += f"; kept from like: {_some(kept)}"
+            text += f"; kept from like: {listed(kept)}"
         if self.passed_over:
-            text += f"; passed over: {_some(self.passed_over)}"
+            text += f"; passed over: {listed(self.passed_over)}"
         return text
 
     def __repr__(self) -> str:
         return f"<LoadReport: {self}>"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclasses.dataclass(frozen=True)

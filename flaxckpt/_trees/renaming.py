@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from flaxckpt._runtime.failures import listed
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.selection import (
     Path,
     Repeating,
     Unit,
-    listed,
     parts_in,
     split,
     units_in,

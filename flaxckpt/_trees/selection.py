@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from flaxckpt._runtime.failures import listed
 from flaxckpt._trees.layout import Layout, OverfullError
-from flaxckpt._trees.leaf import Leaf
+from flaxckpt._trees.leaf import ARRAYS, Leaf
 from flaxckpt._trees.skeleton import (
     Skeleton,
     children_in,
@@ -24,7 +25,6 @@ Path: TypeAlias = tuple[str, ...]
 Select: TypeAlias = str | Sequence[str] | Callable[[Path, Any], bool]
 """A path, or a function of a leaf's path and description that tells if it is chosen."""
 
-_SHOWN = 8  # names in a message
 _NODES = 2**20  # of a tree whose shared parts are repeated
 
 
@@ -100,7 +100,7 @@ def _filtered(layout: Layout, select: Callable[[Path, Any], bool]) -> Skeleton:
 
 def _described(leaf: Leaf) -> Any:
     """Describe a stored array to a function that selects leaves."""
-    if leaf.kind not in ("jax", "numpy", "numpy_scalar"):
+    if leaf.kind not in ARRAYS:
         return None
     return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
 
@@ -141,10 +141,6 @@ def units_in(node: Skeleton, keys: tuple[str | int, ...]) -> Iterator[Unit]:
 
 def split(path: str) -> Path:
     return tuple(path.split("/")) if path else ()
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 class Repeating:
