@@ -63,7 +63,7 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[Place], T]) -> T:
         before = _stamp(found)
         try:
             result = _shallow(Place(found), read)
-        except (CheckpointCorruptError, CheckpointNotFoundError, OSError):
+        except (CheckpointError, OSError):
             if _stamp(found) == before and _stays(found):
                 raise
             continue
@@ -137,8 +137,7 @@ def _from_store(url: str, read: Callable[[Place], T]) -> T:
                 source.begin()
                 return _shallow(Place(_found(source.directory), source), read)
             except CheckpointError as error:
-                kinds = CheckpointCorruptError, CheckpointNotFoundError
-                if isinstance(error, kinds) and source.is_replaced():
+                if source.is_replaced():
                     continue
                 if error.args[:1] != (str(source.directory),):
                     raise

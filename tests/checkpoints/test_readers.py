@@ -392,8 +392,11 @@ def test_a_state_that_moves_between_slot_and_series_is_not_missed(
 
 
 @pytest.mark.direct
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.99])
 @pytest.mark.parametrize("first", ["record", "values"])
-def test_deleted_by_hand_at_any_step_is_not_damaged(tmp_path, monkeypatch, first):
+def test_deleted_by_hand_at_any_step_is_not_damaged(
+    tmp_path, monkeypatch, first, share
+):
     """File by file, as rm does: a record may go before the table of leaves."""
     with ModelCheckpoint(tmp_path / "{epoch}", "loss") as ckpt:
         for epoch in range(2):
@@ -402,12 +405,12 @@ def test_deleted_by_hand_at_any_step_is_not_damaged(tmp_path, monkeypatch, first
     left = []
 
     def strike():
-        """Delete the first half of the files; the second in the reader's pause."""
+        """Delete a share of the files; the others in the reader's pause."""
         files = sorted(p for p in (tmp_path / "2").rglob("*") if p.is_file())
         if first == "values":
             files.reverse()
         left[:] = files
-        for path in files[: len(files) // 2 + 1]:
+        for path in files[: max(1, int(share * len(files)))]:
             path.unlink()
 
     def rest():
