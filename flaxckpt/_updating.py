@@ -11,7 +11,7 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.logs import Logs, with_values
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState, check_state
-from flaxckpt._decision.step import count_batches, is_no_better, need_steps, tick
+from flaxckpt._decision.step import count_batches, need_steps, passed_over, tick
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.traced_update import Programs, is_traced
 from flaxckpt._restoring import Restorer
@@ -42,7 +42,7 @@ class Updater:
     advice: Advice
     count: Count
     # The state that the last call replaced by another: the loop must not pass it again.
-    _stale: CheckpointState | None = None
+    _replaced: CheckpointState | None = None
     _known: CheckpointState | None = None  # the state that the last call returned
     _is_new_to_trees: bool = True  # until a call that saves nothing brings a tree
     _has_met: bool = False  # with the other processes, if there are several
@@ -68,7 +68,7 @@ class Updater:
         given = state
         if not isinstance(state, CheckpointState):
             check_state(state, self.settings.fresh)
-        if given is self._stale:
+        if given is self._replaced:
             self.advice.of_stale()
         # numpy's own True or False, unless a trace or a device has the answer
         if step is not None or epoch is None:
@@ -90,9 +90,9 @@ class Updater:
         self.saves.check_parent()  # a forked child must tell nobody of its error
         with self.saves.telling_others():
             anyway = preempted or force is not False or due is not np.True_
-            if not anyway and self._is_passed_over(given, state, logs, at):
-                self._stale = None if self.settings.by_epoch else given
-                self._known = as_arguments(state, lambda: leaves_of(tree))
+            if not anyway and (passed := self._passed_over(given, state, logs, at)):
+                self._replaced = None if self.settings.by_epoch else given
+                self._known = as_arguments(passed, lambda: leaves_of(tree))
                 return self._known
             check_state(state, self.settings.fresh)
             check_there("force", [("", force)])
@@ -121,7 +121,7 @@ class Updater:
         assert call.state is not None
         improved = call.saves and given.save_best_only and not force
         counted = bool(due) and not self.settings.by_epoch
-        self._stale = given if improved or counted else None
+        self._replaced = given if improved or counted else None
         self.advice.of_left_out(logs)
         self._known = as_arguments(call.state, lambda: leaves_of(tree))
         return self._known
@@ -138,25 +138,26 @@ class Updater:
             self.saves.meet()
             self._has_met = True
 
-    def _is_passed_over(
+    def _passed_over(
         self,
         given: CheckpointState,
         state: CheckpointState,
         logs: Any,
         at: Moment,
-    ) -> bool:
-        """Tell by one comparison that a due check saves nothing.
+    ) -> CheckpointState | None:
+        """Return the state after a due check that, by one comparison, saves nothing.
 
-        Most due checks find no new best. False means that `update` has to look further.
+        Most due checks find no new best. None means that `update` has to look further.
         """
-        return (
+        if (
             self.settings.goes_by_best_alone
             and given is self._known
             and at.is_plain
-            and is_no_better(state, logs)
             and not self.saves.report.has_failed
             and not runs_in_trace()
-        )
+        ):
+            return passed_over(state, logs)
+        return None
 
     def save(
         self,

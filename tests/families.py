@@ -140,6 +140,21 @@ def nnx_modules():
 
 
 @family
+def nnx_update_inside():
+    """`update` within `nnx.jit`, which takes modules and returns them by reference."""
+
+    def start(ckpt):
+        @nnx.jit
+        def train(at, state, x, y, tree):
+            train_by_nnx(x, y, **tree)
+            return ckpt.update(state, tree, {}, step=at)
+
+        return lambda tree, state, at: train(jnp.int32(at), state, *batch(at), tree)
+
+    return made_by_nnx(), start
+
+
+@family
 def nnx_states():
     """As a loop on `nnx.split` has it: a State, and no objects."""
     graph, state = nnx.split(made_by_nnx())
@@ -344,9 +359,13 @@ def main(directory, stop, *names):
             f"{directory}/{name}/{{step}}", save_freq=2, max_to_keep=1
         ) as ckpt:
             tree, state, start = ckpt.resume(tree)
+            train = step(ckpt) if name.endswith("_update_inside") else None
             for at in range(start, int(stop)):
-                tree = step(tree, at)
-                state = ckpt.update(state, tree, {}, step=at)
+                if train:
+                    state = train(tree, state, at)
+                else:
+                    tree = step(tree, at)
+                    state = ckpt.update(state, tree, {}, step=at)
         found[name] = [int(start), digest(tree)]
     print(json.dumps(found), flush=True)
     if "--kill" in names:

@@ -26,6 +26,7 @@ class Twin:
         if initial_value_threshold is not None:
             self.best = self.rounded(initial_value_threshold)
         self.seen, self.last = 0, None
+        self.met, self.stale = None, 0
 
     def rounded(self, value):
         """Round to the dtype of the comparison, without numbers below the normal."""
@@ -48,26 +49,27 @@ class Twin:
             self.seen %= self.save_freq
         return due
 
-    def improves(self, value):
+    def improves(self, value, best):
         if math.isnan(value):
             return False
-        if self.best is None:
+        if best is None:
             return True
         with np.errstate(all="ignore"):
             if self.mode == "min":
-                return value < self.rounded(self.best - self.delta)
-            return value > self.rounded(self.best + self.delta)
+                return value < self.rounded(best - self.delta)
+            return value > self.rounded(best + self.delta)
 
     def step(self, logs, epoch, batch):
         if not self.is_due(epoch, batch):
             return False
-        if not self.save_best_only:
-            return True
         value = logs.get(self.monitor)
         if value is None:
-            return False
+            return not self.save_best_only
         value = self.rounded(value)
-        if not self.improves(value):
-            return False
-        self.best = value
-        return True
+        improved = self.improves(value, self.best if self.save_best_only else self.met)
+        self.stale = 0 if improved else self.stale + 1
+        if improved and self.save_best_only:
+            self.best = value
+        elif improved:
+            self.met = value
+        return improved or not self.save_best_only

@@ -38,6 +38,11 @@ from flaxckpt.errors import (
     UnsupportedLeafError,
 )
 
+_KERAS = (
+    "the variables of a Keras model are set in place: call "
+    "flaxckpt.integrations.keras.load_into(model, path)."
+)
+
 
 def load(
     path: str | os.PathLike[str],
@@ -247,8 +252,16 @@ def _state_within(into: Any, like: PyTree) -> PyTree:
         raise SettingError("into", _shown(into), "pass either `like` or `into`.")
     if role_of(into) != MODULE:
         advice = "it is no Flax NNX module. Pass like=, and take what is returned."
+        if _is_keras_model(into):
+            advice = _KERAS
         raise SettingError("into", _shown(into), advice)
     return default_weights(into)
+
+
+def _is_keras_model(value: Any) -> bool:
+    keras: Any = sys.modules.get("keras")
+    kind = getattr(keras, "Model", None)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _shown(value: Any) -> str:
@@ -334,7 +347,8 @@ def check_like(like: Any) -> None:
     """Check that `like` is a tree.
 
     Raises:
-        SettingError: If it is a path: the arguments were swapped.
+        SettingError: If it is a path: the arguments were swapped. If it is a Keras
+            model, whose variables are set in place.
         UnsupportedLeafError: If JAX cannot flatten it.
     """
     if isinstance(like, os.PathLike) or (
@@ -343,6 +357,8 @@ def check_like(like: Any) -> None:
         raise SettingError(
             "like", like, "it is the wanted tree. Paths go to load, or as which=."
         )
+    if _is_keras_model(like):
+        raise SettingError("like", _shown(like), _KERAS)
     try:
         flatten(like)
     except UnsupportedLeafError as error:

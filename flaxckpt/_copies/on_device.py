@@ -14,7 +14,7 @@ import numpy as np
 from flaxckpt._copies.held import Copies, fits
 from flaxckpt._copies.memory_kinds import copied
 from flaxckpt._copies.plan import Plan, kinds_of
-from flaxckpt._decision.state import CheckpointState
+from flaxckpt._decision.state import CheckpointState, judged
 from flaxckpt._decision.step import judge
 
 
@@ -84,11 +84,12 @@ def verdict_of(state: CheckpointState, value: jax.Array) -> tuple[Any, Any]:
         value: The monitored value, a real scalar.
 
     Returns:
-        Three pairs of `best_value` and `has_best`, and whether to save, bool[]. The
-        first two pairs are the best after the decision: the loop may donate one. The
-        third pair is the best before it.
+        Three times the leaves that `judged` names, and whether to save, bool[]. The
+        first two are the leaves after the decision: the loop may donate one. The third
+        are the leaves before it.
     """
-    before = jnp.copy(state.best_value), jnp.copy(state.has_best)
+    names = judged(state)
+    before = tuple(jnp.copy(getattr(state, name)) for name in names)
     state, save = judge(state, {state.monitor: value}, np.True_)
-    best = state.best_value, state.has_best
-    return (best, best, before), save
+    after = tuple(getattr(state, name) for name in names)
+    return (after, after, before), save

@@ -30,7 +30,8 @@ from flaxckpt.errors import SettingError
 
 _COUNTERS = ("seen", "batches", "last_epoch", "last_batch")
 BEST = ("best_value", "has_best")
-LEAVES = (*BEST, *_COUNTERS)
+_MET = ("met_value", "has_met")
+LEAVES = (*BEST, *_COUNTERS, *_MET, "stale")
 _SETTINGS = ("monitor", "mode", "save_best_only", "save_freq", "min_delta")
 
 
@@ -76,6 +77,13 @@ class CheckpointState:
             largest i32 once it is there.
         last_epoch: Epoch of the last batch seen, i32[]; -1 before the first.
         last_batch: Index of that batch in its epoch, i32[]; -1 before the first.
+        stale: Due checks since the monitored value last improved, i32[]: what early
+            stopping waits for. A check counts where `logs` have the value, with
+            `save_best_only` or without. Without it, the improvement is on the best
+            value that a due check has met, and nothing counts while `mode` is `"auto"`.
+        met_value: That best value, f32[] (f64[] under x64). It stays zero under
+            `save_best_only`, where `best` has this place.
+        has_met: Whether there is such a value, bool[].
         monitor: Key in `logs` of the value to compare. Static, as all fields below are.
         mode: `"min"` or `"max"`; `"auto"` if the direction is neither known nor needed.
         save_best_only: Whether a due check saves only what improves on `best`.
@@ -83,12 +91,16 @@ class CheckpointState:
         min_delta: An improvement must be larger than this.
     """
 
+    # This order is the order of the leaves.
     best_value: Scalar
     has_best: Scalar
     seen: Scalar
     batches: Scalar
     last_epoch: Scalar
     last_batch: Scalar
+    met_value: Scalar
+    has_met: Scalar
+    stale: Scalar
     monitor: str = field(metadata=_STATIC)
     mode: str = field(metadata=_STATIC)
     save_best_only: bool = field(metadata=_STATIC)
@@ -156,6 +168,9 @@ class CheckpointState:
             batches=np.int32(0),
             last_epoch=np.int32(-1),
             last_batch=np.int32(-1),
+            met_value=np.dtype(dtype).type(0),
+            has_met=np.False_,
+            stale=np.int32(0),
             monitor=monitor,
             mode=mode,
             save_best_only=bool(save_best_only),
@@ -199,16 +214,35 @@ def with_leaves(state: CheckpointState, **leaves: Scalar) -> CheckpointState:
     return moved
 
 
+def compared(state: CheckpointState) -> tuple[str, str]:
+    """Name the leaves of the value to improve on, and of whether there is one."""
+    return BEST if state.save_best_only else _MET
+
+
+def judged(state: CheckpointState) -> tuple[str, ...]:
+    """Name the leaves that comparing a metric changes.
+
+    Without `save_best_only` no decision depends on them.
+    """
+    return (*compared(state), "stale")
+
+
+def with_judged(state: CheckpointState, leaves: Iterable[Any]) -> CheckpointState:
+    """Return the state with new leaves for those that `judged` names."""
+    return with_leaves(state, **dict(zip(judged(state), leaves, strict=True)))
+
+
 def plain_state(state: CheckpointState) -> dict[str, Any]:
-    """Return a state's fields as plain values; `best` is None if there is no best.
+    """Return a state's fields as plain values; None stands for no best, and none met.
 
     It waits for leaves on devices.
     """
     plain = {name: getattr(state, name) for name in _SETTINGS}
-    for name in _COUNTERS:
+    for name in (*_COUNTERS, "stale"):
         plain[name] = np.asarray(getattr(state, name)).item()
-    has_best = bool(np.asarray(state.has_best))
-    plain["best"] = np.asarray(state.best_value).item() if has_best else None
+    for name, (value, is_there) in (("best", BEST), ("met", _MET)):
+        has_value = bool(np.asarray(getattr(state, is_there)))
+        plain[name] = np.asarray(getattr(state, value)).item() if has_value else None
     return plain
 
 
@@ -227,16 +261,20 @@ def resumed(
         the initial threshold if that is better. A stored best that is better than both
         does not count: its save failed. If no checkpoint on disk has a value to
         compare, the best is the stored best, or the initial threshold if that is worse.
-        A stored best of another metric does not count.
+        A stored best of another metric does not count, nor do the checks since.
     """
-    state = fresh
+    state, dtype = fresh, np.dtype(array(fresh.best_value).dtype)
     if stored is not None:
         state = with_leaves(
             state, **{name: np.int32(stored[name]) for name in _COUNTERS}
         )
+        if _decides_alike(stored, state):
+            state = with_leaves(state, stale=np.int32(stored["stale"]))
+            if (met := stored["met"]) is not None:
+                met = rounded(met, dtype)
+                state = with_leaves(state, met_value=met, has_met=np.True_)
     if not state.save_best_only:
         return state
-    dtype = np.dtype(array(state.best_value).dtype)
     better, worse = (min, max) if state.mode == "min" else (max, min)
     known = [array(fresh.best_value)] if fresh.has_best else []
     if durable is not None:

@@ -1,5 +1,6 @@
 """`step`: count, tell whether a check is due, and compare the metric if so."""
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,10 +24,15 @@ from flaxckpt._decision.scalars import (
     pick,
     to_int32,
 )
-from flaxckpt._decision.state import CheckpointState, check_values, with_leaves
+from flaxckpt._decision.state import (
+    CheckpointState,
+    check_values,
+    compared,
+    with_leaves,
+)
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.unchecked import unchecked
-from flaxckpt.errors import SettingError
+from flaxckpt.errors import MetricError, SettingError
 
 _INT32_MAX = 2**31 - 1
 _FLOATS = frozenset((float, np.float32, np.float64))
@@ -49,7 +55,7 @@ def step(
     Args:
         state: The state that the last call returned, or `CheckpointState.create`.
         logs: The present metrics, scalars of any numeric dtype. `step` looks only at
-            the monitored one, and only at a due check with `save_best_only`.
+            the monitored one, and only at a due check.
         epoch: Zero-based epoch, i32[].
         batch: Zero-based batch within the epoch, i32[]; None at the end of an epoch.
         step: A global step, i32[], in place of epoch and batch. With `save_freq=N` a
@@ -59,7 +65,8 @@ def step(
         The state to pass to the next call, and whether to save, bool[].
 
     Raises:
-        MetricError: A `ValueError`, if the monitored value is not a real scalar.
+        MetricError: A `ValueError`, if `save_best_only` needs the monitored value, and
+            it is not a real scalar.
         SettingError: A `ValueError`, if `state` is no state or was deleted, if `logs`
             is no mapping, if epoch, batch or step is no such integer, or if a step
             comes where `save_freq` is `"epoch"`. `step` checks `logs`, epoch and batch
@@ -181,46 +188,91 @@ def judge(
     state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> tuple[CheckpointState, Any]:
     """Compare the metric if a check is due: the half of `step` that needs it."""
-    if not state.save_best_only or not (isinstance(due, jax.Array) or due):
+    if not (isinstance(due, jax.Array) or due):
         return state, due
+    if not state.save_best_only:
+        return _counted_stale(state, logs, due), due
     check_values(state)
     with unchecked():
-        return _judged(state, logs, due)
+        value = value_of(logs, state.monitor)
+        if value is None:
+            if isinstance(due, Tracer) or due:
+                _warn_missing(state, logs)
+            return state, np.False_
+        return _judged(state, monitored(state.monitor, value), due)
+
+
+def value_to_count(
+    state: CheckpointState, logs: Mapping[str, Any] | None
+) -> Scalar | None:
+    """Return the value by which a due check counts as stale or not; None for none.
+
+    For states without `save_best_only`, whose decision does not need it: the direction
+    may not be known, and the value may be missing, or no real scalar.
+    """
+    if state.mode == "auto" or not logs:
+        return None
+    with contextlib.suppress(MetricError):
+        value = value_of(logs, state.monitor)
+        return None if value is None else monitored(state.monitor, value)
+    return None
+
+
+def _counted_stale(
+    state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
+) -> CheckpointState:
+    value = value_to_count(state, logs)
+    if value is None:
+        return state
+    check_values(state)
+    with unchecked():
+        return _judged(state, value, due)[0]
 
 
 def _judged(
-    state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
+    state: CheckpointState, value: Any, due: Any
 ) -> tuple[CheckpointState, Any]:
-    traced = isinstance(due, jax.Array)
-    value = value_of(logs, state.monitor)
-    if value is None:
-        if isinstance(due, Tracer) or due:
-            _warn_missing(state, logs)
-        return state, np.False_
-    value = monitored(state.monitor, value)
-    best, has_best = array(state.best_value), array(state.has_best)
+    """Compare the monitored value with the best one; return whether it improves."""
+    names = compared(state)
+    best, has_best, stale = (array(getattr(state, n)) for n in (*names, "stale"))
     dtype = np.dtype(best.dtype)
-    if traced or any(isinstance(x, jax.Array) for x in (value, best, has_best)):
-        where = jnp.where
+    if any(isinstance(x, jax.Array) for x in (due, value, best, has_best, stale)):
+        where, due = jnp.where, jnp.asarray(due)
         value = flushed(jnp.asarray(value).astype(dtype), where)
-        save = due & improves(value, best, has_best, state.mode, state.min_delta, where)
-        known = has_best | save
+        better = improves(value, best, has_best, state.mode, state.min_delta, where)
+        better = due & better
+        known = has_best | better
+        stale = to_int32(stale)
+        stale = where(due & (stale < _INT32_MAX), stale + 1, stale)
+        stale = where(better, jnp.int32(0), stale)
     else:
         where = pick
         with np.errstate(all="ignore"):
             value = rounded(value, dtype)
-            save = improves(value, best, has_best, state.mode, state.min_delta, where)
-        known = np.bool_(has_best or save)
-    return with_leaves(state, best_value=where(save, value, best), has_best=known), save
+            better = improves(value, best, has_best, state.mode, state.min_delta, where)
+        known = np.bool_(has_best or better)
+        stale = np.int32(0) if better else _one_more(stale)
+    leaves = dict(zip(names, (where(better, value, best), known), strict=True))
+    return with_leaves(state, stale=stale, **leaves), better
 
 
-def is_no_better(state: CheckpointState, logs: Any) -> bool:
-    """Tell from one comparison of two numbers that a due check finds no new best.
+def _one_more(stale: Any) -> np.int32:
+    return np.int32(min(int(stale) + 1, _INT32_MAX))
+
+
+def passed_over(state: CheckpointState, logs: Any) -> CheckpointState | None:
+    """Return the state after a due check that finds no new best by one comparison.
 
     A value that is not better than the best is no improvement, however it is rounded
-    and whatever `min_delta` is. The result is False if `judge` must look at arrays, or
+    and whatever `min_delta` is. The result is None if `judge` must look at arrays, or
     at values that may deserve a warning.
     """
+    if type(state.stale) is not np.int32 or not _is_no_better(state, logs):
+        return None
+    return with_leaves(state, stale=_one_more(state.stale))
+
+
+def _is_no_better(state: CheckpointState, logs: Any) -> bool:
     best = array(state.best_value)
     if type(best) not in _FLOATS or state.has_best is not np.True_:
         return False

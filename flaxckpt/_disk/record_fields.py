@@ -88,13 +88,17 @@ def _scalars(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _state(fields: Mapping[str, Any]) -> dict[str, Any]:
     state = _scalars(fields, "state")
+    state.setdefault("stale", 0)  # the first records had neither of the two
+    state.setdefault("met", None)
     for name in ("seen", "batches", "last_epoch", "last_batch"):
         int_in(state, name, -INT32, INT32)
     for name in ("monitor", "mode"):
         text_in(state, name)
     bool_in(state, "save_best_only")
-    if state.get("best", "") is not None and type(state.get("best")) is not float:
-        fail(f"best is {shown(state.get('best'))}")
+    int_in(state, "stale", 0, INT32)
+    for name in ("best", "met"):
+        if state.get(name, "") is not None and type(state.get(name)) is not float:
+            fail(f"{name} is {shown(state.get(name))}")
     return state
 
 

@@ -109,11 +109,12 @@ class PodSaver:
         """Decide a due check, or leave it to the device that has the metric."""
         state = call.state
         assert state is not None
-        value = None
-        if state.save_best_only:
-            value = monitored(call.metric, call.logs.get(call.metric, 0))
         # Do not ask whether the metric is computed yet: the processes would get
         # different answers.
+        if not state.save_best_only:
+            call.count_stale(looks=False)
+            return
+        value = monitored(call.metric, call.logs.get(call.metric, 0))
         can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:
             call.decision = Undecided()

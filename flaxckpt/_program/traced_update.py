@@ -19,8 +19,15 @@ from jax.sharding import NamedSharding
 
 from flaxckpt._decision.logs import Logs
 from flaxckpt._decision.moment import Moment
-from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
-from flaxckpt._decision.step import judge
+from flaxckpt._decision.state import (
+    BEST,
+    LEAVES,
+    CheckpointState,
+    judged,
+    with_judged,
+    with_leaves,
+)
+from flaxckpt._decision.step import judge, value_to_count
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.shards import MeshSpec, mesh_spec_of
 from flaxckpt._program.stream import Stream
@@ -76,7 +83,10 @@ class Programs:
         Raises:
             CheckpointError: Within `shard_map` or `vmap`; and as `Receiver.plan`.
         """
-        state, save = judge(state, logs, due)
+        if state.save_best_only:
+            state, save = judge(state, logs, due)
+        else:
+            state, save = _count_stale(state, logs, due), due
         to_slot = due if self._settings.save_last else np.False_
         save, places = save | force, self._places(tree)
         _refuse_shard_map()
@@ -216,6 +226,31 @@ def _refuse_shard_map() -> None:
             "only. Call it in the jitted function around it; flaxckpt.step may be "
             "called here."
         )
+
+
+def _count_stale(
+    state: CheckpointState, logs: Logs | None, due: Any
+) -> CheckpointState:
+    """Count a due check as `judge` does, for a decision that does not need the metric.
+
+    Within `vmap`, metrics of the members' own do not count: there is one state for all.
+    """
+    value = value_to_count(state, logs)
+    if value is None:
+        return state
+
+    @jax.custom_batching.custom_vmap
+    def count(state: CheckpointState, value: Any, due: Any) -> tuple[Any, ...]:
+        counted, _ = judge(state, {state.monitor: value}, due)
+        return tuple(getattr(counted, name) for name in judged(state))
+
+    @count.def_vmap
+    def keep(_: int, batched: Any, state: CheckpointState, *_rest: Any) -> Any:
+        each, names = (state, batched[0]), judged(state)
+        return tuple(tuple(getattr(one, name) for name in names) for one in each)
+
+    arguments = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, (state, value, due)))
+    return with_judged(state, count(*arguments))
 
 
 def _scalars_in(logs: Logs) -> dict[str, jax.Array]:

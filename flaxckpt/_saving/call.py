@@ -1,5 +1,6 @@
 """One call that may save: its metrics, its state, and whether it saves."""
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard, cast
@@ -12,8 +13,14 @@ from flaxckpt._copies.on_device import verdict_of
 from flaxckpt._decision.logs import Logs, find
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.scalars import monitored
-from flaxckpt._decision.state import BEST, LEAVES, CheckpointState, with_leaves
-from flaxckpt._decision.step import judge
+from flaxckpt._decision.state import (
+    LEAVES,
+    CheckpointState,
+    judged,
+    with_judged,
+    with_leaves,
+)
+from flaxckpt._decision.step import judge, value_to_count
 from flaxckpt._direct.frozen_files import FrozenLeaf
 from flaxckpt._runtime.gone import is_gone
 
@@ -139,8 +146,13 @@ class Call:
         is_open = isinstance(self.decision, Undecided)
         for name in LEAVES:
             value = getattr(self.state, name, None)
-            if isinstance(value, jax.Array) and not (is_open and name in BEST):
-                scalars["state", name] = value  # the best is still to be decided
+            if not isinstance(value, jax.Array):
+                continue
+            assert self.state is not None
+            if is_open and name in judged(self.state):
+                continue  # still to be decided
+            if getattr(self.kept, name) is value:  # otherwise it is copied already
+                scalars["state", name] = value
         return scalars
 
     def keep(self, name: tuple[str, str], value: Any) -> None:
@@ -155,15 +167,41 @@ class Call:
     def judge(self) -> None:
         """Decide a due check now; wait for the metric if the decision needs it."""
         assert self.state is not None
+        if not self.state.save_best_only:
+            self.count_stale()
+            return
         forced, name = self.saves, self.metric
-        if self.state.save_best_only:
-            fetched = {name: fetched_value(getattr(self.state, name)) for name in BEST}
-            self.before = self.state = with_leaves(self.state, **fetched)
-            if name in self.logs:
-                self.logs[name] = fetched_value(self.logs[name])
+        self.before = self.state = _fetched(self.state)
+        if name in self.logs:
+            self.logs[name] = fetched_value(self.logs[name])
         self.state, save = judge(self.state, self.logs, np.True_)
         self.kept = self.state
         self.decision = Save() if save or forced else Skip()
+
+    def count_stale(self, *, looks: bool = True) -> None:
+        """Save whatever the metric is, and count in the state whether it has improved.
+
+        Nothing waits for a device that still computes the metric: the device counts.
+
+        Args:
+            looks: Whether to look if the metric is computed by now, and then to count
+                on the host. Several processes must not: their answers may differ.
+        """
+        state, self.decision = self.state, Save()
+        assert state is not None
+        value = value_to_count(state, self.logs)
+        if value is None:
+            return
+        involved = value, *(getattr(state, name) for name in judged(state))
+        is_known = looks and not any(map(is_unknown, involved))
+        if isinstance(value, jax.Array) and not is_known:
+            with contextlib.suppress(ValueError):  # on other devices than the state
+                (after, kept, _), _ = verdict_of(state, value)
+                self.state = with_judged(state, after)
+                self.kept = with_judged(state, kept)
+                return
+        counted, _ = judge(_fetched(state), {state.monitor: fetched_value(value)}, True)
+        self.state = self.kept = counted
 
     def judge_on_device(self, value: jax.Array) -> None:
         """Have a device decide a due check; it computes the best of the states, too.
@@ -172,11 +210,8 @@ class Call:
             value: The monitored value.
         """
         assert self.state is not None
-        bests, flag = verdict_of(self.state, value)
-        after, kept, before = (
-            with_leaves(self.state, **dict(zip(BEST, best, strict=True)))
-            for best in bests
-        )
+        leaves, flag = verdict_of(self.state, value)
+        after, kept, before = (with_judged(self.state, each) for each in leaves)
         self.before, self.kept, self.state = before, kept, after
         self.decision = OnDevice(flag)
 
@@ -199,6 +234,12 @@ def is_unknown(value: Any) -> TypeGuard[jax.Array]:
 def _kept(value: Any) -> Any:
     """Copy a numpy array, which its owner may change in place."""
     return np.array(value)[()] if isinstance(value, np.ndarray) else value
+
+
+def _fetched(state: CheckpointState) -> CheckpointState:
+    """Return a state with the leaves on the host that `judged` names."""
+    leaves = (fetched_value(getattr(state, name)) for name in judged(state))
+    return with_judged(state, tuple(leaves))
 
 
 def fetched_value(value: Any) -> Any:

@@ -244,7 +244,8 @@ def test_counters_do_not_overflow():
 def test_state_is_a_pytree_of_scalars_with_static_settings():
     state = best_only()
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
-    assert dtypes == [np.float32, np.bool_] + [np.int32] * 4
+    best = [np.float32, np.bool_]
+    assert dtypes == [*best, *[np.int32] * 4, *best, np.int32]
     again = best_only()
     assert jax.tree.structure(state) == jax.tree.structure(again)
     assert hash(jax.tree.structure(state)) == hash(jax.tree.structure(again))

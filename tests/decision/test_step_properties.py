@@ -16,7 +16,7 @@ from twin import Twin
 
 from flaxckpt import CheckpointState, ModelCheckpoint, step
 from flaxckpt._decision.state import plain_state
-from flaxckpt._decision.step import is_no_better
+from flaxckpt._decision.step import passed_over
 
 TREE = {"w": np.zeros(3, np.float32)}
 
@@ -39,7 +39,8 @@ def assert_state(state, twin):
     np.testing.assert_array_equal(state.best, best)
     if twin.best is not None:
         assert np.asarray(state.best).tobytes() == np.asarray(twin.best).tobytes()
-    assert int(state.seen) == twin.seen
+    assert (int(state.seen), int(state.stale)) == (twin.seen, twin.stale)
+    assert plain_state(state)["met"] == (None if twin.met is None else float(twin.met))
     if twin.last is not None:
         assert (int(state.last_epoch), int(state.last_batch)) == twin.last
 
@@ -184,11 +185,11 @@ def test_what_is_passed_over_is_no_new_best(best, value, kind, mode, min_delta, 
         )
         state, _ = step(state, {"m": best}, 0)
         logs = {"m": kind(value)}
-        if is_no_better(state, logs):
+        if (passed := passed_over(state, logs)) is not None:
             after, save = step(state, logs, 1)
             assert not save
             assert after.best_value.tobytes() == state.best_value.tobytes()
-            assert after == state
+            assert after == passed
 
 
 @pytest.mark.parametrize(
@@ -203,8 +204,8 @@ def test_what_is_passed_over_is_no_new_best(best, value, kind, mode, min_delta, 
 def test_what_has_to_be_looked_at_is_not_passed_over(logs):
     state = CheckpointState.create("m", mode="min", save_best_only=True)
     state, _ = step(state, {"m": 1.0}, 0)
-    assert is_no_better(state, {"m": 2.0})
-    assert not is_no_better(state, logs)
+    assert passed_over(state, {"m": 2.0}) is not None
+    assert passed_over(state, logs) is None
 
 
 @pytest.mark.parametrize("save_freq", ["epoch", 3])

@@ -24,7 +24,7 @@ from flaxckpt.errors import CheckpointCorruptError, CheckpointError
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.UTC)
 STATE = {"seen": 3, "batches": -1, "last_epoch": 0, "last_batch": -1, "monitor": "loss",
-         "mode": "min", "save_best_only": True, "best": 0.5}  # fmt: skip
+         "mode": "min", "save_best_only": True, "best": 0.5, "stale": 2, "met": None}  # fmt: skip
 FIELDS = {"epoch": 3, "batch": 0, "step": 4, "logs": {"loss": 0.5}, "time": NOW, "state": STATE,
           "weights_only": False, "series": "{epoch}", "saved_as": "4"}  # fmt: skip
 TABLE = b'{"format": 1, "leaves": [], "digests": [], "weights": "all", "tree": null}'
@@ -58,7 +58,7 @@ infos = st.fixed_dictionaries(
      "time": st.timedeltas(datetime.timedelta(-700_000), LAST_TIME - NOW).map(NOW.__add__),
      "weights_only": st.booleans(), "series": texts, "saved_as": st.none() | texts,
      "state": st.none() | st.tuples(many, st.none() | floats).map(
-         lambda drawn: {**drawn[0], **STATE, "best": drawn[1]})}
+         lambda drawn: {**drawn[0], **STATE, "best": drawn[1], "met": drawn[1]})}
 )  # fmt: skip
 
 

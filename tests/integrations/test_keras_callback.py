@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import flaxckpt
+from flaxckpt import SettingError
 from flaxckpt.integrations import keras as integration
 from flaxckpt.integrations.keras import ModelCheckpoint, load_into
 
@@ -839,6 +840,19 @@ def test_the_documented_example_runs_and_runs_again(tmp_path, monkeypatch):
 
 
 # ---- where Keras is missing ----------------------------------------------------------
+
+
+def test_a_model_where_a_tree_is_wanted_is_told_of_load_into(tmp_path, model):
+    path = tmp_path / "checkpoint"
+    flaxckpt.ModelCheckpoint(path).save({"w": np.ones(2)}, 0)
+    for call in (
+        lambda: flaxckpt.load(path, model),
+        lambda: flaxckpt.load_weights(path, like=model),
+        lambda: flaxckpt.load_weights(path, into=model),
+        lambda: flaxckpt.ModelCheckpoint(path).restore(model),
+    ):
+        with pytest.raises(SettingError, match=r"keras\.load_into\(model, path\)"):
+            call()
 
 
 def test_the_backend_has_to_be_jax(tmp_path, monkeypatch, model):

@@ -163,6 +163,28 @@ def count_steps(directory):
             say(str(error))
 
 
+def count_stale(directory, save_best_only):
+    """Say the stale checks of a loop that stops and goes on, metrics on all devices."""
+    mesh, losses = mesh_of(jax.device_count()), [0.5, 0.4, 0.6, 0.45, 0.3, 0.3]
+    mean = jax.jit(jnp.mean)
+    settings = (
+        {"save_best_only": True, "save_last": True} if int(save_best_only) else {}
+    )
+    counted = []
+    for until in (3, len(losses)):
+        path = f"{directory}/{{epoch}}"
+        with flaxckpt.ModelCheckpoint(path, "loss", **settings) as ckpt:
+            tree = {"w": place(np.ones(8, np.float32), mesh, "data")}
+            tree, state, start = ckpt.resume(tree)
+            for epoch in range(start, until):
+                tree = {
+                    "w": jax.jit(lambda w, loss: w * 0 + loss)(tree["w"], losses[epoch])
+                }
+                state = ckpt.update(state, tree, {"loss": mean(tree["w"])}, epoch)
+                counted.append(int(state.stale))
+    say(counted)
+
+
 def learn_nothing(directory, process):
     """Have one process not know what Orbax has written."""
     from flaxckpt._direct import forms

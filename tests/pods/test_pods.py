@@ -240,6 +240,12 @@ def test_metrics_that_differ_are_an_error_in_all_at_the_same_call(tmp_path, kind
         assert names == ["1", "2"]
 
 
+@pytest.mark.parametrize("save_best_only", [0, 1])
+def test_processes_count_the_same_stale_checks(tmp_path, save_best_only):
+    said = pod.run(tmp_path, "count_stale", 2, tmp_path / "run", save_best_only)
+    assert said == [[[0, 0, 1, 2, 0, 1]]] * 2
+
+
 def test_processes_count_the_same_global_steps(tmp_path):
     said = pod.run(tmp_path, "count_steps", 2, tmp_path / "run")
     for first, again, text in said:
