@@ -76,7 +76,11 @@ def settled() -> None:
 
 
 def loop(tree, root: Path, way: str, every: int) -> list[list[float]]:
-    """Train; return what all steps took, and how long each save blocked."""
+    """Train; return what all steps took, how long each save blocked, and its work.
+
+    The work is the CPU time of the training's thread: the rest of the time in which a
+    save blocks, that thread waits for a core that other threads use.
+    """
     import jax
     import numpy as np
 
@@ -99,18 +103,19 @@ def loop(tree, root: Path, way: str, every: int) -> list[list[float]]:
         loss.block_until_ready()
     save, wait = saver(root, way, every)
     settled()
-    blocked, start = list[float](), time.perf_counter()
+    blocked, busy, start = list[float](), list[float](), time.perf_counter()
     for number in range(1, SAVES * every + 1):
         tree, loss = step(tree)
         loss.block_until_ready()
-        called = time.perf_counter()
+        called, worked = time.perf_counter(), time.thread_time()
         save(tree, number)
         if number % every == 0:
             blocked.append(time.perf_counter() - called)
+            busy.append(time.thread_time() - worked)
     jax.block_until_ready(tree)
     took = time.perf_counter() - start
     wait()
-    return [greatest(took), greatest(*blocked)]
+    return [greatest(took), greatest(*blocked), greatest(*busy)]
 
 
 def saver(root: Path, way: str, every: int):
@@ -218,9 +223,9 @@ def in_turn(count: int, what: list, ways: list[str], rounds: int):
 
 def loops(title: str, count: int, what: list, options) -> None:
     found = in_turn(count, ["loop", *what], [ALONE, FLAXCKPT, ORBAX], options.rounds)
-    alone = statistics.median(took for (took,), _ in found[ALONE])
+    alone = statistics.median(took for (took,), *_ in found[ALONE])
     ways = FLAXCKPT, ORBAX
-    lost = {way: [(took - alone) / SAVES for (took,), _ in found[way]] for way in ways}
+    lost = {way: [(took - alone) / SAVES for (took,), *_ in found[way]] for way in ways}
     harness.report(f"{title}: the loop loses, per save", "s", lost, options.json)
     every = what[-1]
     step = alone / SAVES / every
@@ -230,9 +235,10 @@ def loops(title: str, count: int, what: list, options) -> None:
         ("the first save", lambda blocked: blocked[0]),
         ("a later save", lambda blocked: statistics.median(blocked[1:])),
     ):
-        blocks = {way: [chosen(each) for _, each in found[way]] for way in ways}
-        harness.report(f"{title}: blocked, {name}", "s", blocks, options.json)
-        harness.ratios(blocks, options.json, ORBAX)
+        for index, what in ((1, "blocked"), (2, "CPU time of the training's thread")):
+            blocks = {way: [chosen(each[index]) for each in found[way]] for way in ways}
+            harness.report(f"{title}: {what}, {name}", "s", blocks, options.json)
+            harness.ratios(blocks, options.json, ORBAX)
 
 
 def saves(title: str, count: int, what: list, options) -> None:
