@@ -60,7 +60,8 @@ def test_a_run_goes_on_counting_where_it_was(tmp_path):
         assert found.step == 50
         resumed = found.state
         for at in range(found.step + 1, 100):
-            resumed = ckpt.update(resumed, tree_at(at), {"val_loss": 1 / at}, step=at)
+            logs = {"val_loss": 1 / (at + 1)}
+            resumed = ckpt.update(resumed, tree_at(at), logs, step=at)
     assert names(ckpt) == names(whole)
     assert jax.tree.leaves(resumed) == jax.tree.leaves(state)
 
@@ -72,13 +73,14 @@ def test_one_call_may_stand_for_several_steps(tmp_path):
 
 def test_in_a_program_steps_count_as_outside_of_it(tmp_path):
     eager, state = train(tmp_path / "eager" / "{step}", range(1, 31), save_freq=7)
+    losses = jnp.float32([1 / (at + 1) for at in range(31)])
     with ModelCheckpoint(tmp_path / "jitted" / "{step}", save_freq=7) as ckpt:
 
         @jax.jit
         def run(state, steps):
             def body(state, at):
                 tree = {"w": jnp.full(3, at, jnp.float32)}
-                return ckpt.update(state, tree, {"val_loss": 1.0}, step=at), None
+                return ckpt.update(state, tree, {"val_loss": losses[at]}, step=at), None
 
             return jax.lax.scan(body, state, steps)[0]
 
