@@ -110,7 +110,7 @@ def as_bytes(leaf):
     return repr(leaf)
 
 
-def lines_for_flaxckpt(source):
+def lines_for_flaxckpt(source, wanted=frozenset(NAMES)):
     counted = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.stmt):
@@ -123,9 +123,9 @@ def lines_for_flaxckpt(source):
             names = {
                 getattr(each, name, None)
                 for each in named
-                for name in ("id", "arg", "name")  # of a Name, an arg, an alias
+                for name in ("id", "arg", "name", "asname")  # of a Name, arg, alias
             }
-            if names & NAMES:
+            if names & wanted:
                 ends = [getattr(each, "end_lineno", None) or 0 for each in named]
                 is_simple = not hasattr(node, "body")
                 end = node.end_lineno if is_simple else max(ends)
