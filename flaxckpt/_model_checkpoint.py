@@ -31,6 +31,7 @@ from flaxckpt._runtime.beside import close_beside, warn_beside
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
 from flaxckpt._saving.advice import Advice
+from flaxckpt._saving.at_exit import settle_saves
 from flaxckpt._saving.count import Count
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.saves import Saver
@@ -566,7 +567,8 @@ class ModelCheckpoint:
     ) -> Restored | None:
         """Load a checkpoint, with the decision state to go on from it.
 
-        The call first waits for saves under way. It changes nothing on disk. In several
+        The call first waits for saves under way, of other objects of this process, too:
+        an interrupted loop may have left one. It changes nothing on disk. In several
         processes, every one must call it.
 
         Args:
@@ -603,6 +605,7 @@ class ModelCheckpoint:
         if self._series.area.claim.is_inherited:  # `wait` does nothing then
             use_threads()
         self.wait()
+        settle_saves()
         options = Options(
             cast=cast, verify=verify, partial=partial, select=select, rename=rename
         )

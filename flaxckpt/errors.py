@@ -197,8 +197,8 @@ class CheckpointNotFoundError(CheckpointError, LookupError):
             )
         there = ", ".join(self.found) or "none"
         return (
-            f"No checkpoint at {self.path!r} (checkpoints beside it: {there}). "
-            "flaxckpt.list_checkpoints(directory) lists what can be loaded."
+            f"No checkpoint at {self.path!r} (checkpoints near it: {there}). "
+            "flaxckpt.list_checkpoints(directory) lists those of flaxckpt."
         )
 
 

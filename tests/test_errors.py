@@ -110,10 +110,10 @@ def test_messages():
         "1 leaf of the tree cannot be saved:\n  a/b: an "
     )
     assert str(EXAMPLES[6]) == (
-        "No checkpoint at '/p' (checkpoints beside it: a). "
-        "flaxckpt.list_checkpoints(directory) lists what can be loaded."
+        "No checkpoint at '/p' (checkpoints near it: a). "
+        "flaxckpt.list_checkpoints(directory) lists those of flaxckpt."
     )
-    assert "beside it: none" in str(errors.CheckpointNotFoundError("/p"))
+    assert "near it: none" in str(errors.CheckpointNotFoundError("/p"))
     assert str(EXAMPLES[8]) == (
         "Checkpoint '/p' is damaged: problem. Load another one; "
         "flaxckpt.list_checkpoints(directory) lists them."

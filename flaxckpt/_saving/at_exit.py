@@ -31,6 +31,16 @@ os.register_at_fork(after_in_child=UNHEARD.clear)
 os.register_at_fork(after_in_child=_BEFORE_END.clear)
 
 
+def settle_saves() -> None:
+    """Wait for the saves that all objects of this process have under way.
+
+    A loop that was interrupted may have left an object that nobody has closed. Whoever
+    restores in this process wants what that object has saved.
+    """
+    for queue in list(UNHEARD):
+        queue.settle()
+
+
 def _finish() -> None:
     """Finish the saves of objects that nobody has closed."""
     _join_others()

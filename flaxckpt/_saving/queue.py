@@ -187,6 +187,16 @@ class JobQueue:
         with self._lock:  # another thread may save now
             self._be_forgotten()
 
+    def settle(self) -> None:
+        """Wait until the jobs that there are now are done; their errors stay."""
+        if self.is_inherited or threading.current_thread() is self._thread:
+            return
+        with self._lock:
+            jobs = [job for job in self._jobs if job.holder in (NOBODY, QUEUE)]
+            if jobs:
+                self._start()
+            self._changed.wait_for(lambda: not any(job in self._jobs for job in jobs))
+
     def refuse_hooks(self) -> None:
         """Check that no job makes this call, which would wait for that job for ever.
 

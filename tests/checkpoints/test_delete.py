@@ -107,7 +107,7 @@ def test_what_is_no_checkpoint_of_flaxckpt(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CheckpointNotFoundError, match=r"\(checkpoints beside it: 1\)"):
+    with pytest.raises(CheckpointNotFoundError, match=r"\(checkpoints near it: 1\)"):
         flaxckpt.delete(tmp_path / "run")
     for name in ("mine", "mine/thesis.txt", "missing"):
         with pytest.raises(CheckpointNotFoundError):

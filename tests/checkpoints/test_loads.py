@@ -67,7 +67,7 @@ def test_a_listed_checkpoint_that_is_gone(tmp_path):
         ckpt.wait()
         (listed,) = ckpt.checkpoints
         ckpt.save({"w": 1}, epoch=1)
-    with pytest.raises(CheckpointNotFoundError, match="beside it: 2"):
+    with pytest.raises(CheckpointNotFoundError, match="near it: 2"):
         flaxckpt.load(listed)
 
 
@@ -286,7 +286,7 @@ def test_a_directory_of_other_things_is_no_checkpoint(tmp_path, monkeypatch, bel
     (tmp_path / below).mkdir(parents=True)
     monkeypatch.setattr(undisturbed, "tries", lambda: iter([1]))
     for read in (flaxckpt.load, flaxckpt.load_weights, flaxckpt.verify):
-        with pytest.raises(CheckpointNotFoundError, match="beside it: none"):
+        with pytest.raises(CheckpointNotFoundError, match="near it: none"):
             read(tmp_path / "x")
 
 
@@ -309,7 +309,7 @@ def test_of_a_directory_above_checkpoints_they_are_named(tmp_path, writer):
         by_manager(run, COMPOSITE)
     for path, name in ((run, "3"), (tmp_path / "a", "run/3"), (tmp_path, "a/run/3")):
         for read in (flaxckpt.load, flaxckpt.verify):
-            with pytest.raises(CheckpointNotFoundError, match=f"beside it: {name}"):
+            with pytest.raises(CheckpointNotFoundError, match=f"near it: {name}"):
                 read(path)
 
 

@@ -370,10 +370,10 @@ def test_nothing_there(tmp_path):
         with pytest.raises(CheckpointNotFoundError) as caught:
             load(tmp_path / "2")
         assert str(caught.value) == (
-            f"No checkpoint at {str(tmp_path / '2')!r} (checkpoints beside it: 1). "
-            "flaxckpt.list_checkpoints(directory) lists what can be loaded."
+            f"No checkpoint at {str(tmp_path / '2')!r} (checkpoints near it: 1). "
+            "flaxckpt.list_checkpoints(directory) lists those of flaxckpt."
         )
-    with pytest.raises(CheckpointNotFoundError, match="beside it: 1"):
+    with pytest.raises(CheckpointNotFoundError, match="near it: 1"):
         flaxckpt.load(tmp_path)  # the directory of checkpoints, not one of them
 
 

@@ -372,7 +372,7 @@ def test_a_dtype_that_jax_lacks_is_named(tmp_path):
 
 
 def test_no_file_is_not_found_and_others_are_named(file):
-    with pytest.raises(CheckpointNotFoundError, match=r"beside it: .*m\.safetensors"):
+    with pytest.raises(CheckpointNotFoundError, match=r"near it: .*m\.safetensors"):
         flaxckpt.load(file.with_name("n.safetensors"))
 
 

@@ -1,5 +1,7 @@
 """`resume`: one call that begins a run or goes on with it."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxckpt
 from flaxckpt import CheckpointError, ModelCheckpoint
+from flaxckpt._saving.publish import Publisher
 
 TX = optax.adam(0.1)
 
@@ -233,3 +236,34 @@ def test_under_a_trace_it_says_to_be_called_outside(tmp_path, name):
 
         with pytest.raises(CheckpointError, match="outside, with like="):
             run(jnp.zeros(3))
+
+
+# ---- in a notebook -----------------------------------------------------------------------
+
+
+def test_what_an_interrupted_loop_of_this_process_still_writes_is_waited_for(
+    tmp_path, monkeypatch
+):
+    """Nobody has closed the object, and nobody has it any more."""
+    begun = threading.Event()
+
+    def slowly(*arguments, _write=Publisher.write):
+        begun.wait()
+        return _write(*arguments)
+
+    monkeypatch.setattr(Publisher, "write", slowly)
+
+    def cell(stop):
+        ckpt = ModelCheckpoint(tmp_path / "{epoch}")
+        tree, state, start = ckpt.resume({"w": np.zeros(3)})
+        for epoch in range(start, 4):
+            if epoch == stop:
+                raise KeyboardInterrupt
+            state = ckpt.update(state, tree, {}, epoch)
+        return start
+
+    with pytest.raises(KeyboardInterrupt):
+        cell(1)
+    assert not flaxckpt.list_checkpoints(tmp_path)
+    threading.Timer(0.2, begun.set).start()
+    assert cell(None) == 1

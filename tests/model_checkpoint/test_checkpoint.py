@@ -395,7 +395,7 @@ def test_restore_by_name(tmp_path):
     assert ckpt.restore(which="best").epoch == 1
     assert ckpt.restore(which=tmp_path / "1").epoch == 0
     assert ckpt.restore(which=str(tmp_path / "1")).path == tmp_path / "1"
-    with pytest.raises(flaxckpt.CheckpointNotFoundError, match="beside it: 1, 2, 3"):
+    with pytest.raises(flaxckpt.CheckpointNotFoundError, match="near it: 1, 2, 3"):
         ckpt.restore(which=tmp_path / "9")
 
 
@@ -985,7 +985,7 @@ def test_checkpoints_of_orbax_are_named(tmp_path):
         pytest.warns(UserWarning, match="checkpoints of plain Orbax: 7"),
     ):
         assert ckpt.restore() is None
-    with pytest.raises(CheckpointNotFoundError, match="beside it: 7"):
+    with pytest.raises(CheckpointNotFoundError, match="near it: 7"):
         flaxckpt.load(tmp_path)
 
 
