@@ -530,8 +530,8 @@ class ModelCheckpoint:
             verify: As for `restore`.
 
         Returns:
-            The tree, the decision state for `update`, and where to go on: an int for
-            `range(start, ...)`, which tells the batch, too. In a new run they are
+            The tree, the decision state for `update`, and where to go on, which is an
+            int for `range(start, ...)` and tells the batch, too. In a new run they are
             `tree` itself, `init(tree)` and 0.
 
         Raises:

@@ -105,6 +105,9 @@ def describe(path: str | os.PathLike[str]) -> Description:
             flaxckpt or plain Orbax, or a file of another library that `load` reads. A
             `CheckpointInfo` stands for that very checkpoint.
 
+    Returns:
+        The description. Print it to see a table.
+
     Raises:
         CheckpointNotFoundError: If there is no checkpoint at `path`.
         CheckpointCorruptError: If the files that describe it are damaged. It does not

@@ -55,7 +55,7 @@ def export(
         overwrite: Whether files that are already there may be replaced.
 
     Returns:
-        The file to load: `to`, or the index. `load(to)` finds the index by itself.
+        The file to load, `to` or the index. `load(to)` finds the index by itself.
 
     Raises:
         CheckpointPathError: If there is a file already, or `to` is in an object store.

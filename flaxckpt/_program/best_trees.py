@@ -274,7 +274,7 @@ class Snapshot:
                 otherwise None.
 
         Returns:
-            A record for each filled slot: its tree, epoch, batch, step and logs.
+            For each filled slot, a record of its tree, epoch, batch, step and logs.
 
         Raises:
             SettingError: A `ValueError`, if there is no such member, if `member` is

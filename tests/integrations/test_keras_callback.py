@@ -592,7 +592,7 @@ def test_a_dataset_of_keras_in_the_order_of_pythons_generator(tmp_path, singles)
 
 
 def test_a_generator_that_begins_where_the_epoch_does(tmp_path, singles):
-    """As docs/keras.md says: the callback passes over batches of one epoch alone."""
+    """As docs/families/keras.md says: the callback passes over batches of one epoch alone."""
 
     def batches(first):
         for index in itertools.count(first):
@@ -825,7 +825,7 @@ def test_a_learning_rate_is_that_of_the_run(tmp_path, model, singles):
 
 def test_the_documented_example_runs_and_runs_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs/keras.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/families/keras.md").read_text()
     code = compile(
         re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1], "keras", "exec"
     )

@@ -1,7 +1,6 @@
 """`Snapshot`: the best of what a program has seen, kept in the program."""
 
 import re
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -363,33 +362,6 @@ def test_what_take_refuses(change, error, message, traced):
 def test_entries_are_for_the_host():
     with pytest.raises(SettingError, match="when the program has run"):
         jax.eval_shape(lambda s: len(s.entries()), like())
-
-
-def test_the_guide_says_so(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
-    section = guide.split("## Slots: the best without a callback")[1].split("\n## ")[0]
-
-    def run_epoch(params, epoch):
-        params = {"w": params["w"] + 1}
-        return params, jnp.abs(params["w"].mean() - 3)
-
-    names = {"flaxckpt": flaxckpt, "jax": jax, "jnp": jnp, "run_epoch": run_epoch}
-    names |= {"params": {"w": jnp.zeros(4)}}
-    names |= {"members": {"w": jnp.arange(3.0)[:, None] * jnp.ones(4)}}
-    for block in re.findall(
-        r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE
-    ):
-        exec(compile(block, "guide.md", "exec"), names)
-    names["ckpt"].close()
-    assert [path.name for path in names["paths"]] == ["02-1.00", "03-0.00"]
-    for member in range(3):
-        infos = flaxckpt.list_checkpoints("runs")
-        infos = [info for info in infos if info.path.name[:3] == f"0{member}-"]
-        infos = [info for info in infos if info.logs.get("member") == member]
-        assert len(infos) == 2
-        best = min(infos, key=lambda info: info.logs["val_loss"])
-        assert best.epoch == 2 - member
 
 
 def test_under_x64_it_compares_in_float64():
