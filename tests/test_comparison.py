@@ -3,12 +3,13 @@
 If one of these fails with a newer version of a library, the pages have to change.
 """
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -176,8 +177,6 @@ def make_model(keras):
 
 
 def test_a_flipped_bit_in_files_of_keras(tmp_path, keras):
-    import zipfile
-
     model = make_model(keras)
     kernel = model.get_weights()[0].copy()
     model.save_weights(tmp_path / "model.weights.h5")
@@ -204,19 +203,33 @@ def test_what_the_callback_of_keras_takes_for_the_best(tmp_path, keras):
     assert best_of([0.9]) == 0.9  # of a new run, beside a better file
 
 
-def test_a_kill_loses_the_file_of_keras(tmp_path, keras):
+def test_a_kill_may_lose_the_file_of_keras(tmp_path, keras):
+    """Where it comes late, the file is whole by then: one of ten is early enough."""
+    for number in range(10):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        kill_in_a_save(directory)
+        if not (directory / "model.keras").exists():
+            return
+        with contextlib.suppress(ValueError, zipfile.BadZipFile):
+            keras.models.load_model(directory / "model.keras")
+            continue
+        return
+    pytest.fail("none of ten kills lost the file")
+
+
+def kill_in_a_save(directory):
+    """Kill a process of SAVE_FOREVER once its file has neither its old nor no size."""
     with subprocess.Popen(
         [sys.executable, "-c", SAVE_FOREVER],
-        cwd=tmp_path,
+        cwd=directory,
         env={**os.environ, "KERAS_BACKEND": "jax"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as process:
         process.stdout.readline()
-        file = Path(tmp_path, "model.keras")
+        file = directory / "model.keras"
         whole = file.stat().st_size
-        while file.stat().st_size in (0, whole):  # until a save is under way
+        while (file.stat().st_size if file.exists() else 0) in (0, whole):
             assert process.poll() is None
         process.kill()
-    with pytest.raises(ValueError, match="File not found"):
-        keras.models.load_model(file)
