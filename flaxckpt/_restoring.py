@@ -21,9 +21,10 @@ from flaxckpt._disk.listing import Infos, LeftOut
 from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._processes.messages import are_several, at_work, from_leader, joined
-from flaxckpt._program.traced_update import Programs, is_traced
+from flaxckpt._program.traced_update import Programs
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import tries
+from flaxckpt._runtime.traces import is_traced
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._saving.count import Count
 from flaxckpt._settings import Settings

@@ -13,11 +13,11 @@ from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState, check_state
 from flaxckpt._decision.step import count_batches, need_steps, passed_over, tick
 from flaxckpt._pods.saves import PodSaver
-from flaxckpt._program.traced_update import Programs, is_traced
+from flaxckpt._program.traced_update import Programs
 from flaxckpt._restoring import Restorer
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.gone import check_there
-from flaxckpt._runtime.traces import runs_in_trace
+from flaxckpt._runtime.traces import is_traced, runs_in_trace
 from flaxckpt._runtime.unchecked import as_arguments, unchecked
 from flaxckpt._saving.advice import Advice
 from flaxckpt._saving.call import Call

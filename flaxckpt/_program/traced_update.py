@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from flaxckpt._decision.logs import Logs
@@ -33,7 +32,6 @@ from flaxckpt._program.shards import MeshSpec, mesh_spec_of
 from flaxckpt._program.stream import Stream
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.jax_internals import runtime_tokens
-from flaxckpt._runtime.traces import runs_in_trace
 from flaxckpt._saving.at_exit import before_end
 from flaxckpt._saving.saves import Saver
 from flaxckpt._settings import Settings
@@ -293,9 +291,3 @@ def _check_is_one_decision(batched: PyTree) -> None:
             "each member fills with its best, and save it afterwards with "
             "ckpt.save_snapshot(snapshot, member=i)."
         )
-
-
-def is_traced(*values: PyTree) -> bool:
-    """Tell whether a trace is running, or a leaf of the arguments is traced."""
-    leaves = jax.tree.leaves(values)
-    return runs_in_trace() or any(isinstance(leaf, Tracer) for leaf in leaves)
