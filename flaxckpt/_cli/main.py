@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flaxckpt
+from flaxckpt._runtime.extras import how_to_install
 
 _EXTRA = ("flax", "optax", "sklearn")
 
@@ -63,8 +64,7 @@ def _demo(directory: Path | None, epochs: int) -> int:
         if missing not in _EXTRA:
             raise
         return _fail(
-            f"needs {missing}, which is not installed. "
-            "In a clone of flaxckpt: pip install '.[demo]'",
+            f"needs {missing}, which is not installed. {how_to_install('demo')}",
             2,
         )
     try:

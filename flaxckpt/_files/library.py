@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from flaxckpt._runtime.extras import how_to_install
 from flaxckpt.errors import CheckpointError
 
 
@@ -22,6 +23,6 @@ def library(name: str, extra: str, path: object) -> Any:
     except ImportError as error:
         raise CheckpointError(
             f"To read or write {str(path)!r}, flaxckpt needs the library "
-            f"{name.partition('.')[0]}, which cannot be imported ({error}). Install "
-            f"it: pip install 'flaxckpt[{extra}]'"
+            f"{name.partition('.')[0]}, which cannot be imported ({error}). "
+            f"{how_to_install(extra)}"
         ) from error

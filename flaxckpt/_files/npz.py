@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from flaxckpt._decision.logs import has_surrogates
 from flaxckpt._disk.open import NoFileError, open_file
 from flaxckpt._files.foreign_tree import ForeignTree, is_numeric, reading
 from flaxckpt._files.outgoing import (
     Outgoing,
     arrays_of,
     divided,
-    is_encodable,
     named_leaves,
 )
 from flaxckpt._files.stored_arrays import Array, StoredArray, tree_of
@@ -86,6 +86,6 @@ def write(outgoing: Outgoing, file: Path) -> None:
 def _problem(name: str, dtype: str) -> str:
     if not (is_numeric(dtype) and np.dtype(dtype).isbuiltin == 1):
         return f"is of dtype {dtype}, which .npz files cannot hold"
-    if "\0" in name or not is_encodable(name):
+    if "\0" in name or has_surrogates(name):
         return f"has a name that .npz files cannot hold, {name!r}. Rename a key"
     return ""

@@ -124,11 +124,6 @@ def divided(
     yield group
 
 
-def is_encodable(name: str) -> bool:
-    """Tell whether UTF-8 can encode a name: it has no surrogates."""
-    return name.encode(errors="replace") == name.encode(errors="surrogatepass")
-
-
 def arrays_of(
     outgoing: Outgoing, leaves: Sequence[NamedLeaf]
 ) -> dict[str, np.ndarray[Any, Any]]:

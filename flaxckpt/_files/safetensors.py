@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flaxckpt._decision.logs import has_surrogates
 from flaxckpt._direct.zarr import aligned
 from flaxckpt._disk.open import NoFileError, is_inside, open_file, read_small
 from flaxckpt._files.foreign_tree import ForeignTree, reading
@@ -18,7 +19,6 @@ from flaxckpt._files.outgoing import (
     Outgoing,
     arrays_of,
     divided,
-    is_encodable,
     named_leaves,
 )
 from flaxckpt._files.stored_arrays import Array, StoredArray, tree_of
@@ -168,7 +168,7 @@ def write(
 def _problem(name: str, dtype: str) -> str:
     if dtype not in _DTYPES.values():
         return f"is of dtype {dtype}, which safetensors files cannot hold"
-    if name == _METADATA or not is_encodable(name):
+    if name == _METADATA or has_surrogates(name):
         return f"has a name that safetensors files cannot hold, {name!r}. Rename a key"
     return ""
 

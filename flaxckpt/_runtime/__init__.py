@@ -9,5 +9,5 @@ arrays. `quiet` keeps Orbax's log lines from the console, and `log` logs or prin
 own. `failures` puts an error in one line, and `beside` adds problems to an error that
 is being raised. `patience` says how often a reader looks again, and `collector` pauses
 the collection of garbage. `threads` leaves the cores and the interpreter's lock to
-training.
+training. `extras` says how to install what is optional.
 """

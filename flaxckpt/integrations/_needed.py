@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from flaxckpt._runtime.extras import how_to_install
+
 
 def needed(module: str, extra: str) -> Any:
     """Import a library.
@@ -21,6 +23,6 @@ def needed(module: str, extra: str) -> Any:
             raise
         raise ModuleNotFoundError(
             f"flaxckpt.integrations.{extra} needs {module}, which is not installed. "
-            f"In a clone of flaxckpt: pip install '.[{extra}]'",
+            f"{how_to_install(extra)}",
             name=module,
         ) from error

@@ -16,13 +16,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import flaxckpt
+from flaxckpt._runtime.extras import how_to_install
 from flaxckpt.errors import CheckpointMismatchError, SettingError
 
 try:
     import keras
 except ImportError as error:
     advice = (
-        "Install Keras: pip install 'flaxckpt[keras]'."
+        how_to_install("keras")
         if error.name == "keras"
         else "Set KERAS_BACKEND=jax in the environment before Keras is imported."
     )

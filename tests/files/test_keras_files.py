@@ -160,7 +160,5 @@ def test_no_other_file_is_opened(file):
 
 def test_a_missing_library_is_named_with_its_extra(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(
-        CheckpointError, match=re.escape("pip install 'flaxckpt[keras]'")
-    ):
+    with pytest.raises(CheckpointError, match=re.escape("pip install '.[keras]'")):
         flaxckpt.load(file)

@@ -144,7 +144,7 @@ def test_values_that_are_not_loaded_are_named(tmp_path):
 
 def test_a_missing_library_is_named_with_its_extra(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flax.serialization", None)
-    install = re.escape("pip install 'flaxckpt[flax]'")
+    install = re.escape("pip install '.[flax]'")
     with pytest.raises(CheckpointError, match=install):
         flaxckpt.load(checkpoint)
     path = saved(tmp_path / "runs", {"w": jnp.ones(2)})

@@ -427,7 +427,7 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path, monkeypatch):
 
 def test_a_missing_library_is_named_with_its_extra(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    install = re.escape("pip install 'flaxckpt[safetensors]'")
+    install = re.escape("pip install '.[safetensors]'")
     with pytest.raises(CheckpointError, match=install):
         flaxckpt.load(file)
     with pytest.raises(CheckpointError, match=install):

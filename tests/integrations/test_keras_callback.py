@@ -867,7 +867,7 @@ def test_the_backend_has_to_be_jax(tmp_path, monkeypatch, model):
 
 @pytest.mark.parametrize(
     ("missing", "advice"),
-    [("keras", "pip install 'flaxckpt[keras]'"), ("tensorflow", "KERAS_BACKEND=jax")],
+    [("keras", "pip install '.[keras]'"), ("tensorflow", "KERAS_BACKEND=jax")],
 )
 def test_what_to_install_is_said(monkeypatch, missing, advice):
     class Finder:
