@@ -125,6 +125,7 @@ def load(
     options = Options(
         cast=cast, verify=verify, partial=partial, select=select, rename=rename
     )
+    check_like(like)
     found = restore(path, like, options)
     put_states(path, found)
     return _result(path, found, with_info=with_info)
@@ -132,16 +133,28 @@ def load(
 
 def restore(path: str | os.PathLike[str], like: PyTree, options: Options) -> Read:
     """Load a tree and its record, as `load` does, but put no states into objects."""
-    check_like(like)
+    return _read(path, like, [like], options, weights_only=False)
 
-    def read(where: Place, sums: Sums) -> Read:
-        info = info_of(path, where.path)
-        layout, _ = read_table(where.path)
-        with _quick(where, layout):
-            found = load_tree(where, layout, None, [like], sums, options)
+
+def _read(
+    path: str | os.PathLike[str],
+    like: PyTree,
+    likes: list[PyTree],
+    options: Options,
+    *,
+    weights_only: bool,
+) -> Read:
+    """Load the whole tree, or its weights, as the first of `likes` that it fits."""
+
+    def read_at(place: Place, sums: Sums) -> Read:
+        info = info_of(path, place.path)
+        layout, weights = read_table(place.path)
+        part = part_of_weights(path, layout, weights) if weights_only else None
+        with _quick(place, layout):
+            found = load_tree(place, layout, part, likes, sums, options)
         return dataclasses.replace(found, info=info)
 
-    return loaded_in_all(path, like, read)
+    return loaded_in_all(path, like, read_at)
 
 
 def _result(path: str | os.PathLike[str], found: Read, *, with_info: bool) -> Any:
@@ -225,16 +238,7 @@ def load_weights(
     picked = default_weights(like)
     # If it is no model, a `like` that is a tree of the weights may look like more.
     likes = [picked] if picked is like or role_of(like) == MODULE else [like, picked]
-
-    def read(where: Place, sums: Sums) -> Read:
-        info = info_of(path, where.path)
-        layout, weights = read_table(where.path)
-        part = part_of_weights(path, layout, weights)
-        with _quick(where, layout):
-            found = load_tree(where, layout, part, likes, sums, options)
-        return dataclasses.replace(found, info=info)
-
-    found = loaded_in_all(path, like, read)
+    found = _read(path, like, likes, options, weights_only=True)
     put_states(path, found)
     if into is not None:
         sys.modules["flax.nnx"].update(into, found.tree)  # type: ignore[attr-defined]
