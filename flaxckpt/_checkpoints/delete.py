@@ -14,7 +14,7 @@ from flaxckpt._disk.series_names import names_of
 from flaxckpt._object_store.scratch import mirrored
 from flaxckpt._object_store.source import fetched
 from flaxckpt._object_store.store_area import StoreArea
-from flaxckpt._object_store.url import check_is_path, is_url
+from flaxckpt._object_store.url import absolute, check_is_path, is_url
 from flaxckpt._orbax.recognize import is_readable
 from flaxckpt.errors import CheckpointNotFoundError, CheckpointPathError
 
@@ -49,9 +49,7 @@ def delete(checkpoint: str | os.PathLike[str]) -> None:
         [1]
     """
     check_is_path("checkpoint", checkpoint, "pass a checkpoint, or its path.")
-    shown = os.fspath(checkpoint).rstrip("/")
-    if not is_url(shown):
-        shown = os.path.abspath(os.path.expanduser(shown))
+    shown = absolute(checkpoint)
     found = found_at(shown)
     if found is None:
         _refuse(shown)

@@ -8,7 +8,7 @@ from flaxckpt._disk.listing import Infos, Known, LeftOut, list_below
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import RECORD_FILE
 from flaxckpt._object_store.opening import Stores, open_store
-from flaxckpt._object_store.url import check_is_path, is_url
+from flaxckpt._object_store.url import absolute, check_is_path, is_url
 from flaxckpt._runtime.frames import outside
 from flaxckpt.errors import CheckpointPathError
 
@@ -40,22 +40,20 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[CheckpointInfo,
         >>> list_checkpoints("no/such/directory")
         ()
     """
-    infos, left_out = listed(located(directory))
+    infos, left_out = listed(checked_path(directory))
     for error in left_out:
         warnings.warn(f"Left out of the listing: {error}", stacklevel=outside())
     return infos
 
 
-def located(directory: str | os.PathLike[str]) -> str:
+def checked_path(directory: str | os.PathLike[str]) -> str:
     """Return a directory's absolute path, or its URL.
 
     Raises:
         SettingError: If `directory` is no path.
     """
     check_is_path("directory", directory, "pass the path of a directory.")
-    if is_url(directory):
-        return os.fspath(directory).rstrip("/")
-    return os.path.abspath(os.path.expanduser(directory))
+    return absolute(directory)
 
 
 def listed(
@@ -64,7 +62,7 @@ def listed(
     """List checkpoints as `list_checkpoints` does, and an error for each left out.
 
     Args:
-        directory: What `located` returned.
+        directory: What `checked_path` returned.
         known: As for `list_below`; a store has no use for it.
         stores: Opens a store.
 

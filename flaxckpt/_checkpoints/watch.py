@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 from flaxckpt._checkpoints.found import found_at, has_mark, is_finished, root_of
-from flaxckpt._checkpoints.listing import listed, located
+from flaxckpt._checkpoints.listing import checked_path, listed
 from flaxckpt._decision.scalars import is_real
 from flaxckpt._disk.files import sync_path
 from flaxckpt._disk.info import CheckpointInfo
@@ -74,7 +74,8 @@ def watch(
     elif not (is_real(timeout_secs) and 0 <= timeout_secs < math.inf):
         advice = "pass a number of seconds of at least 0, or None."
         raise SettingError("timeout_secs", timeout_secs, advice)
-    return _watched(_Watch(located(directory)), float(poll_secs), float(timeout_secs))
+    watched = _Watch(checked_path(directory))
+    return _watched(watched, float(poll_secs), float(timeout_secs))
 
 
 def _watched(

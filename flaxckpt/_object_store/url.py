@@ -1,4 +1,4 @@
-"""Parse URLs of object stores."""
+"""Parse paths that may be URLs of object stores."""
 
 import os
 import re
@@ -45,6 +45,14 @@ def check_is_path(name: str, path: object, advice: str) -> None:
     if _OTHER.match(text) and not text.startswith(_SCHEMES):
         advice = "is a URL of another kind than gs:// and s3://. Mount it."
         raise CheckpointPathError(text, advice)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return a path as an absolute one, and a URL without a final slash."""
+    text = os.fspath(path)
+    if is_url(text):
+        return text.rstrip("/")
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def split_url(url: str) -> tuple[str, str, str]:

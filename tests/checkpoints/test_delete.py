@@ -61,6 +61,14 @@ def test_one_is_deleted_and_nothing_is_left_of_it(tmp_path, monkeypatch, kind, d
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_the_root_directory_is_not_the_working_directory(tmp_path, monkeypatch):
+    save(tmp_path / "{epoch}")
+    monkeypatch.chdir(flaxckpt.list_checkpoints(tmp_path)[0].path)
+    with pytest.raises(CheckpointNotFoundError, match="No checkpoint"):
+        flaxckpt.delete("/")
+    assert epochs(tmp_path) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["info", "url"])
 def test_one_in_a_store(url, kind):
     save(f"{url}/{{epoch}}")
