@@ -22,6 +22,7 @@ from flaxckpt._object_store.url import check_is_path, is_url
 from flaxckpt._orbax.recognize import foreign_checkpoints
 from flaxckpt._processes.messages import are_several, at_work, from_leader, joined
 from flaxckpt._program.traced_update import Programs
+from flaxckpt._runtime.failures import listed
 from flaxckpt._runtime.frames import outside
 from flaxckpt._runtime.patience import tries
 from flaxckpt._runtime.traces import is_traced
@@ -294,7 +295,7 @@ class Restorer:
         if (others or foreign) and not self._series.listed()[0]:
             kinds = {"other filepaths": others, "plain Orbax": foreign}
             parts = [
-                f"checkpoints of {kind}: {', '.join(names)}"
+                f"checkpoints of {kind}: {listed(names)}"
                 for kind, names in kinds.items()
                 if names
             ]

@@ -41,8 +41,6 @@ from flaxckpt.errors import (
     LeafDifference,
 )
 
-_SHOWN = 8  # leaves that a warning lists
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -397,10 +395,9 @@ def _warn_of_functions(
         }
         names = [name for name in names if name in placed]
     if names:
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         warnings.warn(
             f"Checkpoint {str(path)!r} holds no functions, and the saved tree had "
-            f"{len(names)}: {shown}. The loaded tree has None there. Pass a `like` "
-            "that has the functions.",
+            f"{len(names)}: {listed(names)}. The loaded tree has None there. Pass a "
+            "`like` that has the functions.",
             stacklevel=outside(),
         )

@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 
 import jax
 
+from flaxckpt._runtime.failures import listed
 from flaxckpt.errors import UnsupportedLeafError
 
 PyTree: TypeAlias = Any
 Position: TypeAlias = tuple[int, ...]
 """Where a node is: the position of a child of the root, of its child, and so on."""
-_SHOWN = 8  # keys that an error lists
 VARIABLE, MODULE, STATE = "variable", "module", "state"
 
 
@@ -167,7 +167,7 @@ def _unsorted(node: PyTree, above: set[int], name: str = "") -> tuple[str, str] 
     except ValueError:
         if not isinstance(node, dict):
             return None
-        keys = ", ".join(map(repr, list(node)[:_SHOWN]))
+        keys = listed(list(map(repr, node)))
         problem = f"a dict with keys that cannot be sorted ({keys}); name all by text"
         return name or "the tree itself", problem
     if jax.tree_util.treedef_is_leaf(treedef):
