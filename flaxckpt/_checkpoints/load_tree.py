@@ -31,7 +31,7 @@ from flaxckpt._trees.placing import is_placement
 from flaxckpt._trees.renaming import Rename, renamed
 from flaxckpt._trees.selection import Select, selected
 from flaxckpt._trees.skeleton import Skeleton
-from flaxckpt._trees.stateful import KIND, is_stateful, kept_state, put_state
+from flaxckpt._trees.stateful import STATEFUL, is_stateful, kept_state, put_state
 from flaxckpt._trees.ties import PyTree, flatten
 from flaxckpt._trees.wanted import Wanted, completed
 from flaxckpt.errors import (
@@ -225,7 +225,7 @@ def _converted(
         try:
             leaves[position] = convert(stored[position], have, want, cast=cast)
         except (ValueError, TypeError, OverflowError) as error:
-            is_damage = isinstance(error, UnicodeError) or have.kind == KIND
+            is_damage = isinstance(error, UnicodeError) or have.kind == STATEFUL
             if given is None or is_damage:
                 raise CheckpointCorruptError(
                     str(path), f"{have.name} is no {have} ({in_one_line(error)})"
@@ -247,7 +247,7 @@ def _states_of(
     states: list[tuple[str, Any, Any]] = []
     for position, (index, want) in enumerate(plan):
         value = given[position]
-        if index is not None and want.leaf.kind == KIND and is_stateful(value):
+        if index is not None and want.leaf.kind == STATEFUL and is_stateful(value):
             states.append((want.leaf.name, value, leaves[position]))
             leaves[position] = value
     return states

@@ -11,7 +11,7 @@ from flaxckpt._runtime.jax_internals import put_alike
 from flaxckpt._trees.describe import impl_of
 from flaxckpt._trees.integers import int_of
 from flaxckpt._trees.leaf import ARRAYS, PYTHON, STORED_DTYPES, Leaf, key_numbers
-from flaxckpt._trees.stateful import KIND, decoded_state
+from flaxckpt._trees.stateful import STATEFUL, decoded_state
 from flaxckpt._trees.wanted import Wanted
 
 
@@ -33,7 +33,7 @@ def convert(value: Any, have: Leaf, want: Wanted, *, cast: bool) -> Any:
         value = _empty(have, want.sharding)
     if have.kind == "bytes":
         return np.asarray(value).tobytes()
-    if have.kind == KIND:
+    if have.kind == STATEFUL:
         return decoded_state(np.asarray(value))
     if have.kind == "str" and not have.is_text:
         return own(np.asarray(value).tobytes().decode(errors="surrogatepass"))

@@ -16,7 +16,7 @@ from flaxckpt._trees.leaf import SCALARS, Leaf, is_of_keys
 from flaxckpt._trees.names import is_in_pointer, spelled
 from flaxckpt._trees.remembered import Remembered
 from flaxckpt._trees.skeleton import is_possible
-from flaxckpt._trees.stateful import KIND, StateError, is_stateful, state_of
+from flaxckpt._trees.stateful import STATEFUL, StateError, is_stateful, state_of
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import Flat, PyTree, flatten
 from flaxckpt.errors import UnsupportedLeafError
@@ -187,7 +187,7 @@ def _state(path: tuple[str, ...], value: Any, *, is_traced: bool) -> tuple[Leaf,
         state = state_of(value)
     except StateError as error:
         raise RefusedError(f"a {type(value).__qualname__} {error}") from error
-    return Leaf(path, KIND, "uint8", state.shape), state
+    return Leaf(path, STATEFUL, "uint8", state.shape), state
 
 
 def _text(path: tuple[str, ...], value: str) -> tuple[Leaf, Any]:

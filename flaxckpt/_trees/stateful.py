@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-KIND = "state"  # of such leaves
+STATEFUL = "state"  # of such leaves
 _SMALLEST = 1024  # bytes: states of one object, as it goes on, are stored alike
 _WAYS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 _GENERATORS = (np.random.Generator, np.random.BitGenerator)

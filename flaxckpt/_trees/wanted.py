@@ -18,7 +18,7 @@ from flaxckpt._trees.skeleton import (
     key_of,
     node_at,
 )
-from flaxckpt._trees.stateful import KIND, is_stateful
+from flaxckpt._trees.stateful import STATEFUL, is_stateful
 from flaxckpt._trees.structure import structure_of
 from flaxckpt._trees.ties import (
     Position,
@@ -177,7 +177,7 @@ def _wanted(path: tuple[str, ...], value: Any) -> Wanted:
             is_weak=getattr(value, "weak_type", False),  # keys have none
         )
     if is_stateful(value):
-        return Wanted(Leaf(path, KIND))
+        return Wanted(Leaf(path, STATEFUL))
     leaf, _ = normal(path, value, lambda dtype: True)
     is_own = leaf.kind in (*PYTHON, "str") and type(value) not in (*SCALARS, str)
     return Wanted(leaf, type=type(value) if is_own else None)
