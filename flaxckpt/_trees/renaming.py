@@ -7,9 +7,9 @@ from flaxckpt._runtime.failures import listed
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.selection import (
     Path,
-    Repeating,
     Unit,
     parts_in,
+    repeated,
     split,
     units_in,
 )
@@ -42,7 +42,7 @@ def renamed(layout: Layout, rename: Rename) -> Skeleton:
             two leaves would have one name.
         OverfullError: If the tree is far larger than what is stored.
     """
-    whole = Repeating(layout.skeleton).resolved(layout.skeleton, ((),))
+    whole = repeated(layout.skeleton, layout.skeleton, ())
     units = list(units_in(whole, ()))
     moved = _moved(units, rename)
     if moved == [()]:

@@ -19,6 +19,7 @@ from flaxckpt._trees.skeleton import (
     node_at,
     with_children,
 )
+from flaxckpt._trees.ties import Position
 from flaxckpt.errors import SettingError
 
 Path: TypeAlias = tuple[str, ...]
@@ -51,7 +52,7 @@ def selected(layout: Layout, select: Select) -> Skeleton:
     node = found_at(layout.skeleton, path)
     if node is None:
         raise SettingError("select", select, _nothing_at(layout, path))
-    return Repeating(layout.skeleton).resolved(node[0], (node[1],))
+    return repeated(layout.skeleton, *node)
 
 
 def _nothing_at(layout: Layout, path: Path) -> str:
@@ -66,7 +67,7 @@ def _nothing_at(layout: Layout, path: Path) -> str:
 
 
 def _filtered(layout: Layout, select: Callable[[Path, Any], bool]) -> Skeleton:
-    whole = Repeating(layout.skeleton).resolved(layout.skeleton, ((),))
+    whole = repeated(layout.skeleton, layout.skeleton, ())
 
     def visit(node: Skeleton, path: Path) -> Skeleton:
         if isinstance(node, int):
@@ -143,29 +144,32 @@ def split(path: str) -> Path:
     return tuple(path.split("/")) if path else ()
 
 
-class Repeating:
-    """Repeats shared parts of a skeleton in all their places."""
+def repeated(root: Skeleton, node: Skeleton, place: Position) -> Skeleton:
+    """Return a node of a skeleton with each shared part in all its places.
 
-    def __init__(self, root: Skeleton) -> None:
-        self._root, self._nodes = root, itertools.count()
+    Args:
+        root: The skeleton.
+        node: The node.
+        place: Where in the skeleton it is.
 
-    def resolved(self, node: Skeleton, inside: tuple[tuple[int, ...], ...]) -> Skeleton:
-        """Return a node without `same` nodes.
+    Raises:
+        OverfullError: If that has far more nodes than what is stored.
+    """
+    number = itertools.count()
 
-        Args:
-            node: The node.
-            inside: The places of the node and of the shared parts that it is in. What
-                encloses itself is None within itself.
-        """
-        if next(self._nodes) > _NODES:
+    def visit(node: Skeleton, inside: tuple[Position, ...]) -> Skeleton:
+        """Visit a node, within the places of it and of the shared parts above it."""
+        if next(number) > _NODES:
             raise OverfullError("its tree has its parts in too many places")
         if isinstance(node, dict) and "same" in node:
-            place = tuple(node["same"])
-            if any(place == at[: len(place)] for at in inside):
-                return None
-            return self.resolved(node_at(self._root, place), (*inside, place))
+            shared = tuple(node["same"])
+            if any(shared == at[: len(shared)] for at in inside):
+                return None  # what encloses itself
+            return visit(node_at(root, shared), (*inside, shared))
         children = [
-            self.resolved(child, (*inside[:-1], (*inside[-1], position)))
+            visit(child, (*inside[:-1], (*inside[-1], position)))
             for position, (_, child) in enumerate(children_in(node))
         ]
         return with_children(node, children)
+
+    return visit(node, (place,))

@@ -23,6 +23,9 @@ from flaxckpt import (
     ModelCheckpoint,
     SettingError,
 )
+from flaxckpt._trees.layout import OverfullError
+from flaxckpt._trees.selection import repeated
+from flaxckpt._trees.skeleton import indices_in
 
 NAMES = st.sampled_from(["a", "b", "c", "layer_0", "layer_1", "x y", "7"])
 SHAPES = st.sampled_from([(), (8,), (8, 3), (16, 2), (0, 4)])
@@ -406,6 +409,17 @@ def test_a_part_that_many_places_share_is_no_damage(tmp_path):
         path = ckpt.save(Many(), epoch=0)
     with pytest.warns(UserWarning, match="kept from like: head/value"):
         flaxckpt.load(path, Many(), partial=True, rename={"head": "new"})
+
+
+def test_parts_that_double_at_each_level_are_too_many():
+    levels = [["0", {"dict": [["x", 0]]}]]
+    for above in range(19):
+        both = [["a", {"same": [above]}], ["b", {"same": [above]}]]
+        levels.append([str(above + 1), {"dict": both}])
+    few, many = {"dict": levels[:3]}, {"dict": levels}
+    assert len(list(indices_in(repeated(few, few, ())))) == 1 + 2 + 4
+    with pytest.raises(OverfullError, match="in too many places"):
+        repeated(many, many, ())
 
 
 KINDS = {
