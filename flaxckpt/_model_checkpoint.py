@@ -26,7 +26,7 @@ from flaxckpt._program.best_trees import Snapshot
 from flaxckpt._program.best_trees_saved import to_save
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._restoring import Restored, Restorer
-from flaxckpt._resuming import Start, iterators_in, put_into, skip_ahead
+from flaxckpt._resuming import Start, iterators_in, skip_ahead
 from flaxckpt._runtime.beside import close_beside, warn_beside
 from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.frames import outside
@@ -38,6 +38,7 @@ from flaxckpt._saving.saves import Saver
 from flaxckpt._saving.triggers import Triggers
 from flaxckpt._settings import Settings, unknown_argument
 from flaxckpt._trees.chosen import Filter
+from flaxckpt._trees.in_place import put_into
 from flaxckpt._trees.kinds_of_parts import Weights
 from flaxckpt._trees.renaming import Rename
 from flaxckpt._trees.selection import Select

@@ -10,8 +10,8 @@ that is stored, and in one that plain Orbax wrote. Both go by the rules in
 `kinds_of_parts`. `owned_shards` returns the parts of a leaf that this process stores,
 `per_process` encodes a value that each process has for itself, `integers` stores those
 that int64 does not hold, and `stateful` the states of objects such as data iterators.
-`selection` finds a part of a stored tree, and `renaming` gives it other names. `chosen`
-applies a user's filter. `digest` fingerprints leaves, by a checksum or by the sum in
-`digest_formula`. `remembered` keeps a few values by key, and ignores a key that cannot
-be compared.
+`selection` finds a part of a stored tree, and `renaming` gives it other names.
+`in_place` puts loaded values into NNX objects. `chosen` applies a user's filter.
+`digest` fingerprints leaves, by a checksum or by the sum in `digest_formula`.
+`remembered` keeps a few values by key, and ignores a key that cannot be compared.
 """
