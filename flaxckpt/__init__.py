@@ -3,8 +3,8 @@
 `CheckpointState` and `step` are the decision: they are pure, and need only JAX.
 `Snapshot` keeps the best trees in a program, and `scan_in_chunks` runs a scan in parts.
 `ModelCheckpoint` saves and restores through Orbax, which is imported when
-`ModelCheckpoint`, `Restored`, `load`, `load_weights`, `export`, `describe`, `verify` or
-`delete` is first looked up.
+`ModelCheckpoint`, `Restored`, `load`, `load_weights`, `export`, `describe` or `verify`
+is first looked up.
 """
 
 import importlib

@@ -18,7 +18,7 @@ from flaxckpt._object_store.url import is_url
 def found_at(
     path: str, stores: Stores = open_store
 ) -> tuple[str, CheckpointInfo] | None:
-    """Return the record of the checkpoint at a path, behind the root of its series.
+    """Return the root of the series of the checkpoint at a path, and its record.
 
     Args:
         path: An absolute path, or a URL.

@@ -46,7 +46,7 @@ def listed(url: str, stores: Stores) -> tuple[Infos, list[LeftOut]]:
 
 
 def found_at(url: str, stores: Stores) -> tuple[str, CheckpointInfo] | None:
-    """Return the record of the checkpoint at a URL, behind the URL of its series' root.
+    """Return the URL of the root of a checkpoint's series, and the checkpoint's record.
 
     None if there is no checkpoint of flaxckpt.
 

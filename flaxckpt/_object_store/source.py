@@ -102,7 +102,7 @@ class Place:
 
 
 def pointer_to(bucket: Objects, path: str) -> tuple[str, Pointer] | None:
-    """Return the pointer to the checkpoint at `path`, behind the root of its series.
+    """Return the root of the series of the checkpoint at `path`, and its pointer.
 
     The root is empty or ends with a slash. None if nothing points to the path.
     """
