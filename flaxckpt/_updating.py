@@ -69,7 +69,7 @@ class Updater:
         if not isinstance(state, CheckpointState):
             check_state(state, self.settings.fresh)
         if given is self._replaced:
-            self.advice.of_stale()
+            self.advice.of_same_state()
         # numpy's own True or False, unless a trace or a device has the answer
         if step is not None or epoch is None:
             self._check_step(Moment(epoch, batch, step), state, force=force)

@@ -13,13 +13,13 @@ class Advice:
     def __init__(self, settings: Settings) -> None:
         """Take the settings; nothing has been said yet."""
         self._settings = settings
-        self._said_stale = self._said_no_best = False
+        self._said_same = self._said_no_best = False
         self._left_out: set[str] = set()  # names in logs
 
-    def of_stale(self) -> None:
+    def of_same_state(self) -> None:
         """Warn that the loop has passed the state of the call before again."""
-        if not self._said_stale:
-            self._said_stale = True
+        if not self._said_same:
+            self._said_same = True
             warnings.warn(
                 "update got the same state as in the call before, so the decision of "
                 "that call is lost, and each call may save. "

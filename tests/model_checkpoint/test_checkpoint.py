@@ -908,6 +908,17 @@ def test_a_forgotten_state_is_told(tmp_path):
             state = ckpt.update(state, {"w": 1}, {"loss": 0.8}, epoch)
 
 
+@pytest.mark.parametrize("loss", [0.7, 7])  # by one comparison, and by a full one
+@pytest.mark.parametrize("save_best_only", [True, False])
+def test_a_forgotten_state_that_counts_steps_is_told(tmp_path, save_best_only, loss):
+    settings = {"save_best_only": save_best_only, "save_freq": 1}
+    with ModelCheckpoint(tmp_path / "{step}", "loss", **settings) as ckpt:
+        state = ckpt.update(ckpt.init(), {"w": 1}, {"loss": 0.5}, step=1)
+        ckpt.update(state, {"w": 1}, {"loss": loss}, step=2)
+        with pytest.warns(UserWarning, match=r"Write state = ckpt\.update\(state"):
+            ckpt.update(state, {"w": 1}, {"loss": loss}, step=3)
+
+
 def test_paths_and_trees_in_each_other_s_place(tmp_path):
     tree = {"w": np.zeros(2)}
     with ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
