@@ -163,8 +163,7 @@ class _Matching:
             want.leaf.name, "nothing" if have is None else str(have), problem
         )
         is_castable = _difference(have, want, cast=True) is None
-        is_for_user = is_castable or want.is_struct or problem.endswith(_NOT_DIVIDED)
-        if self._partial and not is_for_user:
+        if self._partial and not (is_castable or want.is_struct):
             self.found.kept.append(difference)
             return True
         self.differences.append(difference)
