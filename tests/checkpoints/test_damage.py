@@ -191,6 +191,15 @@ def test_restore_falls_back_to_the_next_good_one(tmp_path):
     assert ckpt.restore(which=tmp_path / "4", verify=False).epoch == 3
 
 
+def test_a_damaged_best_need_not_be_beaten(tmp_path):
+    ckpt = saved(tmp_path, [0.5, 0.4, 0.1], save_best_only=True)
+    damage_values(ckpt.latest.path)
+    with pytest.warns(UserWarning, match="PASSED OVER"):
+        restored = ckpt.restore()
+    assert restored.epoch == 1
+    assert float(restored.state.best) == np.float32(0.4)
+
+
 def test_if_all_are_damaged_it_raises_rather_than_start_anew(tmp_path):
     ckpt = saved(tmp_path, [0.3, 0.1])
     damage_values(tmp_path / "1")

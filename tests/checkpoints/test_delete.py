@@ -19,6 +19,7 @@ from flaxckpt import (
     ModelCheckpoint,
     SettingError,
 )
+from flaxckpt._checkpoints.found import root_of
 from flaxckpt._object_store.objects import Objects
 
 SAVES = """
@@ -104,6 +105,17 @@ def test_the_slot_and_one_aside_and_one_that_was_moved(tmp_path):
     flaxckpt.delete(tmp_path / "kept/of-mine")
     assert epochs(tmp_path) == [0]
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_series_root_of_one_that_was_moved(tmp_path):
+    save(tmp_path / "run/{epoch}/b", [0])
+    shutil.copytree(tmp_path / "run/1", tmp_path / "kept/1")
+    shutil.copytree(tmp_path / "run/1/b", tmp_path / "kept/mine/b")
+    roots = [root_of(info) for info in flaxckpt.list_checkpoints(tmp_path)]
+    kept = tmp_path / "kept"
+    assert set(roots) == {f"{tmp_path}/run", f"{kept}", f"{kept}/mine"}
+    flaxckpt.delete(kept / "mine/b")
+    assert epochs(tmp_path) == [0, 0]
 
 
 # ---- what is refused -----------------------------------------------------------------
