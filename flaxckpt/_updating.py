@@ -11,7 +11,7 @@ from flaxckpt._checkpoints.series import Series
 from flaxckpt._decision.logs import Logs, with_values
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.state import CheckpointState, check_state
-from flaxckpt._decision.step import count_batches, need_steps, passed_over, tick
+from flaxckpt._decision.step import count_batches, need_steps, tick, without_improvement
 from flaxckpt._pods.saves import PodSaver
 from flaxckpt._program.traced_update import Programs
 from flaxckpt._restoring import Restorer
@@ -90,9 +90,9 @@ class Updater:
         self.saves.check_parent()  # a forked child must tell nobody of its error
         with self.saves.telling_others():
             anyway = preempted or force is not False or due is not np.True_
-            if not anyway and (passed := self._passed_over(given, state, logs, at)):
+            if not anyway and (after := self._without_save(given, state, logs, at)):
                 self._replaced = None if self.settings.by_epoch else given
-                self._known = as_arguments(passed, lambda: leaves_of(tree))
+                self._known = as_arguments(after, lambda: leaves_of(tree))
                 return self._known
             check_state(state, self.settings.fresh)
             check_there("force", [("", force)])
@@ -138,7 +138,7 @@ class Updater:
             self.saves.meet()
             self._has_met = True
 
-    def _passed_over(
+    def _without_save(
         self,
         given: CheckpointState,
         state: CheckpointState,
@@ -156,7 +156,7 @@ class Updater:
             and not self.saves.report.has_failed
             and not runs_in_trace()
         ):
-            return passed_over(state, logs)
+            return without_improvement(state, logs)
         return None
 
     def save(

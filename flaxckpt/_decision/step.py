@@ -260,7 +260,7 @@ def _one_more(stale: Any) -> np.int32:
     return np.int32(min(int(stale) + 1, _INT32_MAX))
 
 
-def passed_over(state: CheckpointState, logs: Any) -> CheckpointState | None:
+def without_improvement(state: CheckpointState, logs: Any) -> CheckpointState | None:
     """Return the state after a due check that finds no new best by one comparison.
 
     A value that is not better than the best is no improvement, however it is rounded

@@ -34,12 +34,14 @@ def check_is_path(name: str, path: object, advice: str) -> None:
         advice: What the caller should pass instead.
 
     Raises:
-        SettingError: If `path` is neither.
+        SettingError: If `path` is neither, or empty.
         CheckpointPathError: If `path` is a URL of another kind, or without a bucket.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
         raise SettingError(name, f"<{type(path).__name__}>", advice)
+    if not text:  # of a variable that is not set, say; it would be the directory here
+        raise SettingError(name, text, advice)
     if text.startswith(_SCHEMES) and not split_url(text)[1]:
         raise CheckpointPathError(text, "names no bucket. Pass gs://bucket/path.")
     if _OTHER.match(text) and not text.startswith(_SCHEMES):

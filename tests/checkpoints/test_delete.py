@@ -121,6 +121,21 @@ def test_the_series_root_of_one_that_was_moved(tmp_path):
 # ---- what is refused -----------------------------------------------------------------
 
 
+def test_an_empty_text_is_not_the_working_directory(tmp_path, monkeypatch):
+    """A variable of the shell that is not set, say."""
+    save(tmp_path / "run", [0])
+    monkeypatch.chdir(tmp_path / "run")
+    for call in (
+        flaxckpt.delete,
+        flaxckpt.load,
+        flaxckpt.list_checkpoints,
+        lambda path: flaxckpt.ModelCheckpoint("x").restore(which=path),
+    ):
+        with pytest.raises(SettingError, match="''"):
+            call("")
+    assert epochs(tmp_path) == [0]
+
+
 def test_what_is_no_checkpoint_of_flaxckpt(tmp_path):
     save(tmp_path / "run/{epoch}", [0])
     v1.save(tmp_path / "plain", {"w": np.ones(2)})

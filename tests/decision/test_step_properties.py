@@ -16,7 +16,7 @@ from twin import Twin
 
 from flaxckpt import CheckpointState, ModelCheckpoint, step
 from flaxckpt._decision.state import plain_state
-from flaxckpt._decision.step import passed_over
+from flaxckpt._decision.step import without_improvement
 
 TREE = {"w": np.zeros(3, np.float32)}
 
@@ -185,7 +185,7 @@ def test_what_is_passed_over_is_no_new_best(best, value, kind, mode, min_delta, 
         )
         state, _ = step(state, {"m": best}, 0)
         logs = {"m": kind(value)}
-        if (passed := passed_over(state, logs)) is not None:
+        if (passed := without_improvement(state, logs)) is not None:
             after, save = step(state, logs, 1)
             assert not save
             assert after.best_value.tobytes() == state.best_value.tobytes()
@@ -201,11 +201,11 @@ def test_what_is_passed_over_is_no_new_best(best, value, kind, mode, min_delta, 
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_has_to_be_looked_at_is_not_passed_over(logs):
+def test_what_has_to_be_looked_at_is_not_without_improvement(logs):
     state = CheckpointState.create("m", mode="min", save_best_only=True)
     state, _ = step(state, {"m": 1.0}, 0)
-    assert passed_over(state, {"m": 2.0}) is not None
-    assert passed_over(state, logs) is None
+    assert without_improvement(state, {"m": 2.0}) is not None
+    assert without_improvement(state, logs) is None
 
 
 @pytest.mark.parametrize("save_freq", ["epoch", 3])
