@@ -111,7 +111,10 @@ class Updater:
                 if force is not False and self.settings.by_epoch:
                     call.seen = self._seen_by_hand(call.at)
                 if due or (overdue and self.triggers.is_comparable(logs)):
-                    self.saves.decide(call, now=preempted)
+                    if state.save_best_only:
+                        self.saves.decide(call, now=preempted)
+                    else:
+                        call.count_stale(lambda: leaves_of(tree))
         to_slot = bool((due or overdue) and self.settings.save_last) or preempted
         with unchecked():
             path = self.saves.start(tree, call, to_slot=to_slot)

@@ -66,6 +66,8 @@ class Twin:
         if value is None:
             return not self.save_best_only
         value = self.rounded(value)
+        if not self.save_best_only and math.isinf(value):
+            value = np.copysign(np.finfo(self.dtype).max, value)
         improved = self.improves(value, self.best if self.save_best_only else self.met)
         self.stale = 0 if improved else self.stale + 1
         if improved and self.save_best_only:

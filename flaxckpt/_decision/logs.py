@@ -140,6 +140,25 @@ def value_of(logs: Any, name: str) -> Any:
     return settled(_computed(value))
 
 
+def peeked(logs: Any, name: str) -> Any:
+    """Return a metric as `value_of` does, for those to whom it does not matter.
+
+    It looks at this metric alone: `compute` of other ones is not called, and logs that
+    are no mapping have no metrics.
+    """
+    found = logs.get(name) if isinstance(logs, Mapping) else None
+    if found is None and isinstance(logs, Mapping):
+        for key, value in logs.items():
+            text = key.replace("/", "_") if isinstance(key, str) else ""
+            if text == name:
+                found = value
+            elif name.startswith(f"{text}_") and isinstance(value, Mapping):
+                found = peeked(value, name[len(text) + 1 :])
+            if found is not None:
+                break
+    return settled(_computed(found))
+
+
 def settled(value: Any) -> Any:
     """Return one metric in the form of `normalized`, without waiting for a device."""
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:

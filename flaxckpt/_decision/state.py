@@ -81,6 +81,9 @@ class CheckpointState:
             stopping waits for. A check counts where `logs` have the value, with
             `save_best_only` or without. Without it, the improvement is on the best
             value that a due check has met, and nothing counts while `mode` is `"auto"`.
+            Within `vmap`, `ModelCheckpoint.update` does not count a value that differs
+            between the members, nor does `step` within `shard_map` count one that
+            differs between the shards, if they share the state.
         met_value: That best value, f32[] (f64[] under x64). It stays zero under
             `save_best_only`, where `best` has this place.
         has_met: Whether there is such a value, bool[].
@@ -184,7 +187,8 @@ def check_state(state: Any, own: CheckpointState) -> None:
     """Check that a state has the settings of `own`, and values.
 
     Raises:
-        SettingError: If it is no state, has other settings, or has a deleted leaf.
+        SettingError: If it is no state, has other settings, is that of several members
+            of `vmap`, or has a deleted leaf.
     """
     advice = "pass what init, restore or the last update has returned."
     if not isinstance(state, CheckpointState):
@@ -194,6 +198,11 @@ def check_state(state: Any, own: CheckpointState) -> None:
         if given != wanted:
             raise SettingError(
                 "state", state, f"its {name} is {given!r}, here {wanted!r}: {advice}"
+            )
+    for name in LEAVES:
+        if getattr(getattr(state, name), "shape", ()) != ():
+            raise SettingError(
+                "state", state, f"its {name} has an axis, as vmap returns it: {advice}"
             )
     check_values(state)
 

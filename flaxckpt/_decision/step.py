@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxckpt._decision.logs import normalized, rounded, value_of
+from flaxckpt._decision.logs import normalized, peeked, rounded, value_of
 from flaxckpt._decision.moment import Moment
 from flaxckpt._decision.scalars import (
     LARGEST,
@@ -31,8 +31,9 @@ from flaxckpt._decision.state import (
     with_leaves,
 )
 from flaxckpt._runtime.frames import outside
+from flaxckpt._runtime.traces import varying_axes
 from flaxckpt._runtime.unchecked import unchecked
-from flaxckpt.errors import MetricError, SettingError
+from flaxckpt.errors import CheckpointError, SettingError
 
 _INT32_MAX = 2**31 - 1
 _FLOATS = frozenset((float, np.float32, np.float64))
@@ -209,24 +210,54 @@ def value_to_count(
 
     For states without `save_best_only`, whose decision does not need it: the direction
     may not be known, and the value may be missing, or no real scalar.
+
+    Returns:
+        A JAX array of shape (), or a numpy scalar of the dtype in which it is compared.
     """
-    if state.mode == "auto" or not logs:
+    if state.mode == "auto":
         return None
-    with contextlib.suppress(MetricError):
-        value = value_of(logs, state.monitor)
-        return None if value is None else monitored(state.monitor, value)
+    with contextlib.suppress(CheckpointError):
+        value = peeked(logs, state.monitor)
+        if value is not None:
+            return _comparable(state, monitored(state.monitor, value))
     return None
+
+
+def _comparable(state: CheckpointState, value: Any) -> Any:
+    """Return a monitored value as a JAX array, or rounded if it is one of the host."""
+    if isinstance(value, jax.Array):
+        return value
+    return rounded(value, np.dtype(array(state.best_value).dtype))
+
+
+def _kept_finite(state: CheckpointState, value: Any, where: Where) -> Any:
+    """Return the largest number for infinity where the value is only counted.
+
+    A run that does not ask for the best may begin with an infinite metric, and a leaf
+    that is infinite would end its programs under `jax_debug_infs`.
+    """
+    if state.save_best_only:
+        return value
+    largest = value.dtype.type(jnp.finfo(value.dtype).max)
+    value = where(value > largest, largest, value)
+    return where(value < -largest, -largest, value)
 
 
 def _counted_stale(
     state: CheckpointState, logs: Mapping[str, Any] | None, due: Any
 ) -> CheckpointState:
     value = value_to_count(state, logs)
-    if value is None:
+    if value is None or _varies((value, due), state.stale):
         return state
     check_values(state)
     with unchecked():
         return _judged(state, value, due)[0]
+
+
+def _varies(values: Iterable[Any], beside: Any) -> bool:
+    """Tell whether values differ between shards of `shard_map` that share another."""
+    shared = varying_axes(beside)
+    return any(not varying_axes(each) <= shared for each in values)
 
 
 def _judged(
@@ -238,7 +269,8 @@ def _judged(
     dtype = np.dtype(best.dtype)
     if any(isinstance(x, jax.Array) for x in (due, value, best, has_best, stale)):
         where, due = jnp.where, jnp.asarray(due)
-        value = flushed(jnp.asarray(value).astype(dtype), where)
+        value = jnp.asarray(_comparable(state, value))
+        value = _kept_finite(state, flushed(value.astype(dtype), where), where)
         better = improves(value, best, has_best, state.mode, state.min_delta, where)
         better = due & better
         known = has_best | better
@@ -247,8 +279,8 @@ def _judged(
         stale = where(better, jnp.int32(0), stale)
     else:
         where = pick
+        value = _kept_finite(state, _comparable(state, value), where)
         with np.errstate(all="ignore"):
-            value = rounded(value, dtype)
             better = improves(value, best, has_best, state.mode, state.min_delta, where)
         known = np.bool_(has_best or better)
         stale = np.int32(0) if better else _one_more(stale)

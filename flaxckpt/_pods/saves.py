@@ -111,9 +111,6 @@ class PodSaver:
         assert state is not None
         # Do not ask whether the metric is computed yet: the processes would get
         # different answers.
-        if not state.save_best_only:
-            call.count_stale(looks=False)
-            return
         value = monitored(call.metric, call.logs.get(call.metric, 0))
         can_wait = self._parts.snapshot != "none" and not (now or call.saves)
         if isinstance(value, jax.Array) and can_wait:

@@ -154,7 +154,8 @@ class Programs:
             if own:
                 warnings.warn(
                     f"The members of vmap have metrics of their own: {', '.join(own)}. "
-                    "Their checkpoint records none of these.",
+                    "Their checkpoint records none of these, and state.stale does not "
+                    "count them.",
                     stacklevel=outside(),
                 )
             stacked = [

@@ -1,4 +1,4 @@
-"""Whether a trace of JAX is running."""
+"""Whether a trace of JAX is running, and what it tells of a value."""
 
 from typing import Any
 
@@ -19,3 +19,12 @@ def is_traced(*trees: Any) -> bool:
     """Tell whether a trace is running, or a leaf of a tree is traced."""
     leaves = jax.tree.leaves(trees)
     return runs_in_trace() or any(isinstance(leaf, Tracer) for leaf in leaves)
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """Return the mesh axes of `shard_map` along which a value may differ.
+
+    Empty where JAX does not track them (`check_vma=False`).
+    """
+    tracked = getattr(jax.typeof(value), "manual_axis_type", None)
+    return getattr(tracked, "varying", frozenset())

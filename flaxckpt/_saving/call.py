@@ -1,13 +1,14 @@
 """One call that may save: its metrics, its state, and whether it saves."""
 
-import contextlib
 import datetime
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
 import numpy as np
 
+from flaxckpt._copies.beside import beside
 from flaxckpt._copies.held import Copies
 from flaxckpt._copies.on_device import verdict_of
 from flaxckpt._decision.logs import Logs, find
@@ -165,11 +166,8 @@ class Call:
             self.kept = with_leaves(self.kept, **{name[1]: value})
 
     def judge(self) -> None:
-        """Decide a due check now; wait for the metric if the decision needs it."""
+        """Decide a due check now, and wait for the metric."""
         assert self.state is not None
-        if not self.state.save_best_only:
-            self.count_stale()
-            return
         forced, name = self.saves, self.metric
         self.before = self.state = _fetched(self.state)
         if name in self.logs:
@@ -178,30 +176,26 @@ class Call:
         self.kept = self.state
         self.decision = Save() if save or forced else Skip()
 
-    def count_stale(self, *, looks: bool = True) -> None:
+    def count_stale(self, leaves: Callable[[], Sequence[Any]]) -> None:
         """Save whatever the metric is, and count in the state whether it has improved.
 
-        Nothing waits for a device that still computes the metric: the device counts.
+        Nothing waits for a metric on a device: the devices of the tree count.
 
         Args:
-            looks: Whether to look if the metric is computed by now, and then to count
-                on the host. Several processes must not: their answers may differ.
+            leaves: Returns the leaves of the tree, beside which programs take the
+                state.
         """
         state, self.decision = self.state, Save()
         assert state is not None
         value = value_to_count(state, self.logs)
-        if value is None:
-            return
-        involved = value, *(getattr(state, name) for name in judged(state))
-        is_known = looks and not any(map(is_unknown, involved))
-        if isinstance(value, jax.Array) and not is_known:
-            with contextlib.suppress(ValueError):  # on other devices than the state
-                (after, kept, _), _ = verdict_of(state, value)
-                self.state = with_judged(state, after)
-                self.kept = with_judged(state, kept)
-                return
-        counted, _ = judge(_fetched(state), {state.monitor: fetched_value(value)}, True)
-        self.state = self.kept = counted
+        counts = [getattr(state, name) for name in judged(state)]
+        if not any(isinstance(each, jax.Array) for each in (value, *counts)):
+            self.state, _ = judge(state, self.logs, np.True_)
+            self.kept = self.state
+        elif value is not None:
+            value, *counts = beside(leaves(), value, *counts)
+            (after, kept, _), _ = verdict_of(with_judged(state, counts), value)
+            self.state, self.kept = with_judged(state, after), with_judged(state, kept)
 
     def judge_on_device(self, value: jax.Array) -> None:
         """Have a device decide a due check; it computes the best of the states, too.

@@ -303,7 +303,10 @@ def _prefix_advice(layout: Layout, wanted: Sequence[Wanted]) -> str:
                 f"The leaves of `like` are stored below {name!r}: pass select={name!r}."
             )
         keys = "".join(f"{{{key!r}: " for key in above) + "like" + "}" * len(above)
-        return f"The leaves of `like` are stored below {name!r}: pass like={keys}."
+        return (
+            f"The leaves of `like` are stored below {name!r}: pass select={name!r}, or "
+            f"like={keys}."
+        )
     if above := _prefix_between(stored, asked):
         name = "/".join(above)
         return (

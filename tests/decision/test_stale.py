@@ -1,12 +1,14 @@
 """`state.stale`: due checks since the last improvement, for early stopping."""
 
+import functools
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from never_ready import take_metrics_for_unknown
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flaxckpt
 from flaxckpt import CheckpointState, ModelCheckpoint, step
@@ -36,9 +38,8 @@ def test_update_counts_as_step_does(tmp_path, save_best_only, wrap):
     )
 
 
-def test_a_device_counts_while_it_computes_the_metric(tmp_path, monkeypatch):
+def test_a_device_counts_what_it_computes(tmp_path):
     """The loop may donate the state that it gets."""
-    take_metrics_for_unknown(monkeypatch)
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
     with ModelCheckpoint(tmp_path / "{epoch}", "loss", mode="min") as ckpt:
         state = ckpt.init()
@@ -54,17 +55,46 @@ def test_a_device_counts_while_it_computes_the_metric(tmp_path, monkeypatch):
             assert ckpt.restore(which=info.path).state.stale == stale
 
 
-def test_a_metric_on_other_devices_than_the_last_one_counts(tmp_path, monkeypatch):
-    take_metrics_for_unknown(monkeypatch)
-    devices = jax.devices()
-    assert len(devices) > 1
+@pytest.mark.parametrize("where", ["sharded", "on one device", "on the host"])
+def test_programs_take_the_state_beside_the_tree(tmp_path, where):
+    """Whatever devices have computed the metrics: those of an evaluation, say."""
+    devices, traced = jax.devices(), []
+    assert len(devices) == 8
+    mesh = Mesh(np.array(devices), "x")
+    tree = {
+        "sharded": lambda: jax.device_put(jnp.ones(8), NamedSharding(mesh, P("x"))),
+        "on one device": lambda: jax.device_put(jnp.ones(8), devices[3]),
+        "on the host": lambda: np.ones(8),
+    }[where]()
+
+    @jax.jit
+    def train(tree, state):
+        traced.append(1)
+        return tree + 1, state
+
     with ModelCheckpoint(tmp_path / "{epoch}", "loss", mode="min") as ckpt:
         state = ckpt.init()
         for epoch, loss in enumerate(LOSSES):
-            where = devices[epoch % 2]
-            logs = {"loss": jax.device_put(jnp.float32(loss), where)}
-            state = ckpt.update(state, tree_of(epoch), logs, epoch)
-    assert int(state.stale) == STALE[-1]
+            other = devices[0 if where == "on the host" else epoch % 3]
+            logs = {"loss": jax.device_put(jnp.float32(loss), other)}
+            state = ckpt.update(state, tree, logs, epoch)
+            tree, state = train(tree, state)
+        assert int(state.stale) == STALE[-1]
+        # A mesh also sees the counters change, from numpy's to arrays, once.
+        assert len(traced) == (2 if where == "sharded" else 1)
+
+
+def test_it_is_never_waited_for_the_metric(tmp_path):
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 400, lambda _, x: x @ x / 9e2, x))
+    devices = jax.devices()[:2]
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", mode="min") as ckpt:
+        state = ckpt.update(ckpt.init(), tree_of(0), {"loss": jnp.float32(1)}, 0)
+        ckpt.wait()
+        for epoch, device in enumerate(devices, 1):
+            loss = slow(jax.device_put(jnp.ones((900, 900)), device))[0, 0]
+            state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+            assert not loss.is_ready()
+            assert not state.stale.is_ready()
 
 
 @pytest.mark.parametrize("settings", [{}, {"save_best_only": True, "save_last": True}])
@@ -200,3 +230,86 @@ def test_a_gradient_goes_through(tmp_path):
         assert (slope == 2).all()
         assert int(state.stale) == 0
         assert state.has_met
+
+
+# ---- what need not be compared is no error -------------------------------------------
+
+
+@pytest.mark.parametrize("value", [2**40, 10**400, np.longdouble("1e400")], ids=repr)
+def test_a_constant_in_a_program(tmp_path, value):
+    with ModelCheckpoint(tmp_path / "{step}", "loss", save_freq=1) as ckpt:
+
+        @jax.jit
+        def train(state, at):
+            state = ckpt.update(state, {"n": at}, {"loss": value}, step=at)
+            return state, step(ckpt.init(), {"loss": value}, step=at)[0]
+
+        for state in train(ckpt.init(), 1):
+            assert (int(state.stale), bool(state.has_met)) == (0, True)
+
+
+def test_an_infinite_metric_ends_no_program(tmp_path):
+    """As of a run that has not evaluated yet."""
+    with (
+        jax.debug_infs(True),
+        ModelCheckpoint(tmp_path / "{epoch}", "loss") as ckpt,
+    ):
+        state = ckpt.init()
+        for epoch, (loss, stale) in enumerate([(np.inf, 0), (np.inf, 1), (3.0, 0)]):
+            state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+            state = jax.jit(lambda state: state)(state)
+            assert int(state.stale) == stale
+
+
+def test_a_shard_s_own_metric_does_not_count_in_a_state_that_all_share():
+    mesh = Mesh(np.array(jax.devices()), "x")
+
+    def train(state, x, total):
+        loss = jax.lax.pmean(x.sum(), "x") if total else x.sum()
+        body = lambda state, epoch: (step(state, {"loss": loss}, epoch)[0], None)  # noqa: E731
+        return jax.lax.scan(body, state, jnp.arange(3))[0]
+
+    for total in (True, False):
+        train_all = jax.shard_map(
+            functools.partial(train, total=total),
+            mesh=mesh,
+            in_specs=(P(), P("x")),
+            out_specs=P(),
+        )
+        state = train_all(CheckpointState.create("loss"), jnp.arange(8.0))
+        assert int(state.stale) == (2 if total else 0)
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def compute(self):
+        self.calls += 1
+        return 1.0
+
+
+def test_step_looks_at_the_monitored_metric_alone():
+    metric, monitored = Counting(), Counting()
+    state = CheckpointState.create("val_loss")
+    for logs in (
+        np.ones(3), [1, 2], {"other": metric}, {"val": {"other": metric}},
+        {("no", "text"): metric},
+    ):  # fmt: skip
+        state, save = step(state, logs, 0)
+        assert save
+    assert (metric.calls, state.has_met) == (0, False)
+    for logs in ({"val": {"loss": monitored}}, {"val/loss": 1}, {"val_loss": 2}):
+        state, _ = step(state, {**logs, "other": metric}, 0)
+    assert (metric.calls, monitored.calls, state.stale) == (0, 1, 2)
+
+
+def test_a_state_of_members_is_refused(tmp_path):
+    state = CheckpointState.create("loss")
+    states, _ = jax.vmap(lambda x: step(state, {"loss": x}, 0))(jnp.arange(3.0))
+    assert states.stale.shape == (3,)
+    with (
+        ModelCheckpoint(tmp_path / "{epoch}", "loss") as ckpt,
+        pytest.raises(flaxckpt.SettingError, match="has an axis, as vmap returns it"),
+    ):
+        ckpt.update(states, tree_of(0), {"loss": 1.0}, 0)
