@@ -64,7 +64,19 @@ def members_have_two_each(names):
         assert best.epoch == 2 - member
 
 
+def second_run_goes_on(names):
+    """Of the first program of a reader: five epochs, and three more."""
+    assert names["resumed_at"] == 5
+
+
+def base_is_linked(names):
+    """Of the base weights under adapters: they are not written again."""
+    assert names["ckpt"].counts.linked_bytes > 0
+
+
 CHECKS = {
+    "getting-started.md": second_run_goes_on,
+    "loading.md": base_is_linked,
     "inside-jit.md": members_have_two_each,
     "interchange.md": lambda _: os.stat("exported.weights.h5"),
 }
