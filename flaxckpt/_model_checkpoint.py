@@ -525,8 +525,9 @@ class ModelCheckpoint:
             data: An iterator over batches without a state to save, such as a generator,
                 or a list of them. The call takes from each the batches that the run has
                 seen, and drops them. In a run that counts global steps these are as
-                many as the step to go on with: one for each step, from step 0. In
-                others they are those of the epoch that the run goes on in.
+                many as the step to go on with: one for each step, from step 0. In a run
+                of epochs they are those of the epoch that the run goes on in, so pass
+                an iterator over one epoch.
             cast: As for `restore`.
             verify: As for `restore`.
 
@@ -536,7 +537,8 @@ class ModelCheckpoint:
             `tree` itself, `init(tree)` and 0.
 
         Raises:
-            SettingError: A `ValueError`, if `data` is no iterator, or ends before that.
+            SettingError: A `ValueError`, if `data` is no iterator, or ends before the
+                batches to drop do.
             CheckpointError: As `restore`.
 
         Example:

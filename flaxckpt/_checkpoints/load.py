@@ -75,11 +75,11 @@ def load(
             `jax.set_mesh`. A sharding in place of a leaf or subtree places what is
             stored there. Functions are taken from `like`. What an NNX module in `like`
             shares is shared in the result. `like` is not changed, but for objects with
-            a state, such as data iterators: they get the stored state. None, for the
-            whole or a part: what is stored there, as plain dicts, lists and tuples,
-            with JAX arrays on the default device, and None for functions. NNX modules
-            and states become the dicts that `nnx.update` and `nnx.replace_by_pure_dict`
-            take.
+            a state, such as data iterators: they get the stored state. Where `like` is
+            None, as a whole or in a part, what is stored comes as plain dicts, lists
+            and tuples, with JAX arrays on the default device, and None for functions.
+            NNX modules and states become the dicts that `nnx.update` and
+            `nnx.replace_by_pure_dict` take.
         cast: Convert arrays if only their dtype differs from the wanted dtype, rather
             than raise.
         verify: Check each leaf against the digest of what was saved. Only flaxckpt
@@ -96,7 +96,8 @@ def load(
             `like`: a mapping of prefixes, `{"old/prefix": "new/prefix"}`, where `""` is
             the root; or a function from a leaf's path, with slashes, to the new one.
         with_info: Return a `Loaded`: the tree, the checkpoint's record, and a report of
-            what was loaded, kept and passed over; no warning tells of it then.
+            what was loaded, kept and passed over. The report then takes the place of
+            the warning.
 
     Returns:
         The tree, with the structure of `like` if that is given.
@@ -205,8 +206,8 @@ def load_weights(
 
     Args:
         path: As for `load`.
-        like: A tree of the weights' structure; as for `load`. Of a whole state or a
-            model, such as a Flax `TrainState` or an NNX module, the weights count, as
+        like: A tree of the weights' structure; as for `load`. A whole state or a model,
+            such as a Flax `TrainState` or an NNX module, stands for its weights, as
             `default_weights` picks them.
         into: A Flax NNX module that gets the weights, in place, instead of `like`. What
             it shares stays shared, and what is no weight stays as it is.
@@ -220,7 +221,7 @@ def load_weights(
     Returns:
         The weights; for a Flax `TrainState` a dict of `params` and the collections
         beside it, which `Module.apply` takes; for an NNX model a dict, or with `like` a
-        State, which `nnx.update` takes. With `into` that module.
+        State, which `nnx.update` takes. With `into`, that module.
 
     Raises:
         CheckpointError: If `weights` computed the weights rather than picked them, so
