@@ -227,6 +227,7 @@ def _places(
 
 
 _NOT_DIVIDED = ", which do not divide it"
+_PARTIAL = "flaxckpt.load(path, like, partial=True)."
 _NEEDS_X64 = "(a JAX array has no 64 bits without jax_enable_x64)"
 
 
@@ -353,7 +354,10 @@ def _advice(
             return "Pass shardings of meshes that divide the shapes, or numpy arrays."
         if would_cast:
             return "Pass a `like` of the stored dtypes, or cast=True to convert."
-        return "Pass a `like` of the stored shapes and dtypes; nothing is reshaped."
+        return (
+            "Pass a `like` of the stored shapes and dtypes; nothing is reshaped. To "
+            f"keep what `like` has where they differ: {_PARTIAL}"
+        )
     if partial:
         return (
             "Nothing that is stored is wanted, or `like` has no value that can stay "
@@ -362,5 +366,5 @@ def _advice(
         )
     return (
         "Pass a `like` with exactly the stored leaves, or none to get them as plain "
-        "containers, or partial=True to load what both have."
+        f"containers. To load what both have: {_PARTIAL}"
     )

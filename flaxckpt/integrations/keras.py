@@ -182,7 +182,11 @@ class ModelCheckpoint(keras.callbacks.Callback):
     ) -> None:
         tree = {**self._values(), _RANDOM: state}
         assert self._state is not None  # since `on_train_begin`
-        self._state = self.ckpt.update(self._state, tree, logs, self._epoch, batch)
+        try:
+            self._state = self.ckpt.update(self._state, tree, logs, self._epoch, batch)
+        except flaxckpt.Preempted:
+            self.ckpt.close()  # `fit` ends without `on_train_end`
+            raise
 
     def _values(self) -> _Tree:
         """Return the state that `fit` carries; within an epoch, no variable has it."""

@@ -237,7 +237,7 @@ def test_a_mismatch_lists_every_leaf(tmp_path):
         "  g: checkpoint has nothing, wanted int\n"
         "  e/0: checkpoint has float32[1], wanted nothing\n"
         "Pass a `like` with exactly the stored leaves, or none to get them as plain "
-        "containers, or partial=True to load what both have."
+        "containers. To load what both have: flaxckpt.load(path, like, partial=True)."
     )
     assert caught.value.differences[1] == ("b/c", "int32[]", "float32[]")
 
@@ -279,7 +279,8 @@ def test_a_shape_is_never_cast(tmp_path):
     assert str(caught.value) == (
         f"Checkpoint {str(path)!r} differs from what was asked for in 1 leaf:\n"
         "  w: checkpoint has float32[2], wanted float32[3]\n"
-        "Pass a `like` of the stored shapes and dtypes; nothing is reshaped."
+        "Pass a `like` of the stored shapes and dtypes; nothing is reshaped. To keep "
+        "what `like` has where they differ: flaxckpt.load(path, like, partial=True)."
     )
 
 

@@ -643,6 +643,23 @@ def test_a_run_that_was_told_to_end(tmp_path, singles):
     assert same(*ends)
 
 
+def test_after_a_signal_the_same_process_can_go_on(tmp_path, model):
+    """As in a notebook: nobody has the callback any more, and it listens no longer."""
+    before = signal.getsignal(signal.SIGTERM)
+    told = Interrupt(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for callbacks in ([told], []):
+        saver = ModelCheckpoint(
+            tmp_path / "{epoch}", save_on_preemption=True, resume=True
+        )
+        if callbacks:
+            with pytest.raises(flaxckpt.Preempted):
+                fit(model, saver, *callbacks)
+        else:
+            fit(model, saver)
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert saver.latest.epoch == 3
+
+
 @pytest.mark.parametrize("kind", ["save_best_only", "save_weights_only"])
 def test_what_cannot_be_resumed_has_the_last_state_beside_it(tmp_path, singles, kind):
     found, ends, _ = resumed(
