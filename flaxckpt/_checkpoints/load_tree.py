@@ -52,6 +52,11 @@ class Options:
     select: Select | None = None
     rename: Rename | None = None
 
+    @property
+    def in_part(self) -> bool:
+        """Whether leaves may be stored that are not loaded."""
+        return self.partial or self.select is not None
+
 
 # For each wanted leaf the index of its stored leaf, if any, and what it becomes.
 Plan: TypeAlias = Sequence[tuple[int | None, Wanted]]
@@ -98,7 +103,9 @@ def load_tree(
     path = place.path
     foreign: ForeignTree | None = None
     if layout is None:
-        foreign = foreign_tree(path, likes[0], weights_only=callable(part))
+        foreign = foreign_tree(
+            path, likes[0], weights_only=callable(part), in_part=options.in_part
+        )
         layout = foreign.layout
     if callable(part):
         part = part(layout)
@@ -128,6 +135,7 @@ def load_tree(
         if foreign is None:
             stored = read_each(place, layout, asked, sums, check=options.verify)
         else:
+            foreign.expect({i for i, _ in asked if i is not None})
             stored = [None if i is None else foreign.read(i, want) for i, want in asked]
         leaves = _converted(path, view, plan, stored, given, cast=options.cast)
         _check_twins(path, view, plan, twins, stored)

@@ -1,7 +1,7 @@
 """A tree that another library stored, and reads of its files that may fail."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ class ForeignTree:
         read: Reads the leaf with an index in the layout, for a wanted form. It returns
             an array of the stored dtype, on the host or on the wanted sharding, or
             another value.
+        expect: Gets the indexes of all leaves that will be read, before the first.
     """
 
     layout: Layout
     read: Callable[[int, Wanted], Any]
+    expect: Callable[[Collection[int]], None] = lambda _: None
 
 
 @contextlib.contextmanager

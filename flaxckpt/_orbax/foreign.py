@@ -3,8 +3,9 @@
 Orbax's exceptions do not leave this module.
 """
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ _HANDLERS = frozenset(
     "StatefulCheckpointableHandler".split()
 )
 
+# Of these, the leaves can be loaded one by one.
+_HANDLERS_OF_ARRAYS = frozenset(
+    "PyTreeHandler PyTreeCheckpointHandler StandardCheckpointHandler".split()
+)
+
 
 def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
     """Read what plain Orbax wrote: a tree, or a dict of its items by their names.
@@ -43,15 +49,9 @@ def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
     reads all that Orbax's v1 functions can read, and a warning names the others.
     """
     check_plain(path)
-    if is_item(path):
-        handler = items_of(path.parent).get(path.name, "")
-        return _read_item(path.parent, path.name, handler)
+    if (only := _only_tree(path)) is not None:
+        return _read_item(*only)
     items = items_of(path)
-    for name in DEFAULT_ITEMS:
-        if name in items:
-            return _read_item(path, name, items[name])
-    if len(items) < 2:
-        return _read_item(path, None, next(iter(items.values()), ""))
     chosen = list(items)
     if weights_only:
         chosen = [
@@ -71,6 +71,57 @@ def read_foreign(path: Path, like: PyTree, *, weights_only: bool) -> PyTree:
         if named:
             return {name: _read_item(path, name, items[name]) for name in named}
     return _read_items(path, {name: items[name] for name in chosen})
+
+
+def _only_tree(path: Path) -> tuple[Path, str | None, str] | None:
+    """Return where the tree is that stands for a checkpoint; None if several do.
+
+    Returns:
+        The checkpoint, the item's name, or None for the only one, and the name of the
+        class that wrote it; empty if it is not known.
+    """
+    if is_item(path):
+        return path.parent, path.name, items_of(path.parent).get(path.name, "")
+    items = items_of(path)
+    for name in DEFAULT_ITEMS:
+        if name in items:
+            return path, name, items[name]
+    return (path, None, next(iter(items.values()), "")) if len(items) < 2 else None
+
+
+def tree_of_forms(path: Path) -> PyTree:
+    """Return the tree that stands for a checkpoint with what Orbax tells of each leaf.
+
+    None if Orbax cannot load its leaves one by one, or if there are several items.
+    """
+    check_plain(path)
+    only = _only_tree(path)
+    if only is None or only[2].rpartition(".")[2] not in ("", *_HANDLERS_OF_ARRAYS):
+        return None
+    with _of_orbax(*only) as plain:
+        return _described(plain, only[1])
+
+
+def read_leaves(path: Path, chosen: Collection[int]) -> dict[int, Any]:
+    """Read some leaves of the tree that stands for a checkpoint, and no other.
+
+    Args:
+        path: The checkpoint, of which `tree_of_forms` has returned a tree.
+        chosen: The places of the leaves in JAX's order.
+    """
+    only = _only_tree(path)
+    assert only is not None
+    with _of_orbax(*only) as plain:
+        leaves, structure = jax.tree.flatten(_described(plain, only[1]))
+
+        def wanted(form: Callable[[Any], Any]) -> PyTree:
+            return structure.unflatten(
+                form(leaf) if index in chosen else ocp.PLACEHOLDER
+                for index, leaf in enumerate(leaves)
+            )
+
+        found = jax.tree.leaves(_read(plain, only[1], wanted))
+    return {index: found[index] for index in chosen}
 
 
 def _read_items(path: Path, items: Mapping[str, str]) -> dict[str, PyTree]:
@@ -138,7 +189,43 @@ def naming_items(path: Path, error: CheckpointMismatchError) -> CheckpointMismat
 
 
 def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
-    """Read an item, or the only tree: as it was placed, or to host if that fails.
+    """Read an item, or the only tree; for the arguments and errors, see `_of_orbax`."""
+    with _of_orbax(path, name, handler) as plain:
+        forms = _described(plain, name)
+        return _read(plain, name, lambda form: jax.tree.map(form, forms))
+
+
+def _described(plain: Any, name: str | None) -> PyTree:
+    if name is None:
+        return ocp.metadata(plain).metadata
+    return ocp.checkpointables_metadata(plain).metadata[name]
+
+
+def _read(
+    plain: Any, name: str | None, wanted: Callable[[Callable[[Any], Any]], PyTree]
+) -> PyTree:
+    """Read an item, as it was placed, or to the host if that fails.
+
+    Args:
+        plain: The checkpoint.
+        name: The item; None for the only tree.
+        wanted: Returns the wanted tree, from what makes the form of a leaf.
+    """
+
+    def read(form: PyTree) -> PyTree:
+        if name is None:
+            return ocp.load(plain, form)
+        return ocp.load_checkpointables(plain, {name: form})[name]
+
+    try:
+        return read(wanted(_placed_form))
+    except (ValueError, TypeError, KeyError):
+        return read(wanted(host_form))
+
+
+@contextlib.contextmanager
+def _of_orbax(path: Path, name: str | None, handler: str) -> Generator[Any]:
+    """Call Orbax about an item, in a block that gets the path to pass to it.
 
     Args:
         path: The checkpoint.
@@ -150,23 +237,9 @@ def _read_item(path: Path, name: str | None, handler: str) -> PyTree:
         CheckpointError: If there is no tree, and no item was named.
         _NoHandlerError: If Orbax's v1 functions cannot read what that class writes.
     """
-
-    def read(plain: Any, form: Any = None) -> PyTree:
-        if name is None:
-            return ocp.load(plain, form)
-        return ocp.load_checkpointables(plain, {name: form})[name]
-
-    def described(plain: Any) -> Any:
-        if name is None:
-            return ocp.metadata(plain).metadata
-        return ocp.checkpointables_metadata(plain).metadata[name]
-
     try:
         with calls_of_orbax(orbax_context()), aliased(path) as plain:
-            try:
-                return read(plain, jax.tree.map(_placed_form, described(plain)))
-            except (ValueError, TypeError, KeyError):
-                return read(plain, jax.tree.map(_host_form, described(plain)))
+            yield plain
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
@@ -203,7 +276,8 @@ def _placed_form(described: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed.to_jax_sharding())
 
 
-def _host_form(described: Any) -> Any:
+def host_form(described: Any) -> Any:
+    """Describe an array to Orbax by one of numpy, which has the memory of one value."""
     if not hasattr(described, "shape"):
         return described
     return np.broadcast_to(np.zeros((), described.dtype), described.shape)
