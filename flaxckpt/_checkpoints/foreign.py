@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
-from flaxckpt._files.foreign_tree import ForeignTree, kind_of
+from flaxckpt._files.foreign_tree import ForeignTree
 from flaxckpt._files.formats import read
 from flaxckpt._orbax.engine import storable
 from flaxckpt._orbax.foreign import host_form, read_foreign, read_leaves, tree_of_forms
 from flaxckpt._trees.describe import describe
 from flaxckpt._trees.ties import PyTree
+from flaxckpt._trees.wanted import is_of_jax
 
 
 def foreign_tree(
@@ -37,10 +38,12 @@ def foreign_tree(
 def _described(path: Path) -> ForeignTree | None:
     """Describe a tree of plain Orbax whose leaves are read once it is known which.
 
-    None if it has to be read whole.
+    None if it has to be read whole: the forms do not tell PRNG keys from their data,
+    nor what an array becomes whose dtype JAX does not have in its present settings.
     """
     forms = jax.tree.leaves(tree := tree_of_forms(path))
-    if not forms:
+    of_jax = [form.dtype for form in forms if _is_of_jax(form)]
+    if not forms or any(each == "uint32" or not is_of_jax(each) for each in of_jax):
         return None
     stand_ins = list(map(host_form, forms))
     layout, known = describe(
@@ -49,9 +52,7 @@ def _described(path: Path) -> ForeignTree | None:
     if len(known) != len(forms):
         return None
     leaves = [
-        dataclasses.replace(leaf, kind=kind_of(leaf.dtype))
-        if getattr(form, "sharding_metadata", None) is not None
-        else leaf
+        dataclasses.replace(leaf, kind="jax") if _is_of_jax(form) else leaf
         for leaf, form in zip(layout.leaves, forms, strict=True)
     ]
     values: dict[int, Any] = {}
@@ -60,3 +61,8 @@ def _described(path: Path) -> ForeignTree | None:
         lambda index, _: values[index],
         lambda indexes: values.update(read_leaves(path, indexes)),
     )
+
+
+def _is_of_jax(form: Any) -> bool:
+    """Tell whether what Orbax tells of a leaf is that of a JAX array."""
+    return getattr(form, "sharding_metadata", None) is not None

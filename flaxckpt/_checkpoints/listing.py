@@ -52,6 +52,8 @@ def checked_path(directory: str | os.PathLike[str]) -> str:
     Raises:
         SettingError: If `directory` is no path.
     """
+    if isinstance(directory, str) and not directory:
+        directory = os.curdir  # what `os.path.dirname` returns of a name alone
     check_is_path("directory", directory, "pass the path of a directory.")
     return absolute(directory)
 

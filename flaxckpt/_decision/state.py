@@ -200,7 +200,7 @@ def check_state(state: Any, own: CheckpointState) -> None:
                 "state", state, f"its {name} is {given!r}, here {wanted!r}: {advice}"
             )
     for name in LEAVES:
-        if getattr(getattr(state, name), "shape", ()) != ():
+        if math.prod(getattr(getattr(state, name), "shape", ())) != 1:
             raise SettingError(
                 "state", state, f"its {name} has an axis, as vmap returns it: {advice}"
             )

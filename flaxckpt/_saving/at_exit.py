@@ -35,10 +35,13 @@ def settle_saves() -> None:
     """Wait for the saves that all objects of this process have under way.
 
     A loop that was interrupted may have left an object that nobody has closed. Whoever
-    restores in this process wants what that object has saved.
+    restores in this process wants what that object has saved. A function of `on_saved`
+    waits for none: its own object waits for it.
     """
-    for queue in list(UNHEARD):
-        queue.settle()
+    queues = list(UNHEARD)
+    if not any(queue.is_on_its_thread() for queue in queues):
+        for queue in queues:
+            queue.settle()
 
 
 def _finish() -> None:

@@ -28,6 +28,7 @@ from flaxckpt._saving.job import (
 from flaxckpt.errors import CheckpointError, CheckpointWriteError, HookError
 
 _IDLE_SECS = 2.0
+_HOOK_SECS = 0.5  # a hook that takes longer may wait for who waits for its object
 _MOST_ERRORS = 20
 
 
@@ -188,14 +189,28 @@ class JobQueue:
             self._be_forgotten()
 
     def settle(self) -> None:
-        """Wait until the jobs that there are now are done; their errors stay."""
-        if self.is_inherited or threading.current_thread() is self._thread:
+        """Wait until the jobs that there are now are done; their errors stay.
+
+        A function of `on_saved` may itself wait for who calls this. So if one takes
+        long, the jobs behind it are not waited for.
+        """
+        if self.is_inherited:
             return
         with self._lock:
             jobs = [job for job in self._jobs if job.holder in (NOBODY, QUEUE)]
             if jobs:
                 self._start()
-            self._changed.wait_for(lambda: not any(job in self._jobs for job in jobs))
+            is_done = False
+            while not is_done:
+                told = self._is_telling
+                is_done = self._changed.wait_for(
+                    lambda: not any(job in self._jobs for job in jobs), _HOOK_SECS
+                )
+                is_done = is_done or (told and self._is_telling)
+
+    def is_on_its_thread(self) -> bool:
+        """Tell whether the calling thread is the one that runs the jobs."""
+        return threading.current_thread() is self._thread
 
     def refuse_hooks(self) -> None:
         """Check that no job makes this call, which would wait for that job for ever.
@@ -203,7 +218,7 @@ class JobQueue:
         Raises:
             CheckpointError: If a function of `on_saved` makes it.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_on_its_thread():
             raise CheckpointError(
                 "A function of on_saved called its own ModelCheckpoint to save, to "
                 "wait, to restore or to close, and would wait for itself for ever. "

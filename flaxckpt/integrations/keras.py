@@ -5,9 +5,9 @@ Keras numbers names by what was built before. Beside them, it holds the states o
 Python's and numpy's random generators, from which Keras draws the order of the data.
 """
 
-import ast
 import contextlib
 import itertools
+import json
 import os
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -334,14 +334,15 @@ def _random_state() -> _Tree:
     """Return the states of the generators from which Keras draws orders of data."""
     return {
         "numpy": np.random.get_state(legacy=False),
-        "python": repr(random.getstate()),
+        "python": json.dumps(random.getstate()),
     }
 
 
 def _set_random_state(state: _Tree) -> None:
     """Set the states that `_random_state` returned."""
     np.random.set_state(state["numpy"])
-    random.setstate(ast.literal_eval(state["python"]))
+    version, words, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(words), gauss))
 
 
 def _passing_over(model: keras.Model, seen: int) -> _TrainFunction:

@@ -84,6 +84,35 @@ def test_programs_take_the_state_beside_the_tree(tmp_path, where):
         assert len(traced) == (2 if where == "sharded" else 1)
 
 
+def test_devices_that_nobody_has_chosen_are_not_chosen(tmp_path):
+    """Where nothing is committed, a program on any devices still takes the state."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    spread = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("x")))
+    use = jax.jit(lambda state, params: (state, params + 1))
+    for tree in ({"w": jnp.ones(3)}, {"epoch": jnp.int32(0), "params": spread}):
+        with ModelCheckpoint(tmp_path / "{epoch}", "loss", mode="min") as ckpt:
+            state = ckpt.init()
+            for epoch, loss in enumerate(LOSSES):
+                state = ckpt.update(state, tree, {"loss": jnp.float32(loss)}, epoch)
+                use(state, spread)
+        assert int(state.stale) == STALE[-1]
+
+
+@pytest.mark.parametrize("where", ["default device", "mesh"])
+def test_a_metric_in_the_host_s_memory_counts(tmp_path, where):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if where == "mesh":
+        sharding = NamedSharding(Mesh(np.array(jax.devices()), "x"), P())
+    tree = {"w": jax.device_put(jnp.ones(8), sharding)}
+    pinned = sharding.with_memory_kind("pinned_host")
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", mode="min") as ckpt:
+        state = ckpt.init()
+        for epoch, loss in enumerate(LOSSES):
+            logs = {"loss": jax.device_put(jnp.float32(loss), pinned)}
+            state = ckpt.update(state, tree, logs, epoch)
+        assert int(state.stale) == STALE[-1]
+
+
 def test_it_is_never_waited_for_the_metric(tmp_path):
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 400, lambda _, x: x @ x / 9e2, x))
     devices = jax.devices()[:2]

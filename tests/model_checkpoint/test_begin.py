@@ -1,5 +1,6 @@
 """`resume`: one call that begins a run or goes on with it."""
 
+import queue
 import threading
 
 import jax
@@ -267,3 +268,26 @@ def test_what_an_interrupted_loop_of_this_process_still_writes_is_waited_for(
     assert not flaxckpt.list_checkpoints(tmp_path)
     threading.Timer(0.2, begun.set).start()
     assert cell(None) == 1
+
+
+def test_restore_does_not_wait_for_a_hook_that_waits_for_it(tmp_path):
+    """`on_saved` hands each checkpoint over, and who takes it restores something."""
+    handed = queue.Queue(maxsize=1)
+    seen = []
+
+    def evaluate():
+        for info in iter(handed.get, None):
+            found = ModelCheckpoint(tmp_path / "{epoch}").restore(which=info.path)
+            seen.append(found.epoch)
+
+    evaluator = threading.Thread(target=evaluate, daemon=True)
+    evaluator.start()
+    with ModelCheckpoint(
+        tmp_path / "{epoch}", on_saved=handed.put, max_in_flight=4
+    ) as ckpt:
+        for epoch in range(4):
+            ckpt.save({"w": np.ones(2)}, epoch)
+        ckpt.wait()
+    handed.put(None)
+    evaluator.join()
+    assert seen == [0, 1, 2, 3]

@@ -92,6 +92,21 @@ def test_a_part_is_as_in_the_whole(tmp_path, write):
     assert loaded["layers"][0]["b"] == 1
 
 
+@pytest.mark.parametrize("write", WAYS)
+def test_keys_and_arrays_of_64_bits_are_as_in_the_whole(tmp_path, write):
+    """Orbax's metadata does not tell a key from its data."""
+    tree = {"keys": jax.random.split(jax.random.key(3)), "w": jnp.ones(2)}
+    path = write(tmp_path / "keys", tree)
+    assert shown(flaxckpt.load(path, select="keys")) == shown(
+        flaxckpt.load(path)["keys"]
+    )
+    with jax.enable_x64(True):
+        tree = {"n": jnp.arange(3), "w": jnp.ones(2)}
+        path = write(tmp_path / "wide", tree)
+        assert shown(flaxckpt.load(path, select="n")) == shown(flaxckpt.load(path)["n"])
+    assert shown(flaxckpt.load(path, select="n")) == shown(flaxckpt.load(path)["n"])
+
+
 def test_what_is_not_wanted_is_not_read(tmp_path):
     """Each leaf has files of its own here, and those of the others are damaged."""
     tree = {"a": jnp.arange(4.0), "b": {"c": jnp.ones(3), "d": np.arange(2)}}
