@@ -14,20 +14,21 @@ def beside(leaves: Sequence[Any], *scalars: Any) -> list[Any]:
     """Return scalars that one program takes beside a tree, without waiting for them.
 
     Args:
-        leaves: The leaves of the tree. If none is committed to devices, the scalars
-            stay where they are. So do those that are on the devices of a leaf, if the
-            first scalar is; otherwise all go to the devices of the leaf that has most.
-        *scalars: A JAX array of one element, or a scalar of numpy, and others.
+        leaves: The leaves of the tree. The scalars go to the devices of one that is
+            committed: one on the first scalar's devices, if there is such a leaf, or
+            that with most. If none is, they go to those of a committed scalar, or
+            stay where they are.
+        *scalars: JAX arrays of one element, and scalars of numpy.
     """
     placed = [each.sharding for each in leaves if _is_committed(each)]
+    placed = placed or [each.sharding for each in scalars if _is_committed(each)][:1]
     if not placed:
         return list(map(_within_programs, scalars))
-    chosen = max(placed, key=lambda sharding: len(sharding.device_set))
-    if isinstance(scalars[0], jax.Array):
-        own = scalars[0].sharding
-        if any(each.device_set == own.device_set for each in placed):
-            chosen = own
-    sharding = _replicated(chosen)
+    first = scalars[0]
+    own = first.sharding.device_set if isinstance(first, jax.Array) else None
+    sets = [sharding.device_set for sharding in placed]
+    sizes = [(each == own, len(each)) for each in sets]
+    sharding = _replicated(placed[sizes.index(max(sizes))])
     return [_placed(scalar, sharding) for scalar in scalars]
 
 
