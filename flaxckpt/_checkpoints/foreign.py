@@ -59,7 +59,7 @@ def _described(path: Path) -> ForeignTree | None:
     return ForeignTree(
         dataclasses.replace(layout, leaves=tuple(leaves)),
         lambda index, _: values[index],
-        lambda indexes: values.update(read_leaves(path, indexes)),
+        lambda indexes: values.update(read_leaves(path, tree, indexes)),
     )
 
 

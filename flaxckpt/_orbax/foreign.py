@@ -102,24 +102,25 @@ def tree_of_forms(path: Path) -> PyTree:
         return _described(plain, only[1])
 
 
-def read_leaves(path: Path, chosen: Collection[int]) -> dict[int, Any]:
+def read_leaves(path: Path, forms: PyTree, chosen: Collection[int]) -> dict[int, Any]:
     """Read some leaves of the tree that stands for a checkpoint, and no other.
 
     Args:
-        path: The checkpoint, of which `tree_of_forms` has returned a tree.
+        path: The checkpoint.
+        forms: The tree that `tree_of_forms` has returned.
         chosen: The places of the leaves in JAX's order.
     """
     only = _only_tree(path)
     assert only is not None
+    leaves, structure = jax.tree.flatten(forms)
+
+    def wanted(form: Callable[[Any], Any]) -> PyTree:
+        return structure.unflatten(
+            form(leaf) if index in chosen else ocp.PLACEHOLDER
+            for index, leaf in enumerate(leaves)
+        )
+
     with _of_orbax(*only) as plain:
-        leaves, structure = jax.tree.flatten(_described(plain, only[1]))
-
-        def wanted(form: Callable[[Any], Any]) -> PyTree:
-            return structure.unflatten(
-                form(leaf) if index in chosen else ocp.PLACEHOLDER
-                for index, leaf in enumerate(leaves)
-            )
-
         found = jax.tree.leaves(_read(plain, only[1], wanted))
     return {index: found[index] for index in chosen}
 
