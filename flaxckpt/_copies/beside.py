@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from flaxckpt._copies.memory_kinds import is_offloaded
+from flaxckpt._runtime.unchecked import replicated
 
 
 def beside(leaves: Sequence[Any], *scalars: Any) -> list[Any]:
@@ -59,14 +60,4 @@ def _placed(scalar: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         if is_there and not is_offloaded(scalar.sharding):
             return scalar
         scalar = scalar.addressable_data(0)
-    # One by one: with `sharding`, `device_put` would need all processes to call it.
-    parts = [
-        jax.device_put(scalar, _default_memory(device))
-        for device in sharding.addressable_devices
-    ]
-    return jax.make_array_from_single_device_arrays(np.shape(scalar), sharding, parts)
-
-
-def _default_memory(device: Any) -> jax.sharding.Sharding:
-    kind = device.default_memory().kind
-    return SingleDeviceSharding(device, memory_kind=kind)
+    return replicated(scalar, sharding)

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,11 +130,21 @@ def as_arguments(tree: T, beside: Callable[[], Sequence[Any]] = tuple) -> T:
             return leaf
         if not meshes:
             return jax.device_put(leaf)
-        sharding = NamedSharding(meshes[0], PartitionSpec())
-        # One by one: with `sharding`, `device_put` would need all processes to call it.
-        devices = sharding.addressable_devices
-        parts = [jax.device_put(leaf, device) for device in devices]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+        return replicated(leaf, NamedSharding(meshes[0], PartitionSpec()))
 
     with unguarded():
         return jax.tree.map(placed, tree)
+
+
+def replicated(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Put an array of this process on each device of a sharding without axes.
+
+    It goes to the devices' default memory. Other processes need not call this.
+    """
+    parts: list[jax.Array] = []
+    # One by one: with `sharding`, `device_put` would need all processes to call it.
+    for device in sharding.addressable_devices:
+        kind = device.default_memory().kind
+        there = SingleDeviceSharding(device, memory_kind=kind)
+        parts.append(jax.device_put(value, there))
+    return jax.make_array_from_single_device_arrays(np.shape(value), sharding, parts)

@@ -103,9 +103,7 @@ class Call:
 
     @property
     def unknown(self) -> jax.Array | None:
-        """The monitored value, if the check needs it and a device still computes it."""
-        if self.state is None or not self.state.save_best_only:
-            return None
+        """The monitored value that a check needs, if a device still computes it."""
         value = monitored(self.metric, self.logs.get(self.metric, 0))
         return value if is_unknown(value) else None
 
