@@ -553,6 +553,7 @@ class ModelCheckpoint:
         found = self.restore(tree, cast=cast, verify=verify)
         if found is None:
             return tree, self.init(tree), Start(is_new=True)
+        self._saves.prepare(found.tree)
         start = Start.after(found.epoch, found.batch, found.step)
         skip_ahead(iterators, start, leaves_of(tree))
         return put_into(tree, found.tree), found.state, start
@@ -614,7 +615,7 @@ class ModelCheckpoint:
         )
         restored = self._restorer.restore(like, which, options)
         if restored is not None:
-            self._saves.prepare(restored.tree)
+            self._saves.prepare(restored.tree, lends=False)
         return restored
 
     def restore_into(

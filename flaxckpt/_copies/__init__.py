@@ -4,7 +4,8 @@
 jitted `programs`, into the memory of an earlier save's copies; by its `verdict_of`, a
 device decides a due check. `on_host` copies to host memory instead, and tells whether
 the devices have room, by which `_saving.parts` chooses. `ahead` compiles the programs
-before the first save needs them. `held` holds the copies until they are written.
-`memory_kinds` copies offloaded arrays. `beside` brings scalars to a tree's devices.
-`packing` joins many small values into a few operands of a callback.
+before the first save needs them, and has `blank` claim memory. `held` holds the copies
+until they are written. `memory_kinds` copies offloaded arrays. `beside` brings scalars
+to a tree's devices. `packing` joins many small values into a few operands of a
+callback.
 """

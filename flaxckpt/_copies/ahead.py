@@ -1,21 +1,24 @@
-"""Programs that copy a tree, compiled in the background before they are needed.
+"""What copies a tree: programs and memory, made in the background before a save.
 
 Without this module, the first two calls that save compile them: a program that copies
 into new memory, and one that copies into the memory of an earlier save. In one process,
 a thread starts before the first save only for a tree of more than `MOST_TOGETHER`
 arrays, since a smaller one needs only one program of each. In several processes a
-thread always starts, because all would wait for the slowest compiler.
+thread always starts, because all would wait for the slowest compiler. There it claims
+the memory, too, if a save needs it (see `blank`), and so one program is enough.
 """
 
 import contextlib
 import functools
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from flaxckpt._copies.blank import Loan, blank_copies, is_on_cpu
 from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, is_array, kind_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
@@ -27,7 +30,12 @@ class Ahead:
     """Compiles the programs of the tree that it was told of last.
 
     If no thread can be started, nothing happens: a save compiles what is missing.
+
+    Attributes:
+        loan: Memory for the first save.
     """
+
+    _told: "_Task | None"
 
     def __init__(self, plans: Plans, *, is_used: bool) -> None:
         """Start nothing yet.
@@ -37,9 +45,9 @@ class Ahead:
             is_used: Whether copies are made on devices; if not, nothing ever happens.
         """
         self._plans, self._is_used = plans, is_used
-        self._told: tuple[Plan, int] | None = None
+        self.loan, self._told = Loan(), None
 
-    def compile(self, leaves: Sequence[Any]) -> None:
+    def compile(self, leaves: Sequence[Any], *, lends: bool = False) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
 
         Nothing happens if one process has few of them.
@@ -47,6 +55,7 @@ class Ahead:
         Args:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
                 for an array.
+            lends: Whether to claim memory for the first save, too, where that helps.
         """
         kinds: list[Kind | None] = [
             kind_of(leaf)
@@ -56,40 +65,71 @@ class Ahead:
         ]
         is_worthwhile = len(kinds) > MOST_TOGETHER or are_several()
         if self._is_used and is_worthwhile:
-            self.compile_plan(self._plans.plan(kinds))
+            plan = self._plans.plan(kinds)
+            lends = lends and are_several() and is_on_cpu(plan)
+            self._start(_Task(plan, {1} if lends else {0, 1}, lends=lends))
 
-    def compile_plan(self, plan: Plan, is_wanted: Any = np.True_) -> None:
-        """Have the programs of a plan compiled.
-
-        Nothing happens if the last call had the same plan and kind of `is_wanted`. The
-        thread ends when it is done, when a call names another plan, or after one more
-        program when the interpreter ends.
+    def compile_next(self, plan: Plan, is_wanted: Any = np.True_) -> None:
+        """Have the programs compiled that copy into the memory of a plan's copies.
 
         Args:
             plan: How a tree is copied.
             is_wanted: As for `Program.refill`: an array if a device decides.
         """
-        told = plan, 1 if is_wanted is np.True_ else 2
-        if told == self._told or not plan.batches:
+        self._start(_Task(plan, {0, 1 if is_wanted is np.True_ else 2}, is_wanted))
+
+    def _start(self, told: "_Task") -> None:
+        """Do what a task says, unless the task before does it, too.
+
+        The thread ends when it is done, when it is told something else, or after one
+        more program when the interpreter ends.
+        """
+        if not told.plan.batches or (self._told and self._told.covers(told)):
             return
         with contextlib.suppress(Exception):
             use_threads()
             ending, self._told = _ending(), told
             pool = unchecked_pool(1, "flaxckpt-compile")
-            pool.submit(self._compile, told, is_wanted, ending)
+            pool.submit(self._do, told, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
     def keep_to(self, plan: Plan) -> None:
         """Compile nothing more for another plan: a save would compete with it."""
-        if self._told and self._told[0] is not plan:
+        if self._told and self._told.plan is not plan:
             self._told = None
 
-    def _compile(self, told: Any, is_wanted: Any, ending: threading.Event) -> None:
-        for which in (0, told[1]):
-            for batch in told[0].batches:
+    def _do(self, told: "_Task", ending: threading.Event) -> None:
+        if told.lends:
+            self.loan.offer(blank_copies(told.plan))
+        for which in sorted(told.programs):
+            for batch in told.plan.batches:
                 if ending.is_set() or self._told is not told:
                     return
-                batch.program.compile(which, is_wanted)
+                batch.program.compile(which, told.is_wanted)
+        if told.lends:
+            self.loan.try_out()
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What a thread does before a save.
+
+    Attributes:
+        plan: How a tree is copied.
+        programs: Which programs of each batch to compile; see `Program.compile`.
+        is_wanted: As for `Program.compile`.
+        lends: Whether to claim memory for the first save.
+    """
+
+    plan: Plan
+    programs: set[int]
+    is_wanted: Any = np.True_
+    lends: bool = False
+
+    def covers(self, other: "_Task") -> bool:
+        """Tell whether another task has nothing to add; who has memory needs no 0."""
+        adds = other.programs - self.programs - ({0} if self.lends else set())
+        return other.plan is self.plan and not adds and other.lends <= self.lends
 
 
 @functools.cache

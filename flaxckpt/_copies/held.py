@@ -34,11 +34,13 @@ class Copies:
         arrays: The copies that programs made on devices, batch by batch.
         beside: One entry for each leaf: its value if it is not in `arrays`, else None.
             Copies of offloaded arrays are here.
+        is_blank: Whether `arrays` is memory to copy to, and has no values yet.
     """
 
     plan: Plan | None
     arrays: list[jax.Array]
     beside: list[Any]
+    is_blank: bool = False
 
     @property
     def is_filled(self) -> bool:
@@ -49,7 +51,8 @@ class Copies:
     def memory(self) -> "Copies":
         """Return the copies whose memory the next save can use."""
         if self.plan is not None:
-            return Copies(self.plan, self.arrays, [])  # this list may be filled later
+            # This list may be filled later.
+            return Copies(self.plan, self.arrays, [], self.is_blank)
         held = [leaf if isinstance(leaf, np.ndarray) else None for leaf in self.beside]
         return Copies(None, [], held)
 

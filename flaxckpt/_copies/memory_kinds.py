@@ -34,7 +34,7 @@ def copied(array: jax.Array) -> jax.Array:
         jax.device_put(part.data, part.data.sharding, may_alias=False)
         for part in array.addressable_shards
     ]
-    return _joined(array, array.sharding, parts)
+    return joined(array.shape, array.dtype, array.sharding, parts)
 
 
 def copied_off_device(leaf: Any) -> Any:
@@ -51,16 +51,20 @@ def copied_off_device(leaf: Any) -> Any:
         jax.device_put(part.data, _host_memory(part.data.sharding), may_alias=False)
         for part in leaf.addressable_shards
     ]
-    return _joined(leaf, _host_memory(leaf.sharding), parts).block_until_ready()
+    sharding = _host_memory(leaf.sharding)
+    return joined(leaf.shape, leaf.dtype, sharding, parts).block_until_ready()
 
 
-def _joined(
-    array: jax.Array, sharding: jax.sharding.Sharding, parts: list[jax.Array]
+def joined(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding,
+    parts: list[jax.Array],
 ) -> jax.Array:
-    """Return the array of which this process has these copies of shards."""
+    """Return the array of which these are this process's shards."""
     with jax.enable_x64(True):  # without it, JAX narrows 64-bit dtypes
         return jax.make_array_from_single_device_arrays(
-            array.shape, sharding, parts, dtype=array.dtype
+            shape, sharding, parts, dtype=dtype
         )
 
 

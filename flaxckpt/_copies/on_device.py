@@ -60,10 +60,15 @@ def fill(
         leaves: Leaves of a tree.
         into: As for `copy_on_device`.
         is_wanted: As for `Program.refill`. If a device decides not to copy, `copies`
-            get the values of `into`. Without `into` their values are undefined.
+            get the values of `into`. Without `into`, or if it is blank, their values
+            are undefined.
     """
     assert copies.plan is not None
-    reused = iter(list(into.arrays)) if fits(into, copies.plan) else None
+    reused = None
+    if fits(into, copies.plan):
+        reused = iter(list(into.arrays))
+        if into.is_blank:
+            is_wanted = np.True_
     for batch in copies.plan.batches:
         alone, packs = batch.pick(leaves)
         # Each branch is one statement, since an interrupt may come between any two, and

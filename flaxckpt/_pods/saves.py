@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxckpt._copies.held import Copies, fits
+from flaxckpt._copies.blank import refitted
+from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import unfilled
 from flaxckpt._copies.plan import kinds_of
@@ -66,15 +67,20 @@ class PodSaver:
         self._parts, self._series = parts, parts.series
         self.queue, self.report = parts.queue, parts.report
         self.counts = parts.report.counts
-        self.wait, self.close = parts.queue.wait, parts.queue.close
+        self.wait = parts.queue.wait
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
-        self.prepare = parts.describer.prepare
         self._joint = JointSaves(parts, timeout)
 
     def meet(self) -> None:
         """Meet the other processes; see `JointSaves.meet`."""
         self.check_parent()
         self._joint.meet()
+
+    def prepare(self, tree: PyTree, *, lends: bool = True) -> None:
+        """Do what can be done before the first save; see `Describer.prepare`."""
+        self._parts.describer.prepare(tree, lends=lends)
+        if lends:
+            self.queue.stand_by()
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
@@ -146,6 +152,11 @@ class PodSaver:
         if self._parts.snapshot == "none":
             self.wait()
         return path
+
+    def close(self) -> None:
+        """Wait for all saves, and drop the memory of copies; as `JobQueue.close`."""
+        self._parts.ahead.loan.take()
+        self.queue.close()
 
     # ---- on the loop's thread --------------------------------------------------------
 
@@ -224,10 +235,9 @@ class PodSaver:
             call.copies = Copies(None, [], leaves)
             return
         plan = self._parts.plans.plan(kinds)
-        has_memory = fits(memory, plan)
-        is_on_device = has_memory or self._parts.is_on_device(leaves)
-        if is_on_device and not has_memory:
-            job.memory = memory = None  # freed before new memory is allocated
+        # What does not fit is freed before new memory is allocated.
+        job.memory = memory = refitted(memory or self._parts.ahead.loan.take(), plan)
+        is_on_device = memory is not None or self._parts.is_on_device(leaves)
         if isinstance(call.decision, Undecided):
             assert state is not None
             value = call.logs[call.metric]

@@ -95,31 +95,33 @@ class Describer:
             raise self._own.refuse_all(tree)
         return contents
 
-    def prepare(self, tree: PyTree) -> None:
+    def prepare(self, tree: PyTree, *, lends: bool = True) -> None:
         """Do now what the first save of such a tree would do before it can copy it.
 
         Describe the tree if it holds JAX arrays only, since that is remembered, and
-        have the programs that copy it compiled in the background. Nothing happens if
-        the user's function picks the weights: only saves call it.
+        have the programs that copy it compiled in the background. In several processes
+        on CPU, claim the memory of its copies there. Nothing happens if the user's
+        function picks the weights: only saves call it.
 
         Args:
             tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
+            lends: Whether it will surely be saved, so that memory may be claimed.
         """
         if self._weights_only and self._weights is not default_weights:
             return
         with contextlib.suppress(Exception):  # the save raises what is wrong
             saved = default_weights(tree) if self._weights_only else tree
             flat = flatten(saved)
-            self._compile(flat.leaves)
+            self._compile(flat.leaves, lends=lends)
             if all(map(is_array, flat.leaves)):
                 layout, _, _ = self._described(saved, flat, is_traced=False)
                 if self._weights is default_weights and not self._weights_only:
                     self._locate(saved, layout, flat)
 
-    def _compile(self, leaves: Sequence[Any]) -> None:
+    def _compile(self, leaves: Sequence[Any], *, lends: bool = False) -> None:
         if are_several():  # which copy the data of keys
             leaves = list(map(without_keys, leaves))
-        self._ahead.compile(leaves)
+        self._ahead.compile(leaves, lends=lends)
 
     def _stored(
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool

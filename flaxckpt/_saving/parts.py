@@ -122,8 +122,8 @@ class SaverParts:
         assert copies.plan is not None
         self.ahead.keep_to(copies.plan)
         fill(copies, leaves, memory, is_wanted)
-        if memory is None:
-            self.ahead.compile_plan(copies.plan, is_wanted)
+        if memory is None or (memory.is_blank and is_wanted is not np.True_):
+            self.ahead.compile_next(copies.plan, is_wanted)
 
     # ---- the steps of a job ----------------------------------------------------------
 

@@ -403,7 +403,7 @@ def test_wide_numbers_and_keys_stay_as_they_are(tmp_path, compiled, count):
     ids=["few", "numpy", "of no devices", "functions", "unsorted", "none"],
 )
 def test_what_no_program_copies_starts_no_thread(tmp_path, monkeypatch, like):
-    monkeypatch.setattr(Ahead, "_compile", lambda *_: pytest.fail("it compiles"))
+    monkeypatch.setattr(Ahead, "_do", lambda *_: pytest.fail("it compiles"))
     ckpt = ModelCheckpoint(tmp_path / "{epoch}")
     ckpt.update(ckpt.init(), like, {}, 0, 0)
     ckpt._saves.prepare(like)
@@ -457,7 +457,7 @@ def test_a_save_of_another_tree_is_not_competed_with(held):
     begun, go, done = held
     ahead, plans = Ahead(Plans(), is_used=True), Plans()
     known = kinds_of([jnp.zeros(size) for size in range(MANY)])
-    ahead.compile_plan(plans.plan(known))
+    ahead.compile_next(plans.plan(known))
     assert begun.wait(60)
     ahead.keep_to(plans.plan(known[:-1]))
     go.set()
