@@ -241,7 +241,8 @@ class ModelCheckpoint:
                 save gathers the whole tree on one device. Outside of jit, the first two
                 saves of a tree compile programs that copy it; with `like` of more than
                 128 arrays (in several processes, of any number), a thread compiles them
-                now. `restore` does both for the tree that it returns.
+                now, and in several processes on CPU claims the memory of the copies.
+                `resume` does all this for its tree, and `restore` claims no memory.
 
         Returns:
             The state for the first call of `update`.

@@ -9,6 +9,7 @@ import contextvars
 import functools
 import itertools
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,24 @@ def unpacked(leaves: list[Any]) -> list[Any]:
     return [
         leaf.array() if isinstance(leaf, HostCopy) else leaf for leaf in thawed(leaves)
     ]
+
+
+def narrows() -> bool:
+    """Tell whether Orbax would narrow 64-bit arrays that this thread has.
+
+    Orbax makes arrays in threads of its own, which do not know of this thread's
+    `with jax.enable_x64(True):`.
+    """
+    if not jax.config.jax_enable_x64:
+        return False
+    with ThreadPoolExecutor(1) as pool:
+        return not pool.submit(lambda: jax.config.jax_enable_x64).result()
+
+
+def is_wide(dtype: Any) -> bool:
+    """Tell whether JAX has arrays of a dtype only if 64 bits are enabled."""
+    with jax.enable_x64(False):
+        return jax.dtypes.canonicalize_dtype(dtype) != dtype
 
 
 def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Context:

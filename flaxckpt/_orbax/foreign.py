@@ -16,7 +16,13 @@ from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.open import is_there
 from flaxckpt._disk.record import is_checkpoint
 from flaxckpt._disk.vetting import check_plain, check_readable
-from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context
+from flaxckpt._orbax.engine import (
+    calls_of_orbax,
+    is_wide,
+    narrows,
+    ocp,
+    orbax_context,
+)
 from flaxckpt._orbax.recognize import is_item, items_of
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import outside
@@ -218,8 +224,17 @@ def _read(
             return ocp.load(plain, form)
         return ocp.load_checkpointables(plain, {name: form})[name]
 
+    forms = wanted(_placed_form)
+    to_host = narrows() and any(map(_is_wide, jax.tree.leaves(forms)))
     try:
-        return read(wanted(_placed_form))
+        if not to_host:
+            return read(forms)
+        found = read(
+            jax.tree.map(
+                lambda form: host_form(form) if _is_wide(form) else form, forms
+            )
+        )
+        return jax.tree.map(_put, forms, found)
     except (ValueError, TypeError, KeyError):
         return read(wanted(host_form))
 
@@ -275,6 +290,18 @@ def _placed_form(described: Any) -> Any:
         return described
     shape, dtype = described.shape, described.dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed.to_jax_sharding())
+
+
+def _is_wide(form: Any) -> bool:
+    """Tell whether a form is of an array on devices of 64 bits."""
+    return isinstance(form, jax.ShapeDtypeStruct) and is_wide(form.dtype)
+
+
+def _put(form: Any, value: Any) -> Any:
+    """Put an array that was read to the host on its devices, in this thread."""
+    if not _is_wide(form):
+        return value
+    return jax.make_array_from_callback(form.shape, form.sharding, value.__getitem__)
 
 
 def host_form(described: Any) -> Any:

@@ -14,7 +14,13 @@ from flaxckpt._disk.alias import aliased
 from flaxckpt._disk.record import located
 from flaxckpt._disk.vetting import check_plain, check_readable
 from flaxckpt._object_store.source import Place
-from flaxckpt._orbax.engine import calls_of_orbax, ocp, orbax_context
+from flaxckpt._orbax.engine import (
+    calls_of_orbax,
+    is_wide,
+    narrows,
+    ocp,
+    orbax_context,
+)
 from flaxckpt._orbax.files import check_names, data_files
 from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._trees.layout import Layout
@@ -26,8 +32,11 @@ from flaxckpt.errors import CheckpointCorruptError, CheckpointError
 def read_by_orbax(place: Place, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
     """Have Orbax read the leaves in `wanted`; return a list of all leaves, in order."""
     path = place.path
+    to_host = narrows()
     asked = [
-        _abstract(leaf, wanted[index]) if index in wanted else ocp.PLACEHOLDER
+        _abstract(leaf, wanted[index], wide_to_host=to_host)
+        if index in wanted
+        else ocp.PLACEHOLDER
         for index, leaf in enumerate(layout.leaves)
     ]
     try:
@@ -52,12 +61,12 @@ def read_by_orbax(place: Place, layout: Layout, wanted: Mapping[int, Wanted]) ->
         ) from error
 
 
-def _abstract(leaf: Leaf, want: Wanted) -> Any:
+def _abstract(leaf: Leaf, want: Wanted, *, wide_to_host: bool) -> Any:
     """Describe to Orbax how to restore a leaf.
 
     Orbax restores it in the stored dtype, since Orbax would cast silently. It goes to
     the host if it stays there, or if the caller will convert it, or will place it
-    without committing it.
+    without committing it, or if it has 64 bits and `wide_to_host` is set.
     """
     match leaf.kind:
         case "bool" | "int" | "float" | "str" if not leaf.dtype:
@@ -72,6 +81,7 @@ def _abstract(leaf: Leaf, want: Wanted) -> Any:
         case _:
             pass
     dtype = "complex128" if leaf.kind == "complex" else leaf.dtype
-    if want.sharding is not None and dtype == want.leaf.dtype:
+    to_host = wide_to_host and is_wide(dtype)
+    if want.sharding is not None and dtype == want.leaf.dtype and not to_host:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=want.sharding)
     return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), leaf.shape)

@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -201,6 +202,67 @@ def learn_nothing(directory, process):
             except flaxckpt.CheckpointError as told:
                 say(epoch, str(told))
         say(ckpt.counts.direct, ckpt.counts.by_orbax)
+
+
+def save_first(directory, way):
+    """Save into the memory that was claimed ahead, and compile nothing for it."""
+    mesh = mesh_of(jax.device_count())
+    own, compiled = threading.get_ident(), []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration") and threading.get_ident() == own:
+            compiled.append(event)
+
+    def tree_of(epoch):
+        tree = {
+            f"w{i}": place(np.full(4096 * 8, i + epoch, np.float32), mesh, "data")
+            for i in range(3)
+        }
+        with jax.enable_x64(True):
+            tree["wide"] = place(np.arange(8) + (epoch << 40), mesh, "data")
+        tree["replicated"] = place(np.full(9, epoch, np.int8), mesh)
+        tree["number"] = epoch
+        if way == "own values":
+            tree["own"] = jnp.full(5, epoch)
+        return tree
+
+    def where(copies):
+        large = [each for each in copies.arrays if each.size > 4096]
+        shards = [shard for each in large for shard in each.addressable_shards]
+        return sorted(shard.data.unsafe_buffer_pointer() for shard in shards)
+
+    def wait_for_compiler():
+        for thread in threading.enumerate():
+            if "flaxckpt-compile" in thread.name:
+                thread.join(60)
+
+    if way == "resumed":
+        with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:
+            ckpt.save(tree_of(7), 0)
+    settings = {"save_best_only": True} if way == "best" else {}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", "loss", **settings) as ckpt:
+        _, state, _ = ckpt.resume(tree_of(0))
+        wait_for_compiler()
+        lent = ckpt._saves._parts.ahead.loan._memory
+        before, queue = where(lent), ckpt._saves.queue
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        for epoch in range(3):
+            loss = 3.0 - epoch
+            if way in ("metric", "best"):
+                loss = place(np.float32(loss), mesh)
+            number = len(compiled)
+            state = ckpt.update(state, tree_of(epoch), {"loss": loss}, epoch)
+            number = len(compiled) - number
+            ckpt.wait()
+            wait_for_compiler()
+            say(where(queue._memory[0]) == before, number)
+        assert lent.is_blank
+        assert lent.arrays[0].is_deleted()
+        assert ckpt._saves._parts.ahead.loan.take() is None
+        found = ckpt.restore(tree_of(0)).tree
+        for name, leaf in tree_of(2).items():
+            assert jnp.array_equal(found[name], leaf), name
+            assert getattr(found[name], "dtype", 0) == getattr(leaf, "dtype", 0), name
 
 
 def restore_tree(directory, *ways):

@@ -110,6 +110,22 @@ def test_keys_and_arrays_of_64_bits_are_as_in_the_whole(tmp_path, write):
     assert shown(flaxckpt.load(path, select="n")) == shown(flaxckpt.load(path)["n"])
 
 
+@pytest.mark.parametrize("write", WAYS)
+def test_who_reads_within_enable_x64_gets_64_bits(tmp_path, write):
+    """Orbax makes arrays in threads that do not know of this thread's setting."""
+    with jax.enable_x64(True):
+        tree = {"n": jnp.arange(3) << 40, "z": jnp.ones(2, complex), "w": jnp.ones(2)}
+        tree["half"] = jnp.ones(2, jnp.bfloat16)
+        tree["placed"] = jax.device_put(jnp.arange(8.0) / 3, jax.devices()[1])
+        path = write(tmp_path / "wide", tree)
+        whole = flaxckpt.load(path)
+        assert shown(whole) == shown(tree)
+        for name, leaf in tree.items():
+            assert shown(flaxckpt.load(path, select=name)) == shown(leaf)
+    narrow = flaxckpt.load(path)
+    assert narrow["w"].dtype == np.float32
+
+
 def test_what_is_not_wanted_is_not_read(tmp_path):
     """Each leaf has files of its own here, and those of the others are damaged."""
     tree = {"a": jnp.arange(4.0), "b": {"c": jnp.ones(3), "d": np.arange(2)}}

@@ -64,6 +64,16 @@ def test_process_0_calls_on_saved_and_all_raise_its_errors(tmp_path):
     assert flaxckpt.ModelCheckpoint(tmp_path / "run/{epoch}").finished
 
 
+@pytest.mark.parametrize("way", ["plain", "metric", "best", "own values", "resumed"])
+def test_the_first_save_takes_memory_that_was_claimed_ahead(tmp_path, way):
+    """It compiles what copies a metric, if one is on devices, and else nothing."""
+    said = pod.run(tmp_path, "save_first", 2, tmp_path / "run", way)
+    compiles = way in ("metric", "best")
+    for in_place, *numbers in (zip(*each, strict=True) for each in said):
+        assert all(in_place)
+        assert numbers[0][0] > 0 if compiles else numbers[0] == (0, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "host"])
 def test_a_flipped_bit_is_found_on_any_mesh(saved, tmp_path, name):
     shutil.copytree(saved, tmp_path / "run")
