@@ -241,8 +241,9 @@ class ModelCheckpoint:
                 save gathers the whole tree on one device. Outside of jit, the first two
                 saves of a tree compile programs that copy it; with `like` of more than
                 128 arrays (in several processes, of any number), a thread compiles them
-                now, and in several processes on CPU claims the memory of the copies.
-                `resume` does all this for its tree, and `restore` claims no memory.
+                now. In several processes on CPU, it also claims the memory of the
+                copies. `resume` does the same for its tree. `restore` does, too, but
+                claims no memory.
 
         Returns:
             The state for the first call of `update`.
@@ -551,7 +552,7 @@ class ModelCheckpoint:
             Start(epoch=3, batch=0)
         """
         iterators = iterators_in(data)
-        found = self.restore(tree, cast=cast, verify=verify)
+        found = self._restored(tree, "latest", Options(cast=cast, verify=verify))
         if found is None:
             return tree, self.init(tree), Start(is_new=True)
         self._saves.prepare(found.tree)
@@ -607,16 +608,12 @@ class ModelCheckpoint:
                 unreadable one of another filepath. Also if the call returns None, but
                 there are checkpoints without the metric or of other filepaths.
         """
-        if self._series.area.claim.is_inherited:  # `wait` does nothing then
-            use_threads()
-        self.wait()
-        settle_saves()
         options = Options(
             cast=cast, verify=verify, partial=partial, select=select, rename=rename
         )
-        restored = self._restorer.restore(like, which, options)
+        restored = self._restored(like, which, options)
         if restored is not None:
-            self._saves.prepare(restored.tree, lends=False)
+            self._saves.prepare(restored.tree, claims_memory=False)
         return restored
 
     def restore_into(
@@ -663,3 +660,13 @@ class ModelCheckpoint:
             rename=rename,
         )
         return found and replace(found, tree=put_into(tree, found.tree))
+
+    def _restored(
+        self, like: PyTree, which: str | os.PathLike[str], options: Options
+    ) -> Restored | None:
+        """Load a checkpoint once all saves of the process are on disk."""
+        if self._series.area.claim.is_inherited:  # `wait` does nothing then
+            use_threads()
+        self.wait()
+        settle_saves()
+        return self._restorer.restore(like, which, options)

@@ -4,8 +4,9 @@ Without this module, the first two calls that save compile them: a program that 
 into new memory, and one that copies into the memory of an earlier save. In one process,
 a thread starts before the first save only for a tree of more than `MOST_TOGETHER`
 arrays, since a smaller one needs only one program of each. In several processes a
-thread always starts, because all would wait for the slowest compiler. There it claims
-the memory, too, if a save needs it (see `blank`), and so one program is enough.
+thread always starts, because all would wait for the slowest compiler. On CPU the thread
+also claims memory for the first copies there (see `blank`), so it compiles only the
+program that copies into memory that there is.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxckpt._copies.blank import Loan, blank_copies, is_on_cpu
+from flaxckpt._copies.blank import Blank, blank_copies, is_on_cpu
 from flaxckpt._copies.plan import MOST_TOGETHER, Plan, Plans, is_array, kind_of
 from flaxckpt._copies.programs import Kind
 from flaxckpt._processes.messages import are_several
@@ -26,16 +27,36 @@ from flaxckpt._runtime.forks import use_threads
 from flaxckpt._runtime.unchecked import unchecked_pool
 
 
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What the thread does.
+
+    Attributes:
+        plan: How a tree is copied.
+        programs: Which programs of each batch to compile; see `Program.compile`.
+        is_wanted: As for `Program.compile`.
+        claims_memory: Whether to claim memory, which spares the program that fills new.
+    """
+
+    plan: Plan
+    programs: frozenset[int]
+    is_wanted: Any = np.True_
+    claims_memory: bool = False
+
+    def covers(self, other: "_Task") -> bool:
+        """Tell whether another task has nothing to add."""
+        is_enough = other.claims_memory <= self.claims_memory
+        return other.plan is self.plan and other.programs <= self.programs and is_enough
+
+
 class Ahead:
-    """Compiles the programs of the tree that it was told of last.
+    """Prepares to copy the tree that it was told of last.
 
     If no thread can be started, nothing happens: a save compiles what is missing.
 
     Attributes:
-        loan: Memory for the first save.
+        blank: Has the memory for the first save.
     """
-
-    _told: "_Task | None"
 
     def __init__(self, plans: Plans, *, is_used: bool) -> None:
         """Start nothing yet.
@@ -45,9 +66,10 @@ class Ahead:
             is_used: Whether copies are made on devices; if not, nothing ever happens.
         """
         self._plans, self._is_used = plans, is_used
-        self.loan, self._told = Loan(), None
+        self.blank = Blank()
+        self._told: _Task | None = None
 
-    def compile(self, leaves: Sequence[Any], *, lends: bool = False) -> None:
+    def prepare(self, leaves: Sequence[Any], *, claims_memory: bool = False) -> None:
         """Have the programs compiled that copy the JAX arrays among `leaves`.
 
         Nothing happens if one process has few of them.
@@ -55,7 +77,8 @@ class Ahead:
         Args:
             leaves: Leaves of a tree; a `jax.ShapeDtypeStruct` with a sharding stands
                 for an array.
-            lends: Whether to claim memory for the first save, too, where that helps.
+            claims_memory: Whether to claim memory for the first save, too, where that
+                helps.
         """
         kinds: list[Kind | None] = [
             kind_of(leaf)
@@ -66,8 +89,9 @@ class Ahead:
         is_worthwhile = len(kinds) > MOST_TOGETHER or are_several()
         if self._is_used and is_worthwhile:
             plan = self._plans.plan(kinds)
-            lends = lends and are_several() and is_on_cpu(plan)
-            self._start(_Task(plan, {1} if lends else {0, 1}, lends=lends))
+            helps = are_several() and self.blank.is_open and is_on_cpu(plan)
+            claims_memory = claims_memory and helps
+            self._start(_Task(plan, frozenset((0, 1)), claims_memory=claims_memory))
 
     def compile_next(self, plan: Plan, is_wanted: Any = np.True_) -> None:
         """Have the programs compiled that copy into the memory of a plan's copies.
@@ -76,21 +100,22 @@ class Ahead:
             plan: How a tree is copied.
             is_wanted: As for `Program.refill`: an array if a device decides.
         """
-        self._start(_Task(plan, {0, 1 if is_wanted is np.True_ else 2}, is_wanted))
+        which = 1 if is_wanted is np.True_ else 2
+        self._start(_Task(plan, frozenset((which,)), is_wanted))
 
-    def _start(self, told: "_Task") -> None:
+    def _start(self, task: _Task) -> None:
         """Do what a task says, unless the task before does it, too.
 
-        The thread ends when it is done, when it is told something else, or after one
-        more program when the interpreter ends.
+        The thread ends when it is done, when there is another task, or after one more
+        program when the interpreter ends.
         """
-        if not told.plan.batches or (self._told and self._told.covers(told)):
+        if not task.plan.batches or (self._told and self._told.covers(task)):
             return
         with contextlib.suppress(Exception):
             use_threads()
-            ending, self._told = _ending(), told
+            ending, self._told = _ending(), task
             pool = unchecked_pool(1, "flaxckpt-compile")
-            pool.submit(self._do, told, ending)
+            pool.submit(self._do, task, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
     def keep_to(self, plan: Plan) -> None:
@@ -98,38 +123,16 @@ class Ahead:
         if self._told and self._told.plan is not plan:
             self._told = None
 
-    def _do(self, told: "_Task", ending: threading.Event) -> None:
-        if told.lends:
-            self.loan.offer(blank_copies(told.plan))
-        for which in sorted(told.programs):
-            for batch in told.plan.batches:
-                if ending.is_set() or self._told is not told:
+    def _do(self, task: _Task, ending: threading.Event) -> None:
+        programs = sorted(task.programs)
+        if task.claims_memory and self._told is task:
+            self.blank.keep(blank_copies(task.plan))
+            programs.remove(0)
+        for which in programs:
+            for batch in task.plan.batches:
+                if ending.is_set() or self._told is not task:
                     return
-                batch.program.compile(which, told.is_wanted)
-        if told.lends:
-            self.loan.try_out()
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """What a thread does before a save.
-
-    Attributes:
-        plan: How a tree is copied.
-        programs: Which programs of each batch to compile; see `Program.compile`.
-        is_wanted: As for `Program.compile`.
-        lends: Whether to claim memory for the first save.
-    """
-
-    plan: Plan
-    programs: set[int]
-    is_wanted: Any = np.True_
-    lends: bool = False
-
-    def covers(self, other: "_Task") -> bool:
-        """Tell whether another task has nothing to add; who has memory needs no 0."""
-        adds = other.programs - self.programs - ({0} if self.lends else set())
-        return other.plan is self.plan and not adds and other.lends <= self.lends
+                batch.program.compile(which, task.is_wanted)
 
 
 @functools.cache

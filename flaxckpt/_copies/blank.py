@@ -1,81 +1,70 @@
 """Memory for copies, claimed before there is anything to copy.
 
-On CPU new memory costs page faults, 30 times what the copying costs. If all processes
-of a machine take them at once, in the call that saves first, the training waits.
+New memory costs page faults on CPU. If all processes of a machine take them at once, in
+the call that saves first, the training waits.
 """
 
-import math
+import functools
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.memory_kinds import joined
-from flaxckpt._copies.on_device import fill
+from flaxckpt._copies.memory_kinds import from_own_shards
 from flaxckpt._copies.packing import SMALL_BYTES
-from flaxckpt._copies.plan import Plan
+from flaxckpt._copies.plan import Plan, nbytes
 from flaxckpt._copies.programs import Kind
 from flaxckpt._runtime.locks import new_lock
 
 
-class Loan:
-    """Blank copies that the first save may take."""
+class Blank:
+    """Blank copies, which the first save takes."""
 
     def __init__(self) -> None:
-        """Have nothing to lend yet."""
+        """Have none yet."""
         self._lock = new_lock()
-        self._memory: Copies | None = None
+        self._copies: Copies | None = None
         self._is_open = True
 
-    def offer(self, memory: Copies) -> None:
-        """Lend blank copies to the first save, unless it has begun."""
+    @property
+    def is_open(self) -> bool:
+        """Whether no save has come yet."""
+        return self._is_open
+
+    def keep(self, copies: Copies) -> None:
+        """Keep blank copies for the first save, unless it has come."""
         with self._lock:
             if self._is_open:
-                self._memory = memory
-
-    def try_out(self) -> None:
-        """Copy something into the memory: JAX takes longest to call a program first.
-
-        The programs must be compiled. A save that begins meanwhile finds no memory.
-        """
-        with self._lock:
-            memory, self._memory = self._memory, None
-        if memory is not None and memory.plan is not None:
-            sources = dict[Any, Any]()
-            kinds = memory.plan.kinds
-            values = {kind: _blank(kind, sources) for kind in kinds if kind}
-            copies = Copies(memory.plan, [], [], True)
-            fill(copies, [kind and values[kind] for kind in kinds], memory)
-            jax.block_until_ready(copies.arrays)
-            self.offer(copies)
+                self._copies = copies
 
     def take(self) -> Copies | None:
-        """Return the memory; whatever is offered from now on is dropped."""
+        """Return the copies; whatever comes later is dropped."""
         with self._lock:
             self._is_open = False
-            memory, self._memory = self._memory, None
-            return memory
+            copies, self._copies = self._copies, None
+            return copies
 
 
 def is_on_cpu(plan: Plan) -> bool:
     """Tell whether all copies of a plan are on CPU devices, where pages fault."""
-    kinds = {kind[2] for kind in _kinds(plan)}
-    return all(next(iter(kind.device_set)).platform == "cpu" for kind in kinds)
+    shardings = {kind[2] for kind in plan.copy_kinds()}
+    return all(next(iter(each.device_set)).platform == "cpu" for each in shardings)
 
 
 def blank_copies(plan: Plan) -> Copies:
     """Claim memory for the copies of a plan; each process, for its own shards."""
-    sources: dict[Any, Any] = {}
-    return Copies(plan, [_blank(kind, sources) for kind in _kinds(plan)], [], True)
+    return Copies(plan, _blanks(plan.copy_kinds()), [], is_blank=True)
 
 
 def refitted(memory: Copies | None, plan: Plan) -> Copies | None:
     """Return memory in the order of a plan, so that its copies can take it.
 
     Trees that are saved with other metrics than before have another plan, and the same
-    large arrays. New memory is claimed for small arrays only.
+    large arrays. New memory is claimed for small arrays only. In one process this would
+    mix the copies of a save that still waits.
 
     Args:
         memory: Earlier copies, or blank ones; None for none.
@@ -89,38 +78,36 @@ def refitted(memory: Copies | None, plan: Plan) -> Copies | None:
     if memory.plan is plan:
         return memory
     held = defaultdict[Kind, list[jax.Array]](list)
-    for kind, array in zip(_kinds(memory.plan), memory.arrays, strict=True):
+    for kind, array in zip(memory.plan.copy_kinds(), memory.arrays, strict=True):
         held[kind].append(array)
-    sources: dict[Any, Any] = {}
-    arrays: list[jax.Array] = []
-    for kind in _kinds(plan):
+    kinds, arrays = plan.copy_kinds(), dict[int, jax.Array]()
+    for at, kind in enumerate(kinds):
         if held[kind]:
-            arrays.append(held[kind].pop())
-        elif math.prod(kind[0]) * kind[1].itemsize <= SMALL_BYTES:
-            arrays.append(_blank(kind, sources))
-        else:
+            arrays[at] = held[kind].pop()
+        elif nbytes(kind) > SMALL_BYTES:
             return None
-    return Copies(plan, arrays, [], True)
+    lacking = [at for at in range(len(kinds)) if at not in arrays]
+    arrays |= zip(lacking, _blanks(kinds[at] for at in lacking), strict=True)
+    return Copies(plan, [arrays[at] for at in range(len(kinds))], [], is_blank=True)
 
 
-def _kinds(plan: Plan) -> list[Kind]:
-    return [kind for batch in plan.batches for kind in batch.program.kinds]
+def _blanks(kinds: Iterable[Kind]) -> list[jax.Array]:
+    """Make arrays whose memory has been written to."""
 
+    @functools.cache
+    def zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array:
+        return jax.device_put(np.zeros(shape, dtype), device)
 
-def _blank(kind: Kind, sources: dict[Any, Any]) -> jax.Array:
-    """Make an array whose memory has been written to.
+    def blank(kind: Kind) -> jax.Array:
+        shape, dtype, sharding = kind
+        part = sharding.shard_shape(shape), dtype
+        with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
+            # Only copies of JAX's own arrays: JAX 0.10 uses numpy's memory as it is,
+            # even if it may not alias, and then cannot donate it.
+            parts = [
+                jax.device_put(zeros(*part, device), device, may_alias=False)
+                for device in sharding.addressable_devices
+            ]
+        return from_own_shards(shape, dtype, sharding, parts)
 
-    Args:
-        kind: What the array is.
-        sources: What was copied for the arrays before, by shape and dtype.
-    """
-    shape, dtype, sharding = kind
-    part = sharding.shard_shape(shape), dtype
-    if part not in sources:
-        sources[part] = np.zeros(*part)
-    with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
-        parts = [
-            jax.device_put(sources[part], device, may_alias=False)
-            for device in sharding.addressable_devices
-        ]
-    return joined(shape, dtype, sharding, parts)
+    return list(map(blank, kinds))

@@ -34,7 +34,7 @@ class Copies:
         arrays: The copies that programs made on devices, batch by batch.
         beside: One entry for each leaf: its value if it is not in `arrays`, else None.
             Copies of offloaded arrays are here.
-        is_blank: Whether `arrays` is memory to copy to, and has no values yet.
+        is_blank: Whether the values in `arrays` are of no use; only the memory is.
     """
 
     plan: Plan | None

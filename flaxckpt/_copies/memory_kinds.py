@@ -34,7 +34,7 @@ def copied(array: jax.Array) -> jax.Array:
         jax.device_put(part.data, part.data.sharding, may_alias=False)
         for part in array.addressable_shards
     ]
-    return joined(array.shape, array.dtype, array.sharding, parts)
+    return from_own_shards(array.shape, array.dtype, array.sharding, parts)
 
 
 def copied_off_device(leaf: Any) -> Any:
@@ -52,16 +52,16 @@ def copied_off_device(leaf: Any) -> Any:
         for part in leaf.addressable_shards
     ]
     sharding = _host_memory(leaf.sharding)
-    return joined(leaf.shape, leaf.dtype, sharding, parts).block_until_ready()
+    return from_own_shards(leaf.shape, leaf.dtype, sharding, parts).block_until_ready()
 
 
-def joined(
+def from_own_shards(
     shape: tuple[int, ...],
     dtype: Any,
     sharding: jax.sharding.Sharding,
     parts: list[jax.Array],
 ) -> jax.Array:
-    """Return the array of which these are this process's shards."""
+    """Return the array of all processes whose shards here are `parts`."""
     with jax.enable_x64(True):  # without it, JAX narrows 64-bit dtypes
         return jax.make_array_from_single_device_arrays(
             shape, sharding, parts, dtype=dtype

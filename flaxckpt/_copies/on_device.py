@@ -60,14 +60,14 @@ def fill(
         leaves: Leaves of a tree.
         into: As for `copy_on_device`.
         is_wanted: As for `Program.refill`. If a device decides not to copy, `copies`
-            get the values of `into`. Without `into`, or if it is blank, their values
-            are undefined.
+            get the values of `into`. Without `into`, or if it is blank, the leaves are
+            copied whatever a device decides.
     """
     assert copies.plan is not None
     reused = None
     if fits(into, copies.plan):
         reused = iter(list(into.arrays))
-        if into.is_blank:
+        if into.is_blank:  # there is nothing to keep, and this program is compiled
             is_wanted = np.True_
     for batch in copies.plan.batches:
         alone, packs = batch.pick(leaves)

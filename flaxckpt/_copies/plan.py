@@ -95,7 +95,7 @@ class Plan:
         self._rest: dict[Any, list[int]] = {}
         of_one_kind: list[list[int]] = []
         # Largest first, so scalars of metrics are in the last mixed batch.
-        for kind in sorted(by_kind, key=_nbytes, reverse=True):
+        for kind in sorted(by_kind, key=nbytes, reverse=True):
             indices, left = by_kind[kind], len(by_kind[kind]) % MOST_TOGETHER
             if is_offloaded(kind[2]):
                 self.offloaded += indices
@@ -111,6 +111,10 @@ class Plan:
                 self.batches.append(
                     Batch(indices[start : start + MOST_TOGETHER], kinds)
                 )
+
+    def copy_kinds(self) -> list[Kind]:
+        """Return shape, dtype and sharding of each copy, batch by batch."""
+        return [kind for batch in self.batches for kind in batch.program.copy_kinds]
 
     def is_on_one_mesh(self, *scalars: Any) -> bool:
         """Tell whether arrays and scalars are on the same devices, none offloaded."""
@@ -154,7 +158,8 @@ kind_of = attrgetter("shape", "dtype", "sharding")
 _KIND = attrgetter("aval.shape", "aval.dtype", "sharding")  # of arrays, faster
 
 
-def _nbytes(kind: Any) -> int:
+def nbytes(kind: Any) -> int:
+    """Return the bytes of an array of a kind."""
     return math.prod(kind[0]) * kind[1].itemsize
 
 

@@ -20,7 +20,7 @@ class Program:
     """Copies arrays one by one, and packs of small arrays into one array each.
 
     Attributes:
-        kinds: Shape, dtype and sharding of each copy.
+        copy_kinds: Shape, dtype and sharding of each copy.
     """
 
     def __init__(self, alone: Kinds, packs: tuple[Kinds, ...]) -> None:
@@ -31,19 +31,19 @@ class Program:
             packs: Kinds of the arrays of each pack: of one dtype, on one device.
         """
         self._alone, self._packs = alone, packs
-        self.kinds = [*alone, *map(_joined, packs)]
-        self._shardings = [kind[2] for kind in self.kinds]
+        self.copy_kinds = [*alone, *map(_pack_kind, packs)]
+        self._shardings = [kind[2] for kind in self.copy_kinds]
         shardings = self._shardings, None
         jit = functools.partial(jax.jit, keep_unused=True, out_shardings=shardings)
         refills = jit(_refill, donate_argnums=3), jit(_refill_if, donate_argnums=3)
         self._jitted: tuple[Any, Any, Any] = jit(_fill), *refills
         self._programs: list[Any] = [*self._jitted]
-        self._has_copied = False
+        self._has_filled = False
         self._compiling = [new_lock() for _ in self._programs]
 
     def fill(self, alone: list[Any], packs: list[list[Any]]) -> list[jax.Array]:
         """Copy into new memory."""
-        self._has_copied = True
+        self._has_filled = True
         return self._call(0, alone, packs, self._work)
 
     def refill(
@@ -62,7 +62,6 @@ class Program:
             is_wanted: `np.True_` to copy; otherwise a bool[] by which a device decides.
                 If it decides not to copy, `earlier` is returned.
         """
-        self._has_copied = True
         if is_wanted is np.True_:
             return self._call(1, alone, packs, self._work, earlier)
         return self._call(2, alone, packs, self._work, earlier, is_wanted)
@@ -82,7 +81,7 @@ class Program:
     def compile(self, which: int, is_wanted: Any = np.True_) -> None:
         """Compile now, on this thread; a call on another thread that needs it waits.
 
-        `fill` is not compiled again, and not for copies that have memory already.
+        What `fill` has compiled is not compiled again.
 
         Args:
             which: 0 for `fill`, 1 for `refill`, 2 for `refill` if a device decides.
@@ -90,11 +89,11 @@ class Program:
         """
         jitted, work = self._jitted[which], self._work  # it has a lock, too
         with self._compiling[which]:
-            if self._programs[which] is not jitted or (not which and self._has_copied):
+            if self._programs[which] is not jitted or (not which and self._has_filled):
                 return
             alone = [_struct(kind) for kind in self._alone]
             packs = [[_struct(kind) for kind in pack] for pack in self._packs]
-            earlier = [_struct(kind) for kind in self.kinds]
+            earlier = [_struct(kind) for kind in self.copy_kinds]
             arguments = alone, packs, work, earlier, is_wanted
             with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
                 self._programs[which] = jitted.lower(*arguments[: 3 + which]).compile()
@@ -167,7 +166,7 @@ def _copied(
     return [jnp.copy(array) for array in alone] + joined
 
 
-def _joined(pack: Kinds) -> Kind:
+def _pack_kind(pack: Kinds) -> Kind:
     """Return the kind of the array that a pack is copied into."""
     return (sum(math.prod(kind[0]) for kind in pack),), *pack[0][1:]
 

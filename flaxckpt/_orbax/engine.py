@@ -28,6 +28,7 @@ from flaxckpt._runtime.quiet import quiet
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, is_of_keys
 from flaxckpt._trees.ties import PyTree
+from flaxckpt._trees.wanted import is_of_jax
 
 # Orbax annotates its paths with a class of its own, but takes any path.
 ocp: Any = v1
@@ -101,22 +102,16 @@ def unpacked(leaves: list[Any]) -> list[Any]:
     ]
 
 
-def narrows() -> bool:
-    """Tell whether Orbax would narrow 64-bit arrays that this thread has.
+def orbax_narrows() -> bool:
+    """Tell whether Orbax would narrow 64-bit arrays to 32 bits.
 
-    Orbax makes arrays in threads of its own, which do not know of this thread's
-    `with jax.enable_x64(True):`.
+    This thread may be within `jax.enable_x64(True)`. Orbax makes arrays in other
+    threads, which have the global setting. A new thread shows that setting.
     """
-    if not jax.config.jax_enable_x64:
+    if not is_of_jax("int64"):
         return False
     with ThreadPoolExecutor(1) as pool:
-        return not pool.submit(lambda: jax.config.jax_enable_x64).result()
-
-
-def is_wide(dtype: Any) -> bool:
-    """Tell whether JAX has arrays of a dtype only if 64 bits are enabled."""
-    with jax.enable_x64(False):
-        return jax.dtypes.canonicalize_dtype(dtype) != dtype
+        return not pool.submit(is_of_jax, "int64").result()
 
 
 def orbax_context(*, is_database: bool = True, compress: bool = False) -> v1.Context:

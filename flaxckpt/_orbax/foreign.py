@@ -18,16 +18,17 @@ from flaxckpt._disk.record import is_checkpoint
 from flaxckpt._disk.vetting import check_plain, check_readable
 from flaxckpt._orbax.engine import (
     calls_of_orbax,
-    is_wide,
-    narrows,
     ocp,
     orbax_context,
+    orbax_narrows,
 )
 from flaxckpt._orbax.recognize import is_item, items_of
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._runtime.frames import outside
+from flaxckpt._trees.convert import put_own_shards
 from flaxckpt._trees.stored_weights import is_weights_name
 from flaxckpt._trees.ties import PyTree
+from flaxckpt._trees.wanted import is_wide
 from flaxckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -213,6 +214,8 @@ def _read(
 ) -> PyTree:
     """Read an item, as it was placed, or to the host if that fails.
 
+    Arrays that Orbax would narrow are read to the host, and placed by this thread.
+
     Args:
         plain: The checkpoint.
         name: The item; None for the only tree.
@@ -225,16 +228,10 @@ def _read(
         return ocp.load_checkpointables(plain, {name: form})[name]
 
     forms = wanted(_placed_form)
-    to_host = narrows() and any(map(_is_wide, jax.tree.leaves(forms)))
     try:
-        if not to_host:
+        if not orbax_narrows():
             return read(forms)
-        found = read(
-            jax.tree.map(
-                lambda form: host_form(form) if _is_wide(form) else form, forms
-            )
-        )
-        return jax.tree.map(_put, forms, found)
+        return jax.tree.map(_put, forms, read(jax.tree.map(_form_to_read, forms)))
     except (ValueError, TypeError, KeyError):
         return read(wanted(host_form))
 
@@ -292,16 +289,19 @@ def _placed_form(described: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed.to_jax_sharding())
 
 
-def _is_wide(form: Any) -> bool:
-    """Tell whether a form is of an array on devices of 64 bits."""
-    return isinstance(form, jax.ShapeDtypeStruct) and is_wide(form.dtype)
+def _form_to_read(form: Any) -> Any:
+    """Return a form, or one on the host if Orbax would narrow the array on devices."""
+    return host_form(form) if _is_wide_array(form) else form
 
 
 def _put(form: Any, value: Any) -> Any:
     """Put an array that was read to the host on its devices, in this thread."""
-    if not _is_wide(form):
-        return value
-    return jax.make_array_from_callback(form.shape, form.sharding, value.__getitem__)
+    return put_own_shards(value, form.sharding) if _is_wide_array(form) else value
+
+
+def _is_wide_array(form: Any) -> bool:
+    """Tell whether a form is of a JAX array of 64 bits."""
+    return isinstance(form, jax.ShapeDtypeStruct) and is_wide(form.dtype)
 
 
 def host_form(described: Any) -> Any:

@@ -16,23 +16,22 @@ from flaxckpt._disk.vetting import check_plain, check_readable
 from flaxckpt._object_store.source import Place
 from flaxckpt._orbax.engine import (
     calls_of_orbax,
-    is_wide,
-    narrows,
     ocp,
     orbax_context,
+    orbax_narrows,
 )
 from flaxckpt._orbax.files import check_names, data_files
 from flaxckpt._runtime.failures import in_one_line, listed
 from flaxckpt._trees.layout import Layout
 from flaxckpt._trees.leaf import Leaf, key_dtype
-from flaxckpt._trees.wanted import Wanted
+from flaxckpt._trees.wanted import Wanted, is_wide
 from flaxckpt.errors import CheckpointCorruptError, CheckpointError
 
 
 def read_by_orbax(place: Place, layout: Layout, wanted: Mapping[int, Wanted]) -> Any:
     """Have Orbax read the leaves in `wanted`; return a list of all leaves, in order."""
     path = place.path
-    to_host = narrows()
+    to_host = orbax_narrows()
     asked = [
         _abstract(leaf, wanted[index], wide_to_host=to_host)
         if index in wanted

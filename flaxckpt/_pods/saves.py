@@ -67,7 +67,7 @@ class PodSaver:
         self._parts, self._series = parts, parts.series
         self.queue, self.report = parts.queue, parts.report
         self.counts = parts.report.counts
-        self.wait = parts.queue.wait
+        self.wait, self.prepare = parts.queue.wait, parts.describer.prepare
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self._joint = JointSaves(parts, timeout)
 
@@ -75,12 +75,6 @@ class PodSaver:
         """Meet the other processes; see `JointSaves.meet`."""
         self.check_parent()
         self._joint.meet()
-
-    def prepare(self, tree: PyTree, *, lends: bool = True) -> None:
-        """Do what can be done before the first save; see `Describer.prepare`."""
-        self._parts.describer.prepare(tree, lends=lends)
-        if lends:
-            self.queue.stand_by()
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""
@@ -155,7 +149,7 @@ class PodSaver:
 
     def close(self) -> None:
         """Wait for all saves, and drop the memory of copies; as `JobQueue.close`."""
-        self._parts.ahead.loan.take()
+        self._parts.ahead.blank.take()
         self.queue.close()
 
     # ---- on the loop's thread --------------------------------------------------------
@@ -236,7 +230,8 @@ class PodSaver:
             return
         plan = self._parts.plans.plan(kinds)
         # What does not fit is freed before new memory is allocated.
-        job.memory = memory = refitted(memory or self._parts.ahead.loan.take(), plan)
+        blank = self._parts.ahead.blank.take()
+        job.memory = memory = refitted(memory, plan) or refitted(blank, plan)
         is_on_device = memory is not None or self._parts.is_on_device(leaves)
         if isinstance(call.decision, Undecided):
             assert state is not None

@@ -42,7 +42,7 @@ class Describer:
         Args:
             settings: Tells what the weights are, and if the series gets them alone.
             way: How the trees are written.
-            ahead: Compiles the programs that copy a tree as soon as it is known.
+            ahead: Prepares to copy a tree as soon as it is known.
         """
         self._weights = settings.weights or default_weights
         self._weights_only, self._ahead = bool(settings.save_weights_only), ahead
@@ -95,7 +95,7 @@ class Describer:
             raise self._own.refuse_all(tree)
         return contents
 
-    def prepare(self, tree: PyTree, *, lends: bool = True) -> None:
+    def prepare(self, tree: PyTree, *, claims_memory: bool = True) -> None:
         """Do now what the first save of such a tree would do before it can copy it.
 
         Describe the tree if it holds JAX arrays only, since that is remembered, and
@@ -105,23 +105,25 @@ class Describer:
 
         Args:
             tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
-            lends: Whether it will surely be saved, so that memory may be claimed.
+            claims_memory: Whether to claim memory for the first save, too.
         """
         if self._weights_only and self._weights is not default_weights:
             return
         with contextlib.suppress(Exception):  # the save raises what is wrong
             saved = default_weights(tree) if self._weights_only else tree
             flat = flatten(saved)
-            self._compile(flat.leaves, lends=lends)
+            self._prepare_copies(flat.leaves, claims_memory=claims_memory)
             if all(map(is_array, flat.leaves)):
                 layout, _, _ = self._described(saved, flat, is_traced=False)
                 if self._weights is default_weights and not self._weights_only:
                     self._locate(saved, layout, flat)
 
-    def _compile(self, leaves: Sequence[Any], *, lends: bool = False) -> None:
+    def _prepare_copies(
+        self, leaves: Sequence[Any], *, claims_memory: bool = False
+    ) -> None:
         if are_several():  # which copy the data of keys
             leaves = list(map(without_keys, leaves))
-        self._ahead.compile(leaves, lends=lends)
+        self._ahead.prepare(leaves, claims_memory=claims_memory)
 
     def _stored(
         self, tree: PyTree, *, is_picked: bool = False, is_traced: bool
@@ -156,7 +158,7 @@ class Describer:
         if layout and known == kinds and not any([x.is_deleted() for x in flat.leaves]):
             return layout, flat.leaves, known
         if are_arrays and not self._weights_only:  # which may copy two trees at once
-            self._compile(flat.leaves)
+            self._prepare_copies(flat.leaves)
         layout, leaves = describe(tree, storable, is_traced=is_traced, flat=flat)
         if are_arrays:
             self._known.keep(flat.key, (kinds, layout))

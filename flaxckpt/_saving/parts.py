@@ -45,7 +45,7 @@ class SaverParts:
         describer: Describes trees.
         lines: Tells which saves may supersede which.
         plans: Tells how to copy leaves.
-        ahead: Compiles the programs that copy.
+        ahead: Prepares the copies: programs, and memory.
         snapshot: Where to copy to.
         max_in_flight: How many saves may be under way; None to go by their size.
     """

@@ -107,11 +107,6 @@ class JobQueue:
             self._jobs.append(job)
             return job
 
-    def stand_by(self) -> None:
-        """Start the thread, so that a job that comes soon need not wait for it."""
-        with self._lock, contextlib.suppress(RuntimeError):  # no thread can be started
-            self._start()
-
     def hold(self, job: Job) -> None:
         """Keep a claimed job for a program, whatever call the thread makes next."""
         job.holder = PROGRAM

@@ -87,7 +87,7 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
     groups: dict[Any, list[int]] = {}
     for at, sharding in shardings.items():
         if not (sharding.is_fully_addressable or isinstance(leaves[at], jax.Array)):
-            leaves[at] = _put_own_shards(np.asarray(leaves[at]), sharding)
+            leaves[at] = put_own_shards(np.asarray(leaves[at]), sharding)
             continue
         group: Any = at
         if type(leaves[at]) is np.ndarray and wanted[at].is_in_one_piece:
@@ -104,7 +104,8 @@ def put_on_shardings(leaves: list[Any], wanted: Mapping[int, Wanted]) -> None:
                 leaves[at] = each
 
 
-def _put_own_shards(value: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
+def put_own_shards(value: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
+    """Put a host array, which all processes have, on devices of several processes."""
     return jax.make_array_from_callback(
         value.shape, sharding, value.__getitem__, dtype=value.dtype
     )
@@ -115,5 +116,5 @@ def _empty(leaf: Leaf, sharding: Any) -> Any:
     if leaf.kind != "key":
         return np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
     data = np.zeros((*leaf.shape, *key_numbers(leaf.impl)), STORED_DTYPES["key"])
-    placed = jnp.asarray(data) if sharding is None else _put_own_shards(data, sharding)
+    placed = jnp.asarray(data) if sharding is None else put_own_shards(data, sharding)
     return jax.random.wrap_key_data(placed, impl=leaf.impl)

@@ -193,3 +193,9 @@ def as_stored(leaf: Leaf, *, cast: bool) -> Wanted:
 def is_of_jax(dtype: str) -> bool:
     """Tell whether JAX has arrays of a dtype in its present settings."""
     return bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
+
+
+def is_wide(dtype: Any) -> bool:
+    """Tell whether JAX has arrays of a dtype only if 64 bits are enabled."""
+    with jax.enable_x64(False):
+        return jax.dtypes.canonicalize_dtype(dtype) != dtype

@@ -111,7 +111,7 @@ def test_keys_and_arrays_of_64_bits_are_as_in_the_whole(tmp_path, write):
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_who_reads_within_enable_x64_gets_64_bits(tmp_path, write):
+def test_a_read_within_enable_x64_gets_64_bits(tmp_path, write):
     """Orbax makes arrays in threads that do not know of this thread's setting."""
     with jax.enable_x64(True):
         tree = {"n": jnp.arange(3) << 40, "z": jnp.ones(2, complex), "w": jnp.ones(2)}
