@@ -124,11 +124,14 @@ class Ahead:
             self._told = None
 
     def _do(self, task: _Task, ending: threading.Event) -> None:
-        programs = sorted(task.programs)
-        if task.claims_memory and self._told is task:
-            self.blank.keep(blank_copies(task.plan))
-            programs.remove(0)
-        for which in programs:
+        programs = set(task.programs)
+        if task.claims_memory:
+            with contextlib.suppress(Exception):  # then the save claims it
+                copies = blank_copies(task.plan)
+                if self._told is task:
+                    self.blank.keep(copies)
+                    programs -= {0}
+        for which in sorted(programs):
             for batch in task.plan.batches:
                 if ending.is_set() or self._told is not task:
                     return

@@ -227,8 +227,8 @@ def _read(
             return ocp.load(plain, form)
         return ocp.load_checkpointables(plain, {name: form})[name]
 
-    forms = wanted(_placed_form)
     try:
+        forms = wanted(_placed_form)  # fails if its devices are not here
         if not orbax_narrows():
             return read(forms)
         return jax.tree.map(_put, forms, read(jax.tree.map(_form_to_read, forms)))

@@ -112,6 +112,8 @@ class Describer:
         with contextlib.suppress(Exception):  # the save raises what is wrong
             saved = default_weights(tree) if self._weights_only else tree
             flat = flatten(saved)
+            # Saves of weights may copy a second tree, so their memory is not known.
+            claims_memory = claims_memory and not self._weights_only
             self._prepare_copies(flat.leaves, claims_memory=claims_memory)
             if all(map(is_array, flat.leaves)):
                 layout, _, _ = self._described(saved, flat, is_traced=False)

@@ -1,5 +1,8 @@
 """Parts of what plain Orbax wrote: as they are in the whole, and nothing else is read."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -124,6 +127,44 @@ def test_a_read_within_enable_x64_gets_64_bits(tmp_path, write):
             assert shown(flaxckpt.load(path, select=name)) == shown(leaf)
     narrow = flaxckpt.load(path)
     assert narrow["w"].dtype == np.float32
+
+
+ON_ONE_DEVICE = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_enable_x64", sys.argv[2] == "everywhere")
+import numpy as np
+import flaxckpt
+with jax.enable_x64(sys.argv[2] != "nowhere"):
+    for wanted in ({}, {"select": "spread"}, {"select": "other"}):
+        found = jax.tree.map(np.asarray, flaxckpt.load(sys.argv[1], **wanted))
+        print(jax.tree.map(np.ndarray.tolist, found))
+"""
+
+
+@pytest.mark.parametrize("x64", ["nowhere", "here", "everywhere"])
+def test_what_was_saved_on_more_devices_is_read(tmp_path, x64):
+    spread = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
+    tree = {
+        "spread": jax.device_put(jnp.arange(8.0), spread),
+        "other": jax.device_put(jnp.ones(2), jax.devices()[5]),
+    }
+    write_v1(tmp_path / "orbax", tree)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_ONE_DEVICE, tmp_path / "orbax", x64],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plain = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+    assert done.stdout.splitlines() == [
+        str(plain), str(plain["spread"]), str(plain["other"])
+    ]  # fmt: skip
 
 
 def test_what_is_not_wanted_is_not_read(tmp_path):
