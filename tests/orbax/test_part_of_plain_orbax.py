@@ -65,9 +65,10 @@ def write_an_item(path, tree):
 
 
 # An error in one of Orbax's tasks leaves others behind, which nobody awaits.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("none_left_behind"),
+]
 WAYS = [write_v1, write_v0, write_items, write_an_item]
 
 
