@@ -4,14 +4,17 @@ import errno
 import warnings
 from concurrent import futures
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 from orbax.checkpoint._src.futures import future
 
 import flaxckpt
 from flaxckpt import CheckpointWriteError, ModelCheckpoint, SettingError
+from flaxckpt._checkpoints import read as _read
 from flaxckpt._checkpoints import write as _write
 from flaxckpt._direct import form as _form
 from flaxckpt._direct import write as _direct_write
@@ -195,3 +198,21 @@ def test_orbax_keeps_nothing_of_a_save_that_is_over(tmp_path):
             ckpt.save({"text": "some", **small_tree(epoch)}, epoch)
         ckpt.wait()
     assert not any(contract(str(-number)) for number in range(1, 1000))
+
+
+def test_orbax_reads_64_bits_within_enable_x64(tmp_path, monkeypatch):
+    """It makes arrays in threads that do not know of this thread's setting."""
+    spread = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    monkeypatch.setattr(_read, "_read_files", lambda *_, **__: ({}, [], {}))
+    with jax.enable_x64(True), ModelCheckpoint(tmp_path / "{epoch}") as ckpt:
+        tree = {
+            "w": jax.device_put(jnp.arange(8.0) / 3, spread),
+            "n": jax.device_put(jnp.arange(3) << 40, jax.devices()[2]),
+            "half": jax.device_put(jnp.ones(8, jnp.bfloat16), spread),
+        }
+        ckpt.save(tree, 0)
+        found = ckpt.restore(tree).tree
+        for name, leaf in tree.items():
+            assert found[name].dtype == leaf.dtype
+            assert found[name].sharding == leaf.sharding
+            assert jnp.array_equal(found[name], leaf)
