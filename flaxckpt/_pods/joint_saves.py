@@ -250,7 +250,7 @@ class JointSaves:
         publisher, is_direct = self._parts.publisher, True
         shown, who = self._parts.report.shown, _in_this_process()
         for index, page in enumerate(agreed.pages):
-            place = exchange.hear(f"where {index}")
+            place = self._hear_where(exchange, index)
             with self._telling(exchange, f"share {index}", page.path):
                 with (
                     self._area.share(place) as here,
@@ -267,6 +267,25 @@ class JointSaves:
             publisher.report.count_saved(is_direct=is_direct)
             raise
         return is_direct
+
+    def _hear_where(self, exchange: Round, index: int) -> str:
+        """Wait for the place of a page.
+
+        Process 0 may be silent after it has settled the end of the page before. It then
+        comes to this page, and waits for this process's share.
+        """
+        subject = f"where {index}"
+        try:
+            return exchange.hear(subject)
+        except SilenceError as error:
+            if not index:
+                raise
+            failure = self.translated(error)
+            try:
+                exchange.settle(_END, failure)
+            except CheckpointError:
+                raise error from None  # the save is given up
+            return self._hear_patiently(exchange, subject, failure)
 
     # ---- errors ----------------------------------------------------------------------
 
@@ -309,15 +328,17 @@ class JointSaves:
                 if isinstance(error, Exception):
                     raise
                 raise error from None
-            self._hear_the_end(exchange, failure)
+            self._hear_patiently(exchange, "done", failure)
             if not isinstance(error, Exception):
                 raise
 
-    def _hear_the_end(self, exchange: Round, error: CheckpointError) -> None:
+    def _hear_patiently(
+        self, exchange: Round, subject: str, error: CheckpointError
+    ) -> Any:
         """Wait on, while process 0 finishes a checkpoint and gives no sign."""
         for _ in range(_PATIENCE):
             with contextlib.suppress(SilenceError):
-                return exchange.hear("done")
+                return exchange.hear(subject)
         raise CheckpointError(
             f"{error} It had begun to finish the checkpoint, which may be there."
         ) from error

@@ -129,6 +129,7 @@ def test_whatever_befalls_one_all_are_told_the_same(lived, data):
 MOMENTS = {
     "process 0 settles too late": ("silent", "settle", 0, 0, 1, "each", True),
     "process 0 is silent once it has settled": ("silent", "settled", 0, 0, 1, "each", False),
+    "process 0 is silent between two pages": ("silent", "settled", 0, 0, 1, "two", False),
     "process 0 is silent where it saves nothing": ("silent", "tell", 2, 0, 1, "best", False),
     "process 0 is silent as they have met": ("silent", "tell", 1, 0, 0, "each", False),
     "process 0 is silent as they meet": ("silent", "tell", 0, 0, 0, "each", True),
