@@ -2,11 +2,11 @@
 
 2 and 4 processes of this machine, whose collectives go over the loopback. Each way to
 save gets new processes in each round, so that it pays for all that it does once. Before
-the loop begins, the step is compiled. flaxckpt's `resume` is called there, too, and has a
-thread prepare the copies; Orbax has no such call. The loop is as in `bench_loop.py`: a
-donated step on a state that is sharded over all processes, and a save every 10 steps.
-Then one save at a time: when it is on disk, how many files it has, and how many bytes
-the busiest process has written. Each time is that of the process that took longest.
+the loop begins, the step is compiled, and flaxckpt's `resume` has a thread prepare the
+copies; Orbax has no such call. The loop is as in `bench_loop.py`: a donated step on a
+state that is sharded over all processes, and a save every 10 steps. Then one save at a
+time: when it is on disk, how many files it has, and how many bytes the busiest process
+has written. Each time is that of the process that took longest.
 """
 
 import json
