@@ -230,8 +230,9 @@ class PodSaver:
             return
         plan = self._parts.plans.plan(kinds)
         # What does not fit is freed before new memory is allocated.
-        blank = self._parts.ahead.blank.take()
-        job.memory = memory = refitted(memory, plan) or refitted(blank, plan)
+        job.memory = memory = refitted(memory, plan) or refitted(
+            self._parts.ahead.blank.take(), plan
+        )
         is_on_device = memory is not None or self._parts.is_on_device(leaves)
         if isinstance(call.decision, Undecided):
             assert state is not None
