@@ -136,6 +136,9 @@ class Ahead:
                 if ending.is_set() or self._told is not task:
                     return
                 batch.program.compile(which, task.is_wanted)
+        if task.claims_memory and self._told is task:
+            with contextlib.suppress(Exception):  # then the first save takes longer
+                self.blank.try_out()
 
 
 @functools.cache

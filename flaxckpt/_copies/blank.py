@@ -1,7 +1,8 @@
 """Memory for copies, claimed before there is anything to copy.
 
 New memory costs page faults on CPU. If all processes of a machine take them at once, in
-the call that saves first, the training waits.
+the call that saves first, the training waits. That call would also be the first one of
+the programs that copy, on which JAX spends a millisecond more than on later ones.
 """
 
 import functools
@@ -13,11 +14,13 @@ import jax
 import numpy as np
 
 from flaxckpt._copies.held import Copies
-from flaxckpt._copies.memory_kinds import from_own_shards
+from flaxckpt._copies.memory_kinds import copied, from_own_shards
 from flaxckpt._copies.packing import SMALL_BYTES
 from flaxckpt._copies.plan import Plan, nbytes
-from flaxckpt._copies.programs import Kind
+from flaxckpt._copies.programs import Kind, Program
 from flaxckpt._runtime.locks import new_lock
+
+_ALIGNMENT = 64  # of the memory that JAX on CPU uses as it is, in bytes
 
 
 class Blank:
@@ -39,6 +42,23 @@ class Blank:
         with self._lock:
             if self._is_open:
                 self._copies = copies
+
+    def try_out(self) -> None:
+        """Copy something into the copies, if there are any; a save waits meanwhile.
+
+        The programs that refill must be compiled. Copies that a failure has deleted are
+        dropped.
+        """
+        with self._lock:
+            copies = self._copies
+            if copies is None or copies.plan is None:
+                return
+            self._copies = None
+            try:
+                _refill_each_once(copies.plan, copies.arrays)
+            finally:
+                if not any(array.is_deleted() for array in copies.arrays):
+                    self._copies = copies
 
     def take(self) -> Copies | None:
         """Return the copies; whatever comes later is dropped."""
@@ -91,23 +111,48 @@ def refitted(memory: Copies | None, plan: Plan) -> Copies | None:
     return Copies(plan, [arrays[at] for at in range(len(kinds))], [], is_blank=True)
 
 
+def _refill_each_once(plan: Plan, arrays: list[jax.Array]) -> None:
+    """Call each program of a plan once, and replace the arrays that it refills."""
+    called, at = set[Program](), 0
+    for batch in plan.batches:
+        these = slice(at, at + batch.number)
+        at += batch.number
+        if batch.program not in called:
+            called.add(batch.program)
+            refilled = batch.program.refill(
+                _zeros(batch.program.alone),
+                list(map(_zeros, batch.program.packs)),
+                arrays[these],
+                np.True_,
+            )
+            arrays[these] = jax.block_until_ready(refilled)
+
+
 def _blanks(kinds: Iterable[Kind]) -> list[jax.Array]:
-    """Make arrays whose memory has been written to."""
+    """Make arrays whose memory has been written to, and can be donated."""
+    return list(map(copied, _zeros(kinds)))
+
+
+def _zeros(kinds: Iterable[Kind]) -> list[jax.Array]:
+    """Make arrays of zeros that take little memory, and cannot be donated.
+
+    JAX on CPU uses the memory of aligned numpy arrays as it is. Here they share one
+    memory, and the system gives no pages to zeros that nobody has written to.
+    """
+    kinds = list(kinds)
+    parts = [(sharding.shard_shape(shape), dtype) for shape, dtype, sharding in kinds]
+    zeros = np.zeros(max(map(nbytes, parts), default=0) + _ALIGNMENT, np.uint8)
+    zeros = zeros[-zeros.ctypes.data % _ALIGNMENT :]
 
     @functools.cache
-    def zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array:
-        return jax.device_put(np.zeros(shape, dtype), device)
+    def on(device: Any, part: tuple[tuple[int, ...], Any]) -> jax.Array:
+        values = zeros[: nbytes(part)].view(part[1]).reshape(part[0])
+        return jax.device_put(values, device)
 
-    def blank(kind: Kind) -> jax.Array:
-        shape, dtype, sharding = kind
-        part = sharding.shard_shape(shape), dtype
-        with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
-            # Only copies of JAX's own arrays: JAX 0.10 uses numpy's memory as it is,
-            # even if it may not alias, and then cannot donate it.
-            parts = [
-                jax.device_put(zeros(*part, device), device, may_alias=False)
-                for device in sharding.addressable_devices
-            ]
-        return from_own_shards(shape, dtype, sharding, parts)
-
-    return list(map(blank, kinds))
+    with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds
+        return [
+            from_own_shards(
+                *kind, [on(each, part) for each in kind[2].addressable_devices]
+            )
+            for kind, part in zip(kinds, parts, strict=True)
+        ]

@@ -20,7 +20,9 @@ class Program:
     """Copies arrays one by one, and packs of small arrays into one array each.
 
     Attributes:
-        copy_kinds: Shape, dtype and sharding of each copy.
+        alone: Shape, dtype and sharding of each array that is copied alone.
+        packs: Those of the arrays of each pack.
+        copy_kinds: Those of each copy.
     """
 
     def __init__(self, alone: Kinds, packs: tuple[Kinds, ...]) -> None:
@@ -30,7 +32,7 @@ class Program:
             alone: Kinds of the arrays that are copied one by one.
             packs: Kinds of the arrays of each pack: of one dtype, on one device.
         """
-        self._alone, self._packs = alone, packs
+        self.alone, self.packs = alone, packs
         self.copy_kinds = [*alone, *map(_pack_kind, packs)]
         self._shardings = [kind[2] for kind in self.copy_kinds]
         shardings = self._shardings, None
@@ -91,8 +93,8 @@ class Program:
         with self._compiling[which]:
             if self._programs[which] is not jitted or (not which and self._has_filled):
                 return
-            alone = [_struct(kind) for kind in self._alone]
-            packs = [[_struct(kind) for kind in pack] for pack in self._packs]
+            alone = [_struct(kind) for kind in self.alone]
+            packs = [[_struct(kind) for kind in pack] for pack in self.packs]
             earlier = [_struct(kind) for kind in self.copy_kinds]
             arguments = alone, packs, work, earlier, is_wanted
             with jax.enable_x64(True):  # without it, JAX narrows 64-bit kinds

@@ -67,14 +67,20 @@ class PodSaver:
         self._parts, self._series = parts, parts.series
         self.queue, self.report = parts.queue, parts.report
         self.counts = parts.report.counts
-        self.wait, self.prepare = parts.queue.wait, parts.describer.prepare
-        self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
+        self.wait, self.check_parent = parts.queue.wait, parts.check_parent
+        self.lost_best = parts.lost_best
         self._joint = JointSaves(parts, timeout)
 
     def meet(self) -> None:
         """Meet the other processes; see `JointSaves.meet`."""
         self.check_parent()
         self._joint.meet()
+
+    def prepare(self, tree: PyTree, *, claims_memory: bool = True) -> None:
+        """Prepare the first save; see `Describer.prepare`."""
+        self._parts.describer.prepare(tree, claims_memory=claims_memory)
+        if claims_memory:
+            self.queue.stand_by()
 
     def check(self) -> None:
         """Do nothing: `start` checks, at the same call in all processes."""

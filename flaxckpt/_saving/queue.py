@@ -27,7 +27,7 @@ from flaxckpt._saving.job import (
 )
 from flaxckpt.errors import CheckpointError, CheckpointWriteError, HookError
 
-_IDLE_SECS = 2.0
+_IDLE_SECS = 10.0  # a save that starts the thread waits for a core
 _HOOK_SECS = 0.5  # a hook that takes longer may wait for who waits for its object
 _MOST_ERRORS = 20
 
@@ -106,6 +106,11 @@ class JobQueue:
             job = Job(key, memory=memory, holder=own, waited=waited)
             self._jobs.append(job)
             return job
+
+    def stand_by(self) -> None:
+        """Start the thread, so that the job that comes next need not wait for that."""
+        with self._lock, contextlib.suppress(RuntimeError):  # no thread can be started
+            self._start()
 
     def hold(self, job: Job) -> None:
         """Keep a claimed job for a program, whatever call the thread makes next."""
@@ -297,6 +302,9 @@ class JobQueue:
             with self._lock:
                 self._changed.wait_for(lambda: not self._is_busy)
                 self._memory.clear()
+                if not self._jobs:
+                    self._thread = None  # so that it ends
+                    self._changed.notify_all()
                 self._be_forgotten()
 
     def abandon(self) -> None:

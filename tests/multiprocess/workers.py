@@ -246,6 +246,7 @@ def save_first(directory, way):
         wait_for_compiler()
         lent = ckpt._saves._parts.ahead.blank._copies
         before, queue = where(lent), ckpt._saves.queue
+        assert queue._thread.is_alive()
         jax.monitoring.register_event_duration_secs_listener(listen)
         for epoch in range(3):
             loss = 3.0 - epoch

@@ -167,7 +167,8 @@ def test_what_follows_a_job_is_not_waited_for_but_its_error_is_told():
         queue.check()
 
 
-def test_the_program_s_end_knows_a_queue_with_work_or_with_an_error():
+def test_the_program_s_end_knows_a_queue_with_work_or_with_an_error(monkeypatch):
+    monkeypatch.setattr(_queue, "_IDLE_SECS", 0.2)
     queue = JobQueue()
     gate = Gate(queue)
     assert queue in UNHEARD
@@ -222,3 +223,43 @@ def test_the_program_does_not_end_before_what_follows_a_job():
         print("waited", flush=True)
     """)
     assert done.communicate(timeout=60) == ("waited\nswept\n", "")
+
+
+def thread_of(queue):
+    return queue._thread
+
+
+def test_a_job_need_not_wait_for_a_thread_that_stands_by():
+    queue, ran_on = JobQueue(), []
+    queue.stand_by()
+    thread = thread_of(queue)
+    assert thread.is_alive()
+    submit(queue, None, lambda: ran_on.append(threading.current_thread()))
+    queue.wait()
+    assert ran_on == [thread]
+    queue.close()
+
+
+def test_close_ends_the_thread_and_a_later_job_gets_another():
+    queue, ran = JobQueue(), []
+    submit(queue, None, lambda: ran.append(1))
+    thread = thread_of(queue)
+    queue.close()
+    thread.join(_queue._IDLE_SECS / 2)
+    assert not thread.is_alive()
+    submit(queue, None, lambda: ran.append(2))
+    queue.close()
+    assert ran == [1, 2]
+
+
+def test_close_leaves_the_thread_to_a_job_that_is_still_claimed():
+    queue, ran_on = JobQueue(), []
+    queue.stand_by()
+    thread, job = thread_of(queue), queue.claim(None, 9)
+    queue.hold(job)
+    queue.close()
+    job.then = Job(None, "path", lambda: ran_on.append(threading.current_thread()))
+    queue.submit(job)
+    queue.wait()
+    assert ran_on == [thread]
+    queue.close()
