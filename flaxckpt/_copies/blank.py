@@ -53,12 +53,11 @@ class Blank:
             copies = self._copies
             if copies is None or copies.plan is None:
                 return
-            self._copies = None
             try:
                 _refill_each_once(copies.plan, copies.arrays)
             finally:
-                if not any(array.is_deleted() for array in copies.arrays):
-                    self._copies = copies
+                if any(array.is_deleted() for array in copies.arrays):
+                    self._copies = None
 
     def take(self) -> Copies | None:
         """Return the copies; whatever comes later is dropped."""

@@ -254,7 +254,7 @@ class Database(Store):
         self._coming |= {key: self._store.read(key) for key in keys}
 
     def expect_all(self) -> None:
-        """Begin to read everything, unless `ends` would read little of it."""
+        """Begin to read all, unless it is too much or `ends` would read little."""
         if self._size <= min(_ALL_BYTES, len(self.keys) * _WHOLE_BYTES):
             self.expect(self.keys)
 

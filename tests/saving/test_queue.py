@@ -225,14 +225,10 @@ def test_the_program_does_not_end_before_what_follows_a_job():
     assert done.communicate(timeout=60) == ("waited\nswept\n", "")
 
 
-def thread_of(queue):
-    return queue._thread
-
-
 def test_a_job_need_not_wait_for_a_thread_that_stands_by():
     queue, ran_on = JobQueue(), []
     queue.stand_by()
-    thread = thread_of(queue)
+    thread = queue._thread
     assert thread.is_alive()
     submit(queue, None, lambda: ran_on.append(threading.current_thread()))
     queue.wait()
@@ -243,7 +239,7 @@ def test_a_job_need_not_wait_for_a_thread_that_stands_by():
 def test_close_ends_the_thread_and_a_later_job_gets_another():
     queue, ran = JobQueue(), []
     submit(queue, None, lambda: ran.append(1))
-    thread = thread_of(queue)
+    thread = queue._thread
     queue.close()
     thread.join(_queue._IDLE_SECS / 2)
     assert not thread.is_alive()
@@ -255,7 +251,7 @@ def test_close_ends_the_thread_and_a_later_job_gets_another():
 def test_close_leaves_the_thread_to_a_job_that_is_still_claimed():
     queue, ran_on = JobQueue(), []
     queue.stand_by()
-    thread, job = thread_of(queue), queue.claim(None, 9)
+    thread, job = queue._thread, queue.claim(None, 9)
     queue.hold(job)
     queue.close()
     job.then = Job(None, "path", lambda: ran_on.append(threading.current_thread()))
