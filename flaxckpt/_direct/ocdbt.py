@@ -61,7 +61,8 @@ def writing(draft: Draft, directory: str, sizes: Mapping[str, int]) -> Generator
     _check_one_node(sizes)
     name, at = _NAME.format(int.from_bytes(os.urandom(16))), 0
     entries = dict[bytes, Entry]()
-    with draft.writing(f"{directory}/{name}") as write:
+    # Nobody writes over this file.
+    with draft.writing(f"{directory}/{name}", is_kept_in_cache=False) as write:
 
         def put(key: str, parts: Iterable[Any]) -> None:
             nonlocal at

@@ -7,6 +7,7 @@ nobody uses any more is written over.
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import signal
 import stat
@@ -15,6 +16,8 @@ from collections.abc import Callable, Container, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeAlias
+
+from flaxckpt._disk.writing import past_cache, write_all
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 _SYNCS = 4  # at a time
@@ -108,13 +111,17 @@ class Draft:
                 write(part)
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Generator[Callable[[Any], None]]:
+    def writing(
+        self, name: str, *, is_kept_in_cache: bool = True
+    ) -> Generator[Callable[[Any], None]]:
         """Write a file, part by part.
 
         A thread syncs it while others are written; `finish` waits for the sync.
 
         Args:
             name: Its path in the directory.
+            is_kept_in_cache: Whether the page cache keeps the file, which makes it
+                cheaper to write over. If not, a new file goes past it to a disk.
 
         Yields:
             A function that writes the next bytes of the file.
@@ -126,15 +133,20 @@ class Draft:
             if is_new:
                 self._changed.add(path.parent)
             size = 0
+            way = (
+                contextlib.nullcontext(functools.partial(write_all, descriptor))
+                if is_kept_in_cache or not is_new
+                else past_cache(descriptor)
+            )
+            with way as put:
 
-            def write(part: Any) -> None:
-                nonlocal size
-                left = memoryview(part)
-                size += len(left)
-                while left:
-                    left = left[os.write(descriptor, left) :]
+                def write(part: Any) -> None:
+                    nonlocal size
+                    left = memoryview(part)
+                    size += len(left)
+                    put(left)
 
-            yield write
+                yield write
             if os.fstat(descriptor).st_size > size:
                 os.ftruncate(descriptor, size)
             if self._sync:
