@@ -613,7 +613,7 @@ class ModelCheckpoint:
         )
         restored = self._restored(like, which, options)
         if restored is not None:
-            self._saves.prepare(restored.tree, claims_memory=False)
+            self._saves.prepare(restored.tree, will_save=False)
         return restored
 
     def restore_into(

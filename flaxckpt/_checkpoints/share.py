@@ -3,15 +3,14 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flaxckpt._checkpoints.write import Way
 from flaxckpt._direct.form import Form, database_of
 from flaxckpt._direct.forms import held_values
-from flaxckpt._direct.write import sum_of_share
-from flaxckpt._direct.write import write_share as write_directly
+from flaxckpt._direct.write import sum_of_share, write_values_of_share
 from flaxckpt._direct.zarr import ARRAYS_METADATA, DESCRIPTION, STATE
 from flaxckpt._disk.files import Draft, sync_path, sync_tree
 from flaxckpt._orbax.share import finish_shares, have_orbax_write_share
@@ -93,12 +92,12 @@ def write_share(
     if way.area.sync:
         for each in written:
             sync_tree(each) if each.is_dir() else sync_path(each)
+    files = dict[str, int]()
     for each in written:
         for file in each.rglob("*") if each.is_dir() else [each]:
             if file.is_file():
-                name = file.relative_to(directory).as_posix()
-                share.files[name] = file.stat().st_size
-    return share
+                files[file.relative_to(directory).as_posix()] = file.stat().st_size
+    return replace(share, files=files)
 
 
 def _written_by(process: int, directory: Path) -> list[Path]:
@@ -135,8 +134,7 @@ def write_part(
         wait: Returns once the other processes have written, for process 0.
     """
     process, held = process_index(), held_values(layout, leaves)
-    is_database = not way.area.is_mirror
-    spreads = terms.spreads and is_database
+    is_database, spreads = not way.area.is_mirror, terms.spreads
     may_be_direct = is_database and way.writes_directly and not way.compress
     sums: list[int] | None = None
     fault: Exception | None = None
@@ -170,8 +168,8 @@ def write_part(
             sums = [sum_of_share(value, process) for value in held]
     if sums is None:
         return Share(process, None, {}, is_direct=False, fault=fault)
-    # Process 0 counts every leaf, and another process those of which it wrote chunks:
-    # keys that each process has, too, where replicas are divided.
+    # Process 0 counts every leaf, another process those of which it wrote chunks. Where
+    # replicas are divided, all write chunks of PRNG keys.
     found = {i: each for i, each in enumerate(sums) if each or process == LEADER}
     return Share(process, found, {}, fault is None and form is not None, fault)
 
@@ -183,7 +181,7 @@ def _write_directly(
     process = process_index()
     try:
         with Draft(directory, sync=False) as draft:
-            sums = write_directly(form, draft, directory, held, process)
+            sums = write_values_of_share(form, draft, directory, held, process)
             draft.finish()
     except Exception as fault:
         if is_of_the_machine(fault):

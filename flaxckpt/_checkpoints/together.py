@@ -90,15 +90,15 @@ def write_together(
         finally:
             with contextlib.suppress(CheckpointError):
                 hear()  # if this process has failed, the others may still write
-        shares = [own, *hear()]
-        digests = _digests_of(shares, way, area.shown(info.path))
+        all_shares = [own, *hear()]
+        digests = _digests_of(all_shares, way, area.shown(info.path))
         with Draft(written, sync=False) as draft:
             table = way.tables.table(layout, checkpoint.weights, (digests, []))
             finish(draft, written, info, table)
         if area.sync:
             sync_tree(written)
         if not area.is_mirror:
-            _look(written, checkpoint, way, shares)
+            _look(written, checkpoint, way, all_shares)
         together.may_finish()
         (commit or way.commit)(written, info.path)
     return own

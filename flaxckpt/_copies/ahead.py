@@ -6,7 +6,7 @@ a thread starts before the first save only for a tree of more than `MOST_TOGETHE
 arrays, since a smaller one needs only one program of each. In several processes a
 thread always starts, because all would wait for the slowest compiler. On CPU the thread
 also claims memory for the first copies there (see `blank`), so it compiles only the
-program that copies into memory that there is.
+program that refills memory, and calls each of these programs once.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ class _Task:
         plan: How a tree is copied.
         programs: Which programs of each batch to compile; see `Program.compile`.
         is_wanted: As for `Program.compile`.
-        claims_memory: Whether to claim memory, which spares the program that fills new.
+        claims_memory: Whether to claim memory, and to try the programs out on it. The
+            program that fills new memory is not needed then.
     """
 
     plan: Plan

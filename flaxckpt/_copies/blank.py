@@ -1,8 +1,8 @@
 """Memory for copies, claimed before there is anything to copy.
 
 New memory costs page faults on CPU. If all processes of a machine take them at once, in
-the call that saves first, the training waits. That call would also be the first one of
-the programs that copy, on which JAX spends a millisecond more than on later ones.
+the call that saves first, the training waits. That call would also be the first to
+call the programs that copy, and JAX spends a millisecond more on a first call.
 """
 
 import functools
@@ -44,10 +44,10 @@ class Blank:
                 self._copies = copies
 
     def try_out(self) -> None:
-        """Copy something into the copies, if there are any; a save waits meanwhile.
+        """Call each program that refills once, on the copies if there are any.
 
-        The programs that refill must be compiled. Copies that a failure has deleted are
-        dropped.
+        A save waits meanwhile. The programs must be compiled. Copies that a failure has
+        deleted are dropped.
         """
         with self._lock:
             copies = self._copies
@@ -135,8 +135,8 @@ def _blanks(kinds: Iterable[Kind]) -> list[jax.Array]:
 def _zeros(kinds: Iterable[Kind]) -> list[jax.Array]:
     """Make arrays of zeros that take little memory, and cannot be donated.
 
-    JAX on CPU uses the memory of aligned numpy arrays as it is. Here they share one
-    memory, and the system gives no pages to zeros that nobody has written to.
+    All share one numpy array. JAX on CPU uses its memory as it is if it is aligned, and
+    the system gives it no pages until somebody writes there.
     """
     kinds = list(kinds)
     parts = [(sharding.shard_shape(shape), dtype) for shape, dtype, sharding in kinds]

@@ -20,9 +20,9 @@ class Program:
     """Copies arrays one by one, and packs of small arrays into one array each.
 
     Attributes:
-        alone: Shape, dtype and sharding of each array that is copied alone.
-        packs: Those of the arrays of each pack.
-        copy_kinds: Those of each copy.
+        alone: Kinds of the arrays that are copied one by one.
+        packs: Kinds of the arrays of each pack.
+        copy_kinds: The kind of each copy.
     """
 
     def __init__(self, alone: Kinds, packs: tuple[Kinds, ...]) -> None:

@@ -2,12 +2,11 @@
 
 https://google.github.io/tensorstore/kvstore/ocdbt/index.html#storage-format
 
-TensorStore gets each value as a copy, and holds what it has not committed in memory,
-which takes about as long as the writing itself if values are large, and it may make
-several data files. Here the values go into one data file block by block, and behind
-them the only node of the B+tree, with all keys and with the small values. The manifest
-refers to the node. Fields of many entries are stored by column: first one field of all
-entries, then the next.
+TensorStore copies each value, and holds it in memory until a commit. For large values
+this takes about as long as the writing. It may also make several data files. Here the
+values go into one data file block by block, and behind them the only node of the
+B+tree, with all keys and with the small values. The manifest refers to the node. Fields
+of many entries are stored by column: first one field of all entries, then the next.
 """
 
 import contextlib
@@ -61,7 +60,7 @@ def writing(draft: Draft, directory: str, sizes: Mapping[str, int]) -> Generator
     _check_one_node(sizes)
     name, at = _NAME.format(int.from_bytes(os.urandom(16))), 0
     entries = dict[bytes, Entry]()
-    # Nobody writes over this file.
+    # Its name is always new, so no later save writes over it.
     with draft.writing(f"{directory}/{name}", is_kept_in_cache=False) as write:
 
         def put(key: str, parts: Iterable[Any]) -> None:

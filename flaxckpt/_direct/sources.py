@@ -45,11 +45,11 @@ from flaxckpt._trees.leaf import Leaf, key_numbers
 _INDEX_BYTES = 64 * 2**20  # of a database's index that TensorStore keeps in memory
 _AHEAD_BYTES = 2**30  # of descriptions, and of chunks, that a thread reads ahead
 _ALL_BYTES = 64 * 2**20  # of a database that is read at once
-_WHOLE_BYTES = 256 * 2**10  # of a value, on the mean, in such a database
 _MANIFEST_BYTES = 64 * 2**20
 HEAD = 64  # bytes at the beginning of a file that `ends` returns
 _ROOM_BYTES = 64 * 2**20  # a larger array gets memory only if its files are as large
 BLOCK_BYTES = 512 * 2**10  # read or written at a time, and summed in the CPU cache
+_MEAN_BYTES = BLOCK_BYTES // 2  # of a value; of larger ones `ends` reads the ends only
 
 
 def stored_of(store: "Store", leaf: Leaf) -> ZarrArray | None:
@@ -254,8 +254,8 @@ class Database(Store):
         self._coming |= {key: self._store.read(key) for key in keys}
 
     def expect_all(self) -> None:
-        """Begin to read all, unless it is too much or `ends` would read little."""
-        if self._size <= min(_ALL_BYTES, len(self.keys) * _WHOLE_BYTES):
+        """Begin to read all values, unless they are many bytes, or large on average."""
+        if self._size <= min(_ALL_BYTES, len(self.keys) * _MEAN_BYTES):
             self.expect(self.keys)
 
     def forget(self, keys: Iterable[str]) -> None:

@@ -59,7 +59,7 @@ def write_values(
     return _write_files(form, draft, values, frozen)
 
 
-def write_share(
+def write_values_of_share(
     form: Form, draft: Draft, directory: Path, values: Sequence[Any], process: int
 ) -> list[int]:
     """Write one process's share of a tree, in the form that Orbax has shown.

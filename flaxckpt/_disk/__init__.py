@@ -7,8 +7,8 @@ in `_decision.reserved`), `info` is its dataclass, and `listing` finds checkpoin
 their records, and what a crash has left between two renames, which `disk_area` repairs.
 `series_names` has the names that follow from a series' name. `nested` refuses
 checkpoints inside checkpoints. `files` writes and syncs a directory's files, and
-`writing` writes to one of them, through the page cache or past it. `alias` gives Orbax
-and TensorStore paths that they read correctly.
+`page_cache` writes to one of them, through the page cache or past it. `alias` gives
+Orbax and TensorStore paths that they read correctly.
 
 `area` says what is asked of the place where a series is written, and `disk_area` is
 that place on a disk. It has a `claim` to the series, by a `lock` whose file `lock_file`

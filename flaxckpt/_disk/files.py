@@ -7,7 +7,6 @@ nobody uses any more is written over.
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 import signal
 import stat
@@ -17,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from flaxckpt._disk.writing import past_cache, write_all
+from flaxckpt._disk.page_cache import past_cache, through_cache
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 _SYNCS = 4  # at a time
@@ -120,8 +119,9 @@ class Draft:
 
         Args:
             name: Its path in the directory.
-            is_kept_in_cache: Whether the page cache keeps the file, which makes it
-                cheaper to write over. If not, a new file goes past it to a disk.
+            is_kept_in_cache: Whether the page cache keeps the file: it should if a
+                later save writes over it. If not, a new file goes past it where
+                `past_cache` can.
 
         Yields:
             A function that writes the next bytes of the file.
@@ -133,12 +133,8 @@ class Draft:
             if is_new:
                 self._changed.add(path.parent)
             size = 0
-            way = (
-                contextlib.nullcontext(functools.partial(write_all, descriptor))
-                if is_kept_in_cache or not is_new
-                else past_cache(descriptor)
-            )
-            with way as put:
+            way = through_cache if is_kept_in_cache or not is_new else past_cache
+            with way(descriptor) as put:
 
                 def write(part: Any) -> None:
                     nonlocal size

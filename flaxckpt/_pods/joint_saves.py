@@ -167,7 +167,7 @@ class JointSaves:
                     self._lead(exchange, self._agreed(exchange, contents))
                 exchange.tell("done", None)
                 return
-            call, is_direct = None, True
+            call, is_direct = None, True  # these stay if an error is suppressed
             with self._giving_up(exchange):
                 agreed = self._agreed(exchange, contents)
                 call = agreed.call
@@ -200,7 +200,9 @@ class JointSaves:
             widths = widths_for(lengths) if asked is None else []
             # The chunks of compressed arrays are not known.
             spreads = len(set(memories)) == 1 and not self._way.compress
-            spreads = spreads and self._way.divides_replicas
+            spreads = (
+                spreads and self._way.divides_replicas and not self._area.is_mirror
+            )
             exchange.tell("go", [asked, spreads, self._way.writes_directly, widths])
         asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
@@ -310,7 +312,7 @@ class JointSaves:
 
         Process 0 may be silent and yet alive. Once this process has settled the end,
         process 0 makes no checkpoint. If process 0 has settled it before, this process
-        waits for its word.
+        waits for its word, and suppresses the error if that is no error.
         """
         try:
             yield

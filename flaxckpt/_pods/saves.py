@@ -3,9 +3,9 @@
 All processes make the same calls. At a due check each process copies its shards, on its
 devices or to its host, and goes on. Threads in the background then compare what they
 have decided and what they save. If all agree, process 0 makes the directory, and each
-process writes a database of its share. When all are on disk, process 0
-merges them, writes the record and gives the checkpoint its name. A save enters no
-collective, on the loop's thread or in the background, so it cannot wait for one that
+process writes its share: a database, or in a store files. When all are there, process 0
+merges the databases, writes the record and gives the checkpoint its name. A save enters
+no collective, on the loop's thread or in the background, so it cannot wait for one that
 another process does not enter. Each message has a time-out.
 
 All processes raise an error in any of them at the same call: the next due check,
@@ -76,10 +76,10 @@ class PodSaver:
         self.check_parent()
         self._joint.meet()
 
-    def prepare(self, tree: PyTree, *, claims_memory: bool = True) -> None:
+    def prepare(self, tree: PyTree, *, will_save: bool = True) -> None:
         """Prepare the first save; see `Describer.prepare`."""
-        self._parts.describer.prepare(tree, claims_memory=claims_memory)
-        if claims_memory:
+        self._parts.describer.prepare(tree, will_save=will_save)
+        if will_save:
             self.queue.stand_by()
 
     def check(self) -> None:

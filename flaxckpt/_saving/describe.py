@@ -95,7 +95,7 @@ class Describer:
             raise self._own.refuse_all(tree)
         return contents
 
-    def prepare(self, tree: PyTree, *, claims_memory: bool = True) -> None:
+    def prepare(self, tree: PyTree, *, will_save: bool = True) -> None:
         """Do now what the first save of such a tree would do before it can copy it.
 
         Describe the tree if it holds JAX arrays only, since that is remembered, and
@@ -105,7 +105,7 @@ class Describer:
 
         Args:
             tree: What will be saved, or `jax.ShapeDtypeStruct`s of it.
-            claims_memory: Whether to claim memory for the first save, too.
+            will_save: Whether the program will save; after `restore` it may only read.
         """
         if self._weights_only and self._weights is not default_weights:
             return
@@ -113,7 +113,7 @@ class Describer:
             saved = default_weights(tree) if self._weights_only else tree
             flat = flatten(saved)
             # Saves of weights may copy a second tree, so their memory is not known.
-            claims_memory = claims_memory and not self._weights_only
+            claims_memory = will_save and not self._weights_only
             self._prepare_copies(flat.leaves, claims_memory=claims_memory)
             if all(map(is_array, flat.leaves)):
                 layout, _, _ = self._described(saved, flat, is_traced=False)

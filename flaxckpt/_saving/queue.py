@@ -27,7 +27,7 @@ from flaxckpt._saving.job import (
 )
 from flaxckpt.errors import CheckpointError, CheckpointWriteError, HookError
 
-_IDLE_SECS = 10.0  # a save that starts the thread waits for a core
+_IDLE_SECS = 10.0  # then an idle thread ends; to start another waits for a core
 _HOOK_SECS = 0.5  # a hook that takes longer may wait for who waits for its object
 _MOST_ERRORS = 20
 
@@ -108,7 +108,10 @@ class JobQueue:
             return job
 
     def stand_by(self) -> None:
-        """Start the thread, so that the job that comes next need not wait for that."""
+        """Start the thread, so that a job need not wait for that.
+
+        It ends if no job comes for `_IDLE_SECS`.
+        """
         with self._lock, contextlib.suppress(RuntimeError):  # no thread can be started
             self._start()
 

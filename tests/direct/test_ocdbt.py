@@ -21,6 +21,7 @@ from flaxckpt._direct import write as _write
 from flaxckpt._direct.chunks import chunks_of
 from flaxckpt._direct.form import Form
 from flaxckpt._direct.zarr import ZarrArray, trailer_of
+from flaxckpt._disk import page_cache
 from flaxckpt._disk.files import Draft
 from flaxckpt._orbax.share import finish_shares
 from flaxckpt._trees.digest import combined, sum_here
@@ -272,7 +273,9 @@ def test_a_share_is_written_alike_in_both_ways(tmp_path, monkeypatch, way, proce
     ]
     form = Form(True, {"state/_strings.json": b"{}"}, [*arrays, "text"], False)
     with Draft(tmp_path, sync=False) as draft:
-        sums = _write.write_share(form, draft, tmp_path, [*values, "abc"], process)
+        sums = _write.write_values_of_share(
+            form, draft, tmp_path, [*values, "abc"], process
+        )
         draft.finish()
     assert bool(used) == (way == "by TensorStore")
     written = [
@@ -300,7 +303,7 @@ def test_more_than_one_node_can_hold_is_left_to_tensorstore(tmp_path, monkeypatc
         form = Form(True, {}, [stored("w", value, value.shape)], False)
         path = Path(tempfile.mkdtemp(dir=tmp_path))
         with Draft(path, sync=False) as draft:
-            _write.write_share(form, draft, path, [value], 0)
+            _write.write_values_of_share(form, draft, path, [value], 0)
         database = path / "state/ocdbt.process_0"
         assert content(database)["w/c/0"][:-20] == value.tobytes()
         return len(dumped(database)["versions"]) == 1  # TensorStore has an empty one
@@ -310,10 +313,14 @@ def test_more_than_one_node_can_hold_is_left_to_tensorstore(tmp_path, monkeypatc
     assert not is_by_us()
 
 
-def test_no_copy_is_made(tmp_path, monkeypatch):
-    """The parts that are written lie in the value's own memory."""
+@pytest.mark.parametrize("goes_past", [False, True])
+def test_values_are_written_from_their_memory_or_by_one_buffer(
+    tmp_path, monkeypatch, goes_past
+):
+    """Through the page cache, from their own memory; past it, from the buffer."""
     value = np.arange(500_000.0)
     seen, original = [], os.write
+    monkeypatch.setattr(page_cache, "is_on_disk", lambda descriptor: goes_past)
 
     def note(descriptor, part):
         seen.append((np.frombuffer(part, np.uint8).ctypes.data, len(part)))
@@ -322,8 +329,13 @@ def test_no_copy_is_made(tmp_path, monkeypatch):
     form = Form(True, {}, [stored("w", value, value.shape)], False)
     monkeypatch.setattr(os, "write", note)
     with Draft(tmp_path, sync=False) as draft:
-        _write.write_share(form, draft, tmp_path, [value], 0)
+        _write.write_values_of_share(form, draft, tmp_path, [value], 0)
     own = range(value.ctypes.data, value.ctypes.data + value.nbytes)
     inside = [size for start, size in seen if start in own]
-    assert sum(inside) == value.nbytes
-    assert max(inside) <= 2**20
+    if goes_past:
+        large = [start for start, size in seen if size > 2**16]
+        assert len(set(large)) == 1
+        assert not inside
+    else:
+        assert sum(inside) == value.nbytes
+        assert max(inside) <= 2**20

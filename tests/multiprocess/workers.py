@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxckpt
+from flaxckpt._copies.programs import Program
 
 P = PartitionSpec
 
@@ -242,11 +243,18 @@ def save_first(directory, way):
     settings = {"save_best_only": True} if way in ("best", "late best") else {}
     with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", "loss", **settings) as ckpt:
         with jax.enable_x64(True):
+            queue = ckpt._saves.queue
+            ckpt.restore(tree_of(0))
+            assert queue._thread is None  # a program may only read
+            called, refill = [], Program.refill
+            Program.refill = lambda *given: called.append(given[0]) or refill(*given)
             _, state, _ = ckpt.resume(tree_of(0))
+            assert queue._thread.is_alive()
         wait_for_compiler()
+        Program.refill = refill
         lent = ckpt._saves._parts.ahead.blank._copies
-        before, queue = where(lent), ckpt._saves.queue
-        assert queue._thread.is_alive()
+        assert len(called) == len({each.program for each in lent.plan.batches})
+        before = where(lent)
         jax.monitoring.register_event_duration_secs_listener(listen)
         for epoch in range(3):
             loss = 3.0 - epoch

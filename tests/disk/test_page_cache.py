@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxckpt._disk.files import Draft
-from flaxckpt._disk.writing import ROOM_BYTES, past_cache
+from flaxckpt._disk.page_cache import BUFFER_BYTES, past_cache
 
 
 def has_device(path):
@@ -39,8 +39,8 @@ def cached_bytes(path):
 
 SIZES = st.lists(
     st.one_of(
-        st.integers(0, 3 * ROOM_BYTES),
-        st.sampled_from([ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 4096]),
+        st.integers(0, 3 * BUFFER_BYTES),
+        st.sampled_from([BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 1, 4096]),
     ),
     max_size=4,
 )
@@ -61,21 +61,21 @@ def test_the_parts_are_there_in_order(tmp_path_factory, sizes):
 def test_the_page_cache_keeps_only_what_it_is_asked_to(tmp_path):
     if not has_device(tmp_path):
         pytest.skip("no disk of this machine has the directory")
-    content = os.urandom(3 * ROOM_BYTES)
+    content = os.urandom(3 * BUFFER_BYTES)
     for name, is_kept in ("kept", True), ("not", False), ("kept", False):
         with Draft(tmp_path, sync=True) as draft:
             with draft.writing(name, is_kept_in_cache=is_kept) as write:
                 write(content)
             draft.finish()
     assert cached_bytes(tmp_path / "kept") == len(content)  # written over, too
-    assert cached_bytes(tmp_path / "not") < ROOM_BYTES
+    assert cached_bytes(tmp_path / "not") < BUFFER_BYTES
     assert (tmp_path / "not").read_bytes() == content
 
 
 def test_what_a_disk_refuses_goes_through_the_cache(tmp_path):
     """Such as writes in the middle of a block."""
     path = tmp_path / "a"
-    content = os.urandom(3 * ROOM_BYTES)
+    content = os.urandom(3 * BUFFER_BYTES)
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
     try:
         os.write(descriptor, b"x")
@@ -86,18 +86,18 @@ def test_what_a_disk_refuses_goes_through_the_cache(tmp_path):
     assert path.read_bytes() == b"x" + content
 
 
-@pytest.mark.parametrize("limit", [ROOM_BYTES + 4096, ROOM_BYTES + 5, 100])
+@pytest.mark.parametrize("limit", [BUFFER_BYTES + 4096, BUFFER_BYTES + 5, 100])
 def test_a_disk_that_is_full_is_an_error(tmp_path, limit):
     """Wherever in the file the room ends."""
     program = textwrap.dedent(f"""
         import os, resource, signal
-        from flaxckpt._disk.writing import past_cache
+        from flaxckpt._disk.page_cache import past_cache
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         descriptor = os.open("a", os.O_CREAT | os.O_WRONLY)
         try:
             with past_cache(descriptor) as write:
-                write(memoryview(bytes({3 * ROOM_BYTES})))
+                write(memoryview(bytes({3 * BUFFER_BYTES})))
         except OSError as error:
             print(error.errno)
     """)
@@ -115,6 +115,6 @@ def test_a_disk_that_is_full_is_an_error(tmp_path, limit):
 def test_what_fails_halfway_writes_no_more(tmp_path):
     with pytest.raises(RuntimeError), Draft(tmp_path, sync=True) as draft:
         with draft.writing("a", is_kept_in_cache=False) as write:
-            write(bytes(ROOM_BYTES + 1))
+            write(bytes(BUFFER_BYTES + 1))
             raise RuntimeError
-    assert (tmp_path / "a").stat().st_size == ROOM_BYTES
+    assert (tmp_path / "a").stat().st_size == BUFFER_BYTES
