@@ -168,7 +168,8 @@ class CheckpointLockedError(CheckpointError, RuntimeError):
         who = f"process {self.pid} on {self.host}" if self.host else "another process"
         return (
             f"The checkpoints in {self.directory!r} are being written by {who}. End "
-            "that one, or choose another filepath."
+            "that one, or choose another filepath. Processes of one run call "
+            "jax.distributed.initialize() first."
         )
 
 

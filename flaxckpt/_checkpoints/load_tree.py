@@ -350,7 +350,8 @@ def _check_count(path: Path, leaves: list[Leaf]) -> None:
     if process_count() > 1:
         raise CheckpointError(
             f"{told} This is one of {process_count()} processes, which cannot tell "
-            f"whose to take. Restore with {number} processes."
+            f"whose to take. Restore with {number} processes, or leave these values "
+            "out of like and pass partial=True."
         )
     warnings.warn(
         f"{told} This one process gets those of process 0.", stacklevel=outside()

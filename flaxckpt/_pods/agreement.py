@@ -137,6 +137,8 @@ def error_between(
         other: Its account.
     """
     both = f"in process 0 and {{}} in process {index}"
+    if told := _differing_call(one, other, both, ("epoch", "batch", "step")):
+        return told
     names = {**one["metric"], **other["metric"]}
     for name in names:
         values = [each["metric"].get(name, math.nan) for each in (one, other)]
@@ -148,13 +150,8 @@ def error_between(
                 "the result of a jitted function on sharded arrays, or "
                 "jax.experimental.multihost_utils.process_allgather(value).mean().",
             )
-    for name in ("epoch", "batch", "step", "paths"):
-        if one[name] != other[name]:
-            return CheckpointError(
-                f"update or save was called otherwise in one of the processes: {name} "
-                f"is {one[name]} {both.format(other[name])}. Make the same calls in "
-                "all of them."
-            )
+    if told := _differing_call(one, other, both, ("paths",)):
+        return told
     found = _differing(one["leaves"], other["leaves"])
     more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return CheckpointError(
@@ -163,6 +160,20 @@ def error_between(
         "one sharding, and equal values of everything else; or choose what differs "
         "with per_process=, to save a value for each process."
     )
+
+
+def _differing_call(
+    one: dict[str, Any], other: dict[str, Any], both: str, names: Sequence[str]
+) -> CheckpointError | None:
+    """Return the error for the first of some arguments that differs, if one does."""
+    for name in names:
+        if one[name] != other[name]:
+            return CheckpointError(
+                f"update or save was called otherwise in one of the processes: {name} "
+                f"is {one[name]} {both.format(other[name])}. Make the same calls in "
+                "all of them."
+            )
+    return None
 
 
 def _differing(

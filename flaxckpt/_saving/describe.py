@@ -92,7 +92,9 @@ class Describer:
             raise self._frozen.chosen.refuse_all(tree)
         has_own = is_traced or any(stored.own for stored in contents.trees)
         if self._own is not None and not has_own:
-            raise self._own.refuse_all(tree)
+            raise self._own.refuse_all(
+                tree, "arrays of all processes, which have one value"
+            )
         return contents
 
     def prepare(self, tree: PyTree, *, will_save: bool = True) -> None:

@@ -21,11 +21,16 @@ class Paths:
         self.template, self._series = template, series
 
     def take_lock(self, path: Path | None) -> None:
-        """Take the lock of the series, if it is not held; an error names `path`."""
+        """Take the lock of the series, if it is not held.
+
+        Args:
+            path: The path that an error names; None for the root.
+        """
         try:
             self._series.area.open()
         except OSError as error:
-            raise CheckpointWriteError(str(path), in_one_line(error)) from error
+            shown = self._series.area.shown(path or self._series.root)
+            raise CheckpointWriteError(str(shown), in_one_line(error)) from error
 
     def known(self, call: Call) -> Path | None:
         """Return the path of a call; None if it shows a value still computed.

@@ -61,13 +61,19 @@ class Chosen:
             first = after
         return found
 
-    def refuse_all(self, tree: PyTree) -> SettingError:
-        """Make the error for a filter that chooses no leaf."""
+    def refuse_all(self, tree: PyTree, others: str = "") -> SettingError:
+        """Make the error for a filter that chooses no leaf.
+
+        Args:
+            tree: The tree.
+            others: The kind of leaves that do not count, if it chooses some.
+        """
+        but = f" but {others}" if others and self.indices(tree) else ""
         paths = [path for path, _ in nodes_with_paths(tree, ())][:4]
         names = ["/".join(str(key_of(entry)) for entry in path) for path in paths]
         return SettingError(
             self._name,
             self._chosen,
-            f"it holds for no leaf of the tree, which has {', '.join(names)}... It is "
+            f"it holds for no leaf{but}. The tree has {', '.join(names)}... It is "
             "called with a leaf's path, a tuple of names, and the leaf.",
         )

@@ -4,6 +4,7 @@ import warnings
 
 import jax
 import numpy as np
+import pytest
 import workers
 from jax.sharding import NamedSharding, PartitionSpec
 from workers import place, say
@@ -136,7 +137,28 @@ def choose_all(directory):
         f"{directory}/{{epoch}}", per_process=lambda path, leaf: True
     ) as ckpt:
         ckpt.save(tree, 0)
-    say(ckpt.restore(tree).tree["n"])
+        number = ckpt.restore(tree).tree["n"]
+        with pytest.raises(flaxckpt.SettingError) as refused:
+            ckpt.save({"w": tree["w"]}, 1)
+    say(number, str(refused.value))
+
+
+def save_otherwise(directory, what):
+    """Make another call in process 1, or write where no directory can be."""
+    index, mesh = jax.process_index(), mesh_of_all()
+    if what == "directory":
+        directory = "/proc/none"
+    with (
+        pytest.raises(flaxckpt.CheckpointError) as refused,
+        flaxckpt.ModelCheckpoint(
+            f"{directory}/{{epoch}}-{{loss}}", "loss", timeout_secs=20
+        ) as ckpt,
+    ):
+        epoch = index if what == "epoch" else 0
+        logs = {"loss": float(index)} if what != "directory" else {"loss": 0.0}
+        ckpt.update(ckpt.init(), {"w": sharded(mesh)}, logs, epoch)
+        ckpt.wait()
+    say(str(refused.value))
 
 
 def be_warned(directory):

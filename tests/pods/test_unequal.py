@@ -59,7 +59,23 @@ def test_states_that_differ_are_no_one_state(tmp_path):
 
 
 def test_an_array_of_all_is_no_process_s_own(tmp_path):
-    assert run(tmp_path, "choose_all") == [[0], [1]]
+    said = run(tmp_path, "choose_all")
+    for index, ((number, refusal),) in enumerate(said):
+        assert number == index
+        assert "no leaf but arrays of all processes" in refusal
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("epoch", "epoch is 0 in process 0 and 1 in process 1"),  # the metric, too
+        ("loss", "logs['loss'] differs between processes"),
+        ("directory", "Saving '/proc/none' failed"),
+    ],
+)
+def test_what_differs_first_is_what_the_error_names(tmp_path, what, told):
+    for (text,) in run(tmp_path, "save_otherwise", what):
+        assert told in text
 
 
 def test_a_warning_that_one_takes_for_an_error_leaves_all_in_step(tmp_path):
