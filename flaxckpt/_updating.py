@@ -121,6 +121,7 @@ class Updater:
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)
+        self.saves.raise_earlier()
         assert call.state is not None
         improved = call.saves and given.save_best_only and not force
         counted = bool(due) and not self.settings.by_epoch
@@ -194,6 +195,7 @@ class Updater:
         self.triggers.restart()
         if preempted:
             self._finish_preempted(path)
+        self.saves.raise_earlier()
         self.advice.of_left_out(logs)
         return self.series.area.shown(path)
 
@@ -208,7 +210,7 @@ class Updater:
     def _finish_preempted(self, path: Path | None) -> None:
         """Wait until the save is on disk, and tell the loop of the preemption."""
         self.programs.reset()
-        self.saves.wait()
+        self.saves.queue.wait()
         self.triggers.preempted = True
         if self.settings.save_on_preemption is True:
             latest = self.restorer.latest()

@@ -119,6 +119,11 @@ class Ahead:
             pool.submit(self._do, task, ending)
             pool.shutdown(wait=False)  # the thread ends after this one task
 
+    def stop(self) -> None:
+        """Begin nothing more, and drop the memory that was claimed."""
+        self._told = None
+        self.blank.take()
+
     def keep_to(self, plan: Plan) -> None:
         """Compile nothing more for another plan: a save would compete with it."""
         if self._told and self._told.plan is not plan:
@@ -126,6 +131,8 @@ class Ahead:
 
     def _do(self, task: _Task, ending: threading.Event) -> None:
         programs = set(task.programs)
+        if ending.is_set() or self._told is not task:
+            return
         if task.claims_memory:
             with contextlib.suppress(Exception):  # then the save claims it
                 copies = blank_copies(task.plan)
@@ -137,7 +144,7 @@ class Ahead:
                 if ending.is_set() or self._told is not task:
                     return
                 batch.program.compile(which, task.is_wanted)
-        if task.claims_memory and self._told is task:
+        if task.claims_memory and self._told is task and not ending.is_set():
             with contextlib.suppress(Exception):  # then the first save takes longer
                 self.blank.try_out()
 

@@ -5,7 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from flaxckpt._copies.memory_kinds import is_offloaded
 from flaxckpt._runtime.unchecked import replicated
@@ -56,8 +62,18 @@ def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 def _placed(scalar: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(scalar, jax.Array):
-        is_there = scalar.sharding.is_equivalent_to(sharding, scalar.ndim)
-        if is_there and not is_offloaded(scalar.sharding):
+        own = scalar.sharding
+        is_there = own == sharding or (
+            own.is_equivalent_to(sharding, scalar.ndim)
+            and not (_is_explicit(own) or _is_explicit(sharding))
+        )
+        if is_there and not is_offloaded(own):
             return scalar
         scalar = scalar.addressable_data(0)
     return replicated(scalar, sharding)
+
+
+def _is_explicit(sharding: jax.sharding.Sharding) -> bool:
+    """Tell whether the types of arrays have the mesh: JAX adds none of two meshes."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types

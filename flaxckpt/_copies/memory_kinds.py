@@ -41,9 +41,9 @@ def copied_off_device(leaf: Any) -> Any:
     """Copy an array into the host's memory, and wait for the copy.
 
     An array of several processes stays one: each process copies its shards. Other
-    leaves are passed on, and so are arrays without elements: nothing is stored of them.
+    leaves are passed on.
     """
-    if not isinstance(leaf, jax.Array) or not leaf.size:
+    if not isinstance(leaf, jax.Array):
         return leaf
     if leaf.is_fully_addressable:
         return np.array(leaf)

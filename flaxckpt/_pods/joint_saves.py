@@ -28,13 +28,12 @@ from flaxckpt._processes.messages import (
     Round,
     SilenceError,
     is_leader,
-    process_count,
     process_index,
 )
 from flaxckpt._runtime.failures import space_told
 from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
-from flaxckpt._saving.job import translated
+from flaxckpt._saving.job import nothing, translated
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt.errors import CheckpointError, HookError
 
@@ -67,7 +66,11 @@ class _Agreed:
 
 
 class JointSaves:
-    """The part of this process in the saves of all processes."""
+    """The part of this process in the saves of all processes.
+
+    Attributes:
+        have_met: Whether all processes know that they have met.
+    """
 
     def __init__(self, parts: SaverParts, timeout: float) -> None:
         """Meet nobody yet.
@@ -79,6 +82,7 @@ class JointSaves:
         self._parts, self._area = parts, parts.series.area
         self._way = parts.publisher.disk.way
         self._channel = Channel(parts.series.name, timeout)
+        self.have_met = False
         self._ended: list[Round] = []  # process 0 deletes their messages
 
     def translated(
@@ -86,6 +90,13 @@ class JointSaves:
     ) -> CheckpointError:
         """Return an error of this process as all of them raise it."""
         return translated(error, self._parts.report.shown(path), _in_this_process())
+
+    def _own(self, error: BaseException, path: Path | None = None) -> CheckpointError:
+        """Return an error as `translated` does, with a note where it names nobody."""
+        failure = self.translated(error, path)
+        if failure is error and not getattr(failure, "__notes__", None):
+            failure.add_note(f"It was raised{_in_this_process()}.")
+        return failure
 
     def meet(self) -> None:
         """Take the lock, and check that all processes see the same directory.
@@ -108,8 +119,9 @@ class JointSaves:
                         exchange.hear_all("seen", first=1)
                     exchange.settle(_END, None)
                 exchange.tell("done", None)
+                self.have_met = True
                 return
-            with self._giving_up(exchange):
+            with self._giving_up(exchange, self._note_meeting):
                 place = exchange.hear("where 0")
                 with self._telling(exchange, "seen"):
                     if place:
@@ -117,42 +129,33 @@ class JointSaves:
                             pass
                     exchange.tell("seen", None)
                 exchange.hear("done")
+                self._note_meeting()
 
-    def refusal(self, error: BaseException) -> Callable[[], None]:
-        """Return what to run in place of `write`, if this process could not copy.
+    def _note_meeting(self) -> None:
+        self.have_met = True
 
-        The other processes raise the error at their next call, and this process raises
-        it there again. Otherwise it would be one save ahead of them.
+    def refuse(self, error: BaseException) -> None:
+        """Tell the other processes of an error; run this in place of `write`.
+
+        They raise the error, and nothing is saved. This process has raised it already.
+
+        Raises:
+            CheckpointError: If process 0 gives no sign.
         """
-        exchange, failure = self._channel.round(), self.translated(error)
-
-        def refuse() -> None:
-            with self._channel.at_work(), self._giving_up(exchange):
+        exchange, failure = self._channel.round(), self._own(error)
+        with self._channel.at_work():
+            if is_leader():
+                self._tell_all(exchange, failure)
+                self._ended.append(exchange)
+                return
+            with self._giving_up(exchange):
                 exchange.tell("check", failure)
-                if is_leader():
-                    self._tell_whether_all_refuse(exchange, failure)
-                exchange.hear("refused")
-
-        return refuse
-
-    def _tell_whether_all_refuse(
-        self, exchange: Round, failure: CheckpointError
-    ) -> None:
-        """Have all processes raise the error, unless each has raised its own."""
-
-        def refuses(process: int) -> bool:
-            try:
-                exchange.hear("check", process)
-            except CheckpointError as error:
-                return not isinstance(error, SilenceError)
-            return False
-
-        if all(map(refuses, range(1, process_count()))):
-            exchange.settle(_END, None)
-            exchange.tell("refused", None)
-        else:
-            self._tell_all(exchange, failure)
-        self._ended.append(exchange)
+                try:
+                    exchange.hear("refused")
+                except SilenceError:
+                    raise
+                except CheckpointError:
+                    return
 
     def write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part.
@@ -221,10 +224,11 @@ class JointSaves:
         if call is None:
             exchange.settle(_END, None)
             return
-        numbers = iter(range(len(pages)))
+        begun = list[Path]()
 
         def begin(written: Path) -> Callable[[], list[Share]]:
-            index = next(numbers)
+            index = len(begun)
+            begun.append(pages[index].path)
             place = self._area.meeting_place(written, pages[index].path)
             exchange.tell(f"where {index}", place)
             subject = f"share {index}"
@@ -235,8 +239,15 @@ class JointSaves:
 
         parts.paths.take_lock(pages[0].path)
         parts.paths.checked(call, to_slot=any(page.in_slot for page in pages))
-        with self._area.claim.turn:
-            parts.publisher.put(call, pages, Together(begin, may_finish, agreed.terms))
+        together = Together(begin, may_finish, agreed.terms)
+        try:
+            with self._area.claim.turn:
+                parts.publisher.put(call, pages, together)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            path = begun[-1] if begun else pages[0].path
+            raise self.translated(error, path) from error
         errors = parts.publisher.hooks.call()
         for other in errors[1:]:
             errors[0].add_note(f"And: {other}")
@@ -302,17 +313,24 @@ class JointSaves:
         try:
             yield
         except BaseException as error:
-            exchange.tell(subject, self.translated(error, path), again=True)
+            exchange.tell(subject, self._own(error, path), again=True)
             if not isinstance(error, Exception):
                 raise
 
     @contextlib.contextmanager
-    def _giving_up(self, exchange: Round) -> Generator[None]:
+    def _giving_up(
+        self, exchange: Round, note_end: Callable[[], None] = nothing
+    ) -> Generator[None]:
         """Settle the end if this process stops before process 0 has told it the end.
 
         Process 0 may be silent and yet alive. Once this process has settled the end,
         process 0 makes no checkpoint. If process 0 has settled it before, this process
-        waits for its word, and suppresses the error if that is no error.
+        waits for its word, and suppresses the error if that is no error. An interrupt
+        is never suppressed.
+
+        Args:
+            exchange: The exchange of messages.
+            note_end: Is called if the word is no error, before an interrupt goes on.
         """
         try:
             yield
@@ -331,6 +349,7 @@ class JointSaves:
                     raise
                 raise error from None
             self._hear_patiently(exchange, "done", failure)
+            note_end()
             if not isinstance(error, Exception):
                 raise
 

@@ -9,11 +9,14 @@ no collective, on the loop's thread or in the background, so it cannot wait for 
 another process does not enter. Each message has a time-out.
 
 All processes raise an error in any of them at the same call: the next due check,
-`save`, `wait` or `close`. A process that could not copy raises its error at once as
-well.
+`save`, `wait` or `close`. They raise it at the end of that call, whose own save they
+begin first: a process may have raised the error before, and saves with the others. A
+process that could not copy raises its error at once instead.
 """
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -67,23 +70,40 @@ class PodSaver:
         self._parts, self._series = parts, parts.series
         self.queue, self.report = parts.queue, parts.report
         self.counts = parts.report.counts
-        self.wait, self.check_parent = parts.queue.wait, parts.check_parent
-        self.lost_best = parts.lost_best
+        self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self._joint = JointSaves(parts, timeout)
+        self._earlier: BaseException | None = None  # to raise once the call is done
 
     def meet(self) -> None:
         """Meet the other processes; see `JointSaves.meet`."""
         self.check_parent()
-        self._joint.meet()
+        try:
+            self._joint.meet()
+        except BaseException as error:
+            if not self._joint.have_met:
+                raise
+            self._earlier = error  # an interrupt; the others go on with this call
 
     def prepare(self, tree: PyTree, *, will_save: bool = True) -> None:
         """Prepare the first save; see `Describer.prepare`."""
+        self.raise_earlier()
         self._parts.describer.prepare(tree, will_save=will_save)
         if will_save:
             self.queue.stand_by()
 
     def check(self) -> None:
-        """Do nothing: `start` checks, at the same call in all processes."""
+        """Do nothing: `raise_earlier` raises, once the call has done its part."""
+
+    def raise_earlier(self) -> None:
+        """Raise what this call has found of earlier saves, once."""
+        error, self._earlier = self._earlier, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait for all saves; as `JobQueue.wait`."""
+        self.queue.wait()
+        self.raise_earlier()
 
     @property
     def receiver(self) -> Receiver:
@@ -108,7 +128,7 @@ class PodSaver:
         try:
             yield
         except BaseException as error:
-            self._submit_refusal(self._claimed(), error)
+            self._refuse(error)
             raise
 
     def decide(self, call: Call, *, now: bool) -> None:
@@ -139,29 +159,31 @@ class PodSaver:
             The path in the series; None if it is not known or the series gets nothing.
 
         Raises:
-            CheckpointError: As `ModelCheckpoint.update` does; also the error of another
-                process in the save before.
+            CheckpointError: As `ModelCheckpoint.update` does. `raise_earlier` raises
+                the error of any process in the save before.
         """
-        job = self._claimed()
+        job: Job | None = None
         try:
+            job = self._claimed()
             path = self._prepare(job, tree, call, to_slot=to_slot)
         except BaseException as error:
-            self._submit_refusal(job, error)
+            self._refuse(error, job)
             raise
         self._parts.submit(job)
         if self._parts.snapshot == "none":
-            self.wait()
+            self.queue.wait()
         return path
 
     def close(self) -> None:
         """Wait for all saves, and drop the memory of copies; as `JobQueue.close`."""
-        self._parts.ahead.blank.take()
+        self._parts.ahead.stop()
         self.queue.close()
+        self.raise_earlier()
 
     # ---- on the loop's thread --------------------------------------------------------
 
     def _claimed(self) -> Job:
-        """Wait for the save before; raise the error of any process in it."""
+        """Wait for the save before, and keep its error for `raise_earlier`."""
         # Without a key, no save supersedes another: processes would differ in which
         # does.
         job = self.queue.claim(None, 1)
@@ -169,10 +191,8 @@ class PodSaver:
         self.report.count_delay(job.waited)
         try:
             self.queue.check()
-        except BaseException as error:
-            # The other processes may have no error left to raise, and would wait.
-            self._submit_refusal(job, error)
-            raise
+        except Exception as error:
+            self._earlier = error
         return job
 
     def _prepare(
@@ -213,13 +233,22 @@ class PodSaver:
         with contextlib.suppress(RuntimeError):  # no thread can be started
             threading.Thread(target=sweep, name="flaxckpt-sweep").start()
 
-    def _submit_refusal(self, job: Job, error: BaseException) -> None:
+    def _refuse(self, error: BaseException, job: Job | None = None) -> None:
         """Have a job tell the other processes, which will wait for this one.
 
-        This process raises the error at once.
+        This process raises the error at once, and does not wait for the save before.
+
+        Args:
+            error: The error.
+            job: The job, if one is claimed.
         """
+        if self._earlier is not None:
+            error.add_note(f"And: {self._earlier}")
+            self._earlier = None
+        job = job or self.queue.claim(None, sys.maxsize)
+        assert job is not None
         path, job.memory = self.report.shown(None), None
-        job.then = Job(path=path, run=self._joint.refusal(error))
+        job.then = Job(path=path, run=functools.partial(self._joint.refuse, error))
         self.queue.submit(job)
 
     def _copy(self, contents: Contents, call: Call, job: Job, *, to_slot: bool) -> None:

@@ -241,15 +241,19 @@ def _got(key: str, secs: float) -> Any:
     text = _client().blocking_key_value_get(key, max(int(secs * 1e3), 1))
     message = json.loads(text)
     if "error" in message:
-        name, arguments = message["error"]
-        raise getattr(errors, name)(*arguments)
+        name, arguments, notes = message["error"]
+        error = getattr(errors, name)(*arguments)
+        for note in notes:
+            error.add_note(note)
+        raise error
     return message["content"]
 
 
 def _encoded(content: Any) -> str:
     message = {"content": content}
     if isinstance(content, CheckpointError):
-        message = {"error": [_name_of(type(content)), content.args]}
+        notes = getattr(content, "__notes__", [])
+        message = {"error": [_name_of(type(content)), content.args, notes]}
     return json.dumps(message, default=str)
 
 

@@ -248,7 +248,8 @@ class JobQueue:
         notes = [f"And: {_briefly(other)}" for other in others]
         notes += [f"And {more} more."] * bool(more)
         if notes:
-            first.__notes__ = notes
+            own = getattr(first, "__notes__", [])
+            first.__notes__ = [*(note for note in own if note not in notes), *notes]
         try:
             raise first
         except CheckpointError:  # an interrupt instead leaves the errors for later

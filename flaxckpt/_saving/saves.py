@@ -49,6 +49,9 @@ class Saver:
     def meet(self) -> None:
         """Do nothing: there is nobody to meet."""
 
+    def raise_earlier(self) -> None:
+        """Do nothing: `check` has raised the errors of earlier saves."""
+
     def telling_others(self) -> AbstractContextManager[None]:
         """Do nothing: there is nobody to tell of an error."""
         return contextlib.nullcontext()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxckpt
@@ -111,6 +111,29 @@ def test_a_metric_in_the_host_s_memory_counts(tmp_path, where):
             logs = {"loss": jax.device_put(jnp.float32(loss), pinned)}
             state = ckpt.update(state, tree, logs, epoch)
         assert int(state.stale) == STALE[-1]
+
+
+@pytest.mark.parametrize("kinds", [("Explicit",) * 2, ("Auto", "Explicit")])
+@pytest.mark.parametrize("save_best_only", [True, False])
+def test_a_metric_on_another_mesh_counts(tmp_path, kinds, save_best_only):
+    """With explicit axes, the types of arrays have their mesh."""
+    meshes = [
+        jax.make_mesh(shape, names, axis_types=(getattr(AxisType, kind),) * len(shape))
+        for shape, names, kind in [
+            ((4, 2), ("a", "b"), kinds[0]),
+            ((8,), "x", kinds[1]),
+        ]
+    ]
+    rows, whole = NamedSharding(meshes[0], P("a")), NamedSharding(meshes[1], P())
+    tree = {"w": jax.device_put(jnp.ones(8), rows)}
+    settings = {"mode": "min", "save_best_only": save_best_only}
+    with ModelCheckpoint(tmp_path / "{epoch}", "loss", **settings) as ckpt:
+        state = ckpt.init(tree)
+        for epoch, loss in enumerate(LOSSES):
+            logs = {"loss": jax.device_put(jnp.float32(loss), whole)}
+            state = ckpt.update(state, tree, logs, epoch)
+    assert int(state.stale) == STALE[-1]
+    assert len(ckpt.checkpoints) == (3 if save_best_only else len(LOSSES))
 
 
 def test_it_is_never_waited_for_the_metric(tmp_path):

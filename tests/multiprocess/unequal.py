@@ -1,5 +1,8 @@
 """Workers for what one process has or meets alone; see `pod.py`."""
 
+import os
+import signal
+import time
 import warnings
 
 import jax
@@ -10,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from workers import place, say
 
 import flaxckpt
+from flaxckpt._pods import joint_saves
+from flaxckpt._pods.saves import PodSaver
 
 SIZE = 4  # elements of each device
 
@@ -183,6 +188,80 @@ def be_warned(directory):
                 say(epoch)
         ckpt.close()
     say([info.path.name for info in ckpt.checkpoints])
+
+
+def fail_once(directory, what, way, victim):
+    """Fail once in one process, at the second call of four, and go on."""
+    mesh, tree = mesh_of_all(), {}
+    tree["w"], is_victim = sharded(mesh), jax.process_index() == int(victim)
+    real = PodSaver._copy
+
+    def fail(*args, **kwargs):
+        PodSaver._copy = real
+        raise MemoryError
+
+    settings = {"timeout_secs": 20, "snapshot": "none" if way == "none" else "auto"}
+    seen = []
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", **settings) as ckpt:
+        state = ckpt.init(tree)
+        for epoch in range(4):
+            given = tree
+            if epoch == 1 and is_victim:
+                if what == "leaf":
+                    given = {"w": object()}
+                else:
+                    PodSaver._copy = fail
+            try:
+                state = ckpt.update(state, given, {}, epoch)
+                if way == "wait":
+                    ckpt.wait()
+            except (flaxckpt.CheckpointError, MemoryError) as error:
+                notes = getattr(error, "__notes__", [])
+                seen.append([epoch, " ".join([str(error), *notes])])
+    say(seen, sorted(info.path.name for info in ckpt.checkpoints))
+
+
+def be_interrupted(directory):
+    """Interrupt process 1 while its update waits for the save before."""
+    real, number = joint_saves.write_share, 0
+
+    def wait(*args, **kwargs):
+        joint_saves.write_share = real
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        return real(*args, **kwargs)
+
+    tree = {"w": sharded(mesh_of_all())}
+    with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20) as ckpt:
+        state = ckpt.init(tree)
+        for epoch in range(5):
+            if jax.process_index() == 1 and epoch == 1:
+                joint_saves.write_share = wait
+            try:
+                ckpt.update(state, tree, {}, epoch)
+                time.sleep(0)
+            except (KeyboardInterrupt, flaxckpt.CheckpointError) as error:
+                number += 1
+                told = f"{type(error).__name__}: {error}"
+    say(number, told, sorted(int(info.path.name) for info in ckpt.checkpoints))
+
+
+def save_empty(directory, snapshot):
+    """Save an array without elements, and donate it at once."""
+    mesh = mesh_of_all()
+    step = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0
+    )
+    empty = place(np.zeros((0, jax.device_count())), mesh, None, "data")
+    tree = {"w": sharded(mesh), "empty": empty}
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", snapshot=snapshot, timeout_secs=20
+    ) as ckpt:
+        state = ckpt.init(tree)
+        for epoch in range(4):
+            state = ckpt.update(state, tree, {}, epoch)
+            tree = step(tree)
+    say(len(ckpt.checkpoints), ckpt.restore(tree).tree["empty"].shape)
 
 
 def restore_otherwise(directory, *kinds):

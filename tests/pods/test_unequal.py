@@ -80,8 +80,40 @@ def test_what_differs_first_is_what_the_error_names(tmp_path, what, told):
 
 def test_a_warning_that_one_takes_for_an_error_leaves_all_in_step(tmp_path):
     said = run(tmp_path, "be_warned")
-    assert [errors for *errors, _ in said] == [[3], [2, 3]]
-    assert [names for *_, names in said] == [["1", "2", "5", "6", "7"]] * 2
+    assert [errors for *errors, _ in said] == [[], [2]]
+    assert [names for *_, names in said] == [[str(n) for n in range(1, 8)]] * 2
+
+
+@pytest.mark.parametrize("what", ["copy", "leaf"])
+@pytest.mark.parametrize("way", ["wait", "none", "plain"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_failure_costs_one_save(tmp_path, what, way, victim):
+    """Whether or not the loop waits for each save, as it goes on in all processes."""
+    said = run(tmp_path, "fail_once", what, way, victim)
+    for index, ((seen, names),) in enumerate(said):
+        ((epoch, text),) = seen
+        assert epoch == (2 if way == "plain" and index != victim else 1)
+        if index != victim:
+            assert f"in process {victim}" in text
+        assert names == ["1", "3", "4"]
+
+
+def test_an_interrupt_while_the_loop_waits_is_told(tmp_path):
+    first, second = run(tmp_path, "be_interrupted")
+    ((number, told, there),) = first
+    assert number == 1
+    assert "KeyboardInterrupt (in process 1)" in told
+    ((number, told, own),) = second
+    assert number == 1
+    assert told.startswith("KeyboardInterrupt")
+    assert there == own
+    assert len(there) == 4
+
+
+@pytest.mark.parametrize("snapshot", ["host", "device"])
+def test_arrays_without_elements_may_be_donated(tmp_path, snapshot):
+    said = run(tmp_path, "save_empty", snapshot)
+    assert said == [[[4, [0, 4]]]] * 2
 
 
 @pytest.mark.parametrize("kinds", [("gone", "damaged"), ("damaged", "gone")])
