@@ -177,11 +177,14 @@ def check(order, said, directory):
 def check_agreement(order, said, shown):
     """Check that each call has told all processes the same, and in time.
 
-    A process that cannot copy says so at once; then all say it at the next call.
+    A process that cannot copy says so at once, and the others at the next call.
     """
     if order["fault"]["kind"] == "refusing":
-        for call in said[order["process"]]["told"]:
-            call[2] = None if call[2] == REFUSED else call[2]
+        for call, after in itertools.pairwise(said[order["process"]]["told"]):
+            if call[2] == REFUSED:
+                assert after[2] is None, shown
+                call[2], after[2] = None, REFUSED
+                break
     for calls in zip(*(each["told"] for each in said), strict=True):
         assert (
             len({(what, epoch, error is None) for what, epoch, error, _ in calls}) == 1
