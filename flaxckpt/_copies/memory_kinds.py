@@ -41,14 +41,21 @@ def copied_off_device(leaf: Any) -> Any:
     """Copy an array into the host's memory, and wait for the copy.
 
     An array of several processes stays one: each process copies its shards. Other
-    leaves are passed on.
+    leaves are passed on, and so are arrays of one process without elements: nothing is
+    stored of them.
     """
     if not isinstance(leaf, jax.Array):
         return leaf
     if leaf.is_fully_addressable:
-        return np.array(leaf)
+        return np.array(leaf) if leaf.size else leaf
+    # JAX gives the shards of keys without elements the shape of the whole array.
+    own = leaf.sharding.shard_shape(leaf.shape)
     parts = [
-        jax.device_put(part.data, _host_memory(part.data.sharding), may_alias=False)
+        jax.device_put(
+            part.data if leaf.size else np.zeros(own, leaf.dtype),
+            _host_memory(part.data.sharding),
+            may_alias=False,
+        )
         for part in leaf.addressable_shards
     ]
     sharding = _host_memory(leaf.sharding)

@@ -52,7 +52,7 @@ def test_a_second_writer_is_told_of_the_first(tmp_path):
         assert str(caught.value) == (
             f"The checkpoints in {str(tmp_path)!r} are being written by process "
             f"{holder.pid} on {socket.gethostname()}. End that one, or choose another "
-            "filepath."
+            "filepath. Processes of one run call jax.distributed.initialize() first."
         )
         assert names(ckpt.checkpoints) == ["1"]
         with ModelCheckpoint(tmp_path / "other-{epoch}") as other:
