@@ -31,7 +31,6 @@ from flaxckpt._copies.held import Copies
 from flaxckpt._copies.memory_kinds import copied_off_device
 from flaxckpt._copies.on_device import unfilled
 from flaxckpt._copies.plan import kinds_of
-from flaxckpt._copies.programs import Kind
 from flaxckpt._decision.scalars import monitored
 from flaxckpt._pods.agreement import check_parts
 from flaxckpt._pods.joint_saves import JointSaves
@@ -41,7 +40,7 @@ from flaxckpt._processes.messages import (
 )
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.call import Call, Undecided
-from flaxckpt._saving.contents import Contents, StoredTree
+from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.job import Job
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.receiver import Receiver
@@ -74,7 +73,6 @@ class PodSaver:
         self.check_parent, self.lost_best = parts.check_parent, parts.lost_best
         self._joint = JointSaves(parts, timeout)
         self._earlier: BaseException | None = None  # to raise once the call is done
-        self._plain_kinds: list[Kind | None] | None = None  # of the tree checked last
 
     def meet(self) -> None:
         """Meet the other processes; see `JointSaves.meet`."""
@@ -208,28 +206,16 @@ class PodSaver:
         )
         contents.take_up_scalars(call, waits=True)  # processes would differ in that
         for stored in contents.trees:
-            self._check(stored)
+            check_parts(stored.layout, stored.leaves)
+            # Unwrapping PRNG keys runs a program, which the background must not.
+            stored.leaves = list(map(without_keys, stored.leaves))
+            stored.kinds = kinds_of(stored.leaves)
         self._copy(contents, call, job, to_slot=to_slot)
         parts.prepare(job, contents, call, path, write=self._joint.write)
         assert job.then is not None
         if is_leader():  # the others have nothing to delete
             job.then.after = self._sweep
         return path
-
-    def _check(self, stored: StoredTree) -> None:
-        """Check that a tree has a part in each process, and unwrap its PRNG keys.
-
-        Nothing happens if the tree before had arrays of the same kinds and no keys.
-        """
-        if stored.kinds is self._plain_kinds:
-            return
-        check_parts(stored.layout, stored.leaves)
-        # Unwrapping PRNG keys runs a program, which the background must not.
-        leaves = list(map(without_keys, stored.leaves))
-        kinds = kinds_of(leaves)
-        if kinds == stored.kinds:
-            self._plain_kinds = stored.kinds
-        stored.leaves, stored.kinds = leaves, kinds
 
     def _sweep(self) -> None:
         """Delete what retention has dropped, on a thread of its own.
