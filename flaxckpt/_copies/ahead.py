@@ -130,8 +130,11 @@ class Ahead:
             self._told = None
 
     def _do(self, task: _Task, ending: threading.Event) -> None:
+        def is_over() -> bool:
+            return ending.is_set() or self._told is not task
+
         programs = set(task.programs)
-        if ending.is_set() or self._told is not task:
+        if is_over():
             return
         if task.claims_memory:
             with contextlib.suppress(Exception):  # then the save claims it
@@ -141,10 +144,10 @@ class Ahead:
                     programs -= {0}
         for which in sorted(programs):
             for batch in task.plan.batches:
-                if ending.is_set() or self._told is not task:
+                if is_over():
                     return
                 batch.program.compile(which, task.is_wanted)
-        if task.claims_memory and self._told is task and not ending.is_set():
+        if task.claims_memory and not is_over():
             with contextlib.suppress(Exception):  # then the first save takes longer
                 self.blank.try_out()
 

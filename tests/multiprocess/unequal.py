@@ -227,8 +227,9 @@ def be_interrupted(directory):
 
     def wait(*args, **kwargs):
         joint_saves.write_share = real
+        time.sleep(0.5)  # until the loop waits
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        time.sleep(0.5)
         return real(*args, **kwargs)
 
     tree = {"w": sharded(mesh_of_all())}
@@ -239,7 +240,6 @@ def be_interrupted(directory):
                 joint_saves.write_share = wait
             try:
                 ckpt.update(state, tree, {}, epoch)
-                time.sleep(0)
             except (KeyboardInterrupt, flaxckpt.CheckpointError) as error:
                 number += 1
                 told = f"{type(error).__name__}: {error}"
