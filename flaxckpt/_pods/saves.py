@@ -18,7 +18,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from flaxckpt._processes.messages import (
 from flaxckpt._runtime.failures import in_one_line
 from flaxckpt._saving.call import Call, Undecided
 from flaxckpt._saving.contents import Contents
-from flaxckpt._saving.job import Job
+from flaxckpt._saving.job import Job, nothing
 from flaxckpt._saving.parts import SaverParts
 from flaxckpt._saving.receiver import Receiver
 from flaxckpt._trees.leaf import without_keys
@@ -210,12 +210,20 @@ class PodSaver:
             # Unwrapping PRNG keys runs a program, which the background must not.
             stored.leaves = list(map(without_keys, stored.leaves))
             stored.kinds = kinds_of(stored.leaves)
-        self._copy(contents, call, job, to_slot=to_slot)
-        parts.prepare(job, contents, call, path, write=self._joint.write)
+        compile_next = self._copy(contents, call, job, to_slot=to_slot)
+        write = functools.partial(self._write, compile_next)
+        parts.prepare(job, contents, call, path, write=write)
         assert job.then is not None
         if is_leader():  # the others have nothing to delete
             job.then.after = self._sweep
         return path
+
+    def _write(self, compile_next: Callable[[], None], contents: Contents) -> None:
+        """Write, and then compile, which would compete with that for the cores."""
+        try:
+            self._joint.write(contents)
+        finally:
+            compile_next()
 
     def _sweep(self) -> None:
         """Delete what retention has dropped, on a thread of its own.
@@ -251,18 +259,24 @@ class PodSaver:
         job.then = Job(path=path, run=functools.partial(self._joint.refuse, error))
         self.queue.submit(job)
 
-    def _copy(self, contents: Contents, call: Call, job: Job, *, to_slot: bool) -> None:
-        """Copy to where this process has room; processes may differ in that."""
+    def _copy(
+        self, contents: Contents, call: Call, job: Job, *, to_slot: bool
+    ) -> Callable[[], None]:
+        """Copy to where this process has room; processes may differ in that.
+
+        Returns:
+            What has a thread compile the programs of the next save.
+        """
         state, memory = call.state, job.memory
         if isinstance(call.decision, Undecided):  # the loop may donate the metric
             call.logs[call.metric] = jnp.copy(call.logs[call.metric])
         if call.skips and not to_slot:
             call.copies = memory or Copies(None, [], [])
-            return
+            return nothing
         leaves, kinds = contents.leaves(call)
         if self._parts.snapshot == "none":
             call.copies = Copies(None, [], leaves)
-            return
+            return nothing
         plan = self._parts.plans.plan(kinds)
         # What does not fit is freed before new memory is allocated.
         job.memory = memory = refitted(memory, plan) or refitted(
@@ -276,17 +290,18 @@ class PodSaver:
             if is_on_device and plan.is_on_one_mesh(value, *best):
                 call.judge_on_device(value)
                 call.copies = unfilled(leaves, plan)
-                self._parts.fill(call.copies, leaves, memory, contents.wanted(call))
-                return
+                wanted = contents.wanted(call)
+                return self._parts.fill(call.copies, leaves, memory, wanted)
             call.judge()  # each process waits for its own value
             self.report.decided(call)
         if call.skips and not to_slot:
             call.copies = memory or Copies(None, [], [])
         elif is_on_device:
             call.copies = unfilled(leaves, plan)
-            self._parts.fill(call.copies, leaves, memory)
+            return self._parts.fill(call.copies, leaves, memory)
         else:
             call.copies = _on_host(contents, call, leaves)
+        return nothing
 
 
 def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:

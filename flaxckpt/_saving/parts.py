@@ -22,7 +22,7 @@ from flaxckpt._saving.call import Call
 from flaxckpt._saving.contents import Contents
 from flaxckpt._saving.describe import Describer
 from flaxckpt._saving.hooks import Hooks
-from flaxckpt._saving.job import Job
+from flaxckpt._saving.job import Job, nothing
 from flaxckpt._saving.lines import Lines
 from flaxckpt._saving.paths import Paths
 from flaxckpt._saving.publish import Publisher
@@ -110,20 +110,24 @@ class SaverParts:
         leaves: list[Any],
         memory: Copies | None,
         is_wanted: Any = np.True_,
-    ) -> None:
-        """Fill copies on devices; after a first one, compile the programs of the next.
+    ) -> Callable[[], None]:
+        """Fill copies on devices.
 
         Args:
             copies: Copies that have a plan.
             leaves: What to copy.
             memory: Earlier copies, whose memory is used; None for new memory.
             is_wanted: As for `Program.refill`.
+
+        Returns:
+            What has a thread compile the programs of the next save, if they are new.
         """
         assert copies.plan is not None
         self.ahead.keep_to(copies.plan)
         fill(copies, leaves, memory, is_wanted)
         if memory is None or (memory.is_blank and is_wanted is not np.True_):
-            self.ahead.compile_next(copies.plan, is_wanted)
+            return functools.partial(self.ahead.compile_next, copies.plan, is_wanted)
+        return nothing
 
     # ---- the steps of a job ----------------------------------------------------------
 

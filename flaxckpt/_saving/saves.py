@@ -171,7 +171,8 @@ class Saver:
         if used is not None:
             if not fits(job.memory, used) or _is_torn(job, used):
                 job.memory = None  # freed before new memory is allocated
-            self._parts.fill(call.copies, leaves, job.memory, contents.wanted(call))
+            wanted = contents.wanted(call)
+            self._parts.fill(call.copies, leaves, job.memory, wanted)()
 
 
 def _is_torn(job: Job, plan: Plan) -> bool:

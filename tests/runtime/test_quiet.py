@@ -25,9 +25,10 @@ from flaxckpt._runtime import failures as _failures
 from flaxckpt._runtime import quiet as _quiet
 
 # Orbax leaves tasks of its own behind where it raises.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("none_left_behind"),
+]
 
 
 def run(code, *arguments):
