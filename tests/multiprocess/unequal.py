@@ -223,6 +223,7 @@ def fail_once(directory, what, way, victim):
 
 def be_interrupted(directory):
     """Interrupt process 1 while its update waits for the save before."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     real, number = joint_saves.write_share, 0
 
     def wait(*args, **kwargs):
