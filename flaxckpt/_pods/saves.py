@@ -176,8 +176,10 @@ class PodSaver:
 
     def close(self) -> None:
         """Wait for all saves, and drop the memory of copies; as `JobQueue.close`."""
-        self._parts.ahead.stop()
-        self.queue.close()
+        try:
+            self.queue.close()
+        finally:
+            self._parts.ahead.stop()  # a first save has begun to compile at its end
         self.raise_earlier()
 
     # ---- on the loop's thread --------------------------------------------------------

@@ -110,6 +110,10 @@ def test_an_interrupt_while_the_loop_waits_is_told(tmp_path):
     assert len(there) == 4
 
 
+def test_close_ends_what_a_save_has_begun_to_compile(tmp_path):
+    assert run(tmp_path, "close_at_once") == [[True]] * 2
+
+
 @pytest.mark.parametrize("snapshot", ["host", "device"])
 def test_arrays_without_elements_may_be_donated(tmp_path, snapshot):
     said = run(tmp_path, "save_empty", snapshot)
