@@ -210,14 +210,16 @@ class Updater:
     def _finish_preempted(self, path: Path | None) -> None:
         """Wait until the save is on disk, and tell the loop of the preemption."""
         self.programs.reset()
-        self.saves.queue.wait()
+        self.saves.join()  # not `wait`: an earlier save's error must not come first
         self.triggers.preempted = True
         if self.settings.save_on_preemption is True:
             latest = self.restorer.latest()
             shown = path and self.series.area.shown(path)
             if latest is not None and not latest.weights_only:
                 shown = latest.path
-            raise Preempted(self.triggers.signal, str(shown))
+            preempted = Preempted(self.triggers.signal, str(shown))
+            self.saves.add_earlier(preempted)
+            raise preempted
 
     def warn_if_never_due(self) -> None:
         """Warn if all calls of `update` were of a kind that is never due."""

@@ -3,10 +3,11 @@
 Without this module, the first two calls that save compile them: a program that copies
 into new memory, and one that copies into the memory of an earlier save. In one process,
 a thread starts before the first save only for a tree of more than `MOST_TOGETHER`
-arrays, since a smaller one needs only one program of each. In several processes a
-thread always starts, because all would wait for the slowest compiler. On CPU the thread
-also claims memory for the first copies there (see `blank`), so it compiles only the
-program that refills memory, and calls each of these programs once.
+arrays, since a smaller one has one program that fills and one that refills. In several
+processes a thread always starts, because all would wait for the slowest compiler. On
+CPU the thread also claims memory for the first copies there (see `blank`), so it
+compiles only the program that refills memory, and calls each of these programs once.
+After the first save, a thread compiles the programs that the next one needs.
 """
 
 import contextlib
@@ -120,7 +121,7 @@ class Ahead:
             pool.shutdown(wait=False)  # the thread ends after this one task
 
     def stop(self) -> None:
-        """Begin nothing more, and drop the memory that was claimed."""
+        """Stop after the program that is being compiled, and drop claimed memory."""
         self._told = None
         self.blank.take()
 

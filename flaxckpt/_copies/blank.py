@@ -82,8 +82,8 @@ def refitted(memory: Copies | None, plan: Plan) -> Copies | None:
     """Return memory in the order of a plan, so that its copies can take it.
 
     Trees that are saved with other metrics than before have another plan, and the same
-    large arrays. New memory is claimed for small arrays only. In one process this would
-    mix the copies of a save that still waits.
+    large arrays. New memory is claimed for small arrays only. Not for one process: the
+    memory may be that of a save that still waits, and this would mix its copies.
 
     Args:
         memory: Earlier copies, or blank ones; None for none.

@@ -50,14 +50,15 @@ def copied_off_device(leaf: Any) -> Any:
         return np.array(leaf) if leaf.size else leaf
     # JAX gives the shards of keys without elements the shape of the whole array.
     own = leaf.sharding.shard_shape(leaf.shape)
-    parts = [
-        jax.device_put(
-            part.data if leaf.size else np.zeros(own, leaf.dtype),
-            _host_memory(part.data.sharding),
-            may_alias=False,
-        )
-        for part in leaf.addressable_shards
-    ]
+    with jax.enable_x64(True):  # without it, JAX narrows 64-bit dtypes
+        parts = [
+            jax.device_put(
+                part.data if leaf.size else np.zeros(own, leaf.dtype),
+                _host_memory(part.data.sharding),
+                may_alias=False,
+            )
+            for part in leaf.addressable_shards
+        ]
     sharding = _host_memory(leaf.sharding)
     return from_own_shards(leaf.shape, leaf.dtype, sharding, parts).block_until_ready()
 

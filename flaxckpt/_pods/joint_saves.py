@@ -1,10 +1,10 @@
 """What the processes do together in the background: they meet, agree and write.
 
-Process 0 leads. In a save, the others tell it their accounts, and wait for its word. It
-makes a directory, and each process writes its share there. Process 0 finishes the
-checkpoint, and tells the others the end. It sends one message at each step, and hears
-one of each process. So the messages of a save grow with the number of processes, and
-not with its square.
+Process 0 leads. In a save, the others tell it checksums of their accounts, and wait for
+its word. It makes a directory, and each process writes its share there. Process 0
+finishes the checkpoint, and tells the others the end. It sends one message at each
+step, and hears one of each process. So the messages of a save grow with the number of
+processes, and not with its square.
 """
 
 import contextlib
@@ -43,9 +43,7 @@ _PATIENCE = 20  # time-outs
 # that has given up.
 _END = "end"
 # What the processes wait for, where process 0 may have an error to tell.
-_AWAITED = (
-    "refused", "go", *(f"where {index}" for index in range(_PAGES)), "done",
-)  # fmt: skip
+_AWAITED = ("go", *(f"where {index}" for index in range(_PAGES)), "done")
 # What process 0 waits for, where another process may have given up.
 _ASKED = ("seen", "check", "account", *(f"share {index}" for index in range(_PAGES)))
 
@@ -83,7 +81,8 @@ class JointSaves:
         self._way = parts.publisher.disk.way
         self._channel = Channel(parts.series.name, timeout)
         self.have_met = False
-        self._ended: list[Round] = []  # process 0 deletes their messages
+        # Rounds that are over; process 0 deletes their messages at the next save.
+        self._ended: list[Round] = []
 
     def translated(
         self, error: BaseException, path: Path | None = None
@@ -91,7 +90,9 @@ class JointSaves:
         """Return an error of this process as all of them raise it."""
         return translated(error, self._parts.report.shown(path), _in_this_process())
 
-    def _own(self, error: BaseException, path: Path | None = None) -> CheckpointError:
+    def _naming_process(
+        self, error: BaseException, path: Path | None = None
+    ) -> CheckpointError:
         """Return an error as `translated` does, with a note where it names nobody."""
         failure = self.translated(error, path)
         if failure is error and not getattr(failure, "__notes__", None):
@@ -137,25 +138,15 @@ class JointSaves:
     def refuse(self, error: BaseException) -> None:
         """Tell the other processes of an error; run this in place of `write`.
 
-        They raise the error, and nothing is saved. This process has raised it already.
-
-        Raises:
-            CheckpointError: If process 0 gives no sign.
+        They raise the error, and nothing is saved. This process has raised it already,
+        and waits for none of them: they may never come to this call.
         """
-        exchange, failure = self._channel.round(), self._own(error)
-        with self._channel.at_work():
-            if is_leader():
-                self._tell_all(exchange, failure)
-                self._ended.append(exchange)
-                return
-            with self._giving_up(exchange):
-                exchange.tell("check", failure)
-                try:
-                    exchange.hear("refused")
-                except SilenceError:
-                    raise
-                except CheckpointError:
-                    return
+        exchange, failure = self._channel.round(), self._naming_process(error)
+        if is_leader():
+            self._tell_all(exchange, failure)
+            self._ended.append(exchange)
+        else:
+            exchange.tell("check", failure)
 
     def write(self, contents: Contents) -> None:
         """Agree with the other processes, and write this process's part.
@@ -201,11 +192,9 @@ class JointSaves:
             sums, memories, lengths = zip(*checks, strict=True)
             asked = next((i for i, each in enumerate(sums) if each != sums[0]), None)
             widths = widths_for(lengths) if asked is None else []
+            divides = self._way.divides_replicas and not self._area.is_mirror
             # The chunks of compressed arrays are not known.
-            spreads = len(set(memories)) == 1 and not self._way.compress
-            spreads = (
-                spreads and self._way.divides_replicas and not self._area.is_mirror
-            )
+            spreads = divides and not self._way.compress and len(set(memories)) == 1
             exchange.tell("go", [asked, spreads, self._way.writes_directly, widths])
         asked, spreads, directly, widths = exchange.hear("go")
         if asked is not None:
@@ -313,7 +302,8 @@ class JointSaves:
         try:
             yield
         except BaseException as error:
-            exchange.tell(subject, self._own(error, path), again=True)
+            failure = self._naming_process(error, path)
+            exchange.tell(subject, failure, again=True)
             if not isinstance(error, Exception):
                 raise
 

@@ -9,8 +9,8 @@ no collective, on the loop's thread or in the background, so it cannot wait for 
 another process does not enter. Each message has a time-out.
 
 All processes raise an error in any of them at the same call: the next due check,
-`save`, `wait` or `close`. They raise it at the end of that call, whose own save they
-begin first: a process may have raised the error before, and saves with the others. A
+`save`, `wait` or `close`. That call begins its own save first, and raises the error at
+its end. So the processes save together, though one may have raised the error before. A
 process that could not copy raises its error at once instead.
 """
 
@@ -100,10 +100,31 @@ class PodSaver:
         if error is not None:
             raise error
 
+    def add_earlier(self, error: BaseException) -> None:
+        """Add what this call has found of earlier saves to an error that it raises.
+
+        An interrupt is not added: the next call raises it.
+        """
+        earlier = self._earlier
+        if isinstance(earlier, Exception) and earlier is not error:
+            error.add_note(f"And: {earlier}")
+            self._earlier = None
+
+    def join(self) -> None:
+        """Wait for all saves, and leave what `raise_earlier` raises to it."""
+        self._ending_by(self.queue.wait)
+
     def wait(self) -> None:
         """Wait for all saves; as `JobQueue.wait`."""
-        self.queue.wait()
+        self.join()
         self.raise_earlier()
+
+    def _ending_by(self, end: Callable[[], None]) -> None:
+        try:
+            end()
+        except BaseException as error:
+            self.add_earlier(error)
+            raise
 
     @property
     def receiver(self) -> Receiver:
@@ -171,15 +192,15 @@ class PodSaver:
             raise
         self._parts.submit(job)
         if self._parts.snapshot == "none":
-            self.queue.wait()
+            self.join()
         return path
 
     def close(self) -> None:
-        """Wait for all saves, and drop the memory of copies; as `JobQueue.close`."""
+        """Wait for all saves, drop the memory of copies, and stop compiling."""
         try:
-            self.queue.close()
+            self._ending_by(self.queue.close)
         finally:
-            self._parts.ahead.stop()  # a first save has begun to compile at its end
+            self._parts.ahead.stop()  # the end of the first save may have started it
         self.raise_earlier()
 
     # ---- on the loop's thread --------------------------------------------------------
@@ -206,7 +227,8 @@ class PodSaver:
         contents = parts.describer.describe(
             tree, None, skips=call.skips, to_slot=to_slot
         )
-        contents.take_up_scalars(call, waits=True)  # processes would differ in that
+        # Whether a scalar is computed by now differs between processes.
+        contents.take_up_scalars(call, waits=True)
         for stored in contents.trees:
             check_parts(stored.layout, stored.leaves)
             # Unwrapping PRNG keys runs a program, which the background must not.
@@ -221,7 +243,7 @@ class PodSaver:
         return path
 
     def _write(self, compile_next: Callable[[], None], contents: Contents) -> None:
-        """Write, and then compile, which would compete with that for the cores."""
+        """Write, then compile: at once, compiling would take cores from the writing."""
         try:
             self._joint.write(contents)
         finally:
@@ -252,9 +274,7 @@ class PodSaver:
             error: The error.
             job: The job, if one is claimed.
         """
-        if self._earlier is not None:
-            error.add_note(f"And: {self._earlier}")
-            self._earlier = None
+        self.add_earlier(error)
         job = job or self.queue.claim(None, sys.maxsize)
         assert job is not None
         path, job.memory = self.report.shown(None), None
@@ -267,9 +287,9 @@ class PodSaver:
         """Copy to where this process has room; processes may differ in that.
 
         Returns:
-            What has a thread compile the programs of the next save.
+            A function to call once the save is over; see `SaverParts.fill`.
         """
-        state, memory = call.state, job.memory
+        memory = job.memory
         if isinstance(call.decision, Undecided):  # the loop may donate the metric
             call.logs[call.metric] = jnp.copy(call.logs[call.metric])
         if call.skips and not to_slot:
@@ -286,24 +306,22 @@ class PodSaver:
         )
         is_on_device = memory is not None or self._parts.is_on_device(leaves)
         if isinstance(call.decision, Undecided):
-            assert state is not None
+            assert call.state is not None
             value = call.logs[call.metric]
-            best = state.best_value, state.has_best
+            best = call.state.best_value, call.state.has_best
             if is_on_device and plan.is_on_one_mesh(value, *best):
                 call.judge_on_device(value)
-                call.copies = unfilled(leaves, plan)
-                wanted = contents.wanted(call)
-                return self._parts.fill(call.copies, leaves, memory, wanted)
-            call.judge()  # each process waits for its own value
-            self.report.decided(call)
+            else:
+                call.judge()  # each process waits for its own value
+                self.report.decided(call)
         if call.skips and not to_slot:
-            call.copies = memory or Copies(None, [], [])
-        elif is_on_device:
-            call.copies = unfilled(leaves, plan)
-            return self._parts.fill(call.copies, leaves, memory)
-        else:
+            call.copies = memory or Copies(None, [], [])  # memory for the next save
+            return nothing
+        if not is_on_device:
             call.copies = _on_host(contents, call, leaves)
-        return nothing
+            return nothing
+        call.copies = unfilled(leaves, plan)
+        return self._parts.fill(call.copies, leaves, memory, contents.wanted(call))
 
 
 def _on_host(contents: Contents, call: Call, leaves: list[Any]) -> Copies:

@@ -120,11 +120,13 @@ class SaverParts:
             is_wanted: As for `Program.refill`.
 
         Returns:
-            What has a thread compile the programs of the next save, if they are new.
+            A function to call later: it has a thread compile the programs of the next
+            save, or does nothing if they are known.
         """
         assert copies.plan is not None
         self.ahead.keep_to(copies.plan)
         fill(copies, leaves, memory, is_wanted)
+        # Blank memory is filled without asking a device, by another program.
         if memory is None or (memory.is_blank and is_wanted is not np.True_):
             return functools.partial(self.ahead.compile_next, copies.plan, is_wanted)
         return nothing

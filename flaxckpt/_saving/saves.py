@@ -42,7 +42,8 @@ class Saver:
         self._parts, self.receiver = parts, Receiver(parts)
         self.queue, self.report = parts.queue, parts.report
         self.counts, self.check_parent = parts.report.counts, parts.check_parent
-        self.check, self.wait = parts.queue.check, parts.queue.wait
+        self.check = parts.queue.check
+        self.wait = self.join = parts.queue.wait
         self.close, self.lost_best = parts.queue.close, parts.lost_best
         self.prepare = parts.describer.prepare
 
@@ -51,6 +52,9 @@ class Saver:
 
     def raise_earlier(self) -> None:
         """Do nothing: `check` has raised the errors of earlier saves."""
+
+    def add_earlier(self, error: BaseException) -> None:
+        """Do nothing: there are no errors of earlier saves to raise; see `check`."""
 
     def telling_others(self) -> AbstractContextManager[None]:
         """Do nothing: there is nobody to tell of an error."""

@@ -247,6 +247,91 @@ def be_interrupted(directory):
     say(number, told, sorted(int(info.path.name) for info in ckpt.checkpoints))
 
 
+def leave_alone(directory):
+    """Interrupt process 1 in an update to which process 0 never comes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    index, real, notes = jax.process_index(), joint_saves.write_share, None
+
+    def wait(*args, **kwargs):
+        time.sleep(0.5)  # until the loop waits
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    joint_saves.write_share = wait if index == 1 else real
+    tree = {"w": sharded(mesh_of_all())}
+    warnings.simplefilter("error", UserWarning)
+    try:
+        with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=5) as ckpt:
+            state = ckpt.init(tree)
+            for epoch in range(1 + index):
+                state = ckpt.update(state, tree, {}, epoch)
+    except KeyboardInterrupt as error:
+        notes = getattr(error, "__notes__", [])
+    say(notes, len(ckpt.checkpoints))
+
+
+def be_preempted_after_a_failure(directory):
+    """Fail in process 1's first save, and be told to end at the next call."""
+    from flaxckpt._processes.preemption import AgreedWatch
+
+    real, signals = joint_saves.write_share, [None]
+
+    def look(self):
+        self.signal = signals[-1]
+        return self.signal
+
+    def fail(*args, **kwargs):
+        joint_saves.write_share = real
+        raise OSError("injected")
+
+    AgreedWatch.look = look
+    joint_saves.write_share = fail if jax.process_index() == 1 else real
+    tree = {"w": sharded(mesh_of_all())}
+    ckpt = flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", save_on_preemption=True, timeout_secs=20
+    )
+    state = ckpt.update(ckpt.init(tree), tree, {}, 0)
+    signals.append("SIGTERM")
+    try:
+        ckpt.update(state, tree, {}, 1)
+    except flaxckpt.Preempted as error:
+        say(error.__notes__, [info.path.name for info in ckpt.checkpoints])
+
+
+def fail_while_interrupted(directory):
+    """Fail in a call that has an interrupt still to raise."""
+    tree, told = {"w": sharded(mesh_of_all())}, []
+    ckpt = flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}", timeout_secs=20)
+    state = ckpt.init(tree)
+    for epoch in range(4):
+        given = tree
+        if epoch == 1 and jax.process_index() == 1:
+            ckpt._saves._earlier = KeyboardInterrupt()
+            given = {"w": object()}
+        try:
+            state = ckpt.update(state, given, {}, epoch)
+        except (flaxckpt.CheckpointError, KeyboardInterrupt) as error:
+            told.append([epoch, type(error).__name__, getattr(error, "__notes__", [])])
+    ckpt.close()
+    say(told, [info.path.name for info in ckpt.checkpoints])
+
+
+def save_wide_empty(directory, snapshot):
+    """Save arrays of 64-bit dtypes without elements."""
+    mesh = mesh_of_all()
+    with jax.enable_x64(True):
+        tree = {
+            name: place(np.zeros((0, jax.device_count()), name), mesh, None, "data")
+            for name in ("int64", "float64")
+        }
+    with flaxckpt.ModelCheckpoint(
+        f"{directory}/{{epoch}}", snapshot=snapshot, timeout_secs=20
+    ) as ckpt:
+        ckpt.save(tree | {"w": sharded(mesh)}, 0)
+    say([leaf.dtype for leaf in flaxckpt.describe(ckpt.latest.path).leaves])
+
+
 def close_at_once(directory):
     """Close while the first save is under way."""
     with flaxckpt.ModelCheckpoint(f"{directory}/{{epoch}}") as ckpt:

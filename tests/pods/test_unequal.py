@@ -110,6 +110,35 @@ def test_an_interrupt_while_the_loop_waits_is_told(tmp_path):
     assert len(there) == 4
 
 
+def test_an_interrupt_where_others_never_come_delays_nobody(tmp_path):
+    assert run(tmp_path, "leave_alone") == [[[None, 1]], [[[], 1]]]
+
+
+def test_a_preemption_tells_of_an_earlier_failure(tmp_path):
+    for ((notes, there),) in run(tmp_path, "be_preempted_after_a_failure"):
+        (note,) = notes
+        assert "injected (in process 1)" in note
+        assert there == ["2"]
+
+
+def test_an_error_does_not_swallow_an_interrupt(tmp_path):
+    first, second = run(tmp_path, "fail_while_interrupted")
+    ((told, there),) = first
+    assert [epoch for epoch, _, _ in told] == [2]  # process 1's at epoch 1
+    assert there == ["1", "3", "4"]
+    ((told, own),) = second
+    assert [each[:2] for each in told] == [
+        [1, "UnsupportedLeafError"], [2, "KeyboardInterrupt"],
+    ]  # fmt: skip
+    assert own == there
+
+
+@pytest.mark.parametrize("snapshot", ["host", "device"])
+def test_wide_arrays_without_elements_are_saved(tmp_path, snapshot):
+    said = run(tmp_path, "save_wide_empty", snapshot)
+    assert said == [[["float64", "int64", "float32"]]] * 2
+
+
 def test_close_ends_what_a_save_has_begun_to_compile(tmp_path):
     assert run(tmp_path, "close_at_once") == [[True]] * 2
 
