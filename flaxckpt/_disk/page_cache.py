@@ -63,9 +63,10 @@ def past_cache(descriptor: int) -> Generator[Write]:
 
 
 def is_on_disk(descriptor: int) -> bool:
-    """Tell whether a block device has the file.
+    """Tell whether the file's device number is that of a block device.
 
-    Network file systems and tmpfs have none.
+    Network file systems and tmpfs have none. Nor have Btrfs, ZFS and overlayfs, whose
+    files go through the page cache, too.
     """
     return os.major(os.fstat(descriptor).st_dev) != 0
 
